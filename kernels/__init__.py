@@ -1,0 +1,1 @@
+"""Attention over a compressed KV cache: memory layout, PyTorch references, Triton kernels."""

@@ -1,0 +1,300 @@
+# ruff: noqa: N803, N806
+"""Decode attention over a paged cache whose KV heads keep different counts (split-KV flash-decoding).
+
+o_h = softmax(scaling * q_h K^T) V over the kept slots of the KV head that query head h reads. The slots of a
+KV head lie in pages that its row of `table` names in order; only the first `lens[b, h]` of them exist. One
+program reads one share of one KV head's pages for all its G = H // Hkv query heads together, so K and V cross
+the memory bus once, and leaves a partial o_i with its log-sum-exp lse_i. Shares merge by
+
+    lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) o_i.
+
+Shares are cut on the device from each head's own page count: a launch never waits to read `lens`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lceval.kernels.paged import PAGE
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no wheel for macOS; `reference` works everywhere
+    triton = None
+
+# Read once: triton decides when a kernel is defined whether it will be compiled or interpreted.
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+HEAD_DIMS = range(16, 257, 16)
+# The rows of one tensor-core tile. More query heads than that on one KV head go to programs side by side.
+BLOCK_G = 16
+MAX_SPLITS = 128
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """The definition, in float32. Every test compares against this, never against the kernel.
+
+    Args:
+        q: [B, H, D], the one query token of each sequence, RoPE applied.
+        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
+        table: [B, Hkv, M] int32, page ids of each KV head, in order.
+        lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
+        scaling: factor on q K^T, usually D ** -0.5.
+
+    Returns:
+        o [B, H, D] float32 and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
+    """
+    B, H, D = q.shape
+    G = H // table.shape[1]
+    o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
+    # A loop, because heads keep different counts: one batch padded to the longest head took 0.9 times as long
+    # on two CPU cores where three heads keep 600 slots, 5 times as long where they keep 6000, 600 and 100.
+    for b, counts in enumerate(lens.tolist()):
+        for h, n in enumerate(counts):
+            if n > 0:
+                pages = table[b, h, : -(-n // PAGE)]
+                heads = slice(h * G, (h + 1) * G)
+                scores = scaling * (q[b, heads].float() @ k[pages].flatten(0, 1)[:n].float().T)
+                lse[b, heads] = scores.logsumexp(-1)
+                o[b, heads] = scores.softmax(-1) @ v[pages].flatten(0, 1)[:n].float()
+    return o, lse
+
+
+def _jit(fn: Any) -> Any:
+    # G is an argument, so that one binary serves every G. The table grows with a sequence, so specialising on
+    # its strides would compile again in the middle of a generation.
+    plain = ["G", "kv_heads", "stride_tb", "stride_th", "stride_lb", "stride_lh", "splits"]
+    return triton.jit(fn, do_not_specialize=plain) if triton else fn
+
+
+@_jit
+def split_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, o_ptr, lse_ptr, scaling, G, kv_heads,
+    stride_qb, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs,
+    stride_tb, stride_th, stride_lb, stride_lh,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Attend to one share of one KV head's pages. o: [B, H, splits, D], lse: [B, H, splits], contiguous."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    TILES: tl.constexpr = PAGE // BLOCK_S
+
+    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // kv_heads
+    h = bh % kv_heads
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+
+    n = tl.load(lens_ptr + b * stride_lb + h * stride_lh)
+    pages = tl.cdiv(n, PAGE)
+    first = split * pages // splits * TILES
+    # Every tile of [first, last) holds a kept slot: m is finite from the first tile on.
+    last = tl.minimum((split + 1) * pages // splits * TILES, tl.cdiv(n, BLOCK_S))
+
+    offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, D_PAD)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_d = offs_d < D
+    mask_q = (offs_g < G)[:, None] & mask_d[None, :]
+    q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    page_ptr = table_ptr + b * stride_tb + h * stride_th
+    # A page id is carried from one tile to the next: loaded in the tile that uses it, it would be a second
+    # level of loads to pipeline, which leaves one tile in flight at num_stages=3 instead of two.
+    page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
+    for tile in range(first, last):
+        slot = tile * BLOCK_S + offs_s
+        row = (tile % TILES * BLOCK_S + offs_s)[:, None]
+        # Past the last slot the page is uninitialised, and a NaN stays a NaN under a weight of zero.
+        mask_s = slot < n
+        mask = mask_s[:, None] & mask_d[None, :]
+        k = tl.load(k_ptr + page * stride_kp + row * stride_ks + offs_d[None, :], mask=mask, other=0.0)
+        v = tl.load(v_ptr + page * stride_vp + row * stride_vs + offs_d[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
+        scores = tl.where(mask_s[None, :], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+        page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
+
+    # A share without a slot leaves zeros and -inf, which weigh nothing in the merge.
+    empty = last <= first
+    l = tl.where(empty, 1.0, l)  # noqa: E741
+    out = (bh * G + offs_g) * splits + split
+    tl.store(lse_ptr + out, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=offs_g < G)
+    o = (acc / l[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
+
+
+@_jit
+def combine_kernel(  # type: ignore[no-untyped-def]
+    part_o_ptr, part_lse_ptr, o_ptr, lse_ptr, splits,
+    D: tl.constexpr, D_PAD: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """Merge the shares of one query head. part_o: [B, H, splits, D] float32, part_lse: [B, H, splits]."""
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, MAX_SPLITS)
+    part_lse = tl.load(part_lse_ptr + row * splits + offs, mask=offs < splits, other=float("-inf"))
+    m = tl.max(part_lse, 0)
+    empty = m == float("-inf")
+    m = tl.where(empty, 0.0, m)
+    l = tl.where(empty, 1.0, tl.sum(tl.exp(part_lse - m), 0))  # noqa: E741
+
+    offs_d = tl.arange(0, D_PAD)
+    mask_d = offs_d < D
+    acc = tl.zeros([BLOCK_I, D_PAD], tl.float32)
+    for start in range(0, splits, BLOCK_I):
+        offs_i = start + tl.arange(0, BLOCK_I)
+        mask_i = offs_i < splits
+        part = row * splits + offs_i
+        weight = tl.exp(tl.load(part_lse_ptr + part, mask=mask_i, other=float("-inf")) - m)
+        mask = mask_i[:, None] & mask_d[None, :]
+        acc += weight[:, None] * tl.load(part_o_ptr + part[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
+    o = (tl.sum(acc, 0) / l).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + row * D + offs_d, o, mask=mask_d)
+    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), m + tl.log(l)))
+
+
+OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+
+
+def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of `split_kernel`; with `OPTIONS` they decide what the AOT gate measures.
+
+    A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared
+    memory: three programs on an H100's multiprocessor, two on an A100's, one on a consumer card's. Float32
+    has no tensor cores here ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
+    """
+    D_PAD = 1 << (head_dim - 1).bit_length()
+    BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
+    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+
+
+def combine_constants(head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of `combine_kernel`: 16 shares a step, 16 to 32 accumulators a thread."""
+    return {"D": head_dim, "D_PAD": 1 << (head_dim - 1).bit_length(), "MAX_SPLITS": MAX_SPLITS, "BLOCK_I": 16}
+
+
+def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
+    """Shares to cut each KV head into: from 1 to `MAX_SPLITS`.
+
+    Four programs for each multiprocessor, so that short heads leave room for long ones; at least two pages
+    for each program, so that float32 partials, written and read back, stay at 6% of K and V (16-bit, G = 4).
+
+    Args:
+        rows: programs of one share, B * Hkv * ceil(G / BLOCK_G).
+        pages: the most pages a head can have, M; lens itself is not read, which would wait for the device.
+        multiprocessors: of the device.
+    """
+    return max(1, min(-(-4 * multiprocessors // rows), pages // 2, MAX_SPLITS))
+
+
+def decode(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, *, splits: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token for each sequence over the kept slots of a paged, ragged cache.
+
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
+
+    Args:
+        q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
+        k, v: [P, PAGE, D] in q's dtype, rows contiguous.
+        table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
+        lens: [B, Hkv] int32 in [0, M * PAGE]; checked where lens is on the host.
+        scaling: factor on q K^T, usually D ** -0.5.
+        splits: shares to cut each KV head into; chosen from M and the device when None.
+
+    Returns:
+        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    _check(q, k, v, table, lens, splits)
+    if not (q.is_cuda or INTERPRETED):
+        o, lse = reference(q, k, v, table, lens, scaling)
+        return o.to(q.dtype), lse
+    if triton is None:
+        raise RuntimeError(f"decode on {q.device} needs the package triton, which is not installed")
+    if splits is None:
+        B, Hkv, M = table.shape
+        rows = B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G)
+        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+        splits = choose_splits(rows, M, count)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        o, lse = _launch(q.float(), k.float(), v.float(), table, lens, scaling, splits)
+        return o.to(q.dtype), lse
+    return _launch(q, k, v, table, lens, scaling, splits)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, splits: int
+) -> tuple[Tensor, Tensor]:
+    B, H, D = q.shape
+    Hkv = table.shape[1]
+    G = H // Hkv
+    o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H), dtype=torch.float32, device=q.device)
+    part_o, part_lse = o, lse  # a single share is the answer: nothing to merge
+    if splits > 1:
+        part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
+    with torch.cuda.device(q.get_device()):
+        constants = split_constants(q.dtype, D)
+        split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
+            q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
+        )
+        if splits > 1:
+            constants = combine_constants(D)
+            combine_kernel[(B * H,)](part_o, part_lse, o, lse, splits, **constants, **OPTIONS)
+    return o, lse
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits: int | None) -> None:
+    tensors = {"q": q, "k": k, "v": v, "table": table, "lens": lens}
+    for (name, tensor), axes in zip(tensors.items(), (3, 3, 3, 3, 2), strict=True):
+        if tensor.ndim != axes:
+            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
+        if axes == 3 and tensor.stride(2) != 1 and tensor.shape[2] > 1:
+            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
+    B, H, D = q.shape
+    Hkv, M = table.shape[1:]
+    if D not in HEAD_DIMS:
+        raise ValueError(f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
+        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
+    if table.dtype != torch.int32 or lens.dtype != torch.int32:
+        raise ValueError(f"table and lens must be torch.int32, got {table.dtype} and {lens.dtype}")
+    if table.shape[0] != B or not Hkv or H % Hkv:
+        raise ValueError(f"table must be [{B}, Hkv, M] with Hkv a divisor of {H}, got {tuple(table.shape)}")
+    if lens.shape != table.shape[:2]:
+        raise ValueError(f"lens must be {tuple(table.shape[:2])} as table, got {tuple(lens.shape)}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
+    if lens.device.type == "cpu" and lens.numel():
+        low, high = lens.aminmax()
+        if low < 0 or high > M * PAGE:
+            raise ValueError(f"lens must be 0 to {M * PAGE}, table {tuple(table.shape)}, got {lens.tolist()}")

@@ -1,0 +1,191 @@
+"""The compressed cache's memory layout, and attention over it in PyTorch.
+
+Every (sequence, KV head) owns whole pages of 64 slots, so heads that keep different counts free memory for real.
+This file is the CPU path, and with it the truth that the Triton kernels are tested against.
+
+    k, v       [P, PAGE, D]    one pool of pages per layer
+    table      [B, Hkv, M]     page ids of each head, in order; entries past its last page are 0 and never read
+    lens       [B, Hkv]        kept slots of each head; 0 is legal
+    positions  [P, PAGE]       where in the context each slot came from; absent when nothing was dropped
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PAGE = 64
+# Scores of a long question over a long context are computed in row blocks of at most this many elements.
+MAX_SCORES = 1 << 24
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """One layer of a compressed context. Immutable, so any number of questions may read it at once.
+
+    Attributes:
+        k, v: [P, PAGE, D], keys after RoPE, and values.
+        table: [B, Hkv, M] int32, page ids.
+        lens: [B, Hkv] int32, kept slots.
+        positions: [P, PAGE] int32, original position of each slot; None when every token was kept.
+        counts: `lens` on the host, row by row: loops over heads must not wait for the device.
+    """
+
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    lens: Tensor
+    positions: Tensor | None
+    counts: tuple[int, ...]
+
+    @classmethod
+    def full(cls, k: Tensor, v: Tensor, tokens: int) -> PagedKV:
+        """Every token of a dense buffer, without a copy.
+
+        k, v: [B, Hkv, S', D] contiguous, S' the next multiple of PAGE at or above `tokens`.
+        """
+        batch, heads, padded, dim = k.shape
+        pages = padded // PAGE
+        table = torch.arange(batch * heads * pages, dtype=torch.int32, device=k.device)
+        return cls(
+            k=k.view(-1, PAGE, dim),
+            v=v.view(-1, PAGE, dim),
+            table=table.view(batch, heads, pages),
+            lens=torch.full((batch, heads), tokens, dtype=torch.int32, device=k.device),
+            positions=None,
+            counts=(tokens,) * (batch * heads),
+        )
+
+    @classmethod
+    def gather(cls, k: Tensor, v: Tensor, keep: Tensor) -> PagedKV:
+        """The kept slots of a dense cache, copied together in their original order.
+
+        k, v: [B, Hkv, S, D]; keep: [B, Hkv, S] bool.
+        """
+        batch, heads, _, dim = k.shape
+        counts = tuple(keep.sum(-1).flatten().tolist())
+        used = [-(-n // PAGE) for n in counts]
+        pool_k = k.new_zeros(sum(used), PAGE, dim)
+        pool_v = torch.zeros_like(pool_k)
+        positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=k.device)
+        table = torch.zeros(batch * heads, max(used, default=0), dtype=torch.int32, device=k.device)
+        first = 0
+        for row, (n, pages) in enumerate(zip(counts, used, strict=True)):
+            b, h = divmod(row, heads)
+            index = keep[b, h].nonzero().squeeze(-1)
+            own = slice(first, first + pages)
+            pool_k[own].view(-1, dim)[:n] = k[b, h, index]
+            pool_v[own].view(-1, dim)[:n] = v[b, h, index]
+            positions[own].view(-1)[:n] = index.int()
+            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=k.device)
+            first += pages
+        return cls(
+            k=pool_k,
+            v=pool_v,
+            table=table.view(batch, heads, -1),
+            lens=torch.tensor(counts, dtype=torch.int32, device=k.device).view(batch, heads),
+            positions=positions,
+            counts=counts,
+        )
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the occupied slots: keys, values and positions."""
+        slot = 2 * self.k.shape[-1] * self.k.element_size()
+        if self.positions is not None:
+            slot += self.positions.element_size()
+        return sum(self.counts) * slot
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all tensors: whole pages, page table and lengths too."""
+        tensors = [self.k, self.v, self.table, self.lens, self.positions]
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    def kept_positions(self, b: int, h: int) -> Tensor:
+        """[n] int64, the original positions that one head kept, ascending."""
+        n = self.counts[b * self.lens.shape[1] + h]
+        if self.positions is None:
+            return torch.arange(n, device=self.k.device)
+        return self.positions[self.table[b, h].long()].flatten()[:n].long()
+
+    def head(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [n, D] of head `row` of B * Hkv, as views: both builders lay its pages side by side."""
+        before = sum(-(-n // PAGE) for n in self.counts[:row])
+        n = self.counts[row]
+        own = slice(before, before + -(-n // PAGE))
+        dim = self.k.shape[-1]
+        return self.k[own].reshape(-1, dim)[:n], self.v[own].reshape(-1, dim)[:n]
+
+
+def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
+    """Attention of every query over all kept slots of its KV head (the context lies wholly in the past).
+
+    q: [B, H, T, D]. `kv` holds B sequences, or one that all B share.
+    Returns o [B, H, T, D] in q's dtype and lse [B, H, T] float32 (natural log; zeros and -inf over an empty head).
+    """
+    batch, heads, tokens, dim = q.shape
+    sequences, kv_heads = kv.lens.shape
+    group = heads // kv_heads
+    # Rows that read the same keys lie side by side: [sequences * Hkv, rows, D].
+    rows = q.reshape(sequences, batch // sequences, kv_heads, group, tokens, dim).transpose(1, 2)
+    rows = rows.reshape(sequences * kv_heads, -1, dim)
+    o = torch.empty_like(rows)
+    lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
+    if len(set(kv.counts)) == 1:
+        n = kv.counts[0]
+        k, v = (pool.view(len(kv.counts), -1, dim)[:, :n] for pool in (kv.k, kv.v))
+        _attend_rows(rows, k, v, scaling, o, lse)
+    else:
+        for row in range(len(kv.counts)):
+            k, v = kv.head(row)
+            one = slice(row, row + 1)
+            _attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
+    shape = (sequences, kv_heads, batch // sequences, group, tokens)
+    return (
+        o.view(*shape, dim).transpose(1, 2).reshape(batch, heads, tokens, dim),
+        lse.view(shape).transpose(1, 2).reshape(batch, heads, tokens),
+    )
+
+
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+    """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], a block of M at a time."""
+    if k.shape[1] == 0:
+        o.zero_()
+        lse.fill_(-torch.inf)
+        return
+    step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
+    for start in range(0, q.shape[1], step):
+        block = slice(start, start + step)
+        scores = torch.matmul(q[:, block], k.transpose(1, 2)).float().mul_(scaling)
+        lse[:, block] = torch.logsumexp(scores, -1)
+        weights = scores.sub_(lse[:, block, None]).exp_()
+        o[:, block] = torch.matmul(weights.to(v.dtype), v)
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Causal attention where the last query sees the last key: a question over its own tokens.
+
+    q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T. Returns as `attend`.
+    """
+    batch, heads, tokens, dim = q.shape
+    kv_heads, length = k.shape[1:3]
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    scores = torch.matmul(grouped, k.transpose(2, 3)).float().mul_(scaling).view(batch, heads, tokens, length)
+    if tokens > 1:
+        future = torch.ones(tokens, length, dtype=torch.bool, device=q.device).triu_(length - tokens + 1)
+        scores.masked_fill_(future, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    weights = scores.sub_(lse[..., None]).exp_().to(v.dtype)
+    return torch.matmul(weights.view(batch, kv_heads, -1, length), v).view(q.shape), lse
+
+
+def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> Tensor:
+    """One softmax out of two over disjoint keys: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i).
+
+    o: [B, H, T, D]; lse: [B, H, T] float32, at least one of the two finite.
+    """
+    weight = torch.sigmoid(lse1 - lse2)[..., None]
+    return torch.lerp(o2.float(), o1.float(), weight).to(o1.dtype)

@@ -1,0 +1,118 @@
+"""The command line: verbs, results on stdout, progress on stderr, one line for an error.
+
+Exit codes: 0 done, 1 regression, 2 bad usage, 3 not comparable, 4 infrastructure or unexpected, 5 inconclusive.
+Everything heavy is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lceval.errors import LcevalError, UserError
+
+app = typer.Typer(
+    help="Long-context evaluation over compressed KV caches.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Format = Literal["terminal", "markdown", "csv", "json"]
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help="Evaluate; takes lm_eval's own `run` flags.",
+)
+def run(context: typer.Context, as_json: Json = False) -> None:
+    """lm_eval's `run`, into a run folder (--output_path) that the same line resumes."""
+    from lceval.run import report
+    from lceval.run import run as run_evaluation
+    from lceval.table import main as table_text
+
+    outcome = run_evaluation(context.args)
+    report(outcome)
+    typer.echo(table_text([outcome.folder], "json" if as_json else "terminal"))
+
+
+@app.command()
+def demo(
+    output_path: Annotated[Path, typer.Option("--output_path", "--output-path")] = Path("runs/demo"),
+    limit: Annotated[int, typer.Option(help="Samples per recipe.")] = 24,
+    as_json: Json = False,
+) -> None:
+    """Evaluate the packaged model on the shipped suite under four KV recipes; needs no hub, no GPU, no data."""
+    from lceval.demo import demo as run_demo
+    from lceval.table import main as table_text
+
+    typer.echo(table_text(run_demo(output_path, limit), "json" if as_json else "terminal"))
+
+
+@app.command()
+def table(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
+    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
+    as_json: Json = False,
+) -> None:
+    """Set runs side by side: score with interval, what was kept, what it cost."""
+    from lceval.table import main as table_text
+
+    typer.echo(table_text(runs, "json" if as_json else form))
+
+
+@app.command()
+def model(name: Annotated[str, typer.Argument(help="smollm2-135m")], as_json: Json = False) -> None:
+    """Print the folder of a packaged model, which `--model hf`, vLLM or kvpress can load."""
+    from lceval.models import packaged
+
+    if name != packaged.NAME:
+        raise UserError(f"no packaged model {name!r}; there is {packaged.NAME}")
+    folder = str(packaged.folder())
+    typer.echo(json.dumps({"name": name, "folder": folder}) if as_json else folder)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check this installation; every finding comes with what to do about it."""
+    from lceval.doctor import examine, render
+
+    findings = examine()
+    typer.echo(json.dumps([vars(f) for f in findings], indent=2) if as_json else render(findings))
+    if any(f.level == "error" for f in findings):
+        raise typer.Exit(4)
+
+
+def main() -> None:
+    """Entry point of the `lceval` command."""
+    sys.exit(invoke(sys.argv[1:]))
+
+
+def invoke(argv: list[str]) -> int:
+    """Run one command line; returns its exit code."""
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(argv or ["--help"], prog_name="lceval", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except LcevalError as error:
+        return _fail(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted; the same line goes on from here", 130)
+    except Exception as error:
+        # Typer keeps its usage errors private; they are the ones that format themselves.
+        if usage := getattr(error, "format_message", None):
+            return _fail(f"{usage()} (see lceval --help)", 2)
+        if os.environ.get("LCEVAL_DEBUG"):
+            raise
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return _fail(f"unexpected {type(error).__name__}: {first} (LCEVAL_DEBUG=1 shows the traceback)", 4)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"lceval: error: {message}", err=True)
+    return code

@@ -1,0 +1,118 @@
+"""What makes a run this run: everything that can change its outputs, and nothing else.
+
+A run is resumed, and a result reused, only under the same identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# The fields of lm-eval's EvaluatorConfig. A test fails on one that stands in neither list.
+CHANGES_OUTPUTS = (
+    "apply_chat_template",
+    "batch_size",
+    "device",
+    "fewshot_as_multiturn",
+    "gen_kwargs",
+    "include_path",
+    "limit",
+    "max_batch_size",
+    "metadata",
+    "model",
+    "model_args",
+    "num_fewshot",
+    "predict_only",
+    "samples",
+    "seed",
+    "system_instruction",
+    "tasks",
+    "trust_remote_code",
+)
+DOES_NOT = (
+    "cache_requests",
+    "check_integrity",
+    "config",
+    "confirm_run_unsafe_code",
+    "hf_hub_log_args",
+    "log_samples",
+    "output_path",
+    "show_config",
+    "trackio_args",
+    "use_cache",
+    "verbosity",
+    "wandb_args",
+    "wandb_config_args",
+    "write_out",
+)
+PACKAGES = ("lceval", "lm-eval", "torch", "transformers", "peft", "accelerate", "tokenizers", "triton")
+WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model")
+
+
+def of(config: Any, folders: dict[str, str]) -> dict[str, Any]:
+    """The identity of an EvaluatorConfig.
+
+    Args:
+        config: the parsed configuration, recipe canonical.
+        folders: model and adapter names, resolved; those that are local folders enter by their content.
+    """
+    fields = {name: getattr(config, name) for name in CHANGES_OUTPUTS}
+    hashes = {key: folder_hash(Path(name)) for key, name in folders.items() if Path(name).is_dir()}
+    text = json.dumps({**fields, "hashes": hashes, "versions": versions()}, default=str)
+    identity: dict[str, Any] = json.loads(text)
+    return identity
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """Hex digest of an identity."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The fields in which two identities differ, as `field: old -> new`."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return found
+
+
+def folder_hash(folder: Path) -> str:
+    """Hex digest of a model or adapter folder: names and contents of weights, tokenizer and configuration."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that take part in an answer."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the run ran on. Imports torch."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+    }

@@ -1,0 +1,94 @@
+"""Makes `lm_eval --model lcft --tasks lc_…` work in an environment where lceval was merely installed.
+
+lm-eval 0.4.13 discovers no plugins. A `.pth` line imports this module at every Python start, so it may cost next to
+nothing: it only puts a finder in front of the import system. When, and only when, lm_eval's model registry or task
+manager is imported, the finder lets it load as usual and then adds our model and our task folder to it. Releases that
+read entry points themselves are left to do so. `LCEVAL_AUTOLOAD=0` in the environment switches all of it off.
+"""
+
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+MODEL = ("lcft", "lceval.models.lcft:LCFT")
+
+
+def install() -> None:
+    """Put the finder in place; a second call does nothing."""
+    if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport:
+    """A meta path finder that runs an action after one of a few named modules was imported."""
+
+    def find_spec(self, name: str, path: "Sequence[str] | None", target: object = None) -> "ModuleSpec | None":
+        action = _ACTIONS.get(name)
+        if action is None:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_then_act(module: "ModuleType") -> None:
+            execute(module)
+            action(module)
+
+        spec.loader.exec_module = execute_then_act  # type: ignore[method-assign]
+        return spec
+
+
+def _add_model(_: "ModuleType") -> None:
+    # After lm_eval.models, never before: it registers the built-in models only while the registry is empty.
+    from lm_eval.api import registry
+
+    name, target = MODEL
+    reads_entry_points = hasattr(registry, "load_plugins")
+    if not reads_entry_points and name not in registry.model_registry:
+        registry.model_registry.register(name, target=target)
+
+
+def _add_tasks(manager: "ModuleType") -> None:
+    from pathlib import Path
+
+    from lceval.tasks import tokens
+
+    tokens.ALIASES["smollm2-135m"] = _packaged_folder
+    ours = Path(__file__).parent / "tasks"
+    original = manager.TaskManager.__init__
+
+    def __init__(  # noqa: N807
+        self: object,
+        verbosity: str | None = None,
+        include_path: str | Path | list[str | Path] | None = None,
+        include_defaults: bool = True,
+        metadata: dict[str, object] | None = None,
+    ) -> None:
+        theirs = [] if not include_path else include_path if isinstance(include_path, list) else [include_path]
+        # Before the user's folders: later ones win, and a user may replace a task of ours.
+        paths = [ours, *theirs] if include_defaults else theirs
+        original(self, verbosity, paths, include_defaults, metadata)
+        self.include_path = include_path  # type: ignore[attr-defined]
+
+    manager.TaskManager.__init__ = __init__
+
+
+def _packaged_folder() -> str:
+    from lceval.models import packaged
+
+    return str(packaged.folder())
+
+
+_ACTIONS: "dict[str, Callable[[ModuleType], None]]" = {
+    "lm_eval.models": _add_model,
+    "lm_eval.tasks.manager": _add_tasks,
+}
+
+install()

@@ -1,0 +1,294 @@
+"""Reads what an evaluation left on disk: a lceval run folder or any `lm_eval --output_path` folder.
+
+lm-eval writes `results_<date>.json` and, with --log_samples, one `samples_<task>_<date>.jsonl` a task, all
+with the same date. A lceval run folder holds them directly, beside `run.json`; plain lm-eval puts them in
+a sub-folder named after the model, and a second evaluation adds a second set. Scores come from the
+samples, never from lm-eval's aggregates, because an interval needs every sample with its cluster.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lceval.errors import UserError
+
+# Telemetry is logged as metrics too, because that is the only road lm-eval offers; none of it is a score.
+TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv"})
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer, its score and what it cost.
+
+    score: the headline metric, or None where it is missing, not finite, or the sample ended in an error.
+    cluster: the context's name, or one of its own for a sample that names none.
+    kv_bytes, kv_bytes_full: None without telemetry.
+    status: "ok", "truncated" or "error" (or what the `kv` telemetry says).
+    """
+
+    id: str
+    cluster: str
+    score: float | None
+    kv_bytes: int | None
+    kv_bytes_full: int | None
+    kv: Mapping[str, Any]
+    status: str
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The samples of one task, scored by its headline metric.
+
+    headline: None where no metric of the task is a number per sample (a corpus metric such as BLEU).
+    filters: all that lm-eval applied, in its order; scores are taken from the first.
+    expected: how many samples lm-eval says it evaluated, None where it does not say.
+    samples: empty only in an unfinished run that has not written this task yet.
+    """
+
+    task: str
+    version: str | None = None
+    headline: str | None = None
+    higher_is_better: bool = True
+    filters: tuple[str, ...] = ()
+    expected: int | None = None
+    samples: tuple[Sample, ...] = ()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation: one results file with its samples.
+
+    model: the lm-eval model type (`lcft`, `hf`, ...); `pretrained` and `peft` are the weights it loaded.
+    config: run.json merged over the `config` of the results file.
+    """
+
+    path: Path
+    label: str
+    model: str
+    pretrained: str | None
+    peft: str | None
+    recipe: str
+    finished: bool
+    config: Mapping[str, Any]
+    tasks: tuple[TaskResult, ...]
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
+    """Every run found in the folders, in their order; runs of the same name get their parent's in front.
+
+    Raises:
+        UserError: As `read_folder`.
+    """
+    runs = [run for path in paths for run in read_folder(path)]
+    seen = Counter(run.label for run in runs)
+    return tuple(
+        replace(run, label=f"{run.path.resolve().parent.name}/{run.label}") if seen[run.label] > 1 else run
+        for run in runs
+    )
+
+
+def read_folder(path: Path) -> tuple[Run, ...]:
+    """The run of a lceval run folder, or one run per results file of a plain lm-eval folder.
+
+    Plain runs are labelled with their sub-folder and date where the folder's name alone would not tell
+    them apart.
+
+    Raises:
+        UserError: No such folder, no results in it, no samples, or a file that is not what it should be.
+    """
+    if not path.is_dir():
+        what = "not a folder" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {what}; give the run folder or the --output_path of an evaluation")
+    if (path / "run.json").is_file():
+        return (_read_lceval_run(path),)
+    inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
+    if any((folder / "run.json").is_file() for folder in inside):
+        raise UserError(f"{path}: holds run folders but is none itself; name the runs, as in {path}/*")
+    files = _results_files(path) or [file for folder in inside for file in _results_files(folder)]
+    if not files:
+        raise UserError(f"{path}: no results_*.json inside; give the folder an evaluation wrote to")
+    per_folder = Counter(file.parent for file in files)
+    runs = []
+    for file in files:
+        label = path.resolve().name
+        if len(per_folder) > 1:
+            label += f"/{file.parent.name}"
+        if per_folder[file.parent] > 1:
+            label += f"@{_date(file)}"
+        runs.append(_assemble(path, label, file, run_json={}))
+    return tuple(runs)
+
+
+def _read_lceval_run(path: Path) -> Run:
+    """The run of a folder with run.json: its newest results; none at all is fine while it is unfinished."""
+    run_json = _read_json(path / "run.json")
+    files = _results_files(path)
+    if not files and run_json.get("status") == "finished":
+        raise UserError(f"{path}: run.json says finished, but there is no results_*.json; run it again")
+    return _assemble(path, path.resolve().name, files[-1] if files else None, run_json)
+
+
+def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mapping[str, Any]) -> Run:
+    """One Run from one results file, its samples files and run.json (empty for plain lm-eval)."""
+    finished = not run_json or run_json.get("status") == "finished"
+    results = _read_json(results_file) if results_file else {}
+    config = {**_mapping(results.get("config")), **run_json}
+    model = str(config.get("model", "-"))
+    model_args = _model_args(config.get("model_args"))
+    recipe = config.get("recipe") or model_args.get("kv") or ("full" if model == "lcft" else "-")
+    if results_file:
+        tasks = tuple(_read_tasks(results_file, results, finished))
+    else:
+        names = run_json.get("tasks")
+        tasks = tuple(TaskResult(str(task)) for task in (names if isinstance(names, list) else []))
+    if not tasks:
+        raise UserError(f"{path}: no task recorded; give the folder of an evaluation that has started")
+    return Run(
+        path=path,
+        label=label,
+        model=model,
+        pretrained=_text(model_args.get("pretrained")),
+        peft=_text(model_args.get("peft")),
+        recipe=str(recipe),
+        finished=finished,
+        config=config,
+        tasks=tasks,
+    )
+
+
+def _read_tasks(results_file: Path, results: Mapping[str, Any], finished: bool) -> Iterator[TaskResult]:
+    """The tasks of a results file, in the order they ran; every one must have its samples file."""
+    configs = _mapping(results.get("configs"))
+    for task in dict.fromkeys((*_mapping(results.get("n-samples")), *configs)):
+        file = results_file.parent / f"samples_{task}_{_date(results_file)}.jsonl"
+        if file.is_file():
+            yield _read_task(task, file, results)
+        elif finished:
+            raise UserError(f"{results_file}: no samples of task {task} beside it; run with --log_samples")
+        else:
+            yield TaskResult(task)
+
+
+def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
+    """One task's samples; a task with several filters is read through its first."""
+    config = _mapping(_mapping(results.get("configs")).get(task))
+    filters: dict[str, None] = {}
+    rows = []
+    for row in _read_lines(file):
+        name = str(row.get("filter", "none"))
+        filters[name] = None
+        if name == next(iter(filters)):
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{file}: no samples inside; run the task again with --log_samples")
+    headline = _headline(config, rows)
+    better = _mapping(_mapping(results.get("higher_is_better")).get(task)).get(headline or "")
+    version = _mapping(results.get("versions")).get(task)
+    expected = _mapping(_mapping(results.get("n-samples")).get(task)).get("effective")
+    return TaskResult(
+        task=task,
+        version=None if version is None else str(version),
+        headline=headline,
+        higher_is_better=better is not False,
+        filters=tuple(filters),
+        expected=expected if isinstance(expected, int) else None,
+        samples=tuple(_sample(row, headline, index) for index, row in enumerate(rows)),
+    )
+
+
+def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """The metric a task is known by: what it declares, else its first metric that is a number per sample."""
+    declared = _mapping(config.get("metadata")).get("headline")
+    if isinstance(declared, str):
+        return declared
+    listed = [entry.get("metric") for entry in config.get("metric_list") or [] if isinstance(entry, dict)]
+    logged = [metric for row in rows for metric in row.get("metrics") or []]
+    for metric in dict.fromkeys([*listed, *logged]):
+        if metric not in TELEMETRY and any(isinstance(row.get(metric), int | float) for row in rows):
+            return str(metric)
+    return None
+
+
+def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
+    """One line of a samples file; `index` tells samples without a name apart."""
+    doc = _mapping(row.get("doc"))
+    kv = _mapping(row.get("kv"))
+    name, cluster = doc.get("id"), doc.get("cluster")
+    score = _number(row.get(headline)) if headline else None
+    status = str(kv.get("status", "ok"))
+    if status == "error" or (headline and score is None):
+        score, status = None, "error"
+    elif status == "ok" and kv.get("truncated"):
+        status = "truncated"
+    return Sample(
+        id=str(row.get("doc_id", index) if name is None else name),
+        cluster=cluster if isinstance(cluster, str) and cluster else f"sample {index}",
+        score=score,
+        kv_bytes=_count(row.get("kv_bytes")),
+        kv_bytes_full=_count(row.get("kv_bytes_full")),
+        kv=kv,
+        status=status,
+    )
+
+
+def _model_args(value: object) -> Mapping[str, Any]:
+    """lm-eval's model arguments, logged as a mapping or as the string "a=b,c=d"."""
+    if isinstance(value, str):
+        return {key.strip(): text for key, _, text in (part.partition("=") for part in value.split(","))}
+    return _mapping(value)
+
+
+def _results_files(folder: Path) -> list[Path]:
+    """The results files directly inside, oldest first: the ISO date in the name sorts as time."""
+    return sorted(folder.glob("results_*.json"))
+
+
+def _date(results_file: Path) -> str:
+    return results_file.stem.removeprefix("results_")
+
+
+def _read_json(file: Path) -> Mapping[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); run the evaluation again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _read_lines(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSON Lines file, one in memory at a time: a line may carry a whole long context."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}:{number}: not valid JSON ({error}); run the task again") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield row
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    """A finite number, or None."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _count(value: object) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _text(value: object) -> str | None:
+    return None if value is None or value == "" else str(value)

@@ -1,0 +1,35 @@
+"""The attention function that transformers calls: it hands the queries to the cache layer that holds the keys."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface
+
+NAME = "lceval"
+
+
+def lceval_attention(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of one layer. q: [B, H, T, D]; k, v: [B, Hkv, S, D]. Returns ([B, T, H, D], None).
+
+    Registered without a mask function, so transformers builds no mask and passes none. Keys that no cache of ours
+    has seen (a plain forward pass over unpadded or right-padded rows) get ordinary causal attention.
+    """
+    assert mask is None, "transformers built a mask for an attention function that has none registered"
+    layer = getattr(k, "lceval_layer", None)
+    if layer is not None:
+        o = layer.attend(q, scaling)
+    else:
+        assert q.shape[2] == k.shape[2], "a foreign cache cannot be continued by this attention function"
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return o.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the function known to transformers; returns the name for `attn_implementation`."""
+    AttentionInterface.register(NAME, lceval_attention)
+    return NAME

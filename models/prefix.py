@@ -1,0 +1,71 @@
+"""Where a prompt's context ends and its question begins, and which prompts share a context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt, cut at the end of its context.
+
+    Attributes:
+        index: its place among the requests, where the response goes.
+        ids: the prompt's tokens.
+        boundary: how many of them belong to the context; the rest is the question.
+        found: whether the doc's context was found in the prompt. If not, there is nothing to compress.
+        truncated: whether context tokens were cut away to make the prompt fit.
+        payload: whatever the caller needs to finish the job.
+    """
+
+    index: int
+    ids: tuple[int, ...]
+    boundary: int
+    found: bool
+    truncated: bool = False
+    payload: Any = field(default=None, compare=False)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        return self.ids[: self.boundary]
+
+    @property
+    def question(self) -> tuple[int, ...]:
+        return self.ids[self.boundary :]
+
+
+def find_boundary(
+    prompt: str, ids: Sequence[int], context: str | None, encode: Callable[[str], Sequence[int]]
+) -> int | None:
+    """How many of the prompt's tokens belong to its context and whatever stands before it.
+
+    Tokens may merge across the cut, so the cut goes after the last token that the prompt shares with its own
+    beginning. At least one token is left to the question. None if the prompt does not contain `context`.
+    """
+    at = prompt.rfind(context) if context else -1
+    if at < 0 or context is None:
+        return None
+    shared = 0
+    for ours, theirs in zip(encode(prompt[: at + len(context)]), ids, strict=False):
+        if ours != theirs:
+            break
+        shared += 1
+    return min(shared, len(ids) - 1)
+
+
+def cut(ids: Sequence[int], boundary: int, excess: int, where: str) -> tuple[tuple[int, ...], int]:
+    """Drop `excess` context tokens at the context's `end` or from its `middle`; returns the ids and the boundary."""
+    kept = boundary - excess
+    assert kept >= 0, "only context tokens may be cut"
+    head = kept if where == "end" else kept - kept // 2
+    return (*ids[:head], *ids[head + excess :]), kept
+
+
+def by_context(jobs: Iterable[Job]) -> list[list[Job]]:
+    """The jobs, those with the same context together, in order of first appearance."""
+    groups: dict[tuple[bool, tuple[int, ...]], list[Job]] = {}
+    for job in jobs:
+        groups.setdefault((job.found, job.context), []).append(job)
+    return list(groups.values())

@@ -1,0 +1,1 @@
+"""In-context retrieval: the answer is stated in one of many passages."""

@@ -1,0 +1,1 @@
+"""Multiple choice over one long text."""

@@ -1,0 +1,43 @@
+"""The prompts, as plain text: instruction, context, question, output format.
+
+The context stands verbatim in the prompt and is also a field of the row, so that a model can find where
+the question begins. A prompt neither begins nor ends a message with white space that a chat template
+would strip from the context.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NEW_TOKENS = 32
+"""Room for the answer, `max_gen_toks` of every answer-only task; part of the length contract."""
+
+ANSWER_PREFIX = "Answer:"
+"""How the reply of a multiple-choice task begins (`gen_prefix`); the options are scored after it."""
+
+_READ_DOCUMENTS = "Read the numbered documents below. A question about them follows."
+_READ_TEXT = "Read the text below. A question about it follows."
+_ANSWER_FORMAT = 'Reply with one line: write "Answer:" and then only the answer, in as few words as possible.'
+
+
+def documents_block(texts: Sequence[str]) -> str:
+    """The context: `[DOC i]` and the text of each document, numbered from 0, a blank line between."""
+    return "\n\n".join(f"[DOC {number}]\n{text}" for number, text in enumerate(texts))
+
+
+def answer_only_text(context: str, question: str) -> str:
+    """The answer-only prompt."""
+    return f"{_READ_DOCUMENTS}\n\n{context}\n\nQuestion: {question}\n{_ANSWER_FORMAT}"
+
+
+def answer_only(doc: Mapping[str, Any]) -> str:
+    """lm-eval's `doc_to_text` of the answer-only tasks."""
+    return answer_only_text(doc["context"], doc["question"])
+
+
+def multiple_choice(doc: Mapping[str, Any]) -> str:
+    """lm-eval's `doc_to_text` of the multiple-choice tasks; `ANSWER_PREFIX` follows on a line of its own."""
+    options = "\n".join(f"- {choice}" for choice in doc["choices"])
+    return (
+        f"{_READ_TEXT}\n\n{doc['context']}\n\nQuestion: {doc['question']}\nOptions:\n{options}\n"
+        "Reply with the text of the correct option.\n"
+    )

@@ -1,0 +1,178 @@
+"""Lengths in the model's own tokens: the tokenizer of model_args, with its chat template.
+
+Counts follow what lm-eval's `hf` model does with a prompt: special tokens as the tokenizer adds them,
+except when the text already begins with the beginning-of-sequence token.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+from lceval.errors import UserError
+
+ALIASES: dict[str, Callable[[], str]] = {}
+"""Short model names and how to turn each into a folder or hub name; filled where models are registered."""
+
+_OPTIONS = {
+    "revision": "revision",
+    "subfolder": "subfolder",
+    "trust_remote_code": "trust_remote_code",
+    "use_fast_tokenizer": "use_fast",
+    "add_bos_token": "add_bos_token",
+}
+"""Model arguments that change the tokenizer, by the name that `from_pretrained` knows."""
+
+
+class TokenMeter:
+    """Counts tokens of prompts as a model will see them."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        add_bos: bool | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            tokenizer: A transformers tokenizer.
+            add_bos: lm-eval's `add_bos_token`; None leaves it to the tokenizer.
+            template_args: Further arguments of the chat template (`enable_thinking`, ...).
+        """
+        self._tokenizer = tokenizer
+        self._add_bos = add_bos
+        self._template_args = dict(template_args or {})
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template that applies without being named."""
+        template = getattr(self._tokenizer, "chat_template", None)
+        return "default" in template if isinstance(template, dict) else bool(template)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides a count."""
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        state = backend.to_str() if backend is not None else sorted(self._tokenizer.get_vocab().items())
+        parts = [
+            type(self._tokenizer).__name__,
+            state,
+            self._tokenizer.chat_template if self.has_template else None,
+            self._tokenizer.bos_token,
+            self._add_bos,
+            self._template_args,
+        ]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @cached_property
+    def template_tokens(self) -> int:
+        """Tokens that the chat template adds to a prompt; 0 without one."""
+        (rendered,) = self.prompts(["question"])
+        (plain,) = self._counts(["question"], add_special_tokens=self._add_bos is not False)
+        return rendered - plain
+
+    def pieces(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text by itself, without special tokens."""
+        return self._counts(texts, add_special_tokens=False)
+
+    def prompts(self, prompts: Sequence[str], reply_prefix: str = "") -> list[int]:
+        """Tokens of each prompt as it is sent: in the chat template, if the tokenizer has one.
+
+        Args:
+            prompts: The user's messages.
+            reply_prefix: How the reply begins (lm-eval's `gen_prefix`), counted with the prompt.
+        """
+        rendered = [self._render(prompt, reply_prefix) for prompt in prompts]
+        bos = self._tokenizer.bos_token
+        if bos and all(text.startswith(bos) for text in rendered):
+            return self._counts(rendered, add_special_tokens=False)
+        return self._counts(rendered, add_special_tokens=self._add_bos is not False)
+
+    def _render(self, prompt: str, reply_prefix: str) -> str:
+        if not self.has_template:
+            return prompt + reply_prefix
+        messages = [{"role": "user", "content": prompt}]
+        if reply_prefix:
+            messages.append({"role": "assistant", "content": reply_prefix})
+        rendered: str = self._tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=not reply_prefix,
+            continue_final_message=bool(reply_prefix),
+            **self._template_args,
+        )
+        return rendered
+
+    def _counts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[int]:
+        if not texts:
+            return []
+        # verbose=False: a text longer than the model's context is expected here and needs no warning
+        encoded = self._tokenizer(
+            list(texts),
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [len(ids) for ids in encoded["input_ids"]]
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """The tokenizer of an alias, a folder or a hub name; `options` go to `from_pretrained`.
+
+    Raises:
+        UserError: It cannot be loaded.
+    """
+    from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
+
+    target = ALIASES[name]() if name in ALIASES else name
+    try:
+        return AutoTokenizer.from_pretrained(target, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"cannot load the tokenizer {name!r} ({reason}): pass a folder, a hub name"
+            f"{''.join(f' or {alias}' for alias in sorted(ALIASES))} as tokenizer=... in --model_args."
+        ) from error
+
+
+def names_tokenizer(metadata: Mapping[str, Any]) -> bool:
+    """Whether model_args say which tokenizer to measure with."""
+    return bool(metadata.get("tokenizer") or metadata.get("pretrained"))
+
+
+def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
+    """The meter of a run: `tokenizer` of model_args, else `pretrained`.
+
+    Raises:
+        UserError: Neither is given, or it cannot be loaded.
+    """
+    name = metadata.get("tokenizer") or metadata.get("pretrained")
+    if not name:
+        raise UserError(
+            f"{task} measures its length in the model's tokens: pass pretrained=... or tokenizer=... in --model_args."
+        )
+    if not isinstance(name, str):
+        raise UserError(
+            f"{task} measures its length in the model's tokens and got a {type(name).__name__} as tokenizer: "
+            "pass its name or folder as tokenizer=... in --model_args."
+        )
+    options = {key: metadata[given] for given, key in _OPTIONS.items() if metadata.get(given) is not None}
+    if not metadata.get("tokenizer") and metadata.get("gguf_file"):
+        options["gguf_file"] = metadata["gguf_file"]
+    template_args = dict(metadata.get("chat_template_args") or {})
+    if metadata.get("enable_thinking") is not None:
+        template_args["enable_thinking"] = metadata["enable_thinking"]
+    return _meter(name, json.dumps(options, sort_keys=True), json.dumps(template_args, sort_keys=True))
+
+
+@lru_cache(maxsize=4)  # the tasks of a group share one tokenizer
+def _meter(name: str, options_json: str, template_json: str) -> TokenMeter:
+    options = json.loads(options_json)
+    return TokenMeter(
+        load_tokenizer(name, **options),
+        add_bos=options.get("add_bos_token"),
+        template_args=json.loads(template_json),
+    )

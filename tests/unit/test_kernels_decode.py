@@ -1,0 +1,342 @@
+"""Decode attention: the reference against torch's own attention, the kernels against the reference.
+
+The kernels run in Triton's interpreter, which a process chooses once, when it first imports triton. So that
+no other test of this process meets interpreted kernels, this file is also a script: one child process with
+TRITON_INTERPRET=1 runs every case below (`python test_kernels_decode.py`) and prints the errors it measured
+as JSON; the tests judge them, each under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import lceval
+from lceval.kernels import decode as module
+from lceval.kernels.decode import choose_splits, decode, reference
+from lceval.kernels.paged import PAGE
+
+Cache = tuple[Tensor, Tensor, Tensor, Tensor]
+LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Largest error measured over all cases, relative to the largest output of the same head: fp32 2.4e-6 (sums in
+# another order), fp16 6.2e-4 (p and o rounded to 11 bits), bf16 3.6e-3 (o rounded to 8 bits).
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 5e-3}
+# lse is float32 whatever q is; measured 2.9e-6.
+LSE_TOLERANCE = 1e-5
+
+
+def ragged(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> Cache:
+    """k, v, table, lens of a cache in shuffled pages. Whatever may not be read is NaN, spare pages too."""
+    rng = torch.Generator().manual_seed(seed)
+    counts = torch.tensor(lens, dtype=torch.int32)
+    used = -(-counts // PAGE)
+    spare = 2
+    pool = int(used.sum()) + spare
+    k, v = (torch.full((pool, PAGE, dim), math.nan, dtype=dtype) for _ in "kv")
+    order = torch.randperm(pool, generator=rng).int()
+    table = torch.zeros(*counts.shape, int(used.max()), dtype=torch.int32)
+    first = 0
+    for row, n in zip(table.flatten(0, 1), counts.flatten().tolist(), strict=True):
+        pages = order[first : first + -(-n // PAGE)]
+        first += len(pages)
+        row[: len(pages)] = pages
+        for i, page in enumerate(pages.tolist()):
+            kept = min(PAGE, n - i * PAGE)
+            k[page, :kept] = torch.randn(kept, dim, generator=rng).to(dtype)
+            v[page, :kept] = torch.randn(kept, dim, generator=rng).to(dtype)
+    return k, v, table, counts
+
+
+def queries(batch: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, heads, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> dict[str, float]:
+    """The largest error of o, relative to its head, and of lse; NaN where an empty head is not 0 and -inf."""
+    (o, lse), (want_o, want_lse) = got, want
+    empty = torch.isneginf(want_lse)
+    if not torch.equal(torch.isneginf(lse), empty) or o[empty].any() or want_o[empty].any():
+        return {"o": math.nan, "lse": math.nan}
+    scale = want_o.float().abs().amax(-1).masked_fill(empty, 1.0)
+    worst = (o.float() - want_o.float()).abs().amax(-1) / scale
+    worst_lse = torch.where(empty, 0.0, (lse - want_lse).abs())
+    return {"o": worst.max().item(), "lse": worst_lse.max().item()}
+
+
+# --- what the child process measures ------------------------------------------------------------------------
+
+
+def grid_case(dtype: str, batch: int, group: int, dim: int) -> dict[str, float]:
+    lens = torch.tensor(LENGTHS).view(batch, -1)
+    cache = ragged(lens.tolist(), dim, DTYPES[dtype])
+    q = queries(batch, lens.shape[1] * group, dim, DTYPES[dtype])
+    return errors(decode(q, *cache, dim**-0.5, splits=3), reference(q, *cache, dim**-0.5))
+
+
+def splits_case(splits: int) -> dict[str, float]:
+    cache = ragged([[300, 0]], 64, torch.float32)
+    q = queries(1, 6, 64, torch.float32)
+    return errors(decode(q, *cache, 0.125, splits=splits), decode(q, *cache, 0.125, splits=1))
+
+
+def permuted_case() -> dict[str, float]:
+    """The slots of every head in another order, across its pages."""
+    k, v, table, lens = ragged([[300, 65, 0, 1]], 64, torch.float32)
+    q = queries(1, 12, 64, torch.float32)
+    before = decode(q, k, v, table, lens, 0.125, splits=3)
+    for row, n in zip(table[0], lens[0].tolist(), strict=True):
+        pages = row[: -(-n // PAGE)]
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(2))
+        for pool in (k, v):
+            slots = pool[pages].flatten(0, 1)
+            slots[:n] = slots[:n][order]
+            pool[pages] = slots.view(-1, PAGE, 64)
+    return errors(decode(q, k, v, table, lens, 0.125, splits=3), before)
+
+
+def strided_case() -> dict[str, float]:
+    """K and V side by side in one pool, q cut from a longer tensor, one cache that all sequences share."""
+    k, v, table, lens = ragged([[130, 7]], 64, torch.float32)
+    pool = torch.stack([k, v], 1)
+    q = queries(3, 8, 128, torch.float32)[:, ::2, :64]
+    args = (q, pool[:, 0], pool[:, 1], table.expand(3, -1, -1), lens.expand(3, -1), 0.125)
+    return errors(decode(*args, splits=2), reference(*args))
+
+
+def nothing_kept_case() -> dict[str, float]:
+    """Every head empty, not one page in the pool."""
+    pool, lens = torch.empty(0, PAGE, 64), torch.zeros(2, 3, dtype=torch.int32)
+    args = (queries(2, 9, 64, torch.float32), pool, pool, lens[..., None][..., :0], lens, 0.125)
+    return errors(decode(*args), reference(*args))
+
+
+def invented_case() -> dict[str, float]:
+    """The worst errors over shapes that hypothesis invents."""
+    worst = {"o": 0.0, "lse": 0.0}
+
+    @settings(max_examples=12, deadline=None, derandomize=True, database=None)
+    @given(
+        lens=st.lists(st.lists(st.integers(0, 200), min_size=2, max_size=2), min_size=1, max_size=2),
+        group=st.integers(1, 18),
+        dim=st.sampled_from([16, 48, 64]),
+        splits=st.one_of(st.none(), st.integers(1, 7)),
+        scaling=st.floats(0.01, 1.0),
+    )
+    def run(lens: list[list[int]], group: int, dim: int, splits: int | None, scaling: float) -> None:
+        cache = ragged(lens, dim, torch.float32)
+        q = queries(len(lens), 2 * group, dim, torch.float32)
+        found = errors(decode(q, *cache, scaling, splits=splits), reference(q, *cache, scaling))
+        assert found["o"] <= TOLERANCE["fp32"], found
+        assert found["lse"] <= LSE_TOLERANCE, found
+        worst.update({name: max(worst[name], found[name]) for name in worst})
+
+    run()
+    return worst
+
+
+# Every dtype with every G and D; B alternates, so that it meets each of those.
+PAIRS = [
+    (dtype, 1 + (i + j + k) % 2, group, dim)
+    for (i, dtype), (j, group), (k, dim) in product(
+        enumerate(["fp32", "fp16"]), enumerate([1, 3, 4, 8]), enumerate([64, 128])
+    )
+]
+# A padded and the widest head_dim, more query heads than one tile, the dtype that is widened.
+ODD = [
+    *[("fp32", 1, 4, 96), ("fp16", 1, 4, 96), ("fp32", 1, 2, 256), ("fp16", 1, 2, 256)],
+    *[("fp32", 1, 17, 64), ("fp16", 2, 17, 64), ("bf16", 1, 4, 64), ("bf16", 2, 3, 128)],
+]
+GRID = {f"{case[0]}-B{case[1]}-G{case[2]}-D{case[3]}": case for case in PAIRS + ODD}
+PROPERTIES: dict[str, Callable[[], dict[str, float]]] = {
+    **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16, 128)},
+    "permuted": permuted_case,
+    "strided": strided_case,
+    "nothing_kept": nothing_kept_case,
+    "invented": invented_case,
+}
+
+
+def measure_all() -> Iterator[tuple[str, dict[str, Any]]]:
+    assert module.INTERPRETED
+    cases: dict[str, Callable[[], dict[str, float]]] = {n: partial(grid_case, *c) for n, c in GRID.items()}
+    for name, run in (cases | PROPERTIES).items():
+        try:
+            yield name, run()
+        except Exception:
+            yield name, {"failed": traceback.format_exc()}
+
+
+# --- tests --------------------------------------------------------------------------------------------------
+
+
+def child_env(**changes: str) -> dict[str, str]:
+    """The environment of a child that imports the same copy of the package as this process."""
+    return {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), **changes}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", __file__],
+        env=child_env(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID)
+def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    found = interpreted[case]
+    assert "failed" not in found, found["failed"]
+    assert found["o"] <= TOLERANCE[GRID[case][0]]
+    assert found["lse"] <= LSE_TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROPERTIES)
+def test_kernels_keep_their_properties(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    found = interpreted[case]
+    assert "failed" not in found, found["failed"]
+    assert found["o"] <= TOLERANCE["fp32"]
+    assert found["lse"] <= LSE_TOLERANCE
+
+
+@given(st.lists(st.integers(0, 200), min_size=4, max_size=4), st.sampled_from([1, 3]))
+@settings(deadline=None, max_examples=30)
+def test_reference_is_torch_attention_over_the_kept_slots(lens: list[int], group: int) -> None:
+    k, v, table, counts = ragged([lens[:2], lens[2:]], 32, torch.float32)
+    q = queries(2, 2 * group, 32, torch.float32)
+    o, lse = reference(q, k, v, table, counts, 0.2)
+    for b, h in product(range(2), range(2 * group)):
+        n = int(counts[b, h // group])
+        pages = table[b, h // group]
+        keys, values = (pool[pages].flatten(0, 1)[:n] for pool in (k, v))
+        if n == 0:
+            assert not o[b, h].any()
+            assert torch.isneginf(lse[b, h])
+            continue
+        want = sdpa(q[b, None, h, None], keys[None], values[None], scale=0.2)
+        # Two float32 orders of summation; measured 6e-7 at outputs of about 1.
+        torch.testing.assert_close(o[b, h], want.flatten(), rtol=1e-5, atol=5e-6)
+        torch.testing.assert_close(lse[b, h], (keys @ q[b, h] * 0.2).exp().sum().log(), rtol=1e-5, atol=5e-6)
+
+
+@given(n=st.integers(1, 200), data=st.data())
+@settings(deadline=None, max_examples=30)
+def test_reference_split_at_a_page_and_merged_equals_the_whole(n: int, data: st.DataObject) -> None:
+    k, v, table, lens = ragged([[n]], 32, torch.float32)
+    q = queries(1, 2, 32, torch.float32)
+    cut = data.draw(st.integers(0, -(-n // PAGE)))
+    head = torch.tensor([[min(n, cut * PAGE)]], dtype=torch.int32)
+    parts = [
+        reference(q, k, v, table, head, 0.2),
+        reference(q, k, v, table[:, :, cut:], lens - head, 0.2),
+    ]
+    lses = torch.stack([lse for _, lse in parts])
+    weights = lses.softmax(0)[..., None]
+    merged = (weights * torch.stack([o for o, _ in parts])).sum(0), lses.logsumexp(0)
+    found = errors(merged, reference(q, k, v, table, lens, 0.2))
+    assert found["o"] <= TOLERANCE["fp32"]
+    assert found["lse"] <= LSE_TOLERANCE
+
+
+@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_cpu_tensors_take_the_reference_and_keep_their_dtype(dtype: torch.dtype) -> None:
+    cache = ragged([[100, 0]], 64, dtype)
+    q = queries(1, 6, 64, dtype)
+    o, lse = decode(q, *cache, 0.125)
+    want_o, want_lse = reference(q, *cache, 0.125)
+    assert o.dtype == dtype
+    assert lse.dtype == torch.float32
+    assert torch.equal(o, want_o.to(dtype))
+    assert torch.equal(lse, want_lse)
+
+
+BAD: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], str]] = {
+    "q axes": ({"q": lambda q: q[:, None]}, r"q must have 3 axes, got shape \(1, 1, 4, 64\)"),
+    "head dim": ({"q": lambda q: q[..., :60]}, r"multiple of 16 up to 256, got \(1, 4, 60\)"),
+    "dtypes": ({"q": Tensor.half}, "q, k, v must share .* got torch.float16"),
+    "double": ({"q": Tensor.double, "k": Tensor.double, "v": Tensor.double}, "got torch.float64"),
+    "page size": ({"k": lambda k: k[:, :32]}, r"must be \[P, 64, 64\], got \(4, 32, 64\)"),
+    "v shape": ({"v": lambda v: v[:1]}, r"got \(4, 64, 64\) and \(1, 64, 64\)"),
+    "table dtype": ({"table": Tensor.long}, "table and lens must be torch.int32, got torch.int64"),
+    "table batch": ({"table": lambda t: t.repeat(2, 1, 1)}, r"must be \[1, Hkv, M\].*got \(2, 2, 2\)"),
+    "group": ({"q": lambda q: q[:, :3]}, r"Hkv a divisor of 3, got \(1, 2, 2\)"),
+    "lens shape": ({"lens": lambda n: n[:, :1]}, r"lens must be \(1, 2\) as table, got \(1, 1\)"),
+    "lens beyond": ({"lens": lambda n: n + 64}, r"lens must be 0 to 128, .* got \[\[164, 64\]\]"),
+    "lens below": ({"lens": lambda n: n - 1}, r"got \[\[99, -1\]\]"),
+    "layout": ({"k": lambda k: k.mT}, "last axis of k must be contiguous"),
+    "device": ({"k": lambda k: k.to("meta")}, "k must be on q's device, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
+    changes, message = BAD[case]
+    k, v, table, lens = ragged([[100, 0]], 64, torch.float32)
+    args = {"q": queries(1, 4, 64, torch.float32), "k": k, "v": v, "table": table, "lens": lens}
+    args |= {name: change(args[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        decode(args["q"], args["k"], args["v"], args["table"], args["lens"], 0.125)
+
+
+@pytest.mark.parametrize("splits", [0, 129])
+def test_a_bad_split_count_is_refused(splits: int) -> None:
+    cache = ragged([[100, 0]], 64, torch.float32)
+    with pytest.raises(ValueError, match=f"splits must be 1 to 128, got {splits}"):
+        decode(queries(1, 4, 64, torch.float32), *cache, 0.125, splits=splits)
+
+
+@given(st.integers(1, 4096), st.integers(0, 1 << 15), st.integers(1, 256))
+def test_split_count_fills_the_device_but_leaves_two_pages_each(rows: int, pages: int, sms: int) -> None:
+    splits = choose_splits(rows, pages, sms)
+    assert 1 <= splits <= 128
+    assert splits == 1 or pages // splits >= 2
+    if rows * splits < 4 * sms:
+        assert splits in (1, pages // 2, 128)
+
+
+def test_without_triton_the_module_imports_and_only_a_kernel_call_fails() -> None:
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from lceval.kernels import decode as module
+args = torch.ones(1, 2, 64), *torch.ones(2, 1, 64, 64), *torch.zeros(2, 1, 1, 1).int()
+args = *args[:4], args[4][0], 1.0
+print(*module.decode(*args)[1].shape)
+module.INTERPRETED = True  # stands in for a CUDA tensor: asks for the kernels
+module.decode(*args)
+"""
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, env=child_env(), capture_output=True, text=True, check=False)
+    assert done.stdout == "1 2\n", done.stderr
+    assert "RuntimeError: decode on cpu needs the package triton, which is not installed" in done.stderr
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(dict(measure_all()), indent=1))

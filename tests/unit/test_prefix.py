@@ -1,0 +1,55 @@
+"""Where a context ends, and which prompts share one."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.models.prefix import Job, by_context, cut, find_boundary
+
+
+def pairs(text: str) -> list[int]:
+    """A tokenizer that merges: each token is two characters, counted from the start."""
+    return [hash(text[i : i + 2]) for i in range(0, len(text), 2)]
+
+
+def test_the_boundary_is_the_end_of_the_context() -> None:
+    prompt = "head CONTEXT tail"
+    assert find_boundary(prompt, list(prompt), "CONTEXT", list) == len("head CONTEXT")
+
+
+def test_a_token_that_spans_the_cut_belongs_to_the_question() -> None:
+    prompt = "abcde?!"
+    assert find_boundary(prompt, pairs(prompt), "abcde", pairs) == 2
+
+
+def test_the_last_occurrence_counts() -> None:
+    prompt = "xx-xx-q"
+    assert find_boundary(prompt, list(prompt), "xx", list) == 5
+
+
+def test_one_token_at_least_is_left_to_the_question() -> None:
+    assert find_boundary("abc", list("abc"), "abc", list) == 2
+
+
+def test_a_context_that_is_not_in_the_prompt_is_not_guessed() -> None:
+    assert find_boundary("abc", list("abc"), "d", list) is None
+    assert find_boundary("abc", list("abc"), None, list) is None
+    assert find_boundary("abc", list("abc"), "", list) is None
+
+
+def test_jobs_are_grouped_by_context_in_order_of_appearance() -> None:
+    jobs = [Job(i, (*context, 9, i), len(context), True) for i, context in enumerate([(1, 2), (3,), (1, 2), (3,)])]
+    assert [[job.index for job in group] for group in by_context(jobs)] == [[0, 2], [1, 3]]
+
+
+@given(st.integers(1, 50), st.integers(1, 20), st.data())
+def test_cutting_takes_context_tokens_alone(context: int, question: int, data: st.DataObject) -> None:
+    ids = tuple(range(context + question))
+    excess = data.draw(st.integers(0, context))
+    for where in ("end", "middle"):
+        kept, boundary = cut(ids, context, excess, where)
+        assert kept[boundary:] == ids[context:]
+        assert boundary == context - excess
+        assert list(kept) == sorted(set(kept))
+    assert cut(ids, context, excess, "end")[0][:boundary] == ids[:boundary]

@@ -1,0 +1,98 @@
+"""Fitting a context to a length: filling, spreading golds, and the contract."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.errors import UserError
+from lceval.tasks.compose import Contract, Fitter, checked_limit, fill, spread
+from lceval.tasks.leakage import LeakIndex
+from lceval.tasks.scoring import normalize
+
+
+class Meter:
+    """Stands in for a tokenizer with a chat template of a known size."""
+
+    def __init__(self, template_tokens):
+        self.template_tokens = template_tokens
+
+
+@given(st.integers(0, 3000), st.lists(st.integers(1, 200), max_size=60))
+def test_fill_never_exceeds_the_capacity_nor_takes_a_piece_twice(capacity, costs):
+    chosen = fill(capacity, costs)
+    assert sum(costs[index] for index in chosen) <= capacity
+    assert len(set(chosen)) == len(chosen)
+
+
+def test_fill_ends_with_the_piece_that_fits_best():
+    assert fill(100, [40, 40, 40, 7, 12, 19, 21]) == [0, 3, 4, 1]
+
+
+@given(st.integers(1, 6), st.integers(0, 40), st.integers())
+def test_spread_keeps_everything_and_puts_one_gold_in_each_stretch(golds, fillers, seed):
+    gold = [f"g{index}" for index in range(golds)]
+    filler = [f"f{index}" for index in range(fillers)]
+    order = spread(gold, filler, random.Random(seed))
+    assert sorted(order) == sorted(gold + filler)
+    assert [item for item in order if item in filler] == filler
+    places = [place for place, item in enumerate(order) if item in gold]
+    assert [place * golds // len(order) for place in places] == pytest.approx(range(golds), abs=1)
+
+
+def test_golds_reach_every_depth():
+    places = {
+        place
+        for seed in range(300)
+        for place, item in enumerate(spread(["g"] * 4, ["f"] * 9, random.Random(seed)))
+        if item == "g"
+    }
+    assert places == set(range(13))
+
+
+def test_fitter_corrects_for_costs_that_do_not_add_up_and_remembers_the_error():
+    costs = random.Random(7).choices(range(5, 60), k=400)
+    renderings = []
+
+    def totals(chosen):
+        renderings.append(chosen)
+        exact = 100 + sum(costs[index] for index in chosen) + (30 if chosen else 0)
+        return [exact - 4, exact]
+
+    fitter = Fitter(Contract.promised(2048))
+    for tries in (2, 1):  # the second context starts with the error of the first
+        renderings.clear()
+        _, reached = fitter.fit(costs, totals)
+        assert 2046 <= max(reached) <= 2048
+        assert len(renderings) - 1 <= tries
+
+
+def test_fitter_says_so_when_nothing_fits():
+    assert Fitter(Contract.promised(1024)).fit([500], lambda chosen: [10 + 500 * len(chosen)]) is None
+    assert Fitter(Contract.promised(1024)).fit([5], lambda chosen: [2000]) is None
+
+
+def test_the_contract_holds_without_the_template_only_where_there_is_room_for_both():
+    assert Contract.promised(2048).holds([2008, 2048])
+    assert not Contract.promised(2048).holds([2007, 2040])
+    assert not Contract.promised(2048).holds([2040, 2049])
+    assert Contract.preferred(2048, Meter(30)).floor == pytest.approx(2007.04 + 30)
+    assert Contract.preferred(1024, Meter(30)) == Contract.promised(1024)
+
+
+@pytest.mark.parametrize("value", [0, -1024, 1000, 2049, "2048", True, None, 2048.0])
+def test_a_length_that_is_no_multiple_of_1024_is_refused_in_one_line(value):
+    with pytest.raises(UserError, match="limit_tokens") as caught:
+        checked_limit("lc_filings_ao", value)
+    assert "\n" not in str(caught.value)
+
+
+words = st.text(alphabet="ab ", max_size=12)
+
+
+@given(st.lists(words, min_size=1, max_size=8), st.lists(words.filter(normalize), min_size=1, max_size=4))
+def test_leak_index_finds_exactly_the_passages_that_contain_an_answer(texts, answers):
+    answers = [normalize(answer) for answer in answers]
+    expected = {place for place, text in enumerate(texts) if any(answer in normalize(text) for answer in answers)}
+    assert LeakIndex(texts).holders(answers) == expected
