@@ -4,7 +4,8 @@ A task named `Nk` promises, for every row, that the rendered prompt (instruction
 plus the room for the answer takes at most N*1024 tokens of the model and at least 98% of that. The promise
 is kept with the tokenizer's chat template applied, if it has one. Without the template the same prompt is
 shorter by the template's tokens: never over the limit, and still within the 2% wherever the template is
-small enough to leave room for both (SmolLM2's 30 tokens: yes from 2k on, no at 1k).
+small enough to leave room for both (SmolLM2's 30 tokens: yes from 2k on, no at 1k). A system instruction
+given on the command line comes on top and is not counted.
 """
 
 import random
@@ -107,6 +108,8 @@ class Fitter:
         """
         limit = self._contract.limit
         room = limit - max(totals([]))
+        if room < 0:
+            return None
         best: tuple[list[int], list[int]] | None = None
         for _ in range(_ATTEMPTS):
             chosen = fill(room + self._error, costs)

@@ -16,7 +16,7 @@ ANSWER_PREFIX = "Answer:"
 
 _READ_DOCUMENTS = "Read the numbered documents below. A question about them follows."
 _READ_TEXT = "Read the text below. A question about it follows."
-_ANSWER_FORMAT = 'Reply with one line: write "Answer:" and then only the answer, in as few words as possible.'
+_ANSWER_FORMAT = 'Give only the answer, on one line that begins with "Answer:".'
 
 
 def documents_block(texts: Sequence[str]) -> str:
@@ -26,7 +26,7 @@ def documents_block(texts: Sequence[str]) -> str:
 
 def answer_only_text(context: str, question: str) -> str:
     """The answer-only prompt."""
-    return f"{_READ_DOCUMENTS}\n\n{context}\n\nQuestion: {question}\n{_ANSWER_FORMAT}"
+    return f"{_READ_DOCUMENTS}\n\n{context}\n\nQuestion: {question}\n\n{_ANSWER_FORMAT}"
 
 
 def answer_only(doc: Mapping[str, Any]) -> str:

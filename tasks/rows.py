@@ -80,35 +80,35 @@ def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[R
     """
     stated = {"task": task, **inputs, "code": _code_digest()}
     key = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:24]
-    try:
-        path = cache_dir("rows") / f"{task}-{key}.jsonl"
-    except OSError as error:
-        _log.warning("%s: rows not cached (%s); set LCEVAL_CACHE to a writable folder", task, error)
-        return build()
-    rows = _load(path)
+    name = f"{task}-{key}.jsonl"
+    rows = _load(name)
     if rows is None:
         rows = build()
-        _store(path, stated, rows)
+        try:
+            _store(name, stated, rows)
+        except OSError as error:
+            _log.warning("%s: rows not cached (%s); set LCEVAL_CACHE to a writable folder", task, error)
     return rows
 
 
-def _load(path: Path) -> list[Row] | None:
+def _load(name: str) -> list[Row] | None:
     """The rows of an entry, or None if there is none or it is damaged (then it is built again)."""
     try:
-        header, *lines = path.read_text(encoding="utf-8").splitlines()
+        header, *lines = (cache_dir("rows") / name).read_text(encoding="utf-8").splitlines()
         rows: list[Row] = [json.loads(line) for line in lines]
         return rows if json.loads(header)["rows"] == len(rows) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _store(path: Path, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
+def _store(name: str, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
     lines = [json.dumps(line) for line in ({"rows": len(rows), "inputs": stated}, *rows)]
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".part")
+    folder = cache_dir("rows")
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-        os.replace(temporary, path)
+        os.replace(temporary, folder / name)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

@@ -104,13 +104,9 @@ def answer_metrics(output: str, answers: Sequence[str]) -> dict[str, float]:
 
 
 def choice_metrics(log_likelihoods: Sequence[float], choices: Sequence[str], gold: int) -> dict[str, float]:
-    """`acc` by log-likelihood and `acc_norm` by log-likelihood per UTF-8 byte of the option.
-
-    lm-eval 0.4.13 calls the latter `acc_bytes`; its own `acc_norm` divides by characters, which is the
-    same for ASCII options.
-    """
-    per_byte = [score / len(text.encode()) for score, text in zip(log_likelihoods, choices, strict=True)]
-    return {"acc": float(_argmax(log_likelihoods) == gold), "acc_norm": float(_argmax(per_byte) == gold)}
+    """lm-eval's `acc` by log-likelihood, and its `acc_norm` by log-likelihood per character of the option."""
+    per_character = [score / len(text) for score, text in zip(log_likelihoods, choices, strict=True)]
+    return {"acc": float(_argmax(log_likelihoods) == gold), "acc_norm": float(_argmax(per_character) == gold)}
 
 
 def _argmax(values: Sequence[float]) -> int:

@@ -1,8 +1,8 @@
 """Rows of `lc_filings_ao_*`: simple look-ups in annual reports of invented companies, four a context.
 
 Generated from a seed; needs neither the hub nor a data folder. The questions on a context ask for
-different kinds of fact, each from a filing in its own quarter of the context; an answer, normalised,
-stands once in all the text that the context could have shown.
+different kinds of fact, each from a filing in its own quarter of the context (with fewer than four filings
+they share them); an answer, normalised, stands once in all the text that the context could have shown.
 """
 
 import random

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -382,6 +383,11 @@ def test_the_first_prompts_change_only_with_the_version(folders: dict[str, str])
     meter = tokens.meter_for("t", {"pretrained": folders["words"]})
     first = filings.build_rows("t", meter, 1024, 1234)[0]
     story = {"context": "A story.", "question": "Who?", "choices": ["You", "I"]}
-    rendered = {"lc_filings_ao": prompts.answer_only(first), "lc_quality_mc": prompts.multiple_choice(story)}
-    digests = {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in rendered.items()}
-    assert digests == {"lc_filings_ao": "", "lc_quality_mc": ""}
+    rendered = {
+        "finance/_filings_ao.yaml": prompts.answer_only(first),
+        "mc/_quality_mc.yaml": prompts.multiple_choice(story),
+    }
+    folder = Path(rows.__file__).parent
+    versions = [re.findall(r"version: (\S+)", (folder / name).read_text()) for name in rendered]
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in rendered.values()]
+    assert (versions, digests) == ([["1.0"], ["1.0"]], ["44f93425c52ca808", "75ae0cbb77e57f42"])

@@ -176,9 +176,10 @@ def test_choices_are_compared_by_likelihood_and_by_likelihood_per_byte():
     assert scoring.choice_results(doc, values) == {"acc": 0.0, "acc_norm": 1.0}
 
 
-def test_bytes_not_characters_normalise():
-    # 4 characters each; the second has 8 bytes
-    assert scoring.choice_metrics([-4.0, -6.0], ["abcd", "éééé"], gold=1) == {"acc": 0.0, "acc_norm": 1.0}
+def test_characters_normalise_as_in_lm_eval():
+    # 4 characters each, though the second has 8 bytes
+    assert scoring.choice_metrics([-4.0, -6.0], ["abcd", "éééé"], gold=1) == {"acc": 0.0, "acc_norm": 0.0}
+    assert scoring.choice_metrics([-4.0, -6.0], ["abcd", "abcdefgh"], gold=1) == {"acc": 0.0, "acc_norm": 1.0}
 
 
 def test_kept_share_is_the_mean_over_the_samples_that_were_run():

@@ -1,0 +1,192 @@
+"""`lceval run` as a user meets it: run folders, resuming after SIGKILL, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lceval.cli import invoke
+
+pytestmark = pytest.mark.model
+
+LINE = ["--model_args", "pretrained=smollm2-135m,kv=snapkv:0.5", "--tasks", "lc_filings_ao_1k", "--limit", "8"]
+SHORT = ["--model", "lcft", *LINE, "--gen_kwargs", "max_gen_toks=8", "--device", "cpu"]
+
+
+def start(arguments: list[str], **kwargs: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen([str(Path(sys.executable).with_name("lceval")), *arguments], text=True, **kwargs)
+
+
+def finish(arguments: list[str]) -> tuple[int, str, str]:
+    process = start(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    out, err = process.communicate(timeout=600)
+    return process.returncode, out, err
+
+
+def answered(folder: Path) -> int:
+    file = folder / "responses.sqlite"
+    if not file.is_file():
+        return 0
+    with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
+        try:
+            return int(db.execute("SELECT count(*) FROM response").fetchone()[0])
+        except sqlite3.OperationalError:
+            return 0
+
+
+def scores(out: str) -> dict[str, Any]:
+    (row,) = json.loads(out)["rows"]
+    timings = ("prefill_s", "prefill_tok_s", "decode_tok_s", "run")
+    return {k: v for k, v in row.items() if k not in timings}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    code, out, err = finish(["run", "--json", *SHORT, "--output_path", str(folder)])
+    assert code == 0, err
+    return folder, out
+
+
+def test_resume_after_sigkill_reuses_finished_samples_and_gives_the_same_table(
+    uninterrupted: tuple[Path, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "killed"
+    line = ["run", "--json", *SHORT, "--output_path", str(folder)]
+    process = start(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while answered(folder) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = answered(folder)
+    assert 3 <= done < 8
+    assert json.loads((folder / "run.json").read_text())["status"] == "running"
+    assert not list(folder.glob("results_*"))
+    code, out, err = finish(line)
+    assert code == 0, err
+    assert f"8 samples, {done} reused, {8 - done} run" in err
+    assert scores(out) == scores(uninterrupted[1])
+    assert answered(folder) == 8
+
+
+def test_a_finished_run_is_shown_not_run_again_and_never_overwritten(uninterrupted: tuple[Path, str]) -> None:
+    folder, out = uninterrupted
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    code, again, err = finish(["run", "--json", *SHORT, "--output_path", str(folder)])
+    assert (code, again) == (0, out)
+    assert "8 samples, 8 reused, 0 run" in err
+    other = [a.replace("0.5", "0.25") for a in SHORT]
+    code, out, err = finish(["run", *other, "--output_path", str(folder)])
+    assert (code, out) == (2, "")
+    assert (
+        err.strip().splitlines()[-1].startswith(f"lceval: error: {folder} holds another run (metadata.kv: 'snapkv:0.5'")
+    )
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
+def test_the_run_folder_holds_identity_results_and_samples_with_telemetry(uninterrupted: tuple[Path, str]) -> None:
+    folder, _ = uninterrupted
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "finished"
+    assert run["recipe"] == "snapkv:0.5"
+    assert run["expanded"] == {"evict": {"name": "snapkv", "amount": 0.5, "window": 64, "pool": 5}}
+    assert run["apply_chat_template"] is True
+    assert run["identity"]["hashes"]["pretrained"]
+    assert run["task_versions"] == {"lc_filings_ao_1k": 1.0}
+    (results,) = folder.glob("results_*.json")
+    assert json.loads(results.read_text())["config"]["model"] == "lcft"
+    (samples,) = folder.glob("samples_lc_filings_ao_1k_*.jsonl")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["kv_bytes"] == pytest.approx(0.5 * row["kv_bytes_full"], rel=0.02)
+        assert row["kv"].keys() >= {
+            "bytes_allocated", "bytes_read_per_step", "kept_tokens", "prefill_s", "shared_prefix", "compress_s",
+            "decode_s", "new_tokens", "peak_bytes", "truncated", "kv_dtype",
+        }  # fmt: skip
+        assert row["arguments"]["gen_args_0"]["arg_0"].startswith("<|im_start|>system")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--tasks", "lc_filing_ao_1k"], "unknown task 'lc_filing_ao_1k'; did you mean lc_filings_ao"),
+        (["--model_args", "pretrained=smollm2-135m,kv=snapvk:0.5"], "did you mean 'snapkv'"),
+        (["--model_args", "pretrained=smollm2-135m,kvv=full"], "unknown model argument 'kvv': did you mean 'kv'?"),
+        (["--model_args", "kv=full"], "say which model: --model_args pretrained=NAME"),
+        (
+            ["--model_args", "pretrained=smollm2-135m,max_length=512"],
+            "8 of 8 prompts do not fit the model's 512 tokens",
+        ),
+        (["--tasks", "lc_nqopen_ao_2k"], "LCEVAL_DATA"),
+        (["--model", "lfct"], "unknown model 'lfct'; did you mean lcft"),
+        (["--use_cache", "x"], "leave --use_cache out"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_2(
+    arguments: list[str],
+    said: str,
+    smollm2: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("LCEVAL_DATA", raising=False)
+    line = dict(zip(SHORT[::2], SHORT[1::2], strict=True)) | dict([arguments])
+    code = invoke(["run", *[part for pair in line.items() for part in pair], "--output_path", str(tmp_path / "x")])
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    assert "Traceback" not in captured.err
+    last = captured.err.strip().splitlines()[-1]
+    assert last.startswith("lceval: error: ")
+    assert said in last
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert invoke(["run", *SHORT, "--output_path", str(tmp_path)]) == 2
+    assert "holds files but no run.json" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_ends_with_the_line_that_says_it(tmp_path: Path) -> None:
+    bad = [a.replace("snapkv", "snapvk") for a in SHORT]
+    ran = subprocess.run([sys.executable, "-m", "lm_eval", *bad], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert "did you mean 'snapkv'" in ran.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_writes_samples_with_telemetry_and_the_prompts_of_hf(
+    smollm2: str, data_folder: Path, tmp_path: Path
+) -> None:
+    """The acceptance line of the README, and the same task under `--model hf`."""
+    common = ["--tasks", "lc_nqopen_ao_2k", "--apply_chat_template", "--log_samples", "--gen_kwargs", "max_gen_toks=4"]
+    rows = {}
+    for name, model, arguments, limit in (
+        ("ours", "lcft", "pretrained=smollm2-135m,kv=snapkv:0.5", "4"),
+        ("hf", "hf", f"pretrained={smollm2}", "2"),
+    ):
+        line = ["--model", model, "--model_args", arguments, "--limit", limit, "--output_path", str(tmp_path / name)]
+        ran = subprocess.run(
+            [sys.executable, "-m", "lm_eval", *line, *common], capture_output=True, text=True, cwd=tmp_path
+        )
+        assert ran.returncode == 0, ran.stderr
+        (file,) = (tmp_path / name).rglob("samples_lc_nqopen_ao_2k_*.jsonl")
+        rows[name] = [json.loads(text) for text in file.read_text().splitlines()]
+    assert [r["kv"]["shared_prefix"] for r in rows["ours"]] == [False, True, True, True]
+    assert all(0.49 < r["kv_bytes"] / r["kv_bytes_full"] < 0.51 for r in rows["ours"])
+    assert all("kv" not in r for r in rows["hf"])
+    assert [r["prompt_hash"] for r in rows["hf"]] == [r["prompt_hash"] for r in rows["ours"][:2]]
+    assert [r["doc_hash"] for r in rows["hf"]] == [r["doc_hash"] for r in rows["ours"][:2]]
