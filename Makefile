@@ -17,7 +17,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt lceval-autoload.pth $(shel
 	touch $@
 
 demo: install
-	cd $(VENV) && ./bin/lceval demo --output-path ../runs/demo
+	$(BIN)/lceval demo --output_path runs/demo
 
 lint: install
 	$(BIN)/ruff check .

@@ -44,7 +44,7 @@ def run(context: typer.Context, as_json: Json = False) -> None:
 @app.command()
 def demo(
     output_path: Annotated[Path, typer.Option("--output_path", "--output-path")] = Path("runs/demo"),
-    limit: Annotated[int, typer.Option(help="Samples per recipe.")] = 24,
+    limit: Annotated[int, typer.Option(help="Samples per recipe.")] = 32,
     as_json: Json = False,
 ) -> None:
     """Evaluate the packaged model on the shipped suite under four KV recipes; needs no hub, no GPU, no data."""

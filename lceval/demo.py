@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lceval.run import report, run
 
-TASK = "lc_filings_ao_2k"
+TASK = "lc_filings_ao_1k"
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
 

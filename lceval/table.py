@@ -228,7 +228,7 @@ def _speed(samples: Sequence[Sample]) -> Row:
     return {
         "prefill_s": math.fsum(timed) / len(timed) if timed else None,
         "prefill_tok_s": _rate(prefills, "prefill_tokens", "prefill_s"),
-        "decode_tok_s": _rate(samples, "new_tokens", "decode_s"),
+        "decode_tok_s": _rate(samples, "decode_tokens", "decode_s"),
     }
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from lceval.kernels import paged
+from lceval.kernels import decode, paged
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.models.policies import LayerView
 from lceval.models.recipe import Recipe
@@ -193,9 +193,13 @@ class Context:
         counts = [layer.counts for layer in self.layers if layer.counts]
         return [{"min": min(c), "mean": sum(c) / len(c), "max": max(c)} for c in counts]
 
-    def fork(self, capacity: int) -> QuestionCache:
-        """A cache that continues from this context, with room for `capacity` more tokens (it grows if need be)."""
-        return QuestionCache(self, capacity)
+    def fork(self, capacity: int, *, kernels: bool = False) -> QuestionCache:
+        """A cache that continues from this context, with room for `capacity` more tokens (it grows if need be).
+
+        Args:
+            kernels: decode through the Triton kernels instead of PyTorch.
+        """
+        return QuestionCache(self, capacity, kernels)
 
 
 class QuestionLayer(AttendingLayer):
@@ -203,11 +207,12 @@ class QuestionLayer(AttendingLayer):
 
     is_croppable = True
 
-    def __init__(self, context: PagedKV, context_tokens: int, capacity: int) -> None:
+    def __init__(self, context: PagedKV, context_tokens: int, capacity: int, kernels: bool) -> None:
         super().__init__()
         self.context = context
         self.context_tokens = context_tokens
         self.capacity = capacity
+        self.kernels = kernels
         self.length = 0
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
@@ -231,7 +236,16 @@ class QuestionLayer(AttendingLayer):
         own = paged.attend_causal(q, k, v, scaling)
         if self.context_tokens == 0:
             return own[0]
-        return paged.merge(*paged.attend(q, self.context, scaling), *own)
+        past = self._decode(q, scaling) if self.kernels and q.shape[2] == 1 else paged.attend(q, self.context, scaling)
+        return paged.merge(*past, *own)
+
+    def _decode(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """One query token a row over the context, by the kernel; every row reads the same pages."""
+        kv, rows = self.context, q.shape[0]
+        o, lse = decode.decode(
+            q[:, :, 0].contiguous(), kv.k, kv.v, kv.table.expand(rows, -1, -1), kv.lens.expand(rows, -1), scaling
+        )
+        return o[:, :, None], lse[:, :, None]
 
     def get_seq_length(self) -> int:
         """The logical length: tokens seen, so that positions stay right after eviction."""
@@ -252,8 +266,8 @@ class QuestionLayer(AttendingLayer):
 class QuestionCache(Cache):  # type: ignore[misc]
     """One or more rows of tokens after one compressed context."""
 
-    def __init__(self, context: Context, capacity: int) -> None:
-        super().__init__(layers=[QuestionLayer(layer, context.tokens, capacity) for layer in context.layers])
+    def __init__(self, context: Context, capacity: int, kernels: bool) -> None:
+        super().__init__(layers=[QuestionLayer(layer, context.tokens, capacity, kernels) for layer in context.layers])
         self.context = context
         self.first_step: float | None = None
 

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lceval.errors import UserError
+from lceval.kernels import decode
 from lceval.models import attention, packaged, recipe
 from lceval.models.cache import Context, Prefill, QuestionCache
 from lceval.models.prefix import Job, by_context, cut, find_boundary
@@ -31,6 +32,7 @@ from lceval.models.response import Score, Text
 
 logger = logging.getLogger(__name__)
 
+ATTENTION = ("auto", "torch", "triton")
 OVERLONG = ("error", "middle", "end", "skip")
 # Choices of one question that are scored in one forward pass.
 CHOICE_ROWS = 32
@@ -45,6 +47,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         overlong: what happens to a prompt that does not fit the model: `error` stops before the first prefill,
             `middle` and `end` cut the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass while reading a context; 0 reads it in one pass.
+        attn: what decoding reads the context with: `triton` kernels, `torch`, or `auto`, which is the kernels on CUDA.
         context_field: the field of a task's docs that holds the context exactly as it stands in the prompt.
         kwargs: every argument of HFLM, `peft` among them.
 
@@ -58,6 +61,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         kv: str = recipe.FULL,
         overlong: str = "error",
         prefill_chunk: int = 0,
+        attn: str = "auto",
         context_field: str = "context",
         **kwargs: Any,
     ) -> None:
@@ -66,6 +70,8 @@ class LCFT(HFLM):  # type: ignore[misc]
             raise UserError(f"bad model argument overlong={overlong!r}: one of {', '.join(OVERLONG)}")
         if not isinstance(prefill_chunk, int) or prefill_chunk < 0:
             raise UserError(f"bad model argument prefill_chunk={prefill_chunk!r}: a number of tokens, or 0")
+        if attn not in ATTENTION:
+            raise UserError(f"bad model argument attn={attn!r}: one of {', '.join(ATTENTION)}")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UserError("lcft does not size batches by itself: pass a number as --batch_size")
         if "attn_implementation" in kwargs:
@@ -84,6 +90,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         _check_supported(base.config.get_text_config())
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters put their own tokens into the cache; use LoRA")
+        self._kernels = _use_kernels(attn, self.device)
         base.set_attn_implementation(attention.register())
         self._reader = base.get_decoder()
         self._layers = base.config.get_text_config().num_hidden_layers
@@ -225,7 +232,7 @@ class LCFT(HFLM):  # type: ignore[misc]
     @torch.inference_mode()
     def _generate(self, job: Job, context: Context, kwargs: dict[str, Any], meta: dict[str, Any]) -> Text:
         until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
-        cache = context.fork(len(job.question) + new_tokens)
+        cache = context.fork(len(job.question) + new_tokens, kernels=self._kernels)
         ids = torch.tensor([job.ids], device=self.device)
         start = time.perf_counter()
         out = self._model_generate(
@@ -242,6 +249,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         meta["kv"] |= {
             "question_s": first_token - start,
             "decode_s": end - first_token,
+            "decode_tokens": max(0, len(tokens) - 1),
             "new_tokens": len(tokens),
             "peak_bytes": max(meta["kv"]["peak_bytes"], meta["kv"]["bytes_allocated"] + cache.tail_bytes),
         }
@@ -263,7 +271,7 @@ class LCFT(HFLM):  # type: ignore[misc]
     ) -> list[Score]:
         """Log-likelihoods of several continuations of one question: the question is read once, then all in a batch."""
         longest = max(len(target) for _, target in rows)
-        cache = context.fork(len(job.question) + longest)
+        cache = context.fork(len(job.question) + longest, kernels=self._kernels)
         start = time.perf_counter()
         last = self._forward(cache, torch.tensor([job.question], device=self.device), keep=1)
         logits = last.expand(len(rows), 1, -1)
@@ -314,6 +322,7 @@ class LCFT(HFLM):  # type: ignore[misc]
                 "compress_s": context.compress_s if first else 0.0,
                 "question_s": 0.0,
                 "decode_s": 0.0,
+                "decode_tokens": 0,
                 "new_tokens": 0,
                 "peak_bytes": context.peak_bytes,
                 "truncated": job.truncated,
@@ -332,6 +341,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             "kv": str(self.recipe),
             "overlong": self.overlong,
             "prefill_chunk": self.prefill_chunk,
+            "attn": "triton" if self._kernels else "torch",
             "dtype": str(self.model.dtype),
             "max_length": self.max_length,
         }
@@ -352,8 +362,13 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """HFLM's record, and ours under `lcft`."""
-        ours = {"recipe": str(self.recipe), "expanded": self.recipe.expanded(), **self.totals}
-        return {**super().get_model_info(), "lcft": ours}
+        ours = {
+            "recipe": str(self.recipe),
+            "attn": self.identity["attn"],
+            "expanded": self.recipe.expanded(),
+            **self.totals,
+        }
+        return {**super().get_model_info(), "lcft": {**ours, **self.totals}}
 
 
 def _error_meta() -> dict[str, Any]:
@@ -362,6 +377,18 @@ def _error_meta() -> dict[str, Any]:
         "kv_bytes_full": 0,
         "kv": {"status": "error", "error": "overlong", "kept_share": 1.0},
     }
+
+
+def _use_kernels(attn: str, device: torch.device) -> bool:
+    """Whether decoding goes through the Triton kernels.
+
+    Raises:
+        UserError: they are asked for and cannot run on `device`.
+    """
+    able = decode.triton is not None and (device.type == "cuda" or decode.INTERPRETED)
+    if attn == "triton" and not able:
+        raise UserError(f"attn=triton needs triton and a CUDA device, and this is {device}: use attn=auto")
+    return able and (attn == "triton" or (attn == "auto" and device.type == "cuda"))
 
 
 def _unknown_argument(name: str) -> UserError:

@@ -119,13 +119,14 @@ def _filing(stem: str, city: str, chief: str, finance_chief: str, rng: random.Ra
     figures = _figures(rng)
     segments = {first_segment: figures.pop("first"), second_segment: figures.pop("second")}
     employees = f"{rng.randint(1200, 48000):,}"
-    lines = [f"{item.capitalize()} | {amount}" for item, amount in figures.items()]
-    lines += [f"{segment} segment revenue | {amount}" for segment, amount in segments.items()]
-    table = "\n".join([f"{name} | {year}", *lines, f"Employees at year end | {employees}"])
+    # Every row names the company, as figures do that are read by machines: small models need it to find the row.
+    lines = [f"{item.capitalize()} of {name} | {amount}" for item, amount in figures.items()]
+    lines += [f"Revenue of the {segment} segment of {name} | {amount}" for segment, amount in segments.items()]
+    table = "\n".join([f"Figures of {name} | {year}", *lines, f"Employees of {name} at year end | {employees}"])
     body = (
         f"{name}: annual report for {year}\n"
-        f"{name} {activity}. It is headquartered in {city}. {chief} is the chief executive officer and "
-        f"{finance_chief} is the chief financial officer of {name}.\n"
+        f"{name} {activity}. {name} is headquartered in {city}. The chief executive officer of {name} is {chief}. "
+        f"The chief financial officer of {name} is {finance_chief}.\n"
         f"{table}\n"
         f"Outlook: {rng.choice(_OUTLOOKS)}"
     )

@@ -133,6 +133,8 @@ def test_cutting_is_recorded_and_leaves_the_question_whole(lcft: Any, requests: 
     [
         ({"kv": "snapvk:0.5"}, "did you mean 'snapkv'"),
         ({"overlong": "cut"}, "one of error, middle, end, skip"),
+        ({"attn": "triton"}, "attn=triton needs triton and a CUDA device, and this is cpu"),
+        ({"attn": "flash"}, "one of auto, torch, triton"),
         ({"prefill_chunk": -1}, "a number of tokens, or 0"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),
         ({"attn_implementation": "sdpa"}, "brings its own attention"),

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lceval.kernels import paged
+from lceval.kernels import decode, paged
 from lceval.kernels.paged import PagedKV
 from lceval.models import attention
 from lceval.models.cache import Context, Prefill
@@ -34,7 +38,7 @@ def tiny() -> Any:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=99,
-        hidden_size=48,
+        hidden_size=96,
         intermediate_size=64,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
@@ -99,10 +103,31 @@ def test_the_answer_is_full_attention_with_dropped_positions_masked(tiny: Any, r
     how = Recipe(Ragged(amount=parse("streaming:0.5").evictor.amount)) if recipe == "ragged" else parse(recipe)  # type: ignore[union-attr]
     context = read(tiny, ids[:, :length], how)
     expected = oracle(tiny, ids, context)
-    cache = context.fork(7)
+    cache = context.fork(7, kernels=decode.INTERPRETED)
     # The question in two steps, then token by token: a chunk over a tail, and decoding.
     parts = [tiny(part, past_key_values=cache).logits for part in ids[:, length:].split([3, 2, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(decode.INTERPRETED, reason="this is the test's own child process")
+def test_decoding_through_the_kernels_is_the_same() -> None:
+    """The test above again, in a process where Triton interprets its kernels."""
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "dropped_positions_masked",
+    ]
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert ran.returncode == 0, ran.stdout
+    assert f"{(len(RECIPES) + 1) * len(LENGTHS)} passed" in ran.stdout
 
 
 @torch.inference_mode()
@@ -151,9 +176,9 @@ def test_reported_bytes_are_those_of_the_tensors(tiny: Any, recipe: str) -> None
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert context.allocated_bytes == sum(storages.values())
     slots = sum(int(p.lens.sum()) for p in context.layers)
-    slot_bytes = 2 * 8 * 4 + (0 if recipe == "full" else 4)
+    slot_bytes = 2 * 16 * 4 + (0 if recipe == "full" else 4)
     assert context.kept_bytes == slots * slot_bytes <= context.allocated_bytes
-    assert context.full_bytes == LAYERS * KV_HEADS * 130 * 2 * 8 * 4
+    assert context.full_bytes == LAYERS * KV_HEADS * 130 * 2 * 16 * 4
     # Ragged heads free pages for real: nothing is padded to the longest head.
     pages = sum(-(-int(n) // paged.PAGE) for p in context.layers for n in p.lens.flatten())
     assert sum(p.k.shape[0] for p in context.layers) == pages

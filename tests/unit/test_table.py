@@ -106,9 +106,9 @@ def test_share_of_16_bit_follows_the_recorded_dtype(dtype, share):
 
 def test_prefill_is_timed_once_per_context_and_decode_over_all_that_generated():
     got = row(
-        sample(1.0, prefill_s=2.0, prefill_tokens=1000, shared_prefix=False, new_tokens=10, decode_s=1.0),
-        sample(1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, new_tokens=30, decode_s=1.0),
-        sample(1.0, prefill_s=4.0, prefill_tokens=5000, shared_prefix=False, new_tokens=0, decode_s=0.0),
+        sample(1.0, prefill_s=2.0, prefill_tokens=1000, shared_prefix=False, decode_tokens=10, decode_s=1.0),
+        sample(1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0),
+        sample(1.0, prefill_s=4.0, prefill_tokens=5000, shared_prefix=False, decode_tokens=0, decode_s=0.0),
     )
     assert got["prefill_s"] == 3.0
     assert got["prefill_tok_s"] == 1000.0
@@ -116,7 +116,7 @@ def test_prefill_is_timed_once_per_context_and_decode_over_all_that_generated():
 
 
 def test_a_speed_that_was_not_measured_is_none_and_not_zero():
-    log_likelihood = sample(1.0, prefill_s=0.0, shared_prefix=True, new_tokens=0, decode_s=0.0)
+    log_likelihood = sample(1.0, prefill_s=0.0, shared_prefix=True, decode_tokens=0, decode_s=0.0)
     for got in (row(log_likelihood), row(sample(1.0))):
         assert (got["prefill_s"], got["prefill_tok_s"], got["decode_tok_s"]) == (None, None, None)
 
@@ -225,7 +225,7 @@ def telemetry_runs(**other):
         "kv_dtype": "float32",
         "prefill_s": 6.94,
         "prefill_tokens": 8192,
-        "new_tokens": 12,
+        "decode_tokens": 12,
         "decode_s": 0.9,
     }
     samples = some([1.0, 0.0] * 60, **keys)
