@@ -28,7 +28,8 @@ except ImportError:  # there is no wheel for macOS; `reference` works everywhere
     triton = None
 
 # Read once: triton decides when a kernel is defined whether it will be compiled or interpreted.
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+AVAILABLE = triton is not None
+INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 16)

@@ -385,7 +385,7 @@ def _use_kernels(attn: str, device: torch.device) -> bool:
     Raises:
         UserError: they are asked for and cannot run on `device`.
     """
-    able = decode.triton is not None and (device.type == "cuda" or decode.INTERPRETED)
+    able = decode.AVAILABLE and (device.type == "cuda" or decode.INTERPRETED)
     if attn == "triton" and not able:
         raise UserError(f"attn=triton needs triton and a CUDA device, and this is {device}: use attn=auto")
     return able and (attn == "triton" or (attn == "auto" and device.type == "cuda"))

@@ -14,8 +14,7 @@ NEW_TOKENS = 32
 ANSWER_PREFIX = "Answer:"
 """How the reply of a multiple-choice task begins (`gen_prefix`); the options are scored after it."""
 
-# The format is asked for before the documents: after the question it makes small models forget the question.
-# (SmolLM2-135M on 24 filings questions at 1k: subem 8% with the format last, 42% with it first.)
+# The format is asked for before the documents: after the question it makes a small model forget the question.
 _READ_DOCUMENTS = (
     "Read the numbered documents below and answer the question that follows them. "
     'Give only the answer, on one line that begins with "Answer:".'
