@@ -28,7 +28,7 @@ from lceval.kernels import decode
 from lceval.models import attention, packaged, recipe
 from lceval.models.cache import Context, Prefill, QuestionCache
 from lceval.models.prefix import Job, by_context, cut, find_boundary
-from lceval.models.response import Score, Text
+from lceval.models.response import Score, Text, skipped, telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             ids = self.tok_batch_encode([prompt])[0][0].tolist()
             jobs.append(self._job(index, request, prompt, ids, (request, kwargs)))
         jobs = self._fit(jobs, requests, [job.payload[1]["max_gen_toks"] for job in jobs])
-        responses: list[Text] = [Text("", _error_meta())] * len(requests)
+        responses: list[Text] = [Text("", skipped())] * len(requests)
         for job, context, meta in self._over_contexts(jobs, len(requests), "generate_until", disable_tqdm):
             request, kwargs = job.payload
             responses[job.index] = self._generate(job, context, dict(kwargs), meta)
@@ -135,7 +135,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         # The last token of a continuation is scored, never read.
         room = [max(len(target) for _, target in job.payload) - 1 for job in jobs.values()]
         fitting = self._fit(list(jobs.values()), requests, room)
-        responses = [Score((-float("inf"), False), _error_meta())] * len(requests)
+        responses = [Score((-float("inf"), False), skipped())] * len(requests)
         for job, context, meta in self._over_contexts(fitting, len(jobs), "loglikelihood", disable_tqdm):
             for start in range(0, len(job.payload), CHOICE_ROWS):
                 rows = job.payload[start : start + CHOICE_ROWS]
@@ -204,8 +204,8 @@ class LCFT(HFLM):  # type: ignore[misc]
             prefill_s = time.perf_counter() - start - context.compress_s
             self.totals["contexts"] += 1
             for place, job in enumerate(group):
-                first = place == 0
-                yield job, context, self._meta(job, context, first, prefill_s if first else 0.0)
+                shared = place > 0
+                yield job, context, telemetry(job, context, shared=shared, prefill_s=0.0 if shared else prefill_s)
                 self.totals["samples"] += 1
                 bar.update()
         bar.close()
@@ -303,33 +303,6 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     # Records ----------------------------------------------------------------------------------------------------
 
-    def _meta(self, job: Job, context: Context, first: bool, prefill_s: float) -> dict[str, Any]:
-        """Telemetry of one sample, as far as its context determines it."""
-        return {
-            "kv_bytes": context.kept_bytes,
-            "kv_bytes_full": context.full_bytes,
-            "kv": {
-                "status": "ok",
-                "kept_share": context.kept_bytes / context.full_bytes if context.full_bytes else 1.0,
-                "kv_dtype": context.dtype,
-                "bytes_allocated": context.allocated_bytes,
-                "bytes_read_per_step": context.read_bytes,
-                "kept_tokens": context.kept_tokens(),
-                "context_tokens": context.tokens,
-                "prefill_s": prefill_s,
-                "prefill_tokens": context.tokens if first else 0,
-                "shared_prefix": not first,
-                "compress_s": context.compress_s if first else 0.0,
-                "question_s": 0.0,
-                "decode_s": 0.0,
-                "decode_tokens": 0,
-                "new_tokens": 0,
-                "peak_bytes": context.peak_bytes,
-                "truncated": job.truncated,
-                "boundary": job.found,
-            },
-        }
-
     @property
     def identity(self) -> dict[str, Any]:
         """What of this model changes its outputs."""
@@ -369,14 +342,6 @@ class LCFT(HFLM):  # type: ignore[misc]
             **self.totals,
         }
         return {**super().get_model_info(), "lcft": {**ours, **self.totals}}
-
-
-def _error_meta() -> dict[str, Any]:
-    return {
-        "kv_bytes": 0,
-        "kv_bytes_full": 0,
-        "kv": {"status": "error", "error": "overlong", "kept_share": 1.0},
-    }
 
 
 def _use_kernels(attn: str, device: torch.device) -> bool:

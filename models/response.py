@@ -7,7 +7,11 @@ reads: `kv_bytes`, `kv_bytes_full` and the dict `kv`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lceval.models.cache import Context
+    from lceval.models.prefix import Job
 
 
 class Text(str):
@@ -36,3 +40,41 @@ class Score(tuple[float, bool]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Score, (tuple(self), self.meta)
+
+
+def telemetry(job: Job, context: Context, *, shared: bool, prefill_s: float) -> dict[str, Any]:
+    """A sample's `meta`, as far as its context determines it; what answering costs is added afterwards.
+
+    Args:
+        shared: whether an earlier sample was charged with reading the context.
+        prefill_s: seconds that reading it took, charged to this sample.
+    """
+    return {
+        "kv_bytes": context.kept_bytes,
+        "kv_bytes_full": context.full_bytes,
+        "kv": {
+            "status": "ok",
+            "kept_share": context.kept_bytes / context.full_bytes if context.full_bytes else 1.0,
+            "kv_dtype": context.dtype,
+            "bytes_allocated": context.allocated_bytes,
+            "bytes_read_per_step": context.read_bytes,
+            "kept_tokens": context.kept_tokens(),
+            "context_tokens": context.tokens,
+            "prefill_s": prefill_s,
+            "prefill_tokens": 0 if shared else context.tokens,
+            "shared_prefix": shared,
+            "compress_s": 0.0 if shared else context.compress_s,
+            "question_s": 0.0,
+            "decode_s": 0.0,
+            "decode_tokens": 0,
+            "new_tokens": 0,
+            "peak_bytes": context.peak_bytes,
+            "truncated": job.truncated,
+            "boundary": job.found,
+        },
+    }
+
+
+def skipped() -> dict[str, Any]:
+    """The `meta` of a sample that was not run because its prompt does not fit the model."""
+    return {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error", "error": "overlong", "kept_share": 1.0}}
