@@ -44,7 +44,7 @@ KEYS = {
     "kv_16bit_share": "sum of kv_bytes / what the full cache would take at 2 bytes a number",
     "prefill_s": "mean prefill time of a context that was really prefilled (not a shared one), in seconds",
     "prefill_tok_s": "prefilled tokens / prefill time, over the same contexts",
-    "decode_tok_s": "generated tokens / decode time, over samples that generated",
+    "decode_tok_s": "tokens after each answer's first / the time they took, over samples that generated",
     "errors": "samples that ended in an error or without a finite score",
     "truncated": "samples whose prompt was cut; None without telemetry",
     "unfinished": "the run is not finished, or fewer samples are on disk than lm-eval evaluated",

@@ -341,7 +341,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             "expanded": self.recipe.expanded(),
             **self.totals,
         }
-        return {**super().get_model_info(), "lcft": {**ours, **self.totals}}
+        return {**super().get_model_info(), "lcft": ours}
 
 
 def _use_kernels(attn: str, device: torch.device) -> bool:
