@@ -86,7 +86,7 @@ class Diagnosis:
             cache: has read the question but for its `last` tokens. It is used up.
         """
         answers = job.doc.get("answers")
-        if not answers:
+        if not answers or not str(answers[0]).strip():
             return {"gold_nll": None}
         begin = job.doc.get("reply_prefix", "")
         lead, answer = self._continuation(job.prompt, begin, str(answers[0]))

@@ -71,7 +71,7 @@ class Engine:
 
     def _decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
         with self._autocast():
-            self._decoder(input_ids=torch.tensor(ids, device=self.device), past_key_values=cache, use_cache=True)
+            self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
     def _reread(self, prefill: Prefill, ids: Sequence[int]) -> list[Tensor]:
         """The most attention that each token received while the model repeated the context, chunk by chunk."""
@@ -120,7 +120,7 @@ class Engine:
             out = self.model(
                 input_ids=ids,
                 position_ids=cache.next_positions(ids.shape[1]).to(ids.device),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=keep,
             )

@@ -269,7 +269,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         """Each question's place among the requests, and its answer."""
         kwargs = dict(batch[0].job.payload)
         until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
+        start = time.perf_counter()
         cache, ids = self._open(batch)
+        opening_s = time.perf_counter() - start
         self._diagnose(batch, cache, ids)
         # generate() counts positions by the attention mask and skips what the cache has seen: each row is its
         # context, padding, and its question, as long as the longest of each.
@@ -288,12 +290,12 @@ class LCFT(HFLM):  # type: ignore[misc]
             attention_mask=mask,
             stop=until,
             max_length=whole.shape[1] + new_tokens,
-            past_key_values=cache,
+            cache=cache,
             **kwargs,
         )
         end = time.perf_counter()
         first_token = cache.first_step or end
-        self._account(batch, cache, question_s=first_token - start, decode_s=end - first_token)
+        self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
         texts = []
         for turn, row in zip(batch, out[:, whole.shape[1] :].tolist(), strict=True):
             tokens = self._own(row)

@@ -221,11 +221,6 @@ class BoundedKV:
     tokens: int
 
     @property
-    def lens(self) -> Tensor:
-        """As `KV.lens`."""
-        return self.kv.lens
-
-    @property
     def counts(self) -> tuple[int, ...]:
         """As `KV.counts`."""
         return self.kv.counts

@@ -128,8 +128,8 @@ class Server:
             yield Turn(job, context, meta, cache)
 
     def _read(self, ids: tuple[int, ...], needs: Needs) -> Prefill:
-        """The uncompressed context; the last one again, if it was kept."""
-        if self._last is not None and self._last[0] == ids:
+        """The uncompressed context; the last one again, if it was kept and observed what is needed now."""
+        if self._last is not None and self._last[0] == ids and self._last[1].needs == self._last[1].needs | needs:
             return self._last[1]
         self._last = None
         prefill = self.engine.read(ids, needs | (self.kept_for or Needs()))

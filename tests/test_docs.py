@@ -262,7 +262,7 @@ def test_the_new_policy_goes_with_the_other_axes_and_inside_adakv(tiny: Any, add
         context = read(tiny, ids, added.recipe.parse(how))
         slots = 200 if how.endswith("1.0") else 150
         assert [sum(layer.counts) for layer in context.layers] == [KV_HEADS * slots] * LAYERS
-        logits = tiny(torch.randint(0, 99, (1, 5)), past_key_values=context.fork(5)).logits
+        logits = tiny(torch.randint(0, 99, (1, 5)), cache=context.fork(5)).logits
         assert logits.isfinite().all()
 
 

@@ -109,7 +109,7 @@ def _decode(model: LCFT, implementation: str, cache: Any, steps: Tensor) -> list
     try:
         for step in steps.to(model.device):
             start = time.perf_counter()
-            logits = model.model(input_ids=step[None, None], past_key_values=cache, use_cache=True).logits
+            logits = model.model(input_ids=step[None, None], cache=cache, use_cache=True).logits
             # Reads the result back, as a loop that picks the next token does.
             int(logits[0, -1].argmax())
             took.append(time.perf_counter() - start)

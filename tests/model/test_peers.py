@@ -41,7 +41,7 @@ def compressed(lcft_model: Any) -> Compress:
     before = lcft_model.config._attn_implementation
     lcft_model.set_attn_implementation(attention.register())
     with torch.inference_mode():
-        lcft_model.model(input_ids=ids, past_key_values=prefill, use_cache=True)
+        lcft_model.model(input_ids=ids, cache=prefill, use_cache=True)
     lcft_model.set_attn_implementation(before)
 
     @cache

@@ -138,6 +138,15 @@ def test_one_prefill_serves_all_recipes(lcft: Any, requests: list[Any]) -> None:
     assert model.totals["contexts"] == 1
 
 
+def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, requests: list[Any]) -> None:
+    model = lcft("knorm:0.5")
+    model.server.kept_for = parse("knorm:0.5").needs
+    model.loglikelihood(pairs(requests[:1]))
+    model.recipe = parse("snapkv:0.5")
+    assert model.loglikelihood(pairs(requests[:1])) == lcft("snapkv:0.5").loglikelihood(pairs(requests[:1]))
+    assert model.totals["contexts"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -50,7 +50,7 @@ def ours(model: LCFT, kv: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
             out = model.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=cache,
+                cache=cache,
                 max_new_tokens=job["max_new_tokens"],
                 do_sample=False,
                 pad_token_id=model.tokenizer.pad_token_id,

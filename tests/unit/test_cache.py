@@ -124,7 +124,7 @@ def test_the_answer_is_full_attention_with_dropped_positions_masked(tiny: Any, h
     expected = oracle(tiny, ids, context)
     cache = context.fork(7, kernels=decode.INTERPRETED)
     # The question in two steps, then token by token: a chunk over a tail, and decoding.
-    parts = [tiny(part, past_key_values=cache).logits for part in ids[:, length:].split([3, 2, 1, 1], 1)]
+    parts = [tiny(part, cache=cache).logits for part in ids[:, length:].split([3, 2, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -170,11 +170,11 @@ def test_forks_do_not_see_each_other_and_a_rollback_leaves_no_trace(tiny: Any) -
     ids = torch.randint(0, 99, (1, 100))
     context = read(tiny, ids[:, :70], parse("snapkv:0.5"))
     one, other = context.fork(4), context.fork(40)
-    first = tiny(ids[:, 70:80], past_key_values=one).logits
-    tiny(ids[:, 85:100], past_key_values=other)
+    first = tiny(ids[:, 70:80], cache=one).logits
+    tiny(ids[:, 85:100], cache=other)
     other.rollback(15)
     assert other.get_seq_length() == 70
-    assert torch.equal(tiny(ids[:, 70:80], past_key_values=other).logits, first)
+    assert torch.equal(tiny(ids[:, 70:80], cache=other).logits, first)
     assert one.get_seq_length() == other.get_seq_length() == 80
 
 
@@ -186,8 +186,8 @@ def test_rows_over_one_context_equal_single_questions(tiny: Any) -> None:
         context = read(tiny, ids, recipe(how))
         cache = context.fork(9)
         cache.select([0] * 5)
-        together = tiny(questions, past_key_values=cache).logits
-        alone = [tiny(q[None], past_key_values=context.fork(9)).logits for q in questions]
+        together = tiny(questions, cache=cache).logits
+        alone = [tiny(q[None], cache=context.fork(9)).logits for q in questions]
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -224,7 +224,7 @@ def test_a_stored_context_is_read_as_its_codes_say(tiny: Any, how: str, length: 
     ids = torch.randint(0, 99, (1, length + 6), generator=torch.Generator().manual_seed(length))
     context = read(tiny, ids[:, :length], recipe(how))
     cache = context.fork(6)
-    parts = [tiny(part, past_key_values=cache).logits for part in ids[:, length:].split([4, 1, 1], 1)]
+    parts = [tiny(part, cache=cache).logits for part in ids[:, length:].split([4, 1, 1], 1)]
     stored = [[layer.head(h) for h in range(KV_HEADS)] for layer in context.layers]
 
     def eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any) -> Any:
@@ -256,7 +256,7 @@ def test_a_reader_with_the_whole_budget_is_dense(tiny: Any, reader: str) -> None
     for stored in ("full", "knorm:0.5", "ragged", "int4:residual=32"):
         with_reader, without = recipe(f"{stored}+{reader}"), recipe(stored)
         logits = [
-            tiny(ids[:, 140:], past_key_values=read(tiny, ids[:, :140], how).fork(10)).logits
+            tiny(ids[:, 140:], cache=read(tiny, ids[:, :140], how).fork(10)).logits
             for how in (with_reader, without)
         ]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
@@ -271,7 +271,7 @@ def test_evicting_while_decoding_holds_the_budget_and_attends_to_what_is_left(ti
     context = read(tiny, ids[:, :100], parse(how))
     cache = context.fork(20)
     for step in range(100, 120):
-        logits = tiny(ids[:, step : step + 1], past_key_values=cache).logits
+        logits = tiny(ids[:, step : step + 1], cache=cache).logits
         assert logits.isfinite().all()
         for layer in cache.layers:
             assert layer.slots[0].k.shape[2] <= 40
@@ -280,8 +280,8 @@ def test_evicting_while_decoding_holds_the_budget_and_attends_to_what_is_left(ti
     assert cache.get_seq_length() == 120
     # With room for everything nothing is evicted, and the result is full attention.
     roomy = read(tiny, ids[:, :100], parse(how.replace("40", "500"))).fork(20)
-    parts = [tiny(part, past_key_values=roomy).logits for part in ids[:, 100:].split([10, 5, 5], 1)]
-    full = tiny(ids[:, 100:], past_key_values=read(tiny, ids[:, :100], parse("full")).fork(20)).logits
+    parts = [tiny(part, cache=roomy).logits for part in ids[:, 100:].split([10, 5, 5], 1)]
+    full = tiny(ids[:, 100:], cache=read(tiny, ids[:, :100], parse("full")).fork(20)).logits
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=1e-5)
 
 
@@ -290,7 +290,7 @@ def test_streaming_while_decoding_is_a_window_with_sinks(tiny: Any) -> None:
     """Against one forward pass whose rows see the sinks and the last 36 positions before them."""
     ids = torch.randint(0, 99, (1, 90), generator=torch.Generator().manual_seed(4))
     cache = read(tiny, ids[:, :60], parse("streaming:40:when=always")).fork(30)
-    parts = [tiny(part, past_key_values=cache).logits for part in ids[:, 60:].split(1, 1)]
+    parts = [tiny(part, cache=cache).logits for part in ids[:, 60:].split(1, 1)]
     row, column = torch.arange(90)[:, None], torch.arange(90)
     # A step reads 40 slots and its own token; the context was read whole.
     seen = (column <= row) & ((column < 4) | (column >= row - 36) | (row < 60))

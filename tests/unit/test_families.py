@@ -69,7 +69,7 @@ def test_nothing_evicted_is_the_model_as_transformers_runs_it(model: Any, engine
     model.set_attn_implementation("eager")
     expected = model(ids, use_cache=False).logits[:, 70:]
     cache = read(engine(chunk), ids[0, :70], "full").fork(30)
-    parts = [model(part, past_key_values=cache).logits for part in ids[:, 70:].split([13, 1, 1, 15], 1)]
+    parts = [model(part, cache=cache).logits for part in ids[:, 70:].split([13, 1, 1, 15], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=2e-5)
 
 
