@@ -256,8 +256,7 @@ def test_a_reader_with_the_whole_budget_is_dense(tiny: Any, reader: str) -> None
     for stored in ("full", "knorm:0.5", "ragged", "int4:residual=32"):
         with_reader, without = recipe(f"{stored}+{reader}"), recipe(stored)
         logits = [
-            tiny(ids[:, 140:], cache=read(tiny, ids[:, :140], how).fork(10)).logits
-            for how in (with_reader, without)
+            tiny(ids[:, 140:], cache=read(tiny, ids[:, :140], how).fork(10)).logits for how in (with_reader, without)
         ]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
