@@ -17,47 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 import lceval
 from lceval.kernels import decode
+from lceval.kernels.variant import INSTRUCTIONS, Limit, Variant
 
 CAPABILITIES = (80, 90)
-INSTRUCTIONS = ("LDGSTS", "HMMA", "HGMMA")
 TOOLS = ("ptxas", "ptxas_blackwell", "cuobjdump", "nvdisasm")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Phi-3 has head_dim 96, Gemma 256, most others 64 or 128. G is an argument and asks for no variants.
-HEAD_DIMS = {"fp16": (64, 128), "bf16": (64, 96, 128, 256), "fp32": (64, 128)}
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One specialisation of a kernel, as its launcher would compile it.
-
-    Attributes:
-        kernel, name: what the row is called; name starts with the dtype.
-        fn: the jitted function.
-        pointers: Triton type of each pointer argument.
-        floats: the arguments that are Python floats; every other one is an int32.
-        aligned: prefixes of the int arguments that are multiples of 16 in every cache we build. A launch sees
-            that by itself; here, without the hint, the copies of a tile would not be vectorised.
-        constants: compile-time arguments.
-        options: num_warps, num_stages and the like.
-    """
-
-    kernel: str
-    name: str
-    fn: Any
-    pointers: dict[str, str]
-    floats: tuple[str, ...]
-    aligned: tuple[str, ...]
-    constants: dict[str, int]
-    options: dict[str, int | bool]
 
 
 @dataclass(frozen=True)
@@ -74,59 +42,18 @@ class Row:
     instructions: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Limit:
-    """What a kernel may cost. `needs`: of each group at least one instruction must be present."""
-
-    registers: int
-    shared: int
-    needs: tuple[tuple[str, ...], ...] = ()
-
-
-# 168 registers let three programs of 128 threads share a multiprocessor's 65,536; its shared memory holds no
-# more. 99 KiB is the most a block may have on sm_86 and sm_89. HGMMA wants 64 rows, so 16 heads use HMMA.
-TENSOR_CORES = (("LDGSTS",), ("HMMA", "HGMMA"))
-LIMITS = {
-    ("decode.split", "fp16"): Limit(168, 99 * 1024, TENSOR_CORES),
-    ("decode.split", "bf16"): Limit(168, 99 * 1024, TENSOR_CORES),
-    ("decode.split", "fp32"): Limit(168, 99 * 1024, (("LDGSTS",),)),
-    ("decode.combine", "bf16"): Limit(168, 99 * 1024),
-}
+MODULES = (decode,)
+"""Every module with kernels: it says which specialisations its launchers ask for, and what they may cost."""
 
 
 def variants() -> list[Variant]:
     """The specialisations that the launchers ask for."""
-    return [variant for dtype, dims in HEAD_DIMS.items() for dim in dims for variant in _decode_variants(dtype, dim)]
+    return [variant for module in MODULES for variant in module.variants()]
 
 
-def _decode_variants(dtype: str, dim: int) -> Iterator[Variant]:
-    data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
-    pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
-    pointers |= {"o_ptr": f32, "lse_ptr": f32}
-    shares = Variant(
-        kernel="decode.split",
-        name=f"{dtype} D{dim}",
-        fn=decode.split_kernel,
-        pointers=pointers,
-        floats=("scaling",),
-        aligned=("stride_q", "stride_k", "stride_v"),
-        constants=decode.split_constants(DTYPES[dtype], dim),
-        options=decode.OPTIONS,
-    )
-    yield shares
-    if dtype != "fp32":
-        yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})
-    if dtype == "bf16":  # the output's dtype only changes the last store
-        yield Variant(
-            kernel="decode.combine",
-            name=f"{dtype} D{dim}",
-            fn=decode.combine_kernel,
-            pointers={"part_o_ptr": f32, "part_lse_ptr": f32, "o_ptr": data, "lse_ptr": f32},
-            floats=(),
-            aligned=(),
-            constants=decode.combine_constants(dim),
-            options=decode.OPTIONS,
-        )
+def limits() -> dict[tuple[str, str], Limit]:
+    """What each kernel may cost, by kernel and dtype (the first word of a variant's name)."""
+    return {key: limit for module in MODULES for key, limit in module.LIMITS.items()}
 
 
 def missing_tools() -> list[str]:
@@ -163,9 +90,10 @@ def measure() -> list[Row]:
 def check(rows: list[Row]) -> list[str]:
     """One line for each limit that a row breaks; empty when the gate is green."""
     broken = []
+    known = limits()
     for row in rows:
         at = f"{row.kernel} {row.variant} {row.target}"
-        limit = LIMITS.get((row.kernel, row.variant.split()[0]))
+        limit = known.get((row.kernel, row.variant.split()[0]))
         if limit is None:
             broken.append(f"{at}: no limit is set for this kernel and dtype")
             continue

@@ -14,12 +14,15 @@ Shares are cut on the device from each head's own page count: a launch never wai
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lceval.kernels.paged import PAGE
+from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
 
 try:
     import triton
@@ -299,3 +302,49 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits:
         low, high = lens.aminmax()
         if low < 0 or high > M * PAGE:
             raise ValueError(f"lens must be 0 to {M * PAGE}, table {tuple(table.shape)}, got {lens.tolist()}")
+
+
+# 168 registers let three programs of 128 threads share a multiprocessor's 65,536.
+LIMITS = {
+    ("decode.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
+    ("decode.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
+    ("decode.split", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
+    ("decode.combine", "bf16"): Limit(168, SHARED),
+}
+
+
+def variants() -> Iterator[Variant]:
+    """The specialisations that `decode` asks for."""
+    for dtype, dims in USED_HEAD_DIMS.items():
+        for dim in dims:
+            yield from _variants(dtype, dim)
+
+
+def _variants(dtype: str, dim: int) -> Iterator[Variant]:
+    data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
+    pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
+    pointers |= {"o_ptr": f32, "lse_ptr": f32}
+    shares = Variant(
+        kernel="decode.split",
+        name=f"{dtype} D{dim}",
+        fn=split_kernel,
+        pointers=pointers,
+        floats=("scaling",),
+        aligned=("stride_q", "stride_k", "stride_v"),
+        constants=split_constants(TORCH[dtype], dim),
+        options=OPTIONS,
+    )
+    yield shares
+    if dtype != "fp32":
+        yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})
+    if dtype == "bf16":  # the output's dtype only changes the last store
+        yield Variant(
+            kernel="decode.combine",
+            name=f"{dtype} D{dim}",
+            fn=combine_kernel,
+            pointers={"part_o_ptr": f32, "part_lse_ptr": f32, "o_ptr": data, "lse_ptr": f32},
+            floats=(),
+            aligned=(),
+            constants=combine_constants(dim),
+            options=OPTIONS,
+        )

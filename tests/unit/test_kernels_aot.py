@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import lceval
-from lceval.kernels import aot
+from lceval.kernels import aot, variant
 
 GOOD = aot.Row(
     kernel="decode.split",
@@ -40,7 +40,7 @@ class Driver:
     def get_current_stream(self, device=None): return 0
 
 triton.runtime.driver.set_active(Driver())
-from lceval.kernels import aot, decode
+from lceval.kernels import aot, decode, variant
 
 launched = {}
 def hook(*, fn, compile, **_):
@@ -50,8 +50,8 @@ def hook(*, fn, compile, **_):
     return True  # do not compile
 
 triton.knobs.runtime.jit_cache_hook = hook
-for name, dims in aot.HEAD_DIMS.items():
-    dtype = aot.DTYPES[name]
+for name, dims in variant.USED_HEAD_DIMS.items():
+    dtype = variant.TORCH[name]
     for dim in dims:
         for batch, kv_heads, group, pages in [(1, 1, 1, 1), (1, 8, 4, 16), (2, 4, 3, 17), (2, 16, 8, 33)]:
             pool = torch.empty(5, 64, dim, dtype=dtype)
@@ -62,10 +62,10 @@ for name, dims in aot.HEAD_DIMS.items():
                 decode._launch(q, pool, pool, table, lens, 0.1, splits)
 
 gated = []
-for variant in aot.variants():
-    signature, hints = aot.specialisation(variant)
-    constants = sorted(variant.constants.values())
-    gated.append([variant.fn.__name__, signature, {str(i): hint for (i,), hint in hints.items()}, constants])
+for wanted in aot.variants():
+    signature, hints = aot.specialisation(wanted)
+    constants = sorted(wanted.constants.values())
+    gated.append([wanted.fn.__name__, signature, {str(i): hint for (i,), hint in hints.items()}, constants])
 print(json.dumps({"launched": [*launched.values()], "gated": gated}))
 """
 
@@ -104,7 +104,7 @@ def test_launches_ask_only_for_gated_variants_and_a_growing_cache_for_no_new_one
     for row in combines:
         row[1]["o_ptr"] = "*bf16"
         assert row in result["gated"]
-    dims = {name: len(dims) for name, dims in aot.HEAD_DIMS.items()}
+    dims = {name: len(dims) for name, dims in variant.USED_HEAD_DIMS.items()}
     assert len(combines) == sum(dims.values())
     assert len(splits) == 2 * dims["fp16"] + 2 * dims["bf16"] + dims["fp32"]
 
