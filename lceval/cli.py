@@ -88,6 +88,72 @@ def doctor(as_json: Json = False) -> None:
         raise typer.Exit(4)
 
 
+@app.command()
+def tasks(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with * and ?.")] = "",
+    groups: Annotated[bool, typer.Option("--groups", help="List groups and their members instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What can be run: modes, lengths, contexts, and whether the data is at hand."""
+    from lceval import listing
+
+    if as_json:
+        typer.echo(json.dumps(listing.groups(pattern) if groups else listing.tasks(pattern), indent=2))
+    elif groups:
+        typer.echo(listing.groups_text(pattern))
+    else:
+        typer.echo(listing.named(pattern) if pattern else listing.overview())
+
+
+data = typer.Typer(help="The data of the tasks: what is at hand, and fetching the rest.", rich_markup_mode=None)
+app.add_typer(data, name="data")
+
+
+@data.command("list")
+def data_list(as_json: Json = False) -> None:
+    """Where each dataset comes from, and which files are missing."""
+    from lceval import listing
+
+    typer.echo(json.dumps(listing.data(), indent=2) if as_json else listing.data_text())
+
+
+@data.command("fetch")
+def data_fetch(
+    datasets: Annotated[list[str], typer.Argument(help="Datasets, or tasks and groups for the datasets they read.")],
+    to: Annotated[Path | None, typer.Option(help="The data folder; default LCEVAL_DATA.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fill a data folder from the hub; what is there is skipped. Exit code 2: some files must be provided."""
+    from lceval.fetch import fetch
+
+    outcomes = []
+    for outcome in fetch(datasets, to):
+        outcomes.append(outcome)
+        if not as_json:
+            typer.echo(str(outcome))
+    if as_json:
+        typer.echo(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
+    if any(outcome.status == "provide" for outcome in outcomes):
+        raise typer.Exit(2)
+
+
+@app.command()
+def score(
+    task: Annotated[str, typer.Argument(help="A task, or loft_retrieval, loft_rag, loft_rag_multi.")],
+    predictions: Annotated[Path, typer.Argument(help="jsonl: id, prediction and, without rows, ground_truth.")],
+    gold: Annotated[Path | None, typer.Option(help="LOFT's queries, for LOFT's predictions.")] = None,
+    by: Annotated[str | None, typer.Option(help="rows or ground_truth; default rows where they are at hand.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, as pretrained=NAME; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Apply a task's metrics to outputs made elsewhere; a missing or empty output is wrong, never dropped."""
+    from lceval.score import render
+    from lceval.score import score as score_predictions
+
+    report = score_predictions(task, predictions, gold=gold, by=by, metadata=_pairs(metadata or []))
+    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+
+
 bench = typer.Typer(help="Measure this machine; every claim is a ratio within one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 Pretrained = Annotated[str, typer.Option(help="A name or folder, as for --model hf.")]
@@ -121,6 +187,7 @@ def bench_eval(
     diagnose: Annotated[str, typer.Option(help="none, gold or attention.")] = "none",
     compress: Annotated[str, typer.Option(help="agnostic or aware.")] = "agnostic",
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Questions at a time.")] = 1,
+    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of lm_eval's --metadata; repeatable.")] = None,
     nll_only: Annotated[bool, typer.Option("--nll-only", help="Generate nothing; predict the gold answer.")] = False,
     output: Annotated[Path | None, typer.Option(help="jsonl of samples; the same line goes on from it.")] = None,
     as_json: Json = False,
@@ -140,8 +207,20 @@ def bench_eval(
         nll_only=nll_only,
         compress=compress,
         batch_size=batch_size,
+        metadata=_pairs(metadata or []),
     )
     typer.echo(json.dumps(report, indent=2) if as_json else evaluation(report))
+
+
+def _pairs(texts: list[str]) -> dict[str, str | int]:
+    """KEY=VALUE as lm_eval reads them; a whole number is one."""
+    found: dict[str, str | int] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not (key and separator):
+            raise UserError(f"--metadata {text!r}: expected KEY=VALUE")
+        found[key] = int(value) if value.isdecimal() else value
+    return found
 
 
 def main() -> None:

@@ -106,14 +106,16 @@ def _packaged() -> Finding:
 
 
 def _data() -> Finding:
-    remedy = "set LCEVAL_DATA to a folder with nq_open/ and quality/; lc_filings_* needs none"
+    remedy = "set LCEVAL_DATA to a folder with data (`lceval data list` says which); lc_filings_* needs none"
     value = os.environ.get("LCEVAL_DATA")
     if not value:
         return Finding("data folder", "note", "LCEVAL_DATA is not set", remedy)
     folder = Path(value).expanduser()
     if not folder.is_dir():
         return Finding("data folder", "error", f"LCEVAL_DATA={value} is not a folder", remedy)
-    sets = sorted(f.name for f in folder.iterdir() if f.is_dir() and any(f.glob("*.jsonl")))
+    from lceval import listing
+
+    sets = [of["dataset"] for of in listing.data() if of["at_hand"] and of["source"] != "shipped"]
     if not sets:
-        return Finding("data folder", "note", f"{folder} holds no <set>/*.jsonl", remedy)
+        return Finding("data folder", "note", f"{folder} holds the files of no dataset", remedy)
     return Finding("data folder", "ok", f"{folder}: {', '.join(sets)}")

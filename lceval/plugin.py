@@ -2,15 +2,15 @@
 
 lm-eval 0.4.13 discovers no plugins. A `.pth` line imports this module at every Python start, so it may cost next to
 nothing: it only puts a finder in front of the import system. When, and only when, lm_eval's model registry or task
-manager is imported, the finder lets it load as usual and then adds our model and our task folder to it. Releases that
-read entry points themselves are left to do so. `LCEVAL_AUTOLOAD=0` in the environment switches all of it off.
+manager is imported, the finder lets it load as usual and then adds our model, our task folder and our task names.
+Releases that read entry points themselves are left to do so. `LCEVAL_AUTOLOAD=0` in the environment switches it off.
 """
 
 import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -86,8 +86,32 @@ def _packaged_folder() -> str:
     return str(packaged.folder())
 
 
+def _add_names(index: "ModuleType") -> None:
+    """Let the index of our folder hold every name of the catalogue, and its groups."""
+    from pathlib import Path
+
+    ours = (Path(__file__).parent / "tasks").resolve()
+    original = index.TaskIndex.build
+
+    def build(paths: "Iterable[Path]", **options: object) -> "dict[str, object]":
+        paths = [Path(path) for path in paths]
+        found: dict[str, object] = original(paths, **options)
+        if any(path.resolve() == ours for path in paths):
+            from lceval.tasks import catalogue
+
+            made = [(name, index.Kind.TASK, catalogue.task_config(task)) for name, task in catalogue.tasks().items()]
+            made += [(name, index.Kind.GROUP, catalogue.group_config(name)) for name in catalogue.groups()]
+            for name, kind, config in made:
+                # What a later folder of the user's calls by the same name stays.
+                found.setdefault(name, index.Entry(name=name, kind=kind, yaml_path=None, cfg=config))
+        return found
+
+    index.TaskIndex.build = staticmethod(build)
+
+
 _ACTIONS: "dict[str, Callable[[ModuleType], None]]" = {
     "lm_eval.models": _add_model,
+    "lm_eval.tasks._index": _add_names,
     "lm_eval.tasks.manager": _add_tasks,
 }
 

@@ -49,6 +49,7 @@ class TaskResult:
     headline: None where no metric of the task is a number per sample (a corpus metric such as BLEU).
     filters: all that lm-eval applied, in its order; scores are taken from the first.
     expected: how many samples lm-eval says it evaluated, None where it does not say.
+    context: what the questions were shown, as the rows of our tasks say it; None for others.
     samples: empty only in an unfinished run that has not written this task yet.
     """
 
@@ -58,6 +59,7 @@ class TaskResult:
     higher_is_better: bool = True
     filters: tuple[str, ...] = ()
     expected: int | None = None
+    context: str | None = None
     samples: tuple[Sample, ...] = ()
 
 
@@ -199,6 +201,7 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
         higher_is_better=better is not False,
         filters=tuple(filters),
         expected=expected if isinstance(expected, int) else None,
+        context=str(shown) if (shown := _mapping(rows[0].get("doc")).get("shown")) else None,
         samples=tuple(_sample(row, headline, index) for index, row in enumerate(rows)),
     )
 

@@ -30,6 +30,7 @@ KEYS = {
     "peft": "adapter, as given in model_args",
     "recipe": "canonical KV recipe; '-' for models that have none",
     "task": "task name",
+    "context": "what the questions were shown: full, gold, none or rag with its settings; None for foreign tasks",
     "version": "task version",
     "filter": "lm-eval filter the score is taken from: the task's first",
     "n": "samples, errors included",
@@ -55,7 +56,7 @@ KEYS = {
 
 # Metrics in [0, 1] by nature, recognised by a word of their name: acc_norm, subem_raw, ids_f1, parse_rate.
 _SHARE_WORDS = frozenset(
-    {"acc", "accuracy", "em", "exact", "f1", "match", "precision", "rate", "recall", "subem"}
+    {"acc", "accuracy", "em", "exact", "f1", "match", "mrecall", "precision", "rate", "recall", "subem"}
     | {"rouge1", "rouge2", "rougel", "rougelsum"}
 )
 
@@ -188,6 +189,7 @@ def _row(run: Run, task: TaskResult) -> Row:
         "peft": run.peft,
         "recipe": run.recipe,
         "task": task.task,
+        "context": task.context,
         "version": task.version,
         "filter": task.filters[0] if task.filters else None,
         "n": len(task.samples),
@@ -308,6 +310,7 @@ _COLUMNS = (
     _Column("run", lambda row: row["run"] + ("*" if row["unfinished"] else ""), text=True, shown="always"),
     _Column("model", lambda row: _model(row), text=True, shown="differs"),
     _Column("recipe", lambda row: row["recipe"], text=True, shown="always"),
+    _Column("context", lambda row: row["context"] or "-", text=True, shown="differs"),
     _Column("n", lambda row: str(row["n"]), shown="always"),
     _Column(f"score [{100 * LEVEL:g}% CI]", _score, shown="always"),
     _Column("gold\nnll", lambda row: _number(row["gold_nll"])),

@@ -15,8 +15,6 @@ from itertools import pairwise
 from statistics import median
 from typing import TypeVar
 
-from lceval.errors import UserError
-from lceval.tasks.prompts import NEW_TOKENS, answer_only_text
 from lceval.tasks.tokens import TokenMeter
 
 TOLERANCE = 0.02
@@ -48,15 +46,6 @@ class Contract:
     def holds(self, totals: Sequence[int]) -> bool:
         """Whether the totals of all questions on a context are allowed."""
         return self.floor <= min(totals) and max(totals) <= self.limit
-
-
-def checked_limit(task: str, limit_tokens: object) -> int:
-    """A length limit, which must be a positive multiple of 1024 tokens."""
-    if isinstance(limit_tokens, bool) or not isinstance(limit_tokens, int) or limit_tokens < 1:
-        raise UserError(f"{task} has limit_tokens={limit_tokens!r}: expected a multiple of 1024, e.g. 2048.")
-    if limit_tokens % 1024:
-        raise UserError(f"{task} has limit_tokens={limit_tokens}: expected a multiple of 1024, e.g. 2048.")
-    return limit_tokens
 
 
 def fill(capacity: int, costs: Sequence[int]) -> list[int]:
@@ -92,8 +81,10 @@ class Fitter:
     fits; the next context starts from the error of the last.
     """
 
-    def __init__(self, contract: Contract) -> None:
+    def __init__(self, contract: Contract, choose: Callable[[int, Sequence[int]], list[int]] = fill) -> None:
+        """`choose` is `fill`, or another function that fills a capacity."""
         self._contract = contract
+        self._choose = choose
         self._error = 0  # tokens by which costs overstate what their pieces add to a prompt
 
     def fit(self, costs: Sequence[int], totals: Callable[[list[int]], list[int]]) -> tuple[list[int], list[int]] | None:
@@ -112,7 +103,7 @@ class Fitter:
             return None
         best: tuple[list[int], list[int]] | None = None
         for _ in range(_ATTEMPTS):
-            chosen = fill(room + self._error, costs)
+            chosen = self._choose(room + self._error, costs)
             reached = totals(chosen)
             self._error = sum(costs[index] for index in chosen) + limit - room - max(reached)
             if self._contract.holds(reached) and (best is None or max(reached) > max(best[1])):
@@ -120,18 +111,6 @@ class Fitter:
             if best is not None and limit - max(best[1]) <= _GOOD_ENOUGH_TOKENS:
                 break
         return best
-
-
-def prompt_totals(meter: TokenMeter, context: str, questions: Sequence[str]) -> list[int]:
-    """Tokens of each question's rendered prompt on one context, plus the room for the answer.
-
-    The longest is rendered and counted; the others differ from it only after the context, so the
-    difference of their ends is added instead of counting the context again.
-    """
-    ends = meter.pieces([answer_only_text("", question) for question in questions])
-    longest = max(range(len(questions)), key=ends.__getitem__)
-    (total,) = meter.prompts([answer_only_text(context, questions[longest])])
-    return [total + NEW_TOKENS + end - ends[longest] for end in ends]
 
 
 def spread(golds: Sequence[T], fillers: Sequence[T], rng: random.Random) -> list[T]:

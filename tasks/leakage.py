@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from lceval.tasks.scoring import normalize
+from lceval.tasks.parsing import normalize
 
 
 class LeakIndex:

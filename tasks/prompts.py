@@ -1,47 +1,162 @@
-"""The prompts, as plain text: instruction and output format, context, question.
+"""The prompts, as plain text: an instruction with the output format, the context, the question.
 
 The context stands verbatim in the prompt and is also a field of the row, so that a model can find where
 the question begins. A prompt neither begins nor ends a message with white space that a chat template
-would strip from the context.
+would strip from the context. What is asked for depends on two things: the `layout` of the context
+(documents, pairs, a text, ...) and the `form` of the reply, which is the name of a template in `modes/`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NEW_TOKENS = 32
-"""Room for the answer, `max_gen_toks` of the answer-only tasks; part of the length contract."""
-
-PAIR_NEW_TOKENS = 64
-"""The same where the answer is a UUID, which alone takes up to 36 tokens: one a digit in many tokenizers."""
-
 ANSWER_PREFIX = "Answer:"
-"""How a reply in the required form begins; multiple-choice tasks give it (`gen_prefix`) and score options after it."""
+"""How a short reply in the required form begins; multiple-choice tasks give it and score options after it."""
 
-# The format is asked for before the documents: after the question it makes a small model forget the question.
-_READ_DOCUMENTS = (
-    "Read the numbered documents below and answer the question that follows them. "
-    'Give only the answer, on one line that begins with "Answer:".'
-)
-_READ_PAIRS = (
-    "Read the list of keys and their values below, one pair a line, and answer the question that follows it. "
-    'Give only the value, on one line that begins with "Answer:".'
-)
-_READ_TEXT = "Read the text below. A question about it follows."
+FINAL_PREFIX = "The answer is:"
+"""How the last line of a longer reply begins."""
+
+LAYOUTS: dict[str, tuple[str, str]] = {
+    # The format is asked for before the context: after the question it makes a small model forget the question.
+    "documents": ("Read the numbered documents below and answer the question that follows them.", "documents"),
+    "pairs": (
+        "Read the list of keys and their values below, one pair a line, and answer the question that follows it.",
+        "lines",
+    ),
+    "text": ("Read the text below and answer the question that follows it.", "text"),
+    "facts": ("Read the text below. Facts are scattered in it; answer the question about them that follows.", "text"),
+    "report": ("Read the table and the text below and answer the question that follows them.", "text"),
+    "examples": (
+        "Below are rows of a table, one a line, each with its target. Predict the target of the last row.",
+        "lines",
+    ),
+    "none": ("Answer the question below.", "text"),
+}
+"""By layout: what to do, and how the texts of the documents are joined."""
+
+_THEN_ANSWER = f'Then give the answer alone, on a line of its own that begins with "{FINAL_PREFIX}".'
+FORMS: dict[str, str] = {
+    "ao": 'Give only the answer, on one line that begins with "Answer:".',
+    "pair": 'Give only the value, on one line that begins with "Answer:".',
+    "short": 'Give a short answer, a few words or one sentence, on one line that begins with "Answer:".',
+    "number": (
+        "Give only the number, to five decimals where it has so many and a share as a fraction (0.14123, not 14%), "
+        'or yes or no, on one line that begins with "Answer:".'
+    ),
+    "scaled": (
+        "Give only the answer, with its scale (thousand, million, billion or percent) if it has one and with "
+        "semicolons between several answers, "
+        'on one line that begins with "Answer:".'
+    ),
+    "list": 'Give all the answers, separated by commas, on one line that begins with "Answer:".',
+    "label": 'Give only the target, on one line that begins with "Answer:".',
+    "target": 'Give only the target, a number, on one line that begins with "Answer:".',
+    "id": (
+        "First name the documents that the answer rests on, on one line such as "
+        '"Relevant documents: [DOC 2], [DOC 5]", or "[DOC -1]" if there is none. ' + _THEN_ANSWER
+    ),
+    "docid": (
+        "Do not answer it: name the documents that hold the answer, the best one first, on one line such as "
+        '"Relevant documents: [DOC 2], [DOC 5]".'
+    ),
+    "idc": (
+        "First copy every document that the answer rests on, each on a line of its own that begins with its tag, "
+        'such as "[DOC 2] the whole text", or write "[DOC -1]" if there is none. ' + _THEN_ANSWER
+    ),
+    "idq": (
+        "First quote the words that the answer rests on, at most 30 tokens a quote, each on a line of its own after "
+        'the tag of its document, such as [DOC 2] "the words", or write "[DOC -1]" if there is none. ' + _THEN_ANSWER
+    ),
+    "rj": (
+        "Work in four steps, each under its heading. Question analysis: what is asked for. Document review: which "
+        "documents bear on it. Reasoning: step by step, with the documents that each step rests on cited as [DOC X]. "
+        f'Last, the answer alone, on a line of its own that begins with "{FINAL_PREFIX}".'
+    ),
+    "infinite_qa": 'Give only the answer, on one line that begins with "Answer:".',
+    "judged": "Give a complete answer, and nothing but the answer.",
+}
+"""By form: what the reply must look like."""
+
+_CHOICE_FORMS = {
+    "options": "Read the text below. A question about it follows.",
+    "letter": "Read the text below. A question about it follows, with four options of which one is correct.",
+    "letter_ll": "Read the text below. A question about it follows, with four options of which one is correct.",
+    "infinite_letter": "Read the text below. A question about it follows, with four options of which one is correct.",
+    "sum": "Read the text below. What to write about it follows.",
+    "infinite_sum": "Read the text below. What to write about it follows.",
+}
+_NO_CONTEXT = {
+    "options": "A question follows.",
+    "letter": "A question follows, with four options of which one is correct.",
+    "letter_ll": "A question follows, with four options of which one is correct.",
+    "infinite_letter": "A question follows, with four options of which one is correct.",
+    "sum": "What to write follows.",
+    "infinite_sum": "What to write follows.",
+}
+_LETTER_CLOSINGS = {
+    "letter": 'Reply with one line: "The correct answer is (X)".',
+    "letter_ll": "Reply with its letter.\n",
+    "infinite_letter": "Reply with its letter alone.",  # one of its scorers reads nothing but the first character
+}
+_SUMMARY_WORDS = {"sum": 250, "infinite_sum": 850}  # what the references have in the mean
+LETTERS = "ABCD"
 
 
-def documents_block(texts: Sequence[str]) -> str:
-    """The context: `[DOC i]` and the text of each document, numbered from 0, a blank line between."""
-    return "\n\n".join(f"[DOC {number}]\n{text}" for number, text in enumerate(texts))
+def instruction(layout: str, form: str) -> str:
+    """What stands before the context."""
+    if form in _CHOICE_FORMS:
+        return _NO_CONTEXT[form] if layout == "none" else _CHOICE_FORMS[form]
+    return f"{LAYOUTS[layout][0]} {FORMS[form]}"
 
 
-def answer_only_text(context: str, question: str) -> str:
-    """The answer-only prompt."""
-    return f"{_READ_DOCUMENTS}\n\n{context}\n\nQuestion: {question}"
+def ask(form: str, question: str, choices: Sequence[str] = ()) -> str:
+    """What stands after the context."""
+    if form == "options":
+        options = "\n".join(f"- {choice}" for choice in choices)
+        return f"Question: {question}\nOptions:\n{options}\nReply with the text of the correct option.\n"
+    if form in _LETTER_CLOSINGS:
+        options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+        return f"Question: {question}\n{options}\n{_LETTER_CLOSINGS[form]}"
+    if form in _SUMMARY_WORDS:
+        return f"{question}\nReply with a summary of about {_SUMMARY_WORDS[form]} words, and nothing else."
+    return f"Question: {question}"
 
 
-def answer_only(doc: Mapping[str, Any]) -> str:
-    """lm-eval's `doc_to_text` of the answer-only tasks."""
-    return answer_only_text(doc["context"], doc["question"])
+def block(layout: str, texts: Sequence[str]) -> str:
+    """The context: the texts of the documents, joined as the layout says.
+
+    Documents are numbered from 0: `[DOC i]`, the text, a blank line between.
+    """
+    how = LAYOUTS[layout][1]
+    if how == "documents":
+        return "\n\n".join(f"[DOC {number}]\n{text}" for number, text in enumerate(texts))
+    return ("\n" if how == "lines" else "\n\n").join(texts)
+
+
+def render(layout: str, form: str, context: str, question: str, choices: Sequence[str] = ()) -> str:
+    """A whole prompt."""
+    return join(instruction(layout, form), context, ask(form, question, choices))
+
+
+def join(before: str, context: str, after: str) -> str:
+    """The three parts of a prompt, a blank line between; without a context there are two."""
+    return "\n\n".join(part for part in (before, context, after) if part)
+
+
+def prompt(doc: Mapping[str, Any]) -> str:
+    """lm-eval's `doc_to_text` of every task."""
+    return join(doc["instruction"], doc["context"], doc["ask"])
+
+
+_REPLY_PREFIXES = {
+    **dict.fromkeys(("id", "idc", "idq", "rj"), FINAL_PREFIX),
+    **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "docid"), ""),
+    "letter": "The correct answer is",
+}
+
+
+def reply_prefix(form: str) -> str:
+    """How the reply begins right before the answer itself."""
+    return _REPLY_PREFIXES.get(form, ANSWER_PREFIX)
 
 
 def pair_line(key: str, value: str) -> str:
@@ -49,30 +164,6 @@ def pair_line(key: str, value: str) -> str:
     return f'"{key}": "{value}"'
 
 
-def pairs_block(lines: Sequence[str]) -> str:
-    """The context of the key-value task: one pair a line."""
-    return "\n".join(lines)
-
-
 def key_question(key: str) -> str:
     """What the key-value task asks."""
     return f'What is the value of the key "{key}"?'
-
-
-def key_value_text(context: str, question: str) -> str:
-    """The prompt of the key-value task."""
-    return f"{_READ_PAIRS}\n\n{context}\n\nQuestion: {question}"
-
-
-def key_value(doc: Mapping[str, Any]) -> str:
-    """lm-eval's `doc_to_text` of the key-value task."""
-    return key_value_text(doc["context"], doc["question"])
-
-
-def multiple_choice(doc: Mapping[str, Any]) -> str:
-    """lm-eval's `doc_to_text` of the multiple-choice tasks; `ANSWER_PREFIX` follows on a line of its own."""
-    options = "\n".join(f"- {choice}" for choice in doc["choices"])
-    return (
-        f"{_READ_TEXT}\n\n{doc['context']}\n\nQuestion: {doc['question']}\nOptions:\n{options}\n"
-        "Reply with the text of the correct option.\n"
-    )

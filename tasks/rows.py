@@ -37,10 +37,11 @@ class Document(TypedDict):
 class Row(TypedDict):
     """One question on one context.
 
-    `context` is the documents block exactly as the prompt shows it; `cluster` names the context, which
-    several rows share; `length_tokens` is the rendered prompt plus the room for the answer, in the tokens
-    of the model (None where no tokenizer is named and the task's length does not depend on one);
-    `reply_prefix` is how a reply in the required form begins, before the answer.
+    The prompt is `instruction`, `context` and `ask`, a blank line between; `context` holds the texts of `docs`
+    exactly as the prompt shows them (empty without any) and `shown` says which were chosen (contexts.Choice);
+    `cluster` names the full context that several rows share; `length_tokens` is the rendered prompt plus the
+    room for the answer, in the tokens of the model (None where no tokenizer is named and the task's length
+    does not depend on one); `reply_prefix` is how a reply in the required form begins, before the answer.
     """
 
     id: str
@@ -49,11 +50,14 @@ class Row(TypedDict):
     docs: list[Document]
     gold_pids: list[str]
     cluster: str
+    shown: str
     length_tokens: int | None
     source: str
     licence: str
+    instruction: str
     context: str
-    reply_prefix: NotRequired[str]
+    ask: str
+    reply_prefix: str
     choices: NotRequired[list[str]]
     gold: NotRequired[int]
 
@@ -63,6 +67,14 @@ def as_dataset(rows: Sequence[Row]) -> "dict[str, Dataset]":
     from datasets import Dataset  # heavy, and scoring must not need it
 
     return {"test": Dataset.from_list([dict(row) for row in rows])}
+
+
+def together(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a context next to each other, contexts in the order of their first row."""
+    places: dict[str, int] = {}
+    for row in rows:
+        places.setdefault(row["cluster"], len(places))
+    return sorted(rows, key=lambda row: places[row["cluster"]])
 
 
 def checked_seed(task: str, seed: object) -> int:

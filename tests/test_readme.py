@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from lceval import listing
+from lceval.tasks import catalogue
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -48,9 +51,11 @@ def test_make_targets_named_in_the_readme_exist() -> None:
     assert named <= targets
 
 
-def test_every_task_of_ours_is_in_the_reference() -> None:
-    text = (ROOT / "docs" / "reference.md").read_text()
-    for file in (ROOT / "tasks").rglob("lc_*.yaml"):
-        base, _, length = file.stem.rpartition("_")
-        in_full, as_a_length = f"`{file.stem}`" in text, f"`{base}_" in text and f"`_{length}`" in text
-        assert in_full or as_a_length, file.stem
+def test_every_dataset_is_in_the_documentation_as_it_is() -> None:
+    text = (ROOT / "docs" / "tasks.md").read_text()
+    for dataset in catalogue.datasets().values():
+        lengths = ", ".join(map(str, dataset.lengths)) or "as the source"
+        modes, contexts = ", ".join(dataset.modes), ", ".join(dataset.contexts)
+        cells = [f"`{dataset.dataset}`", dataset.about, modes, lengths, contexts, dataset.count]
+        assert f"| {' | '.join([*cells, listing.source(dataset), dataset.licence])} |\n" in text, dataset.dataset
+    assert len(re.findall(r"^\| `\w+` \|(?:[^|]*\|){7}$", text, flags=re.MULTILINE)) == len(catalogue.datasets())

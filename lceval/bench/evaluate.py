@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from lceval.models.recipe import Recipe, parse
 from lceval.stats import cluster_bootstrap
 
 HF = "hf"
-ANSWERED = ("subem", "em", "f1", "parse_rate", "acc", "acc_norm")
 MEASURED = ("gold_nll", "gold_kept", "ndcg10", "kv_bytes", "kv_bytes_full")
-SHOWN = ("subem", "acc", "acc_norm", "gold_nll", "gold_kept", "ndcg10")
+SHOWN = ("subem", "em", "acc", "acc_norm", "gold_nll", "gold_kept", "ndcg10")
 TELEMETRY = ("kept_share", "bytes_read_per_step", "prefill_s", "compress_s")
 
 
@@ -39,6 +38,7 @@ def bench(
     output: Path | None,
     nll_only: bool = False,
     template: bool = True,
+    metadata: Mapping[str, Any] | None = None,
     **model_args: Any,
 ) -> dict[str, Any]:
     """Every recipe on the same questions.
@@ -49,6 +49,7 @@ def bench(
         against_hf: whether `--model hf` answers too, which reads the context anew for every request.
         output: jsonl of per-sample results; what it holds is not run again.
         nll_only: only predict the gold answer (`diagnose=gold`), and generate nothing.
+        metadata: what lm_eval's `--metadata` takes: `context`, `data_seed`, ...
 
     Raises:
         UserError: no such task, a bad recipe, or a file of another bench.
@@ -59,7 +60,7 @@ def bench(
     if Recipe() not in hows:
         hows.insert(0, Recipe())
     model = LCFT(pretrained, device=device(), diagnose=diagnose, **model_args)
-    loaded, groups = requests_of(task, pretrained, model, template)
+    loaded, groups = requests_of(task, pretrained, model, template, metadata)
     if nll_only and loaded.OUTPUT_TYPE != "generate_until":
         raise UserError(f"{task} generates nothing: leave --nll-only out")
     chosen = list(groups)[:contexts]
@@ -70,6 +71,7 @@ def bench(
         "template": template,
         "diagnose": diagnose,
         "nll_only": nll_only,
+        **({"metadata": dict(metadata)} if metadata else {}),
         **{k: str(v) for k, v in sorted(model_args.items())},
     }
     results = _Results(output, identity)
@@ -137,11 +139,13 @@ class _Results:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def requests_of(task: str, pretrained: str, model: LCFT, template: bool) -> tuple[Any, dict[str, list[Any]]]:
+def requests_of(
+    task: str, pretrained: str, model: LCFT, template: bool, metadata: Mapping[str, Any] | None = None
+) -> tuple[Any, dict[str, list[Any]]]:
     """The task, and its requests by context."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(metadata={"pretrained": pretrained})
+    manager = TaskManager(metadata={**(metadata or {}), "pretrained": pretrained})
     try:
         loaded = manager.load([task])["tasks"][task]
     except KeyError:
@@ -193,7 +197,7 @@ def _rows(
             "cluster": cluster,
             "id": doc.get("id", pairs[0][0].doc_id),
             "kv": name,
-            **{key: _short(metrics[key]) for key in (*([] if nll_only else ANSWERED), *MEASURED) if key in metrics},
+            **{key: _short(value) for key, value in metrics.items() if not nll_only or key in MEASURED},
             "response": None if nll_only else [str(r) if isinstance(r, str) else round(r[0], 4) for _, r in pairs],
             "seconds": _short(seconds / len(by_doc)),
             **{key: _short(kv[key]) for key in TELEMETRY if key in kv},

@@ -8,54 +8,31 @@ they share them); an answer, normalised, stands once in all the text that the co
 import random
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from lceval.errors import UserError
-from lceval.tasks.compose import Contract, Fitter, checked_limit, prompt_totals
+from lceval.tasks.build import Plan, Request
+from lceval.tasks.compose import Contract, Fitter
 from lceval.tasks.finance.companies import Fact, Filing, filings
-from lceval.tasks.prompts import ANSWER_PREFIX, documents_block
-from lceval.tasks.rows import DEFAULT_SEED, Document, Row, as_dataset, cached_rows, checked_seed
-from lceval.tasks.scoring import normalize
-from lceval.tasks.tokens import TokenMeter, meter_for
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from lceval.tasks.parsing import normalize
+from lceval.tasks.prompts import block
+from lceval.tasks.rows import Document, Row
 
 CONTEXTS = 12
 QUESTIONS_PER_CONTEXT = 4
-LICENCE = "invented text, no third-party content"
 
 _REMARK_SHARE = 0.05  # of the limit, left at least for remarks, whose choice makes the length exact
 _DRAWS = 4  # of questions, whose lengths must lie close together, before a wider contract is accepted
 
 
-def dataset(*, limit_tokens: int, data_seed: int = DEFAULT_SEED, **metadata: Any) -> "dict[str, Dataset]":
-    """lm-eval's `custom_dataset` of `lc_filings_ao_<limit_tokens / 1024>k`.
-
-    Args:
-        limit_tokens: Length of prompt plus answer that no row exceeds and every row nearly reaches.
-        data_seed: Seed of the companies and questions.
-        **metadata: model_args and metadata of the run; names the tokenizer.
-
-    Raises:
-        UserError: No tokenizer, or a length that no filing fits.
-    """
-    task = f"lc_filings_ao_{checked_limit('lc_filings_ao', limit_tokens) // 1024}k"
-    seed = checked_seed(task, data_seed)
-    meter = meter_for(task, metadata)
-    inputs = {"tokenizer": meter.fingerprint, "limit_tokens": limit_tokens, "data_seed": seed}
-    return as_dataset(cached_rows(task, inputs, lambda: build_rows(task, meter, limit_tokens, seed)))
+def rows(request: Request) -> Plan:
+    """All rows of one length: twelve contexts with four questions each."""
+    return Plan({}, lambda: [row for number in range(CONTEXTS) for row in _context_rows(request, number)])
 
 
-def build_rows(task: str, meter: TokenMeter, limit: int, seed: int) -> list[Row]:
-    """All rows of one length."""
-    contexts = (_context_rows(task, meter, limit, seed, number) for number in range(CONTEXTS))
-    return [row for context in contexts for row in context]
-
-
-def _context_rows(task: str, meter: TokenMeter, limit: int, seed: int, number: int) -> list[Row]:
-    rng = random.Random(f"filings {seed} {limit} {number}")
-    shown = _as_many_as_fit(task, meter, limit, list(filings(rng)))
+def _context_rows(request: Request, number: int) -> list[Row]:
+    meter, limit = request.fitted
+    rng = random.Random(f"filings {request.seed} {limit} {number}")
+    shown = _as_many_as_fit(request, list(filings(rng)))
     remarks = [(filing, remark) for filing, of in enumerate(shown) for remark in of.remarks]
     rng.shuffle(remarks)
     costs = meter.pieces([f" {remark}" for _, remark in remarks])
@@ -67,7 +44,7 @@ def _context_rows(task: str, meter: TokenMeter, limit: int, seed: int, number: i
         return [" ".join((filing.body, *more)) for filing, more in zip(shown, added, strict=True)]
 
     def totals(questions: Sequence[str], chosen: Sequence[int]) -> list[int]:
-        return prompt_totals(meter, documents_block(texts(chosen)), questions)
+        return request.totals([Document(pid="", title="", text=text) for text in texts(chosen)], questions)
 
     for contract in [Contract.preferred(limit, meter)] * _DRAWS + [Contract.promised(limit)]:
         asked = choose_facts(shown, rng)
@@ -76,7 +53,7 @@ def _context_rows(task: str, meter: TokenMeter, limit: int, seed: int, number: i
         if fitted is not None:
             break
     else:
-        raise UserError(f"{task} cannot come within 2% of {limit} tokens of this tokenizer: use a longer task.")
+        raise UserError(f"{request.task} cannot come within 2% of {limit} tokens of this tokenizer: use a longer task.")
     chosen, lengths = fitted
     cluster = f"filings-{limit // 1024}k-{number:02d}"
     docs = [
@@ -84,7 +61,7 @@ def _context_rows(task: str, meter: TokenMeter, limit: int, seed: int, number: i
         for index, (filing, text) in enumerate(zip(shown, texts(chosen), strict=True))
     ]
     return [
-        Row(
+        request.row(
             id=f"{cluster}-q{index}",
             question=fact.question,
             answers=[fact.answer],
@@ -92,28 +69,26 @@ def _context_rows(task: str, meter: TokenMeter, limit: int, seed: int, number: i
             gold_pids=[docs[filing]["pid"]],
             cluster=cluster,
             length_tokens=length,
-            source=f"lceval filings, seed {seed}",
-            licence=LICENCE,
-            context=documents_block([document["text"] for document in docs]),
-            reply_prefix=ANSWER_PREFIX,
+            source=f"lceval filings, seed {request.seed}",
         )
         for index, ((filing, fact), length) in enumerate(zip(asked, lengths, strict=True))
     ]
 
 
-def _as_many_as_fit(task: str, meter: TokenMeter, limit: int, offered: Sequence[Filing]) -> list[Filing]:
+def _as_many_as_fit(request: Request, offered: Sequence[Filing]) -> list[Filing]:
     """The first filings whose bodies leave room for the longest question, the answer and some remarks."""
+    meter, limit = request.fitted
     longest = max((fact.question for filing in offered for fact in filing.facts), key=len)
-    room = limit * (1 - _REMARK_SHARE) - prompt_totals(meter, "", [longest])[0]
+    room = limit * (1 - _REMARK_SHARE) - request.totals([], [longest])[0]
     shown: list[Filing] = []
-    costs = meter.pieces([f"{documents_block([filing.body])}\n\n" for filing in offered])
+    costs = meter.pieces([f"{block(request.dataset.layout, [filing.body])}\n\n" for filing in offered])
     for filing, cost in zip(offered, costs, strict=True):
         room -= cost
         if room < 0:
             break
         shown.append(filing)
     if not shown:
-        raise UserError(f"{task} cannot place a filing in {limit} tokens of this tokenizer: use a longer task.")
+        raise UserError(f"{request.task} cannot place a filing in {limit} tokens of this tokenizer: use a longer task.")
     return shown
 
 

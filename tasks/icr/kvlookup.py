@@ -12,28 +12,17 @@ applied; without it a 4k prompt may fall short of them by the template's tokens.
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.compose import Contract, checked_limit
-from lceval.tasks.prompts import (
-    ANSWER_PREFIX,
-    PAIR_NEW_TOKENS,
-    key_question,
-    key_value_text,
-    pair_line,
-    pairs_block,
-)
-from lceval.tasks.rows import Document, Row, as_dataset, cached_rows
-from lceval.tasks.sources import SourceFile, read_sources
-from lceval.tasks.tokens import TokenMeter, meter_for
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from lceval.tasks.build import Plan, Request
+from lceval.tasks.compose import Contract
+from lceval.tasks.prompts import key_question, pair_line
+from lceval.tasks.rows import Document, Row
+from lceval.tasks.sources import read_sources
 
 RECORDS = "kv_retrieval/kv_140_keys.jsonl"
 SCHEMA: dict[str, type] = {"key": str, "value": str}  # and the pairs, which `checked` checks
-LICENCE = "MIT"
 
 
 @dataclass(frozen=True)
@@ -51,29 +40,11 @@ class Lookup:
         return [*others[:place], self.pairs[self.asked], *others[place : count - 1]]
 
 
-def dataset(*, limit_tokens: int, **metadata: Any) -> "dict[str, Dataset]":
-    """lm-eval's `custom_dataset` of `lc_kvlookup_ao_<limit_tokens / 1024>k`.
-
-    Args:
-        limit_tokens: Length of prompt plus answer that no row exceeds and every row nearly reaches.
-        **metadata: model_args and metadata of the run; names the tokenizer.
-
-    Raises:
-        UserError: No tokenizer, no data folder, damaged data, or a list that is too short for the length.
-    """
-    task = f"lc_kvlookup_ao_{checked_limit('lc_kvlookup_ao', limit_tokens) // 1024}k"
-    meter = meter_for(task, metadata)
-    (records,) = read_sources(task, {RECORDS: SCHEMA})
-    inputs = {"source": records.identity, "tokenizer": meter.fingerprint, "limit_tokens": limit_tokens}
-    return as_dataset(cached_rows(task, inputs, lambda: build_rows(task, records, meter, limit_tokens)))
-
-
-def build_rows(task: str, records: SourceFile, meter: TokenMeter, limit: int) -> list[Row]:
+def rows(request: Request) -> Plan:
     """One row a list, each on a context of its own."""
-    return [
-        _row(task, checked(number, record), records.identity, meter, limit)
-        for number, record in enumerate(records.records)
-    ]
+    (records,) = read_sources(request.task, {RECORDS: SCHEMA})
+    lookups = [checked(number, record) for number, record in enumerate(records.records)]
+    return Plan({"source": records.identity}, lambda: [_row(request, lookup, records.identity) for lookup in lookups])
 
 
 def checked(number: int, record: dict[str, Any]) -> Lookup:
@@ -99,38 +70,33 @@ def _is_pair(pair: object) -> bool:
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(part, str) and part for part in pair)
 
 
-def _row(task: str, lookup: Lookup, source: str, meter: TokenMeter, limit: int) -> Row:
+def _row(request: Request, lookup: Lookup, source: str) -> Row:
     """The row with the most pairs that fit."""
+    _, limit = request.fitted
     key, value = lookup.pairs[lookup.asked]
     question = key_question(key)
 
-    def context(count: int) -> str:
-        return pairs_block([pair_line(*pair) for pair in lookup.first(count)])
+    def docs(count: int) -> list[Document]:
+        return [Document(pid=pid, title="", text=pair_line(pid, of)) for pid, of in lookup.first(count)]
 
-    def total(count: int) -> int:
-        (prompt,) = meter.prompts([key_value_text(context(count), question)])
-        return prompt + PAIR_NEW_TOKENS
-
-    count = bisect_right(range(1, len(lookup.pairs) + 1), limit, key=total)
-    length = total(count) if count else 0
+    count = bisect_right(
+        range(1, len(lookup.pairs) + 1), limit, key=lambda count: request.totals(docs(count), [question])[0]
+    )
+    length = request.totals(docs(count), [question])[0] if count else 0
     if not Contract.promised(limit).holds([length]):
         if count == len(lookup.pairs):
             raise UserError(
-                f"{task} needs lists of about {limit} tokens and the {count} pairs of {lookup.id} ({RECORDS}) come to "
-                f"{length} with this tokenizer: choose a shorter task or longer lists."
+                f"{request.task} needs lists of about {limit} tokens and the {count} pairs of {lookup.id} ({RECORDS}) "
+                f"come to {length} with this tokenizer: choose a shorter task or longer lists."
             )
-        raise UserError(f"{task} cannot come within 2% of {limit} tokens of this tokenizer: use a longer task.")
-    docs = [Document(pid=pid, title="", text=pair_line(pid, of)) for pid, of in lookup.first(count)]
-    return Row(
+        raise UserError(f"{request.task} cannot come within 2% of {limit} tokens of this tokenizer: use a longer task.")
+    return request.row(
         id=lookup.id,
         question=question,
         answers=[value],
-        docs=docs,
+        docs=docs(count),
         gold_pids=[key],
         cluster=f"{lookup.id}-{limit // 1024}k",
-        length_tokens=length,
         source=source,
-        licence=LICENCE,
-        context=context(count),
-        reply_prefix=ANSWER_PREFIX,
+        length_tokens=length,
     )

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
-from lceval.tasks.compose import Contract, Fitter, checked_limit, fill, spread
+from lceval.tasks.compose import Contract, Fitter, fill, spread
 from lceval.tasks.leakage import LeakIndex
-from lceval.tasks.scoring import normalize
+from lceval.tasks.parsing import normalize
 
 
 class Meter:
@@ -79,13 +78,6 @@ def test_the_contract_holds_without_the_template_only_where_there_is_room_for_bo
     assert not Contract.promised(2048).holds([2040, 2049])
     assert Contract.preferred(2048, Meter(30)).floor == pytest.approx(2007.04 + 30)
     assert Contract.preferred(1024, Meter(30)) == Contract.promised(1024)
-
-
-@pytest.mark.parametrize("value", [0, -1024, 1000, 2049, "2048", True, None, 2048.0])
-def test_a_length_that_is_no_multiple_of_1024_is_refused_in_one_line(value):
-    with pytest.raises(UserError, match="limit_tokens") as caught:
-        checked_limit("lc_filings_ao", value)
-    assert "\n" not in str(caught.value)
 
 
 words = st.text(alphabet="ab ", max_size=12)

@@ -14,9 +14,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lceval.errors import UserError
-from lceval.tasks import prompts, rows, scoring, tokens
+from lceval.tasks import build as tasks_build
+from lceval.tasks import catalogue, prompts, rows, scoring, tokens
 from lceval.tasks.icr import kvlookup
-from lceval.tasks.sources import read_sources
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
@@ -53,7 +53,7 @@ def record(pairs: int, asked: int, name: str = "") -> dict[str, Any]:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes a data folder of the given lines or records and returns what is read from it."""
+    """A function that makes a data folder of the given lines or records."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
 
@@ -61,25 +61,29 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         file = tmp_path / kvlookup.RECORDS
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
-        return read_sources("t", {kvlookup.RECORDS: kvlookup.SCHEMA})[0]
 
     return make
 
 
-def build(source: Any, name: str, limit: int) -> tuple[list[Any], tokens.TokenMeter]:
+def build(_: None, name: str, limit: int) -> tuple[list[Any], tokens.TokenMeter]:
     meter = tokens.TokenMeter(TOKENIZERS[name])
-    return kvlookup.build_rows("lc_kvlookup_ao", source, meter, limit), meter
+    return rows_with(meter, limit), meter
+
+
+def rows_with(meter: tokens.TokenMeter, limit: int) -> list[Any]:
+    dataset = catalogue.datasets()["kvlookup"]
+    return kvlookup.rows(tasks_build.Request("lc_kvlookup_ao", dataset, "pair", meter, limit, 1234)).build()
 
 
 def check(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
     for row in built:
         assert set(row) >= set(rows.Row.__required_keys__)
-        (counted,) = meter.prompts([prompts.key_value(row)])
-        assert row["length_tokens"] == counted + prompts.PAIR_NEW_TOKENS
+        (counted,) = meter.prompts([prompts.prompt(row)])
+        assert row["length_tokens"] == counted + 64
         assert 0.98 * limit <= row["length_tokens"] <= limit
         assert row["context"].split("\n") == [document["text"] for document in row["docs"]]
-        assert prompts.key_value(row).count(row["context"]) == 1
-        assert "[DOC" not in prompts.key_value(row)
+        assert prompts.prompt(row).count(row["context"]) == 1
+        assert "[DOC" not in prompts.prompt(row)
         pairs = json.loads("{" + row["context"].replace("\n", ",") + "}")
         assert list(pairs) == [document["pid"] for document in row["docs"]]
         assert row["answers"] == [pairs[row["gold_pids"][0]]]
@@ -98,8 +102,7 @@ def test_rows_keep_the_length_and_show_each_pair_on_a_line_of_its_own(source: An
 
 @pytest.mark.parametrize("limit", [4096, 8192])
 def test_every_list_of_the_published_data_makes_a_row(data_folder: Path, limit: int) -> None:
-    (source,) = read_sources("t", {kvlookup.RECORDS: kvlookup.SCHEMA})
-    built, meter = build(source, "digits in a template", limit)
+    built, meter = build(None, "digits in a template", limit)
     assert len(built) == 50
     check(built, meter, limit)
     places = [[d["pid"] for d in row["docs"]].index(row["gold_pids"][0]) / len(row["docs"]) for row in built]
@@ -109,11 +112,10 @@ def test_every_list_of_the_published_data_makes_a_row(data_folder: Path, limit: 
 
 def test_the_packaged_models_own_tokens_leave_room_for_every_reply(data_folder: Path, smollm2: str) -> None:
     meter = tokens.meter_for("t", {"pretrained": smollm2})
-    (source,) = read_sources("t", {kvlookup.RECORDS: kvlookup.SCHEMA})
-    built = kvlookup.build_rows("t", source, meter, 4096)
+    built = rows_with(meter, 4096)
     check(built, meter, 4096)
     replies = meter.pieces([f'{row["reply_prefix"]} "{row["answers"][0]}".\n' for row in built])
-    assert max(replies) < prompts.PAIR_NEW_TOKENS
+    assert max(replies) < 64
 
 
 # Which pairs --------------------------------------------------------------------------------------
@@ -212,20 +214,20 @@ def test_without_tokenizer_or_data_folder_the_error_says_what_to_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"lc_kvlookup_ao_4k .*pretrained=\.\.\."):
-        kvlookup.dataset(limit_tokens=4096)
-    with pytest.raises(UserError, match="limit_tokens=4000"):
-        kvlookup.dataset(limit_tokens=4000)
+        tasks_build.dataset(lc_task="lc_kvlookup_ao_4k")
+    with pytest.raises(UserError, match=r"unknown task 'lc_kvlookup_ao_3k'; did you mean lc_kvlookup_ao_"):
+        tasks_build.dataset(lc_task="lc_kvlookup_ao_3k")
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
     TOKENIZERS["digits"].save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"LCEVAL_DATA is not set.*{kvlookup.RECORDS}") as caught:
-        kvlookup.dataset(limit_tokens=4096, pretrained=str(tmp_path))
+        tasks_build.dataset(lc_task="lc_kvlookup_ao_4k", pretrained=str(tmp_path))
     one_line(caught)
 
 
 def test_rows_come_back_from_the_cache(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source(record(140, 70))
     TOKENIZERS["digits"].save_pretrained(tmp_path / "tokenizer")
-    metadata = {"limit_tokens": 4096, "pretrained": str(tmp_path / "tokenizer"), "version": 1.0}
-    first = kvlookup.dataset(**metadata)["test"].to_list()
-    monkeypatch.setattr(kvlookup, "build_rows", lambda *_: pytest.fail("built again"))
-    assert kvlookup.dataset(**metadata)["test"].to_list() == first
+    metadata = {"lc_task": "lc_kvlookup_ao_4k", "pretrained": str(tmp_path / "tokenizer"), "version": "1.0"}
+    first = tasks_build.dataset(**metadata)["test"].to_list()
+    monkeypatch.setattr(tasks_build, "_build", lambda *_: pytest.fail("built again"))
+    assert tasks_build.dataset(**metadata)["test"].to_list() == first

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
@@ -18,22 +18,12 @@ from transformers import PreTrainedTokenizerFast
 
 import lceval.tasks
 from lceval.errors import UserError
-from lceval.tasks import prompts
+from lceval.tasks import catalogue, prompts
 
 TASKS = Path(lceval.tasks.__file__).parent
-SHIPPED = {"lc_filings_ao_1k", "lc_filings_ao_2k"}
-KVLOOKUP = {"lc_kvlookup_ao_4k", "lc_kvlookup_ao_8k"}
-FROM_FOLDER = {"lc_nqopen_ao_2k", "lc_nqopen_ao_4k", "lc_quality_mc"} | KVLOOKUP
-GROUPS = {
-    "lc_nqopen_ao": {"lc_nqopen_ao_2k", "lc_nqopen_ao_4k"},
-    "lc_filings_ao": {"lc_filings_ao_1k", "lc_filings_ao_2k"},
-    "lc_kvlookup_ao": KVLOOKUP,
-    "lc_icr": {"lc_nqopen_ao_2k", "lc_nqopen_ao_4k"} | KVLOOKUP,
-    "lc_finance": {"lc_filings_ao_1k", "lc_filings_ao_2k"},
-    "lc_mc": {"lc_quality_mc"},
-    "lc_all": SHIPPED | FROM_FOLDER,
-}
-ANSWER_METRICS = {"subem", "subem_raw", "em", "f1", "parse_rate"}
+# One task of each form whose data ships or lies in the data folder; by what it needs.
+SHIPPED = {"lc_filings_ao_1k", "lc_filings_id_1k", "lc_filings_rj_1k"}
+FROM_FOLDER = {"lc_nqopen_docid_2k", "lc_nqopen_idc_4k", "lc_nqopen_idq_2k", "lc_quality_mc", "lc_kvlookup_ao_4k"}
 TELEMETRY = {"kv_bytes", "kv_bytes_full", "kv"}
 
 
@@ -130,59 +120,68 @@ class Recorder(LM):
         raise NotImplementedError
 
 
-def test_every_task_and_group_is_found_by_name() -> None:
+def test_every_name_of_the_catalogue_is_found_and_nothing_else() -> None:
     found = manager()
-    assert set(found.all_subtasks) == SHIPPED | FROM_FOLDER
-    assert set(found.all_groups) == set(GROUPS)
-    assert set(found.all_tasks) == SHIPPED | FROM_FOLDER | set(GROUPS)
+    assert set(found.all_subtasks) == set(catalogue.tasks())
+    assert set(found.all_groups) == set(catalogue.groups())
+    assert set(found.all_tasks) == set(catalogue.tasks()) | set(catalogue.groups())
+    assert not set(catalogue.tasks()) & set(catalogue.groups())
 
 
-def test_yaml_files_are_named_after_what_they_define_and_agree_with_the_code() -> None:
-    files = sorted(TASKS.rglob("*.yaml"))
-    assert len(files) == len(SHIPPED | FROM_FOLDER) + len(GROUPS) + 6
-    for file in files:
-        config = yaml.load(file.read_text(encoding="utf-8"), Loader=WithFunctions)
-        if file.stem.startswith("_"):
-            assert "task" not in config
-            assert "group" not in config
-        else:
-            assert config.get("group", config["task"]) == file.stem
-        for reference in WithFunctions.functions:
-            assert reference.startswith("lceval.tasks.")
-        if "generation_kwargs" in config:
-            assert config["generation_kwargs"]["max_gen_toks"] == (
-                prompts.PAIR_NEW_TOKENS if "kvlookup" in file.stem else prompts.NEW_TOKENS
-            )
-            assert config["generation_kwargs"]["do_sample"] is False
-        assert config.get("gen_prefix", prompts.ANSWER_PREFIX) == prompts.ANSWER_PREFIX
+def test_a_users_own_task_replaces_ours_of_the_same_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text('task: "lc_filings_ao_1k"\noutput_type: "generate_until"\n')
+    index = TaskManager(include_path=[str(TASKS), str(tmp_path)], include_defaults=False).task_index
+    assert index["lc_filings_ao_1k"].yaml_path == tmp_path / "mine.yaml"
 
 
-class WithFunctions(yaml.SafeLoader):
-    """Reads `!function` as its name."""
+@pytest.mark.parametrize("task", catalogue.tasks().values(), ids=lambda task: task.name)
+def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> None:
+    config = catalogue.task_config(task)
+    names = [metric["metric"] for metric in config["metric_list"]]
+    assert config["metadata"]["headline"] in names
+    assert len(set(names)) == len(names)
+    assert {*TELEMETRY, "gold_nll", "gold_kept", "ndcg10"} <= set(names)
+    assert callable(config["process_results"])
+    assert (
+        config["metadata"]["version"]
+        == f"{task.dataset.version}.{catalogue.form_config(task.form)['metadata']['version']}"
+    )
+    if config["output_type"] == "generate_until":
+        assert config["generation_kwargs"]["do_sample"] is False
+        assert config["generation_kwargs"]["max_gen_toks"] > 0
+    else:
+        assert config["gen_prefix"] == prompts.ANSWER_PREFIX
 
-    functions: list[str] = []  # noqa: RUF012
+
+@pytest.mark.parametrize("dataset", catalogue.datasets().values(), ids=lambda dataset: dataset.dataset)
+def test_a_dataset_says_what_it_needs_to(dataset: catalogue.Dataset) -> None:
+    assert dataset.suite in {"icr", "finance", "mc", "longdoc", "tabular"}
+    assert set(dataset.contexts) <= set(catalogue.CONTEXTS)
+    assert dataset.contexts[0] == "full"
+    assert ("rag" in dataset.contexts) <= bool(dataset.retrievers)
+    assert callable(dataset.plan)
+    assert dataset.layout in prompts.LAYOUTS
+    assert dataset.about
+    assert dataset.licence
+    assert dataset.count
+    pinned = dataset.hub is None or re.fullmatch("[0-9a-f]{40}", dataset.hub.revision)
+    assert pinned or dataset.dataset == "loong"  # of which no commit is known; the one that is read is recorded
 
 
-def _function(loader: WithFunctions, node: yaml.ScalarNode) -> str:
-    loader.functions.append(str(node.value))
-    return str(node.value)
+def test_suites_hold_what_a_model_of_8k_tokens_can_read() -> None:
+    groups = catalogue.groups()
+    assert groups["lc_nqopen_ao"] == [f"lc_nqopen_ao_{k}k" for k in (2, 4, 8, 16, 32, 64, 128)]
+    assert {"lc_nqopen_ao_8k", "lc_hotpotpool_ao_2k", "lc_kvlookup_ao_8k"} <= set(groups["lc_icr"])
+    assert not any(name.endswith(("16k", "32k", "64k", "128k")) for name in groups["lc_icr"])
+    assert {"lc_filings_ao_1k", "lc_filings_ao_2k"} <= set(groups["lc_finance"])
+    assert "lc_quality_mc" in groups["lc_mc"]
+    assert {"lc_icr", "lc_finance", "lc_mc"} <= set(groups["lc_all"])
 
 
-WithFunctions.add_constructor("!function", _function)
-
-
-@pytest.mark.parametrize("group", sorted(GROUPS))
-def test_a_group_loads_its_tasks(
-    group: str, tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
-) -> None:
-    if GROUPS[group] & FROM_FOLDER:
-        request.getfixturevalue("data_folder")
-    loaded = manager(pretrained=tokenizer.name_or_path).load([group])
-    assert set(loaded["tasks"]) == GROUPS[group]
-    for task in loaded["tasks"].values():
-        headline = task.config.metadata["headline"]
-        assert headline in [metric["metric"] for metric in task.config.metric_list]
-        assert task.VERSION == 1.0
+def test_a_group_loads_its_tasks_and_their_versions(tokenizer: PreTrainedTokenizerFast) -> None:
+    loaded = manager(pretrained=tokenizer.name_or_path).load(["lc_filings_ao"])
+    assert set(loaded["tasks"]) == {"lc_filings_ao_1k", "lc_filings_ao_2k"}
+    assert {task.VERSION for task in loaded["tasks"].values()} == {"1.0"}
 
 
 def test_a_group_without_data_ends_in_the_one_line_error(
@@ -190,7 +189,7 @@ def test_a_group_without_data_ends_in_the_one_line_error(
 ) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
     with pytest.raises(UserError, match="LCEVAL_DATA is not set"):
-        manager(pretrained=tokenizer.name_or_path).load(["lc_all"])
+        manager(pretrained=tokenizer.name_or_path).load(["lc_mc"])
 
 
 def test_metadata_on_the_command_line_changes_the_seed(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -214,7 +213,8 @@ def test_a_model_without_telemetry_runs_every_task(
     with caplog.at_level(logging.WARNING):
         results = run(DummyLM(), task, tokenizer)
     scored = {key.split(",")[0] for key in results["results"][task] if "," in key and "_stderr" not in key}
-    assert scored == ({"acc", "acc_norm"} if task.endswith("mc") else ANSWER_METRICS)
+    declared = {metric["metric"] for metric in catalogue.form_config(catalogue.find(task).form)["metric_list"]}
+    assert scored == declared
     # lm-eval itself always says that custom datasets take --metadata; nothing else may be said
     said = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
     assert [message for message in said if "--metadata" not in message] == []

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lceval.errors import UserError
-from lceval.tasks import prompts, rows, tokens
+from lceval.tasks import build, catalogue, prompts, rows, tokens
 from lceval.tasks.finance import filings
 from lceval.tasks.finance.companies import filings as invent
-from lceval.tasks.icr import nqopen
-from lceval.tasks.mc import quality
-from lceval.tasks.scoring import normalize
-from lceval.tasks.sources import read_sources
+from lceval.tasks.parsing import normalize
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}<|im_start|>system\nYou are a careful assistant.<|im_end|>\n"
@@ -69,14 +64,26 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+def made(task: str, tokenizer: str | None = None, **metadata: Any) -> list[Any]:
+    """The rows of a task."""
+    return build.rows_of(catalogue.find(task), ({"pretrained": tokenizer} if tokenizer else {}) | metadata)
+
+
 def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
+def request_for(task: str, tokenizer: str, seed: int = 1234) -> build.Request:
+    found = catalogue.find(task)
+    assert found.length_k is not None
+    meter = tokens.meter_for(task, {"pretrained": tokenizer})
+    return build.Request(task, found.dataset, found.form, meter, found.length_k * 1024, seed)
+
+
 def check_lengths(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
     """Every row by counting its whole prompt, which the builder does for one row of a context only."""
-    totals = [count + prompts.NEW_TOKENS for count in meter.prompts([prompts.answer_only(row) for row in built])]
+    totals = [count + 32 for count in meter.prompts([prompts.prompt(row) for row in built])]
     assert [row["length_tokens"] for row in built] == totals
     assert 0.98 * limit <= min(totals)
     assert max(totals) <= limit
@@ -86,8 +93,8 @@ def check_rows(built: list[Any]) -> None:
     assert len({row["id"] for row in built}) == len(built)
     for row in built:
         assert set(row) >= ROW_FIELDS
-        assert row["context"] == prompts.documents_block([document["text"] for document in row["docs"]])
-        assert prompts.answer_only(row).count(row["context"]) == 1
+        assert row["context"] == prompts.block("documents", [document["text"] for document in row["docs"]])
+        assert prompts.prompt(row).count(row["context"]) == 1
         pids = [document["pid"] for document in row["docs"]]
         assert len(set(pids)) == len(pids)
         assert set(row["gold_pids"]) <= set(pids)
@@ -109,7 +116,7 @@ def test_filings_keep_the_length_and_ask_for_answers_that_stand_once(
     folders: dict[str, str], tokenizer: str, limit: int
 ) -> None:
     meter = tokens.meter_for("t", {"pretrained": folders[tokenizer]})
-    built = filings.build_rows("t", meter, limit, 1234)
+    built = made(f"lc_filings_ao_{limit // 1024}k", folders[tokenizer])
     check_rows(built)
     check_lengths(built, meter, limit)
     assert len(built) == 48
@@ -122,8 +129,7 @@ def test_filings_keep_the_length_and_ask_for_answers_that_stand_once(
 
 
 def test_questions_on_a_context_ask_for_different_facts(folders: dict[str, str]) -> None:
-    meter = tokens.meter_for("t", {"pretrained": folders["words"]})
-    for of in clusters(filings.build_rows("t", meter, 2048, 1234)):
+    for of in clusters(made("lc_filings_ao_2k", folders["words"])):
         assert len({row["question"] for row in of}) == 4
         assert len({row["gold_pids"][0] for row in of}) == 4
         assert len({row["context"] for row in of}) == 1
@@ -145,8 +151,10 @@ def test_the_figures_of_a_filing_add_up() -> None:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
 def test_the_seed_decides_the_rows(folders: dict[str, str], tokenizer: str) -> None:
-    meter = tokens.meter_for("t", {"pretrained": folders[tokenizer]})
-    first, again, other = (json.dumps(filings.build_rows("t", meter, 1024, seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        json.dumps(filings.rows(request_for("lc_filings_ao_1k", folders[tokenizer], seed)).build())
+        for seed in (1, 1, 2)
+    )
     assert first == again
     assert first != other
 
@@ -157,9 +165,8 @@ def test_the_seed_decides_the_rows(folders: dict[str, str], tokenizer: str) -> N
 @pytest.fixture(scope="module", params=["bytes", "words"])
 def nq(request: pytest.FixtureRequest, folders: dict[str, str], data_folder: Path) -> tuple[list[Any], Any]:
     """All rows of 2k with one of the tokenizers, and its meter."""
-    meter = tokens.meter_for("t", {"pretrained": folders[request.param]})
-    sources = read_sources("t", nqopen.SCHEMAS)
-    return nqopen.build_rows("t", *sources, meter, 2048, 1234), meter
+    asked = request_for("lc_nqopen_ao_2k", folders[request.param])
+    return asked.dataset.plan(asked).build(), asked.meter
 
 
 def test_nqopen_keeps_the_length(nq: tuple[list[Any], Any]) -> None:
@@ -188,7 +195,7 @@ def test_no_passage_but_a_questions_own_gold_contains_an_answer_asked_on_its_con
 
 
 def test_gold_passages_are_whole_and_stand_one_in_each_quarter(nq: tuple[list[Any], Any], data_folder: Path) -> None:
-    lines = (data_folder / nqopen.PASSAGES).read_text(encoding="utf-8").splitlines()
+    lines = (data_folder / "nq_open/passages.jsonl").read_text(encoding="utf-8").splitlines()
     pool = {record["pid"]: record["text"].strip() for record in map(json.loads, lines)}
     ends = {"first": 0, "last": 0}
     for of in clusters(nq[0]):
@@ -203,9 +210,7 @@ def test_gold_passages_are_whole_and_stand_one_in_each_quarter(nq: tuple[list[An
 
 
 def test_lengths_share_their_questions(folders: dict[str, str], data_folder: Path) -> None:
-    meter = tokens.meter_for("t", {"pretrained": folders["words"]})
-    sources = read_sources("t", nqopen.SCHEMAS)
-    asked = [{row["id"] for row in nqopen.build_rows("t", *sources, meter, limit, 1234)} for limit in (2048, 4096)]
+    asked = [{row["id"] for row in made(f"lc_nqopen_ao_{length}", folders["words"])} for length in ("2k", "4k")]
     assert len(asked[0] & asked[1]) >= 380
 
 
@@ -213,15 +218,14 @@ def test_lengths_share_their_questions(folders: dict[str, str], data_folder: Pat
 
 
 def test_quality_has_every_question_with_and_without_a_tokenizer(folders: dict[str, str], data_folder: Path) -> None:
-    measured = quality.dataset(pretrained=folders["words"])["test"].to_list()
-    plain = quality.dataset()["test"].to_list()
+    measured, plain = made("lc_quality_mc", folders["words"]), made("lc_quality_mc")
     assert len(measured) == 111
     assert all(row["length_tokens"] > 2000 for row in measured)
     assert [{**row, "length_tokens": None} for row in measured] == plain
     for row in plain:
         assert row["answers"] == [row["choices"][row["gold"]]]
         assert row["cluster"] == row["gold_pids"][0] == row["docs"][0]["pid"]
-        assert prompts.multiple_choice(row).count(row["context"]) == 1
+        assert prompts.prompt(row).count(row["context"]) == 1
 
 
 # The cache ----------------------------------------------------------------------------------------
@@ -230,14 +234,15 @@ def test_quality_has_every_question_with_and_without_a_tokenizer(folders: dict[s
 def test_rows_are_built_once_and_come_back_byte_for_byte(
     folders: dict[str, str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = filings.dataset(limit_tokens=1024, pretrained=folders["words"], version=1.0)["test"].to_list()
+    asked = {"lc_task": "lc_filings_ao_1k", "pretrained": folders["words"], "version": "1.0"}
+    first = build.dataset(**asked)["test"].to_list()
     (entry,) = (own_cache / "rows").iterdir()
     content = entry.read_bytes()
     entry.unlink()
-    filings.dataset(limit_tokens=1024, pretrained=folders["words"])
+    build.dataset(**asked)
     assert entry.read_bytes() == content
-    monkeypatch.setattr(filings, "build_rows", lambda *_: pytest.fail("built again"))
-    assert filings.dataset(limit_tokens=1024, pretrained=folders["words"])["test"].to_list() == first
+    monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
+    assert build.dataset(**asked)["test"].to_list() == first
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]\n", b'{"rows": 2}\n{}\n', b"\xff\xfe"])
@@ -269,16 +274,16 @@ def test_an_unwritable_cache_is_reported_and_does_not_stop_the_run(
 # Bad input ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("build", [nqopen.dataset, filings.dataset])
-def test_without_a_tokenizer_the_error_says_how_to_name_one(build: Any) -> None:
+@pytest.mark.parametrize("task", ["lc_nqopen_ao_2k", "lc_filings_ao_2k"])
+def test_without_a_tokenizer_the_error_says_how_to_name_one(task: str) -> None:
     with pytest.raises(UserError, match=r"pretrained=\.\.\. or tokenizer=\.\.\.") as caught:
-        build(limit_tokens=2048)
+        made(task)
     assert one_line(caught).startswith("lc_")
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-folder") as caught:
-        filings.dataset(limit_tokens=1024, pretrained=str(tmp_path / "no-such-folder"))
+        made("lc_filings_ao_1k", str(tmp_path / "no-such-folder"))
     one_line(caught)
 
 
@@ -292,12 +297,12 @@ def test_without_a_data_folder_the_error_names_the_variable_and_the_files(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
-    with pytest.raises(UserError, match=r"LCEVAL_DATA is not set.*nq_open/passages\.jsonl") as caught:
-        nqopen.dataset(limit_tokens=2048, pretrained=folders["words"])
+    with pytest.raises(UserError, match=r"LCEVAL_DATA is not set.*nq_open/questions\.jsonl") as caught:
+        made("lc_nqopen_ao_2k", folders["words"])
     one_line(caught)
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     with pytest.raises(UserError, match=r"quality/stories\.jsonl and no quality/questions\.jsonl") as caught:
-        quality.dataset()
+        made("lc_quality_mc")
     one_line(caught)
 
 
@@ -316,11 +321,11 @@ def test_damaged_data_is_refused_with_its_place(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
 ) -> None:
     (tmp_path / "nq_open").mkdir()
-    (tmp_path / nqopen.QUESTIONS).write_text(line)
-    (tmp_path / nqopen.PASSAGES).write_text('{"pid": "p", "title": "", "text": "a"}\n')
+    (tmp_path / "nq_open/questions.jsonl").write_text(line)
+    (tmp_path / "nq_open/passages.jsonl").write_text('{"pid": "p", "title": "", "text": "a"}\n')
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     with pytest.raises(UserError, match=said) as caught:
-        nqopen.dataset(limit_tokens=2048, pretrained=folders["words"])
+        made("lc_nqopen_ao_2k", folders["words"])
     assert "nq_open" in one_line(caught)
 
 
@@ -330,18 +335,18 @@ def test_a_pool_that_is_too_small_is_an_error_not_a_short_task(
     (tmp_path / "nq_open").mkdir()
     questions = [{"question": f"q{n}", "answers": [f"x{n}y"], "gold_pids": [f"p{n}"]} for n in range(8)]
     passages = [{"pid": f"p{n}", "title": "", "text": f"about x{n}y"} for n in range(8)]
-    for name, records in ((nqopen.QUESTIONS, questions), (nqopen.PASSAGES, passages)):
+    for name, records in (("nq_open/questions.jsonl", questions), ("nq_open/passages.jsonl", passages)):
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     with pytest.raises(UserError, match="larger pool") as caught:
-        nqopen.dataset(limit_tokens=2048, pretrained=folders["words"])
+        made("lc_nqopen_ao_2k", folders["words"])
     one_line(caught)
 
 
 @pytest.mark.parametrize("seed", ["abc", 1.5, None, True])
 def test_a_seed_that_is_no_whole_number_is_refused(folders: dict[str, str], seed: object) -> None:
     with pytest.raises(UserError, match="data_seed") as caught:
-        filings.dataset(limit_tokens=1024, pretrained=folders["words"], data_seed=seed)
+        made("lc_filings_ao_1k", folders["words"], data_seed=seed)
     one_line(caught)
 
 
@@ -375,23 +380,3 @@ def test_the_fingerprint_tells_tokenizers_and_templates_apart() -> None:
     ]
     assert len({meter.fingerprint for meter in meters}) == len(meters)
     assert meters[0].fingerprint == tokens.TokenMeter(byte_tokenizer()).fingerprint
-
-
-# Versions -----------------------------------------------------------------------------------------
-
-
-def test_the_first_prompts_change_only_with_the_version(folders: dict[str, str]) -> None:
-    """A change here is a change of meaning: raise `metadata.version` in the YAML with it."""
-    meter = tokens.meter_for("t", {"pretrained": folders["words"]})
-    first = filings.build_rows("t", meter, 1024, 1234)[0]
-    story = {"context": "A story.", "question": "Who?", "choices": ["You", "I"]}
-    pairs = {"context": prompts.pairs_block([prompts.pair_line(*pair) for pair in ("kv", "gw")])}
-    rendered = {
-        "finance/_filings_ao.yaml": prompts.answer_only(first),
-        "icr/_kvlookup_ao.yaml": prompts.key_value({**pairs, "question": prompts.key_question("g")}),
-        "mc/_quality_mc.yaml": prompts.multiple_choice(story),
-    }
-    folder = Path(rows.__file__).parent
-    versions = [re.findall(r"version: (\S+)", (folder / name).read_text()) for name in rendered]
-    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in rendered.values()]
-    assert (versions, digests) == ([["1.0"]] * 3, ["54b21465cfaf11ea", "8df459e58678ff41", "75ae0cbb77e57f42"])

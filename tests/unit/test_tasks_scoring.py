@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.tasks import scoring
+from lceval.tasks import parsing, scoring
 
 DOC = {"answers": ["Paris", "City of Paris"], "choices": ["red", "blue", "green", "grey"], "gold": 1}
 
@@ -49,20 +49,20 @@ def score(value, **meta):
     ],
 )
 def test_normalize_follows_squad(text, normal):
-    assert scoring.normalize(text) == normal
+    assert parsing.normalize(text) == normal
 
 
 @given(st.text())
 def test_normalize_is_idempotent_and_leaves_no_ascii_punctuation(text):
-    once = scoring.normalize(text)
-    assert scoring.normalize(once) == once
+    once = parsing.normalize(text)
+    assert parsing.normalize(once) == once
     assert not set(once) & set(string.punctuation)
     assert once == " ".join(once.split())
 
 
 @given(st.text(), st.text(alphabet=string.ascii_letters + " ", min_size=1))
 def test_a_gold_inside_the_prediction_is_a_subem_hit_unless_it_vanishes(around, gold):
-    expected = float(bool(scoring.normalize(gold)))
+    expected = float(bool(parsing.normalize(gold)))
     assert scoring.subem(f"{around} {gold} {around}", [gold]) == expected
 
 
@@ -95,13 +95,13 @@ def test_a_gold_inside_the_prediction_is_a_subem_hit_unless_it_vanishes(around, 
     ],
 )
 def test_extraction_of_hard_outputs(text, answer, parsed):
-    assert scoring.extract(text) == (answer, parsed)
+    assert parsing.extract(text) == (answer, parsed)
 
 
 @given(st.text(), st.from_regex(r"[A-Za-z0-9$][A-Za-z0-9$ ,.]{0,30}[A-Za-z0-9]", fullmatch=True))
 def test_the_last_marker_wins_whatever_came_before(before, answer):
     text = before.replace("<", "").replace(">", "") + "\nAnswer: " + answer
-    assert scoring.extract(text) == (answer, True)
+    assert parsing.extract(text) == (answer, True)
 
 
 def test_f1_follows_the_yes_no_rule_and_takes_the_best_gold():

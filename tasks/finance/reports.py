@@ -1,0 +1,280 @@
+"""Rows of the report questions: TAT-QA, ConvFinQA, FinQA and DocFinQA, a figure to read or to compute from a filing.
+
+TAT-QA, ConvFinQA and FinQA show a page: a table and the text around it. DocFinQA asks FinQA's questions of the whole
+filing, about 123,000 words. The questions on a page stand together and share its documents.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from lceval.errors import UserError
+from lceval.tasks.build import Plan, Request
+from lceval.tasks.finance.numbers import as_number
+from lceval.tasks.parsing import normalize
+from lceval.tasks.rows import Document, Row
+from lceval.tasks.sources import SourceFile, data_folder, hub_copy, read_hub, read_sources
+
+_OPEN_ENDS = {"inc", "corp", "co", "ltd", "llc", "no", "nos", "mr", "mrs", "ms", "dr", "st", "vs", "approx"}
+_OPEN_ENDS |= {"u.s", "u.k", "n.a", "n.v", "s.a", "e.g", "i.e"}
+_SHORT = 3  # words, the full stop included, that are no sentence of their own
+
+
+def read(request: Request, fields: Mapping[str, type]) -> SourceFile:
+    """The dataset's one source: its file in the data folder if that is there, else its repository on the hub.
+
+    Raises:
+        UserError: neither is at hand, or a record that does not fit.
+    """
+    dataset, folder = request.dataset, data_folder()
+    local = [name for name in dataset.files if folder is not None and (folder / name).is_file()]
+    if dataset.hub is not None and (not local or hub_copy(dataset.hub) is not None):
+        return read_hub(request.task, dataset.hub, next(iter(dataset.hub.files)), fields)
+    (source,) = read_sources(request.task, {dataset.files[0]: fields})
+    return source
+
+
+def _damaged(source: SourceFile, number: int, reason: str) -> UserError:
+    return UserError(f"{source.name} record {number} {reason}: get the file anew from where it comes from.")
+
+
+def _together(rows: Sequence[Row]) -> list[Row]:
+    """The rows of a context next to each other, contexts in the order of their first row."""
+    clusters: dict[str, list[Row]] = {}
+    for row in rows:
+        clusters.setdefault(row["cluster"], []).append(row)
+    return [row for cluster in clusters.values() for row in cluster]
+
+
+def _context_id(name: str, *parts: object) -> str:
+    return f"{name}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]}"
+
+
+def table_text(cells: Sequence[Sequence[str]]) -> str:
+    """A table as lines of cells between pipes; empty rows are left out."""
+    lines = (" | ".join(" ".join(cell.split()) for cell in row) for row in cells if any(cell.strip() for cell in row))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def _is_table(cells: object) -> bool:
+    rows = isinstance(cells, list) and bool(cells) and all(isinstance(row, list) for row in cells)
+    return rows and all(isinstance(cell, str) for row in cells for cell in row)  # type: ignore[attr-defined]
+
+
+# TAT-QA
+
+
+def tatqa_rows(request: Request) -> Plan:
+    """TAT-QA: a table with its paragraphs, about six questions each; the source names what an answer rests on."""
+    source = read(request, {})
+    return Plan(
+        {"source": source.identity},
+        lambda: [
+            row
+            for number, record in enumerate(source.records, start=1)
+            for row in _tatqa(request, source, number, record)
+        ],
+    )
+
+
+def _tatqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> list[Row]:
+    try:
+        uid, cells = record["table"]["uid"], record["table"]["table"]
+        paragraphs = {str(part["order"]): part for part in record["paragraphs"]}
+        docs = [Document(pid=uid, title="table", text=table_text(cells))]
+        docs += [Document(pid=part["uid"], title="paragraph", text=part["text"]) for part in paragraphs.values()]
+        asked = [dict(question) for question in record["questions"]]
+        made = []
+        for one in asked:
+            gold = [paragraphs[order]["uid"] for order in one["rel_paragraphs"]]
+            spans = _printed(one["answer"])
+            if not spans:
+                raise _damaged(source, number, f"has no answer to {one['question']!r:.60}")
+            made.append(
+                request.row(
+                    id=one["uid"],
+                    question=one["question"],
+                    answers=[_with_scale(spans, one["scale"])],
+                    docs=docs,
+                    gold_pids=[uid, *gold] if "table" in one["answer_from"] else gold,
+                    cluster=uid,
+                    source=source.identity,
+                    spans=spans,
+                    scale=one["scale"],
+                    answer_type=one["answer_type"],
+                )
+            )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(source, number, f"is no TAT-QA context ({type(error).__name__}: {error})") from error
+    return made
+
+
+def _printed(answer: object) -> list[str]:
+    """The gold answer as the source prints it: one string, or several spans; a few lists hold empty ones."""
+    parts = answer if isinstance(answer, list) else [answer]
+    return [str(part) for part in parts if str(part).strip()]
+
+
+def _with_scale(spans: Sequence[str], scale: str) -> str:
+    """The answer as a reply in the required form gives it."""
+    ending = "%" if scale == "percent" else f" {scale}" if scale else ""
+    return "; ".join(spans) + ("" if spans[-1].endswith("%") else ending)
+
+
+# ConvFinQA
+
+
+def convfinqa_rows(request: Request) -> Plan:
+    """ConvFinQA: the last question of a conversation on a page, with the questions before it."""
+    fields: dict[str, type] = {"id": str, "questions": list, "text": str, "table": str}
+    source = read(request, {**fields, "golden_text": str, "golden_table": str})
+
+    def build() -> list[Row]:
+        return _together([_convfinqa(request, source, n, of) for n, of in enumerate(source.records, start=1)])
+
+    return Plan({"source": source.identity}, build)
+
+
+def _convfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row:
+    answer = _plain(source, number, record, "answer")
+    page = _context_id("convfinqa", record["table"], record["text"])
+    said = sentences(record["text"])
+    docs = [Document(pid=f"{page}-table", title="table", text=record["table"].strip())]
+    docs += [Document(pid=f"{page}-s{n:02d}", title="text", text=text) for n, text in enumerate(said)]
+    named = _evidence(said, record["golden_text"])
+    gold = [docs[1 + place]["pid"] for place in named]
+    if record["golden_table"].strip():
+        gold.insert(0, docs[0]["pid"])
+    return request.row(
+        id=record["id"],
+        question=_conversation(record["questions"]),
+        answers=[answer],
+        docs=docs,
+        # a few conversations name no evidence at all: then nothing may be left out
+        gold_pids=gold or [document["pid"] for document in docs],
+        cluster=page,
+        source=source.identity,
+    )
+
+
+def _plain(source: SourceFile, number: int, record: Mapping[str, Any], field: str) -> str:
+    """A gold answer, which a source may keep as a number or as a text."""
+    answer = record.get(field)
+    if isinstance(answer, str) and answer.strip():
+        return answer.strip()
+    if isinstance(answer, bool) or not isinstance(answer, int | float) or not isfinite(answer):
+        raise _damaged(source, number, f"has {field}={answer!r:.40}, neither a number nor a text")
+    return str(int(answer)) if answer == int(answer) else repr(float(answer))
+
+
+def _conversation(questions: Sequence[str]) -> str:
+    asked = [" ".join(question.split()) for question in questions]
+    if len(asked) == 1:
+        return asked[0]
+    before = "\n".join(f"{number}. {question}" for number, question in enumerate(asked[:-1], start=1))
+    return f"{asked[-1]}\nThe questions asked before this one, on which it may build:\n{before}"
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a tokenised text, which ends each with " . "; an abbreviation, or three words, make none."""
+    found: list[list[str]] = [[]]
+    for word in text.split():
+        before = found[-1][-2] if found[-1][-1:] == ["."] and len(found[-1]) > _SHORT else ""
+        if before and before not in _OPEN_ENDS and not (len(before) == 1 and before.isalpha()):
+            found.append([])
+        found[-1].append(word)
+    return [" ".join(words) for words in found if words]
+
+
+def _evidence(said: Sequence[str], golden: str) -> list[int]:
+    """The sentences that the golden text is made of: nine in ten words of the one stand in the other.
+
+    The source prints the golden text in slightly different spacing, and may cut it elsewhere. All sentences where none
+    is found, so that evidence is never lost.
+    """
+    parts = [set(normalize(part).split()) for part in sentences(golden)]
+    if not (words := set().union(*parts)):
+        return []
+    told = [set(normalize(text).split()) for text in said]
+    found = [
+        n
+        for n, of in enumerate(told)
+        if _within(of, words) or any(_within(part, of) for part in parts if len(part) > _SHORT)
+    ]
+    return found or [*range(len(said))]
+
+
+def _within(words: set[str], others: set[str]) -> bool:
+    return bool(words) and len(words & others) >= 0.9 * len(words)
+
+
+# FinQA and DocFinQA
+
+
+def finqa_rows(request: Request) -> Plan:
+    """FinQA: the text before the table, the table, the text after it."""
+    source = read(request, {"id": str, "question": str, "answers": str})
+
+    def build() -> list[Row]:
+        made = [_finqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
+        return _together([row for row in made if row is not None])
+
+    return Plan({"source": source.identity}, build)
+
+
+def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:
+    """A row; None where the source leaves the answer empty, as FinQA does now and then."""
+    if not _is_table(record.get("table")):
+        raise _damaged(source, number, "has no table, a list of rows of strings")
+    parts = {}
+    for side in ("pre_text", "post_text"):
+        if not isinstance(record.get(side), list) or not all(isinstance(part, str) for part in record[side]):
+            raise _damaged(source, number, f"has no {side}, a list of strings")
+        parts[side] = " ".join(part.strip() for part in record[side] if part.strip(" ."))
+    if not answerable(record["answers"]):
+        return None
+    page = _context_id("finqa", record["table"], parts)
+    texts = {"before": parts["pre_text"], "table": table_text(record["table"]), "after": parts["post_text"]}
+    return request.row(
+        id=record["id"],
+        question=record["question"],
+        answers=[record["answers"].strip()],
+        docs=[Document(pid=f"{page}-{place}", title=place, text=text) for place, text in texts.items() if text],
+        gold_pids=[],
+        cluster=page,
+        source=source.identity,
+    )
+
+
+def answerable(answer: str) -> bool:
+    """Whether a gold answer is a number, yes or no: what a reply to a question for a number can be compared with."""
+    return as_number(answer) is not None or normalize(answer) in ("yes", "no")
+
+
+def docfinqa_rows(request: Request) -> Plan:
+    """DocFinQA: FinQA's questions on whole filings."""
+    source = read(request, {"Context": str, "Question": str})
+
+    def build() -> list[Row]:
+        made = [_docfinqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
+        return _together([row for row in made if row is not None])
+
+    return Plan({"source": source.identity}, build)
+
+
+def _docfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:
+    answer = _plain(source, number, record, "Answer")
+    if not answerable(answer):
+        return None
+    filing = _context_id("docfinqa", record["Context"])
+    return request.row(
+        id=f"docfinqa-{number:04d}",
+        question=record["Question"].strip(),
+        answers=[answer],
+        docs=[Document(pid=filing, title="filing", text=record["Context"].strip())],
+        gold_pids=[],
+        cluster=filing,
+        source=source.identity,
+    )

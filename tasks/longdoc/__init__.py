@@ -1,0 +1,1 @@
+"""Long documents: whole stories and whole books."""

@@ -1,0 +1,37 @@
+"""Scores of summaries: ROUGE F-measures against several references.
+
+As InfiniteBench and SQuALITY count it: each measure is the best over the references, words are not stemmed, and the
+sentences whose union ROUGE-Lsum takes are the lines of the text. An output of one line therefore has the same Lsum
+and L against a reference of one line.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+from lceval.tasks.parsing import without_thinking
+from lceval.tasks.scoring import with_telemetry
+
+_MEASURES = {"rougeLsum": "rougeLsum", "rougeL": "rougeL", "rouge1": "rouge1", "rouge2": "rouge2"}
+
+
+@cache
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # heavy
+
+    return RougeScorer([*_MEASURES.values()], use_stemmer=False)
+
+
+def rouge(summary: str, references: Sequence[str]) -> dict[str, float]:
+    """The ROUGE F-measures of a summary, each the best over the references."""
+    scores = [_scorer().score(reference, summary) for reference in references]
+    return {
+        ours: max((float(score[theirs].fmeasure) for score in scores), default=0.0)
+        for ours, theirs in _MEASURES.items()
+    }
+
+
+def summary_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
+    """`process_results` of summaries: the whole output, less thinking, is the summary."""
+    summary = without_thinking(str(results[0]))
+    return with_telemetry(rouge(summary, doc["answers"]), results[0], parsed=bool(summary))

@@ -1,0 +1,287 @@
+"""Long documents: SQuALITY's and InfiniteBench's rows, ROUGE, and InfiniteBench's own F1."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.errors import UserError
+from lceval.tasks import build, catalogue, prompts
+from lceval.tasks.longdoc import infinitebench, summaries
+
+PREDICTIONS = "infinitebench_predictions"
+WORDS = st.lists(st.sampled_from(["sea", "ship", "captain", "storm", "the", "no"]), max_size=12).map(" ".join)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("LCEVAL_CACHE", str(folder / "longdoc-cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "longdoc-arrow"))
+
+
+def rows(task: str, **metadata: Any) -> list[Any]:
+    return build.rows_of(catalogue.find(task), metadata)
+
+
+def published(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / PREDICTIONS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# Scores
+
+
+@pytest.mark.parametrize(("model", "figure"), [("gpt4", 22.44), ("kimi", 16.52)])
+def test_infinitebenchs_f1_of_the_published_outputs(model: str, figure: float, data_folder: Path) -> None:
+    records = published(data_folder, f"{model}__longbook_qa_eng")
+    assert len(records) == 351
+    scored = [infinitebench.qa_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
+    assert round(100 * sum(score["f1"] for score in scored) / len(scored), 2) == figure
+
+
+def test_rougeLsum_of_the_published_summaries(data_folder: Path) -> None:
+    records = published(data_folder, "gpt4__longbook_sum_eng")
+    assert len(records) == 103
+    scored = [summaries.summary_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
+    assert round(100 * sum(score["rougeLsum"] for score in scored) / len(scored), 2) == 14.73
+
+
+def test_infinitebenchs_f1_takes_the_best_gold_and_has_no_closed_answers() -> None:
+    # 2 of 3 words said, 2 of 2 gold ones
+    assert infinitebench.token_f1("The old sea captain!", ["a storm", "sea captain"]) == pytest.approx(4 / 5)
+    assert infinitebench.token_f1("Yes, it did", ["yes"]) == pytest.approx(2 / 4)
+    assert infinitebench.token_f1("", ["yes"]) == infinitebench.token_f1("...", ["the"]) == 0
+    scored = infinitebench.qa_results({"answers": ["sea captain"]}, ["<think>a storm</think>Answer: the sea captain"])
+    assert scored == {"subem": 1, "subem_raw": 1, "em": 1, "f1": 1, "parse_rate": 1}
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=4))
+def test_a_further_reference_never_lowers_rouge(summary: str, references: list[str]) -> None:
+    one, all_of_them = summaries.rouge(summary, references[:1]), summaries.rouge(summary, references)
+    assert one.keys() == all_of_them.keys() == {"rougeLsum", "rougeL", "rouge1", "rouge2"}
+    assert all(0 <= one[name] <= all_of_them[name] <= 1 for name in one)
+
+
+def test_rouge_is_the_best_reference_for_each_measure_by_itself() -> None:
+    # unigrams: all of the first reference, in another order; bigrams: one of the second's three
+    said = summaries.rouge("storm at sea", ["sea at storm", "we went to storm at last"])
+    assert said["rouge1"] == 1
+    assert said["rouge2"] == pytest.approx(2 * 1 / (2 + 5))
+    assert said["rougeL"] == pytest.approx(2 * 2 / (3 + 6))
+
+
+def test_the_sentences_of_lsum_are_lines_and_words_are_not_stemmed() -> None:
+    # line by line all is found, in whatever order the lines stand; as one sentence only half of it
+    said = summaries.rouge("the ship sank\nthe captain swam", ["the captain swam\nthe ship sank"])
+    assert said["rougeLsum"] == 1
+    assert said["rougeL"] == pytest.approx(1 / 2)
+    assert summaries.rouge("ships", ["ship"])["rouge1"] == 0
+
+
+def test_thinking_is_no_part_of_a_summary_and_an_empty_one_scores_nothing() -> None:
+    doc = {"answers": ["the ship sank"]}
+    assert summaries.summary_results(doc, ["<think>sea, storm</think>\nThe ship sank"])["rouge1"] == 1
+    assert set(summaries.summary_results(doc, ["<think>the ship sank"]).values()) == {0.0}
+
+
+# SQuALITY
+
+
+def test_every_question_of_squality_has_its_story_and_four_references(data_folder: Path) -> None:
+    built = rows("lc_squality_sum")
+    assert len(built) == 75
+    assert len({row["id"] for row in built}) == 75
+    clusters = [row["cluster"] for row in built]
+    assert len(set(clusters)) == 15
+    assert clusters == [cluster for cluster in dict.fromkeys(clusters) for _ in range(5)]
+    for row in built:
+        assert len(row["answers"]) == 4
+        assert all(row["answers"])
+        assert row["context"] == row["docs"][0]["text"]
+        assert prompts.prompt(row).endswith(
+            f"\n\n{row['question']}\nReply with a summary of about 250 words, and nothing else."
+        )
+
+
+def test_a_reference_scores_as_itself(data_folder: Path) -> None:
+    row = rows("lc_squality_sum")[0]
+    assert set(summaries.summary_results(row, [row["answers"][2]]).values()) == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("story", "said"),
+    [
+        ({"document": "It was night.", "questions": []}, "record 1 is no SQuALITY story (KeyError: 'metadata')"),
+        (
+            {"metadata": {"passage_id": "1"}, "document": "Night.", "questions": [{"question_number": 1}]},
+            "question_text",
+        ),
+        (
+            {
+                "metadata": {"passage_id": "1"},
+                "document": "Night.",
+                "questions": [{"question_number": 1, "question_text": "Who?", "responses": []}],
+            },
+            "has no reference summary for 1-1",
+        ),
+        ({"metadata": {"passage_id": "1"}, "questions": []}, "line 1 has document=None: expected a string"),
+    ],
+)
+def test_a_damaged_story_is_refused_in_one_line(
+    story: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "squality").mkdir()
+    (tmp_path / "squality/squality_v1-3_dev.jsonl").write_text(json.dumps(story) + "\n")
+    monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        rows("lc_squality_sum")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+# InfiniteBench
+
+
+def hub_record(split: str, n: int, **changed: Any) -> dict[str, Any]:
+    """A record as the hub's files have it."""
+    options = [f"option {n}.{place}" for place in range(4)] if split == "longbook_choice_eng" else []
+    answers = {
+        "longbook_choice_eng": [f"option {n}.{n % 4}"],
+        "longbook_qa_eng": [f"Captain {n}", f"the captain no. {n}"],
+        "longbook_sum_eng": [f"A captain sinks ship {n}.\nHe swims."],
+    }
+    question = "" if split == "longbook_sum_eng" else f"Who sank ship {n}?"
+    record = {"id": n, "context": f" Book {n % 2}. ", "input": question, "answer": answers[split], "options": options}
+    return {**record, **changed}
+
+
+def hub_copy(folder: Path, split: str, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / f"hub/xinrongzhang2022/InfiniteBench/{split}.jsonl"
+    file.parent.mkdir(parents=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    monkeypatch.setenv("LCEVAL_DATA", str(folder))
+
+
+SPLITS = {
+    "lc_infinitebench_mc": "longbook_choice_eng",
+    "lc_infinitebench_qa_ao": "longbook_qa_eng",
+    "lc_infinitebench_sum": "longbook_sum_eng",
+}
+EXPECTED = {
+    "lc_infinitebench_mc": {
+        "question": "Who sank ship 2?",
+        "answers": ["C", "option 2.2"],
+        "instruction": "Read the text below. A question about it follows, with four options of which one is correct.",
+        "ask": (
+            "Question: Who sank ship 2?\n(A) option 2.0\n(B) option 2.1\n(C) option 2.2\n(D) option 2.3\n"
+            "Reply with its letter alone."
+        ),
+        "reply_prefix": "",
+        "choices": ["option 2.0", "option 2.1", "option 2.2", "option 2.3"],
+        "gold": 2,
+    },
+    "lc_infinitebench_qa_ao": {
+        "question": "Who sank ship 2?",
+        "answers": ["Captain 2", "the captain no. 2"],
+        "instruction": (
+            "Read the text below and answer the question that follows it. "
+            'Give only the answer, on one line that begins with "Answer:".'
+        ),
+        "ask": "Question: Who sank ship 2?",
+        "reply_prefix": "Answer:",
+    },
+    "lc_infinitebench_sum": {
+        "question": "Summarize the book.",
+        "answers": ["A captain sinks ship 2.\nHe swims."],
+        "instruction": "Read the text below. What to write about it follows.",
+        "ask": "Summarize the book.\nReply with a summary of about 850 words, and nothing else.",
+        "reply_prefix": "",
+    },
+}
+
+
+@pytest.mark.parametrize("task", SPLITS)
+def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = SPLITS[task]
+    hub_copy(tmp_path, split, [hub_record(split, n) for n in range(4)], monkeypatch)
+    built = rows(task)
+    # the questions on a book stand together
+    assert [row["id"] for row in built] == ["0", "2", "1", "3"]
+    assert [row["context"] for row in built] == ["Book 0.", "Book 0.", "Book 1.", "Book 1."]
+    row = built[1]
+    book = row["cluster"]
+    assert row == {
+        "id": "2",
+        "docs": [{"pid": book, "title": "", "text": "Book 0."}],
+        "gold_pids": [book],
+        "cluster": book,
+        "length_tokens": None,
+        "source": row["source"],
+        "licence": "MIT",
+        "context": "Book 0.",
+        "shown": "full",
+        **EXPECTED[task],
+    }
+    assert row["source"].startswith(f"xinrongzhang2022/InfiniteBench/{split}.jsonl sha256:")
+
+
+def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    split = "longbook_choice_eng"
+    # a book that says the same twice: only the letter tells them apart
+    record = hub_record(split, 0, options=["he", "she", "he", "they"], answer=["he", "C"])
+    hub_copy(tmp_path, split, [record], monkeypatch)
+    (row,) = rows("lc_infinitebench_mc")
+    assert (row["gold"], row["answers"]) == (2, ["C", "he"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"answer": ["nobody"]}, r"id=1 has answer=\['nobody'\] and 4 options: expected four, and one of them"),
+        ({"options": ["option 1.0", "option 1.1"]}, r"id=1 has answer=\['option 1.1'\] and 2 options: expected four"),
+        ({"answer": []}, r"record 2 has answer=\[\]: expected a list of one or more strings"),
+        ({"options": []}, r"record 2 has options=\[\]"),
+        ({"input": None}, r"record 2 has input=None: expected a string"),
+        ({"id": 0}, r"has id=0 twice"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_its_place(
+    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = "longbook_choice_eng"
+    hub_copy(tmp_path, split, [hub_record(split, 0), hub_record(split, 1, **changed)], monkeypatch)
+    with pytest.raises(UserError, match=said) as caught:
+        rows("lc_infinitebench_mc")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", SPLITS)
+def test_a_missing_field_is_refused(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{key: value for key, value in hub_record(SPLITS[task], 0).items() if key != "context"}]
+    hub_copy(tmp_path, SPLITS[task], records, monkeypatch)
+    with pytest.raises(UserError, match=r"record 1 has context=None: expected a string"):
+        rows(task)
+
+
+def test_every_scorer_that_speaks_is_declared() -> None:
+    emitted = {
+        "lc_infinitebench_mc": {"acc", "acc_first_char", "parse_rate"},
+        "lc_infinitebench_qa_ao": {"subem", "subem_raw", "em", "f1", "parse_rate"},
+        "lc_infinitebench_sum": {"rougeLsum", "rougeL", "rouge1", "rouge2"},
+        "lc_squality_sum": {"rougeLsum", "rougeL", "rouge1", "rouge2"},
+    }
+    for name, metrics in emitted.items():
+        config = catalogue.task_config(catalogue.find(name))
+        scored = config["process_results"]({"answers": ["A"]}, ["A"])
+        assert scored.keys() == metrics <= {metric["metric"] for metric in config["metric_list"]}
+        assert config["metadata"]["headline"] in metrics
+
+
+def test_the_books_stay_out_of_the_suites_group() -> None:
+    assert catalogue.groups()["lc_longdoc"] == ["lc_squality_sum"]

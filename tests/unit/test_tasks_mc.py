@@ -1,0 +1,296 @@
+"""Multiple choice: what letter an output gives by each benchmark's rule, and the rows of LongBench v2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.errors import UserError
+from lceval.tasks import build, catalogue, prompts
+from lceval.tasks.mc import letters
+
+PREDICTIONS = "infinitebench_predictions"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("LCEVAL_CACHE", str(folder / "mc-cache"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "mc-arrow"))
+
+
+def rows(task: str, **metadata: Any) -> list[Any]:
+    return build.rows_of(catalogue.find(task), metadata)
+
+
+# LongBench v2
+
+
+@pytest.mark.parametrize(
+    ("output", "letter"),
+    [
+        ("The correct answer is (B)", "B"),
+        ("The correct answer is (B).\n\nThis is because (C) ignores the tax.", "B"),
+        ("The correct answer is B", "B"),
+        ("The correct answer is D, not A.", "D"),
+        ("**The correct answer is (C)**", "C"),
+        ("The correct answer is **(C)**.", "C"),
+        ("The correct answer is ***A***", "A"),
+        ("Let me compare. (A) is wrong, (B) too.\nThe correct answer is (D)", "D"),
+        ("The correct answer is (A). On reflection, The correct answer is (B).", "A"),
+        # with brackets wins over without, wherever they stand
+        ("The correct answer is A? No: The correct answer is (B)", "B"),
+        ("<think>The correct answer is (A)</think>The correct answer is (D)", "D"),
+        ("The correct answer is (A), it seems.</think>\nThe correct answer is (C)", "C"),
+        ("<think>The correct answer is (A)</think>", None),
+        ("<think>The correct answer is (A), or is", None),
+        # the rule is exact: spelling, case, spacing and range
+        ("the correct answer is (B)", None),
+        ("The correct answer is: (B)", None),
+        ("The correct answer is (b)", None),
+        ("The correct answer is  (B)", None),
+        ("The correct answer is (E)", None),
+        ("The correct answer is option B", None),
+        ("Answer: B", None),
+        ("B", None),
+        ("(B) the second one", None),
+        ("The answer is (B)", None),
+        ("None of them.", None),
+        ("", None),
+        # and it does not look at what follows the letter
+        ("The correct answer is Because", "B"),
+        ("The correct answer is (B and (C))", None),
+    ],
+)
+def test_longbench_v2_reads_the_stated_letter_and_nothing_else(output: str, letter: str | None) -> None:
+    assert letters.stated_letter(output) == letter
+    for gold in range(4):
+        said = letters.letter_results({"gold": gold}, [output])
+        assert said == {"acc": float(letter == "ABCD"[gold]), "parse_rate": float(letter is not None)}
+
+
+class Failed(str):
+    """A response to a prompt that was not run."""
+
+    meta: dict[str, Any]
+
+
+def test_a_sample_that_was_not_run_is_wrong_whatever_it_says() -> None:
+    failed = Failed("The correct answer is (A)")
+    failed.meta = {"status": "error"}
+    assert letters.letter_results({"gold": 0}, [failed])["acc"] == 0
+    assert letters.infinite_results({"answers": ["A", "a text"]}, [failed])["acc"] == 0
+
+
+def test_a_reply_in_the_form_that_the_prompt_asks_for_is_read() -> None:
+    asked = prompts.ask("letter", "Which?", ["w", "x", "y", "z"])
+    assert 'Reply with one line: "The correct answer is (X)".' in asked
+    assert letters.stated_letter(f"{prompts.reply_prefix('letter')} (C)") == "C"
+    assert letters.stated_letter(f"{prompts.reply_prefix('letter')} C") == "C"
+
+
+@pytest.mark.parametrize("answers", [["the text alone"], ["E"], ["a"], ["AB"]])
+def test_a_truth_without_a_letter_is_refused(answers: list[str]) -> None:
+    with pytest.raises(UserError, match="names no letter"):
+        letters.letter_results({"answers": answers}, ["The correct answer is (A)"])
+
+
+# InfiniteBench
+
+
+@pytest.mark.parametrize(
+    ("output", "golds", "current", "first"),
+    [
+        ("B", ["Hall", "B"], True, True),
+        ("  B. Hall", ["Hall", "B"], True, True),
+        ("The correct answer is (B)", ["Hall", "B"], True, False),
+        ("Hall", ["Hall", "B"], True, False),
+        ("(B)", ["Hall", "B"], True, False),
+        # the last letter of the first line that has one
+        ("Not A but B", ["Hall", "B"], True, False),
+        ("Well.\nIt is B, not C\nD", ["Hall", "C"], True, False),
+        ("Well.\nIt is B, not C\nD", ["Hall", "D"], False, False),
+        # where that fails, the older rules may still find it
+        ("A. not B", ["Hall", "A"], True, True),
+        ("Not C but D; the answer is: Hall", ["Hall", "B"], True, False),
+        ('So the answer is "Hall"', ["Hall", "B"], True, False),
+        ('So the answer is Mr. "Hall"', ["Hall", "B"], False, False),
+        ("not B or C", ["Hall", "B"], True, False),
+        # the first character is a letter, and that is that
+        ("Carley, that is D", ["Carley", "B"], False, False),
+        ("A man named Hall", ["Hall", "B"], False, False),
+        ("answer:", ["Hall", "B"], False, False),
+        ("b", ["Hall", "B"], False, False),
+        ("I cannot read the book.", ["Hall", "B"], False, False),
+        ("", ["Hall", "B"], False, False),
+        ("\n\n", ["Hall", "B"], False, False),
+    ],
+)
+def test_infinitebenchs_current_and_published_rules(output: str, golds: list[str], current: bool, first: bool) -> None:
+    assert letters.by_first_line(output, golds) is current
+    assert letters.first_character(output, golds) is first
+
+
+def test_infinitebench_drops_thinking_and_counts_what_names_no_letter() -> None:
+    doc = {"answers": ["B", "Hall"]}
+    thought = letters.infinite_results(doc, ["<think>A or C? A.</think>B"])
+    assert thought == {"acc": 1.0, "acc_first_char": 1.0, "parse_rate": 1.0}
+    silent = letters.infinite_results(doc, ["I would rather not say."])
+    assert silent == {"acc": 0.0, "acc_first_char": 0.0, "parse_rate": 0.0}
+
+
+@given(st.text(alphabet="ABCDE abc.:\n'", max_size=40), st.sampled_from("ABCD"))
+def test_whoever_is_right_by_the_first_character_is_right_by_the_current_rule(output: str, gold: str) -> None:
+    if letters.first_character(output, ["words", gold]):
+        assert letters.by_first_line(output, ["words", gold])
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "current"), [("gpt4", 67.25, 68.12), ("kimi", 72.49, 73.36)], ids=["gpt4", "kimi"]
+)
+def test_the_published_figures_come_out_of_the_published_outputs(
+    model: str, first: float, current: float, data_folder: Path
+) -> None:
+    file = data_folder / PREDICTIONS / f"{model}__longbook_choice_eng.jsonl"
+    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(records) == 229
+    scored = [letters.infinite_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
+    means = {name: 100 * sum(score[name] for score in scored) / len(scored) for name in scored[0]}
+    assert round(means["acc_first_char"], 2) == first
+    assert round(means["acc"], 2) == current
+
+
+# Rows of LongBench v2
+
+
+def hub_record(n: int, context: str, **changed: Any) -> dict[str, Any]:
+    """A record as data.json has it."""
+    return {
+        "_id": f"66f{n:021d}",
+        "domain": "Single-Document QA",
+        "sub_domain": "Financial",
+        "difficulty": "hard" if n % 2 else "easy",
+        "length": "short",
+        "question": f"What does section {n} say?",
+        "choice_A": f"nothing {n}",
+        "choice_B": f"something {n}",
+        "choice_C": f"little {n}",
+        "choice_D": f"much {n}",
+        "answer": "ABCD"[n % 4],
+        "context": context,
+        **changed,
+    }
+
+
+def hub_copy(folder: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "hub/THUDM/LongBench-v2/data.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(records))
+    monkeypatch.setenv("LCEVAL_DATA", str(folder))
+
+
+@pytest.mark.parametrize("task", ["lc_lbv2_mc", "lc_lbv2_mc_ll"])
+def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [hub_record(0, "A report. "), hub_record(1, "Another one."), hub_record(2, "A report.")]
+    hub_copy(tmp_path, made, monkeypatch)
+    built = rows(task)
+    # the third shares the first one's context, and stands beside it
+    assert [row["id"][-1] for row in built] == ["0", "2", "1"]
+    assert [row["cluster"] for row in built].count(built[0]["cluster"]) == 2
+    row = built[-1]
+    pid = row["docs"][0]["pid"]
+    closing = (
+        'Reply with one line: "The correct answer is (X)".' if task == "lc_lbv2_mc" else "Reply with its letter.\n"
+    )
+    assert row == {
+        "id": "66f000000000000000000001",
+        "question": "What does section 1 say?",
+        "answers": ["B", "something 1"],
+        "docs": [{"pid": pid, "title": "", "text": "Another one."}],
+        "gold_pids": [pid],
+        "cluster": pid,
+        "length_tokens": None,
+        "source": row["source"],
+        "licence": catalogue.datasets()["lbv2"].licence,
+        "instruction": ("Read the text below. A question about it follows, with four options of which one is correct."),
+        "context": "Another one.",
+        "shown": "full",
+        "ask": (
+            f"Question: What does section 1 say?\n(A) nothing 1\n(B) something 1\n(C) little 1\n(D) much 1\n{closing}"
+        ),
+        "reply_prefix": "The correct answer is" if task == "lc_lbv2_mc" else "Answer:",
+        "difficulty": "hard",
+        "length_class": "short",
+        "domain": "Single-Document QA",
+        "sub_domain": "Financial",
+        "choices": ["nothing 1", "something 1", "little 1", "much 1"],
+        "gold": 1,
+    }
+    assert row["source"].startswith("THUDM/LongBench-v2/data.json sha256:")
+    assert "sample" not in row["source"]
+
+
+def test_without_context_the_question_is_asked_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_copy(tmp_path, [hub_record(0, "A report.")], monkeypatch)
+    (row,) = rows("lc_lbv2_mc", context="none")
+    assert (row["context"], row["docs"]) == ("", [])
+    assert prompts.prompt(row).startswith("A question follows, with four options of which one is correct.\n\nQuestion:")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"answer": "E"}, r"_id='66f0+1' has answer='E': expected A to D"),
+        ({"answer": "AB"}, r"has answer='AB'"),
+        ({"question": None}, r"record 2 has question=None: expected a string"),
+        ({"_id": f"66f{0:021d}"}, r"has _id='66f0+' twice"),
+    ],
+)
+def test_a_damaged_record_is_refused_with_its_place(
+    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_copy(tmp_path, [hub_record(0, "A report."), hub_record(1, "Another.", **changed)], monkeypatch)
+    with pytest.raises(UserError, match=said) as caught:
+        rows("lc_lbv2_mc")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{key: value for key, value in hub_record(0, "A report.").items() if key != "choice_C"}]
+    hub_copy(tmp_path, records, monkeypatch)
+    with pytest.raises(UserError, match=r"data\.json record 1 has choice_C=None: expected a string"):
+        rows("lc_lbv2_mc")
+
+
+def test_the_local_sample_says_that_it_is_one(data_folder: Path) -> None:
+    if not (data_folder / "longbench_v2/sample_with_context.jsonl").is_file():
+        pytest.skip("LCEVAL_DATA does not hold longbench_v2/sample_with_context.jsonl")
+    built = rows("lc_lbv2_mc")
+    assert len(built) == 8
+    for row in built:
+        assert row["source"].endswith("(a sample: 8 of 503 rows)")
+        assert len(row["context"]) > 50_000
+        assert row["answers"] == ["ABCD"[row["gold"]], row["choices"][row["gold"]]]
+    assert {row["difficulty"] for row in built} == {"easy", "hard"}
+
+
+def test_a_hub_copy_wins_over_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_copy(tmp_path, [hub_record(0, "From the hub.")], monkeypatch)
+    sample = tmp_path / "longbench_v2/sample_with_context.jsonl"
+    sample.parent.mkdir()
+    sample.write_text(json.dumps(hub_record(1, "From the sample.")) + "\n")
+    (row,) = rows("lc_lbv2_mc")
+    assert row["context"] == "From the hub."
+
+
+def test_the_tasks_have_their_names_and_stay_out_of_the_suites_group() -> None:
+    assert {"lc_lbv2_mc", "lc_lbv2_mc_ll"} <= catalogue.tasks().keys()
+    assert not any("lbv2" in task for task in catalogue.groups()["lc_mc"])
+    for task, emitted in [("lc_lbv2_mc", {"acc", "parse_rate"}), ("lc_lbv2_mc_ll", {"acc"})]:
+        declared = {metric["metric"] for metric in catalogue.task_config(catalogue.find(task))["metric_list"]}
+        assert emitted <= declared

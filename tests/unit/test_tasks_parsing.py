@@ -1,0 +1,126 @@
+"""What outputs say: documents named, quotes given, answers; on outputs as models write them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.tasks import parsing, scoring
+
+DOCS = [
+    {"pid": "a", "title": "", "text": "The harbour of Rena was dredged in 1954, as document 3 says."},
+    {"pid": "b", "title": "", "text": "Ole Vinter built the Lindmark bridge."},
+    {"pid": "c", "title": "", "text": "Rain fell for nine days."},
+]
+DOC = {"docs": DOCS, "gold_pids": ["a", "b"], "answers": ["Ole Vinter"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("Relevant documents: [DOC 3], [DOC 5]", [3, 5]),
+        ("[DOC 3][DOC 4]", [3, 4]),
+        ("[DOC 3, DOC 4] and [DOC 3]", [3, 4]),
+        ("[DOC 1, 2; 7]", [1, 2, 7]),
+        ("Document 3", [3]),
+        ("**Documents 3 and 5** are relevant", [3, 5]),
+        ("see doc #12.", [12]),
+        ("[Doc: 4]", [4]),
+        ("[DOC_6]", [6]),
+        ("documents 2, 3", [2, 3]),
+        ("[DOC -1]", []),
+        ("[DOC -1], [DOC 2]", [2]),
+        ("I read 3 documents and found nothing", None),
+        ("the doctor said 5", None),
+        ("Documentation 5", None),
+        ("", None),
+    ],
+)
+def test_documents_are_found_in_the_usual_spellings(text: str, named: list[int] | None) -> None:
+    assert parsing.document_ids(text) == named
+
+
+@given(st.lists(st.integers(0, 999), min_size=1))
+def test_the_required_form_is_read_back(numbers: list[int]) -> None:
+    text = "Relevant documents: " + ", ".join(f"[DOC {number}]" for number in numbers)
+    assert parsing.document_ids(text) == list(dict.fromkeys(numbers))
+
+
+def test_only_what_stands_before_the_last_answer_and_outside_thinking_names_documents() -> None:
+    text = "<think>[DOC 9]</think>[DOC 0]\nThe answer is: maybe\n[DOC 1]\nThe answer is: Ole [DOC 7]"
+    assert parsing.document_ids(parsing.before_answer(text)) == [0, 1]
+    assert parsing.document_ids(parsing.before_answer("[DOC 4] and no answer")) == [4]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[DOC 1] "Ole Vinter built"', [(1, "Ole Vinter built")]),
+        ("[DOC 1] “Ole Vinter” and “the bridge”", [(1, "Ole Vinter"), (1, "the bridge")]),
+        ("[DOC 0]: The harbour\n[DOC 2]\nRain fell", [(0, "The harbour"), (2, "Rain fell")]),
+        ("[DOC -1]", []),
+        ("[DOC 1, 2] both", []),
+        ("no tags", []),
+    ],
+)
+def test_quotes_belong_to_the_tag_before_them(text: str, expected: list[Any]) -> None:
+    assert [tuple(quote) for quote in parsing.quotes(text)] == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "gold", "scores"),
+    [
+        ([0, 1], {0, 1}, (1, 1, 1, 1, 1)),
+        ([0], {0, 1}, (1, 0.5, 2 / 3, 0, 1)),
+        ([0, 2, 3], {0}, (1 / 3, 1, 0.5, 0, 1)),
+        ([5], {0}, (0, 0, 0, 0, 1)),
+        ([], {0}, (0, 0, 0, 0, 1)),
+        (None, {0}, (0, 0, 0, 0, 0)),
+        ([], set(), (1, 1, 1, 1, 1)),
+        ([3], set(), (0, 0, 0, 0, 1)),
+        (None, set(), (0, 0, 0, 0, 0)),
+    ],
+)
+def test_citations_are_scored_as_sets(named: Any, gold: set[int], scores: tuple[float, ...]) -> None:
+    assert tuple(scoring.citation_metrics(named, gold).values()) == pytest.approx(scores)
+
+
+def test_a_cited_answer_is_scored_with_its_documents() -> None:
+    made = scoring.cited_results(DOC, ["Relevant documents: [DOC 0], [DOC 2]\nThe answer is: Ole Vinter"])
+    assert (made["subem"], made["parse_rate"]) == (1, 1)
+    assert (made["ids_precision"], made["ids_recall"], made["ids_exact"]) == (0.5, 0.5, 0)
+
+
+def test_copies_count_only_word_for_word_and_only_of_gold_documents() -> None:
+    whole = f"[DOC 0] {DOCS[0]['text']}\n[DOC 1] {DOCS[1]['text']}\nThe answer is: Ole Vinter"
+    assert scoring.copied_results(DOC, [whole])["content"] == 1
+    assert scoring.copied_results(DOC, [whole])["ids_exact"] == 1
+    assert scoring.copied_results(DOC, [whole.replace("dredged", "drained")])["content"] == 0
+    assert scoring.copied_results(DOC, [whole.replace("\nThe", f"\n[DOC 2] {DOCS[2]['text']}\nThe")])["content"] == 0
+    assert scoring.copied_results(DOC, ["The answer is: Ole Vinter"])["content"] == 0
+
+
+def test_quotes_count_where_they_stand_in_the_gold_document_they_name() -> None:
+    said = '[DOC 1] "Ole Vinter built"\n[DOC 0] "nine days"\nThe answer is: Ole Vinter'
+    made = scoring.quoted_results(DOC, [said])
+    assert (made["quotes"], made["ids_exact"], made["subem"]) == (0.5, 1, 1)
+    assert scoring.quoted_results(DOC, ["The answer is: Ole Vinter"])["quotes"] == 0
+
+
+def test_recall_at_k_and_all_or_nothing_recall() -> None:
+    assert scoring.recall_at([2, 0, 9], {0, 1}, 1) == 0
+    assert scoring.recall_at([2, 0, 9], {0, 1}, 2) == 0.5
+    assert scoring.mrecall_at([0, 9], {0, 1}, 1) == 1
+    assert scoring.mrecall_at([0, 9, 1], {0, 1}, 2) == 0
+    assert scoring.mrecall_at([0, 9, 1], {0, 1}, 3) == 1
+    assert scoring.retrieved_results(DOC, ["[DOC 1], [DOC 0]"])["mrecall_5"] == 1
+    assert scoring.retrieved_results(DOC, ["nothing of use"])["ids_rate"] == 0
+
+
+def test_references_are_all_to_be_found_whatever_their_case() -> None:
+    doc = {"answers": ["QX1", "4711"]}
+    made = scoring.listed_results(doc, ["I think 4711.\nAnswer: qx1, 99"])
+    assert (made["recall"], made["recall_raw"], made["all_found"], made["parse_rate"]) == (0.5, 1, 0, 1)

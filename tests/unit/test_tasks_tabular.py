@@ -1,0 +1,373 @@
+"""The tabular suite: which rows are shown, how many, what is asked, and how a reply is scored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lceval.errors import UserError
+from lceval.tasks import build, catalogue, prompts, rows, tokens
+from lceval.tasks.tabular import scoring, tables
+
+TABLES = ["iris", "wine", "cancer", "diabetes"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def tokenizer(pattern: str, template: str | None = None) -> tokens.TokenMeter:
+    """One token for each match of a pattern and one for each stretch between matches."""
+    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>")
+    fast.chat_template = template
+    return tokens.TokenMeter(fast)
+
+
+WORDS = r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]"  # a token a digit, a word with its space, a mark
+METERS = {
+    "words": tokenizer(WORDS),
+    "words in a template": tokenizer(WORDS, CHAT_TEMPLATE),
+    "lines": tokenizer(r"\n"),
+    "characters": tokenizer(r"[\s\S]"),
+}
+
+
+def request_for(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> build.Request:
+    found = catalogue.find(task)
+    assert found.length_k is not None
+    limit = found.length_k * 1024
+    return build.Request(task, found.dataset, found.form, METERS[meter], limit, seed, metadata)
+
+
+def built(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> list[Any]:
+    return tables.rows(request_for(task, meter, seed, **metadata)).build()
+
+
+def table_of(name: str, seed: int = 1234) -> tables.Table:
+    return tables.load(catalogue.datasets()[name].options, seed)
+
+
+def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Which rows ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_nearest_rows_are_those_of_scikit_learn(name: str) -> None:
+    table = table_of(name)
+    training, held_out = list(table.training), list(table.held_out)
+    scaler = StandardScaler().fit(table.features[training])
+    scaled = scaler.transform(table.features)
+    reference = NearestNeighbors(n_neighbors=len(training), algorithm="brute").fit(scaled[training])
+    distances, _ = reference.kneighbors(scaled[held_out])
+    every = tables.nearest(table)
+    assert list(every) == held_out
+    for number, expected in zip(held_out, distances, strict=True):
+        assert sorted(every[number]) == training
+        found = np.linalg.norm(scaled[every[number]] - scaled[number], axis=1)
+        assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_equally_near_rows_keep_the_order_of_the_table() -> None:
+    features = np.array([[0.0, 5.0], [1.0, 5.0], [1.0, 5.0], [-1.0, 5.0], [1.0, 5.0]])
+    table = tables.Table(
+        name="ties",
+        columns=("a", "constant"),
+        features=features,
+        targets=np.zeros(5),
+        classes=("x",),
+        digits=3,
+        held_out=(0,),
+        training=(1, 2, 3, 4),
+    )
+    assert tables.nearest(table) == {0: [1, 2, 3, 4]}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_no_row_that_is_asked_for_is_shown_and_classes_keep_their_shares(name: str) -> None:
+    dataset, table = catalogue.datasets()[name], table_of(name)
+    assert len(table.held_out) == dataset.options["held_out"] == int(dataset.count)
+    assert sorted(table.held_out + table.training) == list(range(len(table.targets)))
+    orders = [tables.nearest(table), tables.drawn(table, 1)]
+    assert all(sorted(order) == list(table.training) for of in orders for order in of.values())
+    if table.classes:
+        asked = Counter(table.target(number) for number in table.held_out)
+        every = Counter(table.target(number) for number in range(len(table.targets)))
+        share = len(table.held_out) / len(table.targets)
+        assert all(abs(asked[of] - share * count) <= 1 for of, count in every.items())
+
+
+def test_the_nearest_row_is_shown_last_and_random_rows_differ_between_questions() -> None:
+    table = table_of("iris")
+    near = built("lc_iris_ao_2k")
+    order = tables.nearest(table)
+    for row, number in zip(near, table.held_out, strict=True):
+        shown = [document["pid"] for document in row["docs"]]
+        assert shown == [f"iris-{of}" for of in reversed(order[number][: len(shown)])]
+    random_rows = built("lc_iris_ao_2k", retriever="random")
+    assert len({row["context"] for row in random_rows}) == len(random_rows)
+    assert [(row["id"], row["question"], row["answers"]) for row in random_rows] == [
+        (row["id"], row["question"], row["answers"]) for row in near
+    ]
+    # what the retrieval is for: the nearest row has the right class far more often than any row has
+    last = [fmean(row["docs"][-1]["text"].endswith(row["answers"][0]) for row in of) for of in (near, random_rows)]
+    assert last[0] > 0.8 > 0.6 > last[1]
+
+
+@pytest.mark.parametrize("retriever", ["knn", "random"])
+def test_the_seed_decides_the_rows(retriever: str) -> None:
+    first, again, other = (json.dumps(built("lc_iris_ao_2k", seed=seed, retriever=retriever)) for seed in (-1, -1, 2))
+    assert first == again
+    assert first != other
+
+
+@pytest.mark.parametrize("retriever", ["knn", "random"])
+def test_a_longer_task_asks_the_same_and_shows_the_rows_of_the_shorter(retriever: str) -> None:
+    short, long = (built(f"lc_diabetes_ao_{k}k", retriever=retriever) for k in (4, 8))
+    for less, more in zip(short, long, strict=True):
+        assert (less["id"], less["question"]) == (more["id"], more["question"])
+        count = len(less["docs"])
+        assert less["docs"] == more["docs"][-count:]
+        assert len(more["docs"]) > count
+
+
+def test_the_retriever_is_part_of_what_rows_are_cached_under() -> None:
+    inputs = [tables.rows(request_for("lc_iris_ao_2k", retriever=of)).inputs for of in ("knn", "random")]
+    assert inputs[0] != inputs[1]
+    assert inputs[0] == tables.rows(request_for("lc_iris_ao_2k")).inputs
+    assert inputs[0] != tables.rows(request_for("lc_wine_ao_8k")).inputs
+
+
+# How many, and what is asked ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retriever", ["knn", "random"])
+@pytest.mark.parametrize("meter", ["words", "words in a template"])
+@pytest.mark.parametrize("task", ["lc_iris_ao_2k", "lc_wine_ao_8k", "lc_cancer_ao_8k", "lc_diabetes_ao_4k"])
+def test_every_row_keeps_the_length(task: str, meter: str, retriever: str) -> None:
+    request = request_for(task, meter, retriever=retriever)
+    _, limit = request.fitted
+    made = tables.rows(request).build()
+    reply = catalogue.new_tokens(request.form)
+    assert reply > 0
+    counted = METERS[meter].prompts([prompts.prompt(row) for row in made])
+    assert [row["length_tokens"] for row in made] == [count + reply for count in counted]
+    for row in made:
+        assert set(row) >= set(rows.Row.__required_keys__)
+        assert 0.98 * limit <= row["length_tokens"] <= limit
+        assert row["context"].split("\n") == [document["text"] for document in row["docs"]]
+        assert row["gold_pids"] == []
+    assert len({frozenset(row) for row in made}) == 1
+    assert len({row["id"] for row in made}) == len({row["cluster"] for row in made}) == len(made)
+
+
+def test_a_row_is_asked_in_the_form_of_the_examples_and_names_the_classes() -> None:
+    row = built("lc_iris_ao_2k")[0]
+    table = table_of("iris")
+    number = int(row["id"].removeprefix("iris-"))
+    names = ("sepal length", "sepal width", "petal length", "petal width")
+    said = "; ".join(f"{name}: {value:g}" for name, value in zip(names, table.features[number], strict=True))
+    assert row["question"] == f"{said} -> setosa, versicolor or virginica?"
+    assert row["answers"] == [("setosa", "versicolor", "virginica")[int(table.targets[number])]]
+    assert row["classes"] == ["setosa", "versicolor", "virginica"]
+    assert row["source"] == table.identity
+    assert row["licence"] == "CC BY 4.0"
+    assert prompts.prompt(row) == (
+        "Below are rows of a table, one a line, each with its target. Predict the target of the last row. "
+        'Give only the target, on one line that begins with "Answer:".\n\n'
+        f"{row['context']}\n\nQuestion: {row['question']}"
+    )
+    first = row["docs"][0]
+    assert first["text"] == table.line(int(first["pid"].removeprefix("iris-")))
+
+
+def test_a_regression_row_carries_what_its_score_is_measured_by() -> None:
+    table = table_of("diabetes")
+    known = [table.targets[number] for number in table.training]
+    row = built("lc_diabetes_ao_4k")[0]
+    assert row["question"].endswith(" -> ?")
+    assert row["answers"] == [f"{row['target']:g}"]
+    assert row["deviation"] == pytest.approx(np.mean(np.abs(np.array(known) - np.median(known))))
+    assert row["farthest"] == max(abs(value - row["target"]) for value in known)
+
+
+@pytest.mark.parametrize(("name", "columns"), [("iris", 4), ("wine", 13), ("cancer", 10), ("diabetes", 10)])
+def test_a_line_has_every_column_rounded_and_none_in_scientific_notation(name: str, columns: int) -> None:
+    table = table_of(name)
+    digits = catalogue.datasets()[name].options["digits"]
+    for number in range(len(table.targets)):
+        said, target = table.line(number).split(" -> ")
+        cells = dict(cell.split(": ") for cell in said.split("; "))
+        assert len(cells) == columns
+        assert target == table.target(number)
+        for cell, value in zip(cells.values(), table.features[number], strict=True):
+            assert "e" not in cell
+            assert len(cell.replace(".", "").lstrip("0")) <= digits
+            assert float(cell) == pytest.approx(value, rel=0.5 * 10 ** (1 - digits) + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("meter", "said"),
+    [
+        ("lines", r"lc_iris_ao_2k needs 2048 tokens and all 90 training rows of iris come to \d+ .* a shorter task"),
+        ("characters", r"lc_iris_ao_2k cannot come within 2% of 2048 tokens .* a longer task"),
+    ],
+)
+def test_a_length_that_whole_rows_do_not_reach_is_an_error(meter: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        built("lc_iris_ao_2k", meter)
+    one_line(caught)
+
+
+# The run's choices --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Folder of the tokenizer, as a run names it."""
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
+    METERS["words"]._tokenizer.save_pretrained(tmp_path / "words")
+    return str(tmp_path / "words")
+
+
+def test_zero_shot_shows_no_row_and_still_names_the_classes(words: str) -> None:
+    run = {"pretrained": words}
+    full = build.rows_of(catalogue.find("lc_iris_ao_2k"), run)
+    none = build.rows_of(catalogue.find("lc_iris_ao_2k"), {**run, "context": "none"})
+    assert [row["question"] for row in none] == [row["question"] for row in full]
+    for row in none:
+        assert (row["docs"], row["context"]) == ([], "")
+        assert "rows of a table" not in prompts.prompt(row)
+        assert prompts.prompt(row).endswith("-> setosa, versicolor or virginica?")
+
+
+@pytest.mark.parametrize(
+    ("task", "metadata", "said"),
+    [
+        ("lc_iris_ao_2k", {"retriever": "bm25"}, "lc_iris_ao_2k has no retriever='bm25': it has knn and random"),
+        ("lc_iris_ao_2k", {"retriever": ["knn"]}, r"no retriever=\['knn'\]: it has knn and random"),
+        (
+            "lc_iris_ao_2k",
+            {"context": "none", "retriever": "knn"},
+            "retriever= goes with context=full; here context=none",
+        ),
+        ("lc_iris_ao_2k", {"context": "rag"}, "lc_iris_ao_2k has no context=rag: it has full, none"),
+        ("lc_diabetes_ao_4k", {"context": "none"}, "lc_diabetes_ao_4k has no context=none"),
+        ("lc_iris_ao_2k", {"retriever": "knn", "chunk": 100}, "chunk= goes with context=rag"),
+    ],
+)
+def test_a_choice_that_a_table_does_not_have_is_refused(
+    words: str, task: str, metadata: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        build.rows_of(catalogue.find(task), {"pretrained": words, **metadata})
+    one_line(caught)
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+IRIS = {"answers": ["setosa"], "classes": ["setosa", "versicolor", "virginica"]}
+DISEASE = {"answers": ["100"], "target": 100.0, "deviation": 50.0, "farthest": 240.0}
+
+
+class Reply(str):
+    """A reply with telemetry."""
+
+    meta: dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("output", "acc", "parsed"),
+    [
+        ("Answer: setosa", 1, 1),
+        ("\n\nAnswer: **Setosa**.\n", 1, 1),
+        ("<think>virginica?</think>Answer: setosa", 1, 1),
+        ("Answer: virginica", 0, 1),
+        ("Answer: setosa or virginica", 0, 0),
+        ("Answer: rose", 0, 0),
+        ("Answer:", 0, 0),
+        ("", 0, 0),
+        # base models that go on with the table
+        (" setosa\nsepal length: 5; petal width: 2 -> virginica", 1, 0),
+        ("\nsepal length: 5.1; petal width: 0.2 -> setosa\n", 1, 0),
+        ("Answer: sepal length: 5.1; petal width: 0.2 -> setosa", 1, 0),
+    ],
+)
+def test_a_class_is_scored_by_its_name(output: str, acc: int, parsed: int) -> None:
+    assert scoring.label_results(IRIS, [output]) == {"acc": acc, "parse_rate": parsed}
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "parsed"),
+    [
+        ("Answer: 100", 0, 1),
+        ("Answer: 150", 50, 1),
+        ("Answer: about 87.5.", 12.5, 1),
+        ("Answer: 1,000", 240, 1),
+        ("Answer: -20", 120, 1),
+        ("Answer: " + "9" * 400, 240, 1),
+        ("Answer: unknown", 240, 0),
+        ("", 240, 0),
+        ("age: 59; bmi: 32.1 -> 101\nage: 20; bmi: 30 -> 7", 1, 0),
+        (" 99\n", 1, 0),
+    ],
+)
+def test_a_value_is_scored_by_how_far_it_is_off(output: str, error: float, parsed: int) -> None:
+    expected = {"abs_error": error, "skill": 1 - error / 50, "parse_rate": parsed}
+    assert scoring.target_results(DISEASE, [output]) == expected
+
+
+@given(st.text())
+def test_no_output_beats_the_truth_and_none_is_worse_than_saying_nothing(output: str) -> None:
+    made, nothing = (scoring.target_results(DISEASE, [said]) for said in (output, ""))
+    assert nothing["skill"] <= made["skill"] <= 1
+    assert nothing["abs_error"] >= made["abs_error"] >= 0
+    assert math.isfinite(made["skill"])
+
+
+def test_the_median_of_the_training_targets_has_a_skill_of_nought() -> None:
+    table = table_of("diabetes")
+    known = [table.targets[number].item() for number in table.training]
+    scale = tables._scale(table)
+    docs = [{**scale(number), "answers": [table.target(number)]} for number in table.training]
+    made = [scoring.target_results(doc, [f"Answer: {np.median(known)}"])["skill"] for doc in docs]
+    assert fmean(made) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_sample_that_failed_has_the_worst_score_not_the_best() -> None:
+    failed = Reply("")
+    failed.meta = {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error"}}
+    made = scoring.target_results(DISEASE, [failed])
+    assert (made["abs_error"], made["skill"], made["parse_rate"]) == (240, 1 - 240 / 50, 0)
+    assert made["kv"] == {"status": "error"}
+    assert scoring.label_results(IRIS, [failed])["acc"] == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "made"),
+    [
+        ("lc_iris_ao_2k", scoring.label_results(IRIS, ["Answer: setosa"])),
+        ("lc_diabetes_ao_4k", scoring.target_results(DISEASE, ["Answer: 1"])),
+    ],
+)
+def test_every_metric_is_declared_by_the_tasks_template(task: str, made: dict[str, float]) -> None:
+    form = catalogue.form_config(catalogue.find(task).form)
+    assert list(made) == [metric["metric"] for metric in form["metric_list"]]
+    assert form["metadata"]["headline"] in made
