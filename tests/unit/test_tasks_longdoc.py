@@ -45,7 +45,7 @@ def test_infinitebenchs_f1_of_the_published_outputs(model: str, figure: float, d
     assert round(100 * sum(score["f1"] for score in scored) / len(scored), 2) == figure
 
 
-def test_rougeLsum_of_the_published_summaries(data_folder: Path) -> None:
+def test_rouge_lsum_of_the_published_summaries(data_folder: Path) -> None:
     records = published(data_folder, "gpt4__longbook_sum_eng")
     assert len(records) == 103
     scored = [summaries.summary_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
