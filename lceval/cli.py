@@ -212,6 +212,14 @@ def bench_eval(
     typer.echo(json.dumps(report, indent=2) if as_json else evaluation(report))
 
 
+@bench.command("aot")
+def bench_aot(as_json: Json = False) -> None:
+    """Compile every kernel for sm_80 and sm_90, without a GPU, and hold its cost against the limits."""
+    from lceval.kernels import aot
+
+    raise typer.Exit(aot.main(["--json"] if as_json else []))
+
+
 def _pairs(texts: list[str]) -> dict[str, str | int]:
     """KEY=VALUE as lm_eval reads them; a whole number is one."""
     found: dict[str, str | int] = {}

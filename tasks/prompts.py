@@ -149,6 +149,8 @@ def prompt(doc: Mapping[str, Any]) -> str:
 
 _REPLY_PREFIXES = {
     **dict.fromkeys(("id", "idc", "idq", "rj"), FINAL_PREFIX),
+    # The scored options follow the prompt, which ends with the prefix.
+    **dict.fromkeys(("options", "letter_ll"), ""),
     **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "docid"), ""),
     "letter": "The correct answer is",
 }

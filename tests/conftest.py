@@ -69,9 +69,9 @@ def instances(smollm2: str) -> Any:
     def template(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
 
-    def build(task: str, limit: int) -> list[Any]:
+    def build(task: str, limit: int, **metadata: Any) -> list[Any]:
         folder = str(Path(lceval.plugin.__file__).parent / "tasks")
-        manager = TaskManager(include_path=folder, include_defaults=False, metadata={"pretrained": smollm2})
+        manager = TaskManager(include_path=folder, include_defaults=False, metadata={"pretrained": smollm2, **metadata})
         loaded = manager.load([task])["tasks"][task]
         loaded.build_all_requests(limit=limit, apply_chat_template=True, chat_template=template)
         return list(loaded.instances)

@@ -266,13 +266,30 @@ def test_the_new_policy_goes_with_the_other_axes_and_inside_adakv(tiny: Any, add
         assert logits.isfinite().all()
 
 
-def test_the_tables_of_the_study_are_computed_from_its_samples() -> None:
-    spec = importlib.util.spec_from_file_location("recipes_study", ROOT / "docs" / "studies" / "recipes.py")
+def study_and_page(name: str) -> tuple[ModuleType, str]:
+    """A study's script as a module, and its page."""
+    file = ROOT / "docs" / "studies" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_study", file)
     assert spec is not None
     assert spec.loader is not None
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    page = (ROOT / "docs" / "studies" / "recipes.md").read_text()
+    return study, file.with_suffix(".md").read_text()
+
+
+def test_the_tables_on_contexts_are_computed_from_their_samples() -> None:
+    study, page = study_and_page("contexts")
+    for name, (task, contexts, shown, _) in study.STUDIES.items():
+        assert f"`{task}`" in page
+        assert study.table(name) in page
+        for context in shown:
+            rows = study.samples(name, context).values()
+            assert len(rows) >= 40
+            assert len({row["cluster"] for row in rows}) == contexts
+
+
+def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
+    study, page = study_and_page("recipes")
     for name, settings in study.STUDIES.items():
         assert study.table(name) in page
         rows = study.samples(name)

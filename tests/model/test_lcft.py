@@ -29,6 +29,27 @@ def test_a_quarter_is_a_quarter_of_the_bytes(lcft: Any, requests: list[Any], rec
         assert text.meta["kv"]["bytes_allocated"] < 0.3 * text.meta["kv_bytes_full"]
 
 
+def test_what_the_context_choice_shows_is_what_is_compressed(lcft: Any, instances: Any) -> None:
+    model = lcft("snapkv:0.5", diagnose="gold")
+    shown = {}
+    for name, metadata in {
+        "full": {},
+        "gold": {"context": "gold"},
+        "rag": {"context": "rag", "retriever": "bm25", "chunk": 64, "budget": 128},
+        "none": {"context": "none"},
+    }.items():
+        (shown[name],) = model.generate_until(instances("lc_filings_ao_1k", 1, **metadata))
+    sizes = {name: text.meta["kv_bytes_full"] for name, text in shown.items()}
+    assert sizes["none"] < sizes["rag"] < sizes["full"]
+    assert sizes["none"] < sizes["gold"] < sizes["full"]
+    assert shown["gold"].meta["gold_kept"] == pytest.approx(0.5, abs=0.05)
+    assert shown["none"].meta["gold_kept"] is None
+    assert all(text.meta["gold_nll"] > 0 for text in shown.values())
+    # A row that shows nothing lacks nothing: no warning, nothing counted.
+    assert model.totals["no_boundary"] == 0
+    assert shown["none"].meta["kv"]["kept_share"] == 1
+
+
 def test_full_keeps_every_byte(lcft: Any, requests: list[Any]) -> None:
     (text,) = lcft().generate_until(requests[:1])
     tokens = text.meta["kv"]["context_tokens"]

@@ -204,3 +204,14 @@ def test_a_damaged_record_of_the_hub_is_refused_with_its_place(
     with pytest.raises(UserError, match=r"record 1 has question=None: expected a string") as caught:
         rows(f"lc_{dataset}_ao_2k", smollm2)
     assert "\n" not in str(caught.value)
+
+
+def test_the_seed_decides_a_pools_rows_to_the_byte(smollm2: str, data_folder: Path) -> None:
+    task = catalogue.find("lc_nqopen_ao_2k")
+    meter = tokens.meter_for("t", {"pretrained": smollm2})
+    first, again, other = (
+        json.dumps(task.dataset.plan(build.Request(task.name, task.dataset, "ao", meter, 2048, seed)).build())
+        for seed in (7, 7, 8)
+    )
+    assert first == again
+    assert first != other
