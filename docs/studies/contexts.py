@@ -82,7 +82,10 @@ def table(name: str) -> str:
 
 def interval(rows: dict[str, dict[str, Any]], value: Callable[[str], float], sign: str = "") -> str:
     """A mean with its interval."""
-    numbers = cluster_bootstrap([value(key) for key in rows], [row["cluster"] for row in rows.values()])
+    values = [value(key) for key in rows]
+    if sign and not any(values):
+        return "0"  # no answer differs: a bootstrap over that knows nothing
+    numbers = cluster_bootstrap(values, [row["cluster"] for row in rows.values()])
     middle, low, high = (f"{number:{sign}.3f}" for number in numbers)
     return f"{middle} [{low}, {high}]"
 
