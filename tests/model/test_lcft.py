@@ -42,7 +42,8 @@ def test_what_the_context_choice_shows_is_what_is_compressed(lcft: Any, instance
     sizes = {name: text.meta["kv_bytes_full"] for name, text in shown.items()}
     assert sizes["none"] < sizes["rag"] < sizes["full"]
     assert sizes["none"] < sizes["gold"] < sizes["full"]
-    assert shown["gold"].meta["gold_kept"] == pytest.approx(0.5, abs=0.05)
+    # Half of all slots, and the gold passage is all of the context but its instruction.
+    assert 0.45 < shown["gold"].meta["gold_kept"] < 0.6
     assert shown["none"].meta["gold_kept"] is None
     assert all(text.meta["gold_nll"] > 0 for text in shown.values())
     # A row that shows nothing lacks nothing: no warning, nothing counted.
