@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lceval
-from lceval.kernels import decode
+from lceval.kernels import compact, decode, gather_decode, merge, quant_decode, scan, shifted, topk, window
 from lceval.kernels.variant import INSTRUCTIONS, Limit, Variant
 
 CAPABILITIES = (80, 90)
@@ -42,7 +42,7 @@ class Row:
     instructions: dict[str, int]
 
 
-MODULES = (decode,)
+MODULES = (decode, scan, topk, gather_decode, window, compact, shifted, merge, quant_decode)
 """Every module with kernels: it says which specialisations its launchers ask for, and what they may cost."""
 
 

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from lceval.kernels import compact
 from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.observe import Asked, Observer, Repeated
-from lceval.models.policies import LayerView, Needs, StepEvictor
+from lceval.models.policies import LayerView, Needs, Quantized, StepEvictor
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 
@@ -30,14 +32,15 @@ class Prefill(Cache):  # type: ignore[misc]
     """The cache that a model fills while it reads a context of `tokens` tokens, in one piece or in chunks.
 
     Attributes:
+        kernels: whether scores and compaction go through the Triton kernels.
         rereads: the attention that repeating the context paid to it, per layer that sees all (`Needs.reread`); set
             by whoever runs the model.
     """
 
-    def __init__(self, geometry: Geometry, tokens: int, needs: Needs) -> None:
+    def __init__(self, geometry: Geometry, tokens: int, needs: Needs, *, kernels: bool = False) -> None:
         super().__init__(
             layers=[
-                PrefillLayer(tokens, Observer(needs, geometry.rotary))
+                PrefillLayer(tokens, Observer(needs, geometry.rotary, kernels=kernels))
                 if window is None
                 else SlidingPrefillLayer(tokens, Observer(Needs(), None), window)
                 for window in geometry.windows
@@ -45,6 +48,7 @@ class Prefill(Cache):  # type: ignore[misc]
         )
         self.tokens = tokens
         self.needs = needs
+        self.kernels = kernels
         self.rereads: list[Tensor] | None = None
 
     @classmethod
@@ -74,22 +78,30 @@ class Prefill(Cache):  # type: ignore[misc]
         device, dtype = self.layers[0].keys.device, self.layers[0].keys.dtype
         held = peak = sum(layer.held_bytes for layer in self.layers)
         deep = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
-        masks = dict(zip(deep, self._select(recipe, deep, asked), strict=True))
+        masks = dict(zip(deep, _counted(self._select(recipe, deep, asked)), strict=True))
         compressed: list[PagedKV | Any] = []
         for index, layer in enumerate(self.layers):
             if layer.is_sliding:
                 k, v = layer.last
                 compressed.append(WindowKV(k, v, layer.window))
                 continue
-            kv = self._kept(layer, masks[index])
+            mask, counts = masks[index]
+            kv: Any
+            if self.kernels and isinstance(recipe.store, Quantized):
+                # In one pass: the full-precision pages of what is kept never exist.
+                kv, pages, copied = self._quantised(layer, mask, counts, recipe.store), 0, 0
+            else:
+                kept = self._kept(layer, mask, counts)
+                in_place = kept.k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+                copied = 0 if in_place else kept.allocated_bytes
+                # Bytes that are counted with the pages already, be they the prefill's own or copies.
+                pages = 0 if recipe.store else kept.allocated_bytes
+                kv = recipe.store.store(kept) if recipe.store else kept
             stored = self._stored(kv, recipe, deep.index(index), len(deep), layer)
             compressed.append(stored)
-            in_place = kv.k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
-            copied = 0 if in_place else kv.allocated_bytes
-            quantised = recipe.store is not None
-            peak = max(peak, held + copied + stored.allocated_bytes - (0 if quantised else kv.allocated_bytes))
-            held += stored.allocated_bytes - (0 if quantised or not in_place else kv.allocated_bytes)
-            if consume and (quantised or not in_place):
+            peak = max(peak, held + copied + stored.allocated_bytes - pages)
+            held += stored.allocated_bytes - (0 if copied else pages)
+            if consume and (recipe.store or copied):
                 held -= layer.held_bytes
                 layer.release()
         if device.type == "cuda":
@@ -115,6 +127,7 @@ class Prefill(Cache):  # type: ignore[misc]
                 scaling=layer.scaling,
                 layer=place,
                 layers=len(deep),
+                kernels=self.kernels,
                 column_sums=observer.column_sums,
                 query_mean=observer.query_mean,
                 query_cov=observer.query_cov,
@@ -124,13 +137,19 @@ class Prefill(Cache):  # type: ignore[misc]
             scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)
 
-    @staticmethod
-    def _kept(layer: PrefillLayer, mask: Tensor | None) -> PagedKV:
+    def _kept(self, layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int]) -> PagedKV:
         if mask is None:
             return PagedKV.full(layer.keys, layer.values, layer.seen)
-        return PagedKV.gather(layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen], mask)
+        k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
+        return compact.gather(k, v, mask, counts) if self.kernels else PagedKV.gather(k, v, mask)
 
-    def _stored(self, kv: PagedKV, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
+    @staticmethod
+    def _quantised(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], store: Quantized) -> QuantKV:
+        k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
+        counts = counts or (layer.seen,) * (k.shape[0] * k.shape[1])
+        return compact.quantize(k, v, mask, counts, store.k_bits, store.v_bits, store.residual)
+
+    def _stored(self, kv: Any, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
         evictor = recipe.evictor
         if isinstance(evictor, StepEvictor) and evictor.when == "always":
             sums = layer.observer.column_sums
@@ -139,8 +158,14 @@ class Prefill(Cache):  # type: ignore[misc]
             kept = torch.stack([kv.kept_positions(0, head) for head in range(kv.lens.shape[1])])[None]
             budget = evictor.amount.tokens(self.tokens) if evictor.amount.is_share else int(evictor.amount.value)
             return BoundedKV(kv, evictor, sums.gather(2, kept), budget, place, layers, self.tokens)
-        stored = kv if recipe.store is None else recipe.store.store(kv)
-        return stored if recipe.reader is None else recipe.reader.read(stored, place, self.tokens)
+        return kv if recipe.reader is None else recipe.reader.read(kv, place, self.tokens)
+
+
+def _counted(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """Each layer's mask with how many tokens each of its heads keeps; a device is waited for once, not once a layer."""
+    sums = [mask.sum(-1).flatten() for mask in masks if mask is not None]
+    counts = iter(torch.stack(sums).tolist() if sums else ())
+    return [(mask, () if mask is None else tuple(next(counts))) for mask in masks]
 
 
 @dataclass(frozen=True)

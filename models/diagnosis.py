@@ -127,8 +127,8 @@ def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tenso
     for layer, keys, tail in zip(prefill.layers, prefill.keys, asked.layers, strict=True):
         if keys is not None:
             k, v = (torch.cat(x, 2) for x in zip((keys, layer.values[:, :, : layer.seen]), tail.tail, strict=True))
-            view = LayerView(k, v, tail.watch.observer.queries, layer.scaling, 0, 1)
-            total += view.window_attention(window).mean((0, 1, 2, 3))[: prefill.tokens].cpu()
+            view = LayerView(k, v, tail.watch.observer.queries, layer.scaling, 0, 1, kernels=prefill.kernels)
+            total += view.window_scores(window).mean((0, 1))[: prefill.tokens].cpu()
             layers += 1
     return total / layers
 

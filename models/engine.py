@@ -29,7 +29,7 @@ class Engine:
         model: what generates: a transformers model, or a PEFT model around it.
         base: the transformers model itself.
         chunk: tokens per forward pass while reading a context; 0 reads it in one pass.
-        kernels: decode through the Triton kernels.
+        kernels: score, compact and decode through the Triton kernels.
         autocast: makes the context manager that forward passes run under.
         repeat_ids: tokens of the request to repeat the context (`Needs.reread`).
     """
@@ -57,7 +57,7 @@ class Engine:
     @torch.inference_mode()
     def read(self, ids: Sequence[int], needs: Needs) -> Prefill:
         """Read a context of at least one token and observe what `needs` says."""
-        prefill = Prefill(self.geometry, len(ids), needs)
+        prefill = Prefill(self.geometry, len(ids), needs, kernels=self.kernels)
         step = self._chunk or len(ids)
         for start in range(0, len(ids), step):
             self._decode(prefill, [ids[start : start + step]])

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lceval.kernels import window
 from lceval.models.policies import Needs
 from lceval.models.policies.base import SINKS
 
@@ -23,9 +24,12 @@ MAX_WEIGHTS = 1 << 21
 class Observer:
     """One layer's observations. `fork` continues them for a question without touching the context's own."""
 
-    def __init__(self, needs: Needs, rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None) -> None:
+    def __init__(
+        self, needs: Needs, rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None, *, kernels: bool = False
+    ) -> None:
         self.needs = needs
         self.rotary = rotary
+        self._received = window.received if kernels else window.reference
         self.queries: Tensor | None = None
         self.column_sums: Tensor | None = None
         self._count = 0
@@ -45,7 +49,7 @@ class Observer:
                 last = torch.cat([self.queries, last], 2)[:, :, -self.needs.queries :]
             self.queries = last
         if self.needs.column_sums:
-            sums = attention_received(q, k, scaling)
+            sums = self._received(q, k, scaling)
             if self.column_sums is not None:
                 sums[..., : self.column_sums.shape[-1]] += self.column_sums
             self.column_sums = sums
@@ -120,25 +124,6 @@ class Repeated:
             weights = _causal_weights(block, keys[..., : past + start + rows])
             most = weights[..., self._sinks : past].amax((2, 3))
             self.received = torch.maximum(self.received, most)
-
-
-def attention_received(q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """Causal attention that every key received from the last T positions: [B, Hkv, S] float32, the mean over G.
-
-    q: [B, H, T, D]; k: [B, Hkv, S, D], S >= T.
-    """
-    batch, heads, tokens, dim = q.shape
-    kv_heads, length = k.shape[1:3]
-    q = q.reshape(batch, kv_heads, -1, tokens, dim).float()
-    keys = k[:, :, None].transpose(3, 4).float()
-    sums = torch.zeros(batch, kv_heads, length, device=k.device)
-    step = max(1, MAX_WEIGHTS // (batch * heads * length))
-    for start in range(0, tokens, step):
-        block = q[..., start : start + step, :] * scaling
-        # Later keys are seen by no row of this block.
-        seen = length - tokens + start + block.shape[3]
-        sums[..., :seen] += _causal_weights(block, keys[..., :seen]).sum(3).mean(2)
-    return sums
 
 
 def _causal_weights(q: Tensor, keys: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 
-from lceval.kernels import decode, paged
+from lceval.kernels import dispatch, paged
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.select import top
 from lceval.models.layers import AttendingLayer
@@ -140,13 +140,7 @@ class QuestionLayer(TailLayer):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
 
     def _past(self, kv: KV, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        if not (self.kernels and q.shape[2] == 1 and isinstance(kv, PagedKV)):
-            return kv.attend(q, scaling)
-        rows = q.shape[0]
-        o, lse = decode.decode(
-            q[:, :, 0].contiguous(), kv.k, kv.v, kv.table.expand(rows, -1, -1), kv.lens.expand(rows, -1), scaling
-        )
-        return o[:, :, None], lse[:, :, None]
+        return dispatch.attend(q, kv, scaling) if self.kernels else kv.attend(q, scaling)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lceval.kernels import window as scoring
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.select import top
 
@@ -95,6 +96,7 @@ class LayerView:
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
         reread: [B, Hkv, S] float32, the most attention a token received while the context was repeated.
+        kernels: whether `window_scores` goes through the Triton kernels.
     """
 
     keys: Tensor
@@ -108,6 +110,7 @@ class LayerView:
     query_cov: Tensor | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     reread: Tensor | None = None
+    kernels: bool = False
 
     def window_attention(self, window: int) -> Tensor:
         """Causal attention of the last `window` tokens over all S: [B, Hkv, G, w, S] float32, w <= window."""
@@ -118,6 +121,11 @@ class LayerView:
         logits = torch.matmul(q, self.keys[:, :, None].transpose(3, 4).float()) * self.scaling
         future = torch.ones(w, length, dtype=torch.bool, device=q.device).triu_(length - w + 1)
         return logits.masked_fill_(future, -math.inf).softmax(-1)
+
+    def window_scores(self, window: int) -> Tensor:
+        """`window_attention`, averaged over the last `window` tokens and the G query heads: [B, Hkv, S] float32."""
+        score = scoring.window_scores if self.kernels else scoring.reference_scores
+        return score(self.queries[:, :, -window:], self.keys, self.scaling)
 
 
 @dataclass(frozen=True, kw_only=True)

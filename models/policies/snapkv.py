@@ -33,12 +33,12 @@ class SnapKV(Evictor):
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: pooled attention; the window above all, its latest token first."""
-        attention = layer.window_attention(self.window)
-        w, length = attention.shape[-2:]
-        old = attention.mean(-2)[..., : length - w]
+        received = layer.window_scores(self.window)
+        w = min(self.window, layer.queries.shape[2])
+        old = received[..., : received.shape[-1] - w]
         if old.shape[-1]:
-            flat = old.flatten(0, 2)[:, None]
-            old = F.avg_pool1d(flat, self.pool, stride=1, padding=self.pool // 2).view(old.shape)
+            # Of the mean over the query heads: the same as the mean of what is pooled for each.
+            old = F.avg_pool1d(old, self.pool, stride=1, padding=self.pool // 2)
         # Attention is at most 1, so 2 and more is above all of it.
         window = torch.arange(2, w + 2, dtype=torch.float32, device=old.device)
-        return torch.cat([old.mean(2), window.expand(*old.shape[:2], w)], -1)
+        return torch.cat([old, window.expand(*old.shape[:2], w)], -1)

@@ -24,16 +24,16 @@ class TOVA(StepEvictor):
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32, the same for every head: attention of the last query, the last token above all."""
-        return _one_set(layer.window_attention(1)[..., -1, :])
+        return _one_set(layer.window_scores(1))
 
     def step_scores(self, view: StepView) -> Tensor:
         """[B, Hkv, N] float32: as `scores`; all heads hold the same slots, so they go on doing so."""
-        return _one_set(view.attention[..., -1, :])
+        return _one_set(view.attention[..., -1, :].mean(2))
 
 
 def _one_set(attention: Tensor) -> Tensor:
-    """attention: [B, Hkv, G, S] of one query; returns its mean over the heads [B, Hkv, S], the last token above all."""
-    mean = attention.mean((1, 2))
+    """attention: [B, Hkv, S] of one query; returns its mean over the heads [B, Hkv, S], the last token above all."""
+    mean = attention.mean(1)
     # Attention is at most 1.
     mean = torch.cat([mean[:, :-1], mean.new_full((mean.shape[0], 1), 2.0)], -1)
     return mean[:, None].expand(-1, attention.shape[1], -1)

@@ -128,13 +128,41 @@ def test_the_answer_is_full_attention_with_dropped_positions_masked(tiny: Any, h
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
 
 
+KINDS = ["int8", "int4", "int2:residual=64", "kv8v4", "streaming:0.6+int4:residual=64", "ragged+int4:residual=64"]
+KINDS += ["fier:0.3:skip=0", "quest:0.3", "quest:0.3:page=4", "snapkv:0.6:window=16+fier:0.3:skip=0"]
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not decode.INTERPRETED, reason="the next test runs it where Triton interprets its kernels")
+@pytest.mark.parametrize("how", KINDS)
+def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: str, monkeypatch: Any) -> None:
+    ids = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(3))
+    questions = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(4))
+    context = read(tiny, ids, recipe(how))
+    answers, asked = [], []
+    for kernels in (False, True):
+        for kind in {type(layer) for layer in context.layers} if kernels else ():
+            # What no kernel reads is read by this.
+            def attend(kv: Any, q: Tensor, scaling: float, was: Any = kind.attend) -> Any:
+                asked.append(q.shape[2])
+                return was(kv, q, scaling)
+
+            monkeypatch.setattr(kind, "attend", attend)
+        cache = context.fork(6, kernels=kernels)
+        cache.select([0, 0])
+        tiny(questions[:, :5], cache=cache)
+        answers.append(tiny(questions[:, 5:], cache=cache).logits)
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+    assert set(asked) == {5}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(decode.INTERPRETED, reason="this is the test's own child process")
 def test_decoding_through_the_kernels_is_the_same() -> None:
-    """The test above again, in a process where Triton interprets its kernels."""
+    """The tests above again, in a process where Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    # Heads alike, pooled and ragged: what the kernel can tell apart.
-    kinds = ["streaming", "adakv", "ragged"]
+    # Heads alike, pooled and ragged; scores of a window, of all queries, of the last one.
+    kinds = ["streaming", "adakv", "h2o", "tova", "ragged"]
     command = [
         sys.executable,
         "-m",
@@ -144,12 +172,12 @@ def test_decoding_through_the_kernels_is_the_same() -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        f"dropped_positions_masked and ({' or '.join(kinds)})",
+        f"(dropped_positions_masked and ({' or '.join(kinds)})) or through_its_kernel",
     ]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stdout
     chosen = [how for how in EVICTING if any(kind in how for kind in kinds)]
-    assert f"{len(chosen) * len(LENGTHS)} passed" in ran.stdout
+    assert f"{len(chosen) * len(LENGTHS) + len(KINDS)} passed" in ran.stdout
 
 
 @torch.inference_mode()

@@ -1,0 +1,39 @@
+"""Which kernel reads a layer of a compressed context for one new token a row: full precision, quantised, selective."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lceval.kernels import decode
+from lceval.kernels.bits import Bits
+from lceval.kernels.bounds import Bounds
+from lceval.kernels.gather_decode import decode_selected
+from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.quant import QuantKV
+from lceval.kernels.quant_decode import decode_quantised
+from lceval.kernels.select import Selective
+
+
+def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `KV.attend`, by the kernels where one token is asked for and a kernel reads that kind of context.
+
+    PyTorch answers the rest: several tokens at once (a question being read), a reader over a store, faiss.
+
+    Args:
+        q: [R, H, T, D]; the rows share the one sequence of `kv`.
+
+    Returns:
+        o [R, H, T, D] and lse [R, H, T] float32.
+    """
+    if q.shape[2] != 1:
+        return kv.attend(q, scaling)
+    one, rows = q[:, :, 0].contiguous(), q.shape[0]
+    if isinstance(kv, PagedKV):
+        o, lse = decode.decode(one, kv.k, kv.v, kv.table.expand(rows, -1, -1), kv.lens.expand(rows, -1), scaling)
+    elif isinstance(kv, QuantKV):
+        o, lse = decode_quantised(one, kv, scaling)
+    elif isinstance(kv, Selective) and isinstance(kv.kv, PagedKV) and isinstance(kv.index, Bits | Bounds):
+        o, lse = decode_selected(one, kv, scaling)
+    else:
+        return kv.attend(q, scaling)
+    return o[:, :, None], lse[:, :, None]

@@ -1,0 +1,345 @@
+# ruff: noqa: N803, N806
+"""Decode attention over the slots that an index selected, and with it a whole step of selective attention.
+
+o_h = softmax(scaling * q_h K_sel^T) V_sel, as `decode`, but that a KV head of more than `budget` slots is read only
+at its chosen units of `unit` consecutive slots. A head within the budget is read whole by the same launch: its i-th
+slot is i, another's is chosen[i // unit] * unit + i % unit. Slot s is row s % PAGE of page table[s // PAGE]. Shares
+of a head's slots merge as in `decode`.
+
+`decode_selected` makes a step of it: scores from the index (`scan`), the best units (`topk`), attention over them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lceval.kernels import decode
+from lceval.kernels.bits import Bits
+from lceval.kernels.bounds import Bounds
+from lceval.kernels.decode import BLOCK_G, MAX_SPLITS, choose_splits, combine_constants, combine_kernel, split_constants
+from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.scan import scan
+from lceval.kernels.select import Selective
+from lceval.kernels.topk import top_indices
+from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no wheel for macOS; `reference` works everywhere
+    triton = None
+
+INTERPRETED = decode.INTERPRETED
+
+
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, in float32. Every test compares against this, never against the kernel.
+
+    Args:
+        q: [B', H, D], the one query token of each row; rows b' of B' / B share sequence b' // (B' / B).
+        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
+        table: [B, Hkv, M] int32, page ids of each KV head, in order.
+        lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
+        chosen: [B', Hkv, C] int32, units to read of each head above the budget; -1 is none.
+        unit: consecutive slots of a unit; a head's last one may be shorter.
+        budget: heads with at most this many slots are read whole.
+        scaling: factor on q K^T, usually D ** -0.5.
+
+    Returns:
+        o [B', H, D] float32 and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
+    """
+    rows, H, D = q.shape
+    B, Hkv = lens.shape
+    G = H // Hkv
+    o = torch.zeros(rows, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.full((rows, H), -math.inf, dtype=torch.float32, device=q.device)
+    for row in range(rows):
+        b = row // (rows // B)
+        for h, n in enumerate(lens[b].tolist()):
+            if n == 0:
+                continue
+            slots = torch.arange(n, device=q.device)
+            if n > budget:
+                slots = (chosen[row, h].long()[:, None] * unit + torch.arange(unit, device=q.device)).flatten()
+                slots = slots[(slots >= 0) & (slots < n)]
+            page, own = table[b, h, slots // PAGE].long(), slots % PAGE
+            heads = slice(h * G, (h + 1) * G)
+            scores = scaling * (q[row, heads].float() @ k[page, own].float().T)
+            lse[row, heads] = scores.logsumexp(-1)
+            o[row, heads] = scores.softmax(-1) @ v[page, own].float()
+    return o, lse
+
+
+def _jit(fn: Any) -> Any:
+    plain = ["G", "shared", "kv_heads", "budget", "unit", "count", "stride_tb", "stride_th"]
+    return triton.jit(fn, do_not_specialize=plain) if triton else fn
+
+
+@_jit
+def gather_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, chosen_ptr, o_ptr, lse_ptr, scaling,
+    G, shared, kv_heads, budget, unit, count,
+    stride_qb, stride_qh, stride_pp, stride_ps, stride_tb, stride_th,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Attend to one share of what is read of one KV head. o: [B', H, splits, D], lse: [B', H, splits], contiguous."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+
+    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // kv_heads
+    h = bh % kv_heads
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+
+    sequence = b // shared
+    n = tl.load(lens_ptr + sequence * kv_heads + h)
+    whole = n <= budget
+    listed = tl.where(whole, 0, count * unit)
+    reads = tl.where(whole, n, listed)
+    tiles = tl.cdiv(reads, BLOCK_S)
+    first = split * tiles // splits
+    last = (split + 1) * tiles // splits
+
+    offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, D_PAD)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_d = offs_d < D
+    mask_q = (offs_g < G)[:, None] & mask_d[None, :]
+    q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+
+    # A finite floor, for a tile without a slot (the missing end of a short last unit): no NaN, and no weight.
+    m = tl.full([BLOCK_G], -3.0e38, tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    chosen_ptr += bh * count
+    page_ptr = table_ptr + sequence * stride_tb + h * stride_th
+    for tile in range(first, last):
+        i = tile * BLOCK_S + offs_s
+        nth = i // unit
+        begin = tl.load(chosen_ptr + nth, mask=i < listed, other=0)
+        slot = i + tl.where(whole, 0, begin - nth) * unit
+        # As unsigned numbers, so that a negative slot is past the end.
+        mask_s = (i < reads) & (slot.to(tl.uint32, bitcast=True) < n.to(tl.uint32, bitcast=True))
+        page = tl.load(page_ptr + slot // PAGE, mask=mask_s, other=0).to(tl.int64)
+        # K and V are strided alike, which saves a set of 64-bit addresses.
+        at = (page * stride_pp + slot % PAGE * stride_ps)[:, None] + offs_d[None, :]
+        mask = mask_s[:, None] & mask_d[None, :]
+        k = tl.load(k_ptr + at, mask=mask, other=0.0)
+        v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
+        scores = tl.where(mask_s[None, :], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+
+    # A share without a slot leaves zeros and -inf, which weigh nothing in the merge.
+    empty = l == 0.0
+    l = tl.where(empty, 1.0, l)  # noqa: E741
+    out = (bh * G + offs_g) * splits + split
+    tl.store(lse_ptr + out, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=offs_g < G)
+    o = (acc / l[:, None]).to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
+
+
+# A slot's unit, its page and its row are three loads that wait for each other: with four stages each is a stage
+# ahead of the next, and one tile of K and V is in flight.
+OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
+
+
+def gather_options(dtype: torch.dtype) -> dict[str, int | bool]:
+    """How `gather_kernel` is compiled: float32 at head_dim 128 spilled on four warps."""
+    return OPTIONS | {"num_warps": 8 if dtype == torch.float32 else 4}
+
+
+def gather_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of `gather_kernel`: `decode`'s, but 16 KiB a tile at head_dim 64 too.
+
+    A tile of 64 slots at head_dim 64 spilled on an H100, and put half as many bytes in flight.
+    """
+    constants = split_constants(dtype, head_dim)
+    return constants | ({"BLOCK_S": 128} if dtype != torch.float32 and constants["D_PAD"] <= 64 else {})
+
+
+def gather_decode(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
+    scaling: float, *, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention of one query token of each row over the chosen units of every KV head above the budget.
+
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
+
+    Args:
+        q: [B', H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256; B' a multiple of B.
+        k, v: [P, PAGE, D] in q's dtype, rows contiguous, strides the same.
+        table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
+        lens: [B, Hkv] int32 in [0, M * PAGE], contiguous.
+        chosen: [B', Hkv, C] int32, contiguous; -1, or what lies past a head's end, is no slot.
+        unit, budget, scaling: as in `reference`.
+        splits: shares to cut each head into; chosen from the budget and the device when None.
+
+    Returns:
+        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    _check(q, k, v, table, lens, chosen, unit, budget, splits)
+    if not (q.is_cuda or INTERPRETED):
+        o, lse = reference(q, k, v, table, lens, chosen, unit, budget, scaling)
+        return o.to(q.dtype), lse
+    if triton is None:
+        raise RuntimeError(f"gather_decode on {q.device} needs the package triton, which is not installed")
+    if splits is None:
+        rows, Hkv, count = chosen.shape
+        programs = rows * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G)
+        sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+        most = min(max(count * unit, budget), table.shape[2] * PAGE)
+        splits = choose_splits(programs, -(-most // PAGE), sms)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        o, lse = _launch(q.float(), k.float(), v.float(), table, lens, chosen, unit, budget, scaling, splits)
+        return o.to(q.dtype), lse
+    return _launch(q, k, v, table, lens, chosen, unit, budget, scaling, splits)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
+    scaling: float, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, H, D = q.shape
+    Hkv, count = chosen.shape[1:]
+    G = H // Hkv
+    o = torch.empty((rows, H, D), dtype=q.dtype, device=q.device)
+    lse = torch.empty((rows, H), dtype=torch.float32, device=q.device)
+    part_o, part_lse = o, lse  # a single share is the answer: nothing to merge
+    if splits > 1:
+        part_o = torch.empty((rows, H, splits, D), dtype=torch.float32, device=q.device)
+        part_lse = torch.empty((rows, H, splits), dtype=torch.float32, device=q.device)
+    strides = [stride for t in (q, k, table) for stride in t.stride()[:2]]
+    with torch.cuda.device(q.get_device()):
+        gather_kernel[(rows * Hkv, splits, -(-G // BLOCK_G))](
+            q, k, v, table, lens, chosen, part_o, part_lse, scaling, G, rows // len(lens), Hkv, budget, unit, count,
+            *strides, **gather_constants(q.dtype, D), **gather_options(q.dtype),
+        )  # fmt: skip
+        if splits > 1:
+            combine_kernel[(rows * H,)](
+                part_o, part_lse, o, lse, splits, **combine_constants(D), **decode.OPTIONS
+            )  # fmt: skip
+    return o, lse
+
+
+def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Tensor, Tensor]:
+    """`Selective.attend` for one query token a row: scan, select, attend, without waiting for the device.
+
+    CUDA tensors run the kernels; others run `Selective.attend`, or the kernels where TRITON_INTERPRET=1 was set
+    before the import. The kernels estimate logits in float32, `Selective.attend` with page bounds in q's dtype:
+    where two units are that close, they may choose differently.
+
+    Args:
+        q: [B', H, D] float16, bfloat16 or float32; B' = B or, where B = 1, any number of rows.
+        selective: over a `PagedKV`, with an index of `Bits` or `Bounds`.
+        scaling: factor on q K^T, usually D ** -0.5.
+
+    Returns:
+        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log, of what was selected; zeros and -inf over an
+        empty head).
+
+    Raises:
+        TypeError: another store or index.
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    kv, index = selective.kv, selective.index
+    if not isinstance(kv, PagedKV) or not isinstance(index, Bits | Bounds):
+        kinds = f"{type(kv).__name__} by {type(index).__name__}"
+        raise TypeError(f"decode_selected reads a PagedKV by Bits or Bounds, got {kinds}")
+    if not (q.is_cuda or INTERPRETED):
+        o, lse = selective.attend(q[:, :, None], scaling)
+        return o[:, :, 0], lse[:, :, 0]
+    scores, sizes = scan(q, index, kv.lens, kv.counts, selective.budget, scaling)
+    chosen = top_indices(scores.flatten(0, 1), sizes.flatten(), selective.units).view(*sizes.shape, -1)
+    return gather_decode(q, kv.k, kv.v, kv.table, kv.lens, chosen, index.unit, selective.budget, scaling)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
+    splits: int | None,
+) -> None:  # fmt: skip
+    tensors = {"q": q, "k": k, "v": v, "table": table, "chosen": chosen, "lens": lens}
+    for name, tensor in tensors.items():
+        axes = 2 if name == "lens" else 3
+        if tensor.ndim != axes:
+            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
+    rows, H, D = q.shape
+    B, Hkv = lens.shape
+    if D not in decode.HEAD_DIMS:
+        raise ValueError(f"q must be [B', H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
+    if q.dtype not in decode.DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one of {decode.DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
+        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.stride() != v.stride():
+        raise ValueError(f"k and v must have the same strides, got {k.stride()} and {v.stride()}")
+    if not B * Hkv or rows % B or H % Hkv:
+        raise ValueError(f"lens must be [B, Hkv], B a divisor of {rows}, Hkv of {H}, got {tuple(lens.shape)}")
+    if table.shape[:2] != lens.shape:
+        raise ValueError(f"table must be [{B}, {Hkv}, M] as lens, got {tuple(table.shape)}")
+    if chosen.shape[:2] != (rows, Hkv) or not chosen.shape[2]:
+        raise ValueError(f"chosen must be [{rows}, {Hkv}, C], C at least 1, got {tuple(chosen.shape)}")
+    if not table.dtype == lens.dtype == chosen.dtype == torch.int32:
+        raise ValueError(f"table, lens, chosen must be torch.int32, got {table.dtype}, {lens.dtype}, {chosen.dtype}")
+    if not (chosen.is_contiguous() and lens.is_contiguous()):
+        raise ValueError(f"chosen and lens must be contiguous, got strides {chosen.stride()} and {lens.stride()}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
+    if unit < 1 or budget < 0:
+        raise ValueError(f"unit must be at least 1 and budget at least 0, got {unit} and {budget}")
+
+
+LIMITS = {
+    ("gather.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
+    ("gather.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
+    ("gather.split", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
+}
+
+
+def variants() -> Iterator[Variant]:
+    """The specialisations that `gather_decode` asks for; the merge is `decode`'s."""
+    for dtype, dims in USED_HEAD_DIMS.items():
+        for dim in dims:
+            data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
+            pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
+            pointers |= {"chosen_ptr": i32, "o_ptr": f32, "lse_ptr": f32}
+            shares = Variant(
+                kernel="gather.split",
+                name=f"{dtype} D{dim}",
+                fn=gather_kernel,
+                pointers=pointers,
+                floats=("scaling",),
+                aligned=("stride_q", "stride_p"),
+                constants=gather_constants(TORCH[dtype], dim),
+                options=gather_options(TORCH[dtype]),
+            )
+            yield shares
+            if dtype != "fp32":
+                yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})

@@ -1,0 +1,407 @@
+# ruff: noqa: N803, N806
+"""Decode attention over a quantised context (`quant.QuantKV`), read as it is stored: in 8, 4 or 2 bits a number.
+
+A key of slot s reads as k_sd = scale_gd c_sd + zero_gd, g being the group of 32 slots that s lies in; a value as
+v_sd = scale_sh c_sd + zero_sh, h being the group of 32 channels that d lies in. Both are read a tile at a time from
+words to tensor cores; no number that was read back leaves the multiprocessor:
+
+    q . k_s = q . z + sum_d q_d (scale_gd c_sd + zero_gd - z_d),    z the centre of the share's first group
+
+What a channel's keys have in common (much, in a channel of outliers) thus stays in float32, outside the loop, and the
+product's 16 bits are spent on how the keys differ. Scale and zero are applied to the codes in one multiply-add, which
+turns them into floats anyway. Folding the scale into q and p instead leaves that step in place and adds one product
+for each of a tensor-core tile's 16 rows, of which G are in use: for int4 at head_dim 128 on sm_90, 1019 instructions
+a loop of 32 slots and 187 registers, against 591 and 125 for this form, and 1022 and 168 for this form on 64 slots.
+
+Otherwise as kernels/decode.py: one program reads one share of one KV head's pages for all its query heads, and partial
+results merge by log-sum-exp, here together with the newest slots' result, which are kept in full precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lceval.kernels import decode, merge
+from lceval.kernels.decode import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS
+from lceval.kernels.paged import PAGE
+from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
+from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+
+if AVAILABLE:
+    import triton
+    import triton.language as tl
+
+
+def reference(
+    q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """The definition, in float32: attention over what the codes read back as. Tests compare against this.
+
+    Arguments and results as for `decode_pages`, but o is float32.
+    """
+    B, H, D = q.shape
+    G = H // table.shape[1]
+    o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
+    lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
+    for b, counts in enumerate(((lens - newest) // PAGE).tolist()):
+        for h, n in enumerate(counts):
+            if n > 0:
+                page = table[b, h, :n].long().repeat_interleave(PAGE)
+                slot = torch.arange(PAGE, device=q.device).repeat(n)
+                heads = slice(h * G, (h + 1) * G)
+                scores = scaling * (q[b, heads].float() @ k.take_keys(page, slot).float().T)
+                lse[b, heads] = scores.logsumexp(-1)
+                o[b, heads] = scores.softmax(-1) @ v.take_values(page, slot, D).float()
+    return o, lse
+
+
+def _jit(fn: Any) -> Any:
+    # As in decode.py: one binary for every G, and none for a table that is as long as another.
+    plain = ["G", "kv_heads", "stride_tb", "stride_th"]
+    return triton.jit(fn, do_not_specialize=[x for x in plain if x in fn.__code__.co_varnames]) if AVAILABLE else fn
+
+
+@_jit
+def expand(words, scale, zero, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes FIRST, FIRST + STEP, ... of each word c: scale * (1 + c / 2**BITS) + zero, along new axes of 2."""
+    if STEP * BITS == 32:
+        # In the upper bits of the fraction of 1.0 a code needs no conversion, which runs at a quarter of the rate.
+        TOP: tl.constexpr = 23 - BITS
+        AT: tl.constexpr = FIRST * BITS
+        code = words << (TOP - AT) if AT <= TOP else words >> (AT - TOP)
+        x = (code & (((1 << BITS) - 1) << TOP)) | 0x3F800000
+        return x.to(tl.float32, bitcast=True) * scale + zero
+    else:
+        even = expand(words, scale, zero, BITS, FIRST, 2 * STEP)
+        odd = expand(words, scale, zero, BITS, FIRST + STEP, 2 * STEP)
+        return tl.join(even, odd)
+
+
+@_jit
+def quant_split_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, table_ptr, lens_ptr, newest_ptr,
+    o_ptr, lse_ptr, scaling, G, kv_heads, stride_qb, stride_qh, stride_tb, stride_th,
+    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Attend to one share of one KV head's pages. o: [B, H, splits, D], lse: [B, H, splits], contiguous."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    TILES: tl.constexpr = PAGE // BLOCK_S
+    # A word holds K_PER slots of a channel, or V_PER channels of a slot; with 16 bits one number is one word.
+    K_PER: tl.constexpr = 32 // K_BITS if K_BITS < 16 else 1
+    V_PER: tl.constexpr = 32 // V_BITS if V_BITS < 16 else 1
+    K_ROWS: tl.constexpr = BLOCK_S // K_PER
+    V_WORDS: tl.constexpr = (D + V_PER - 1) // V_PER
+    C: tl.constexpr = (D + GROUP - 1) // GROUP
+    C_PAD: tl.constexpr = D_PAD // GROUP
+
+    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    bh = tl.program_id(0).to(tl.int64)
+    b = bh // kv_heads
+    h = bh % kv_heads
+    split = tl.program_id(1)
+    splits = tl.num_programs(1)
+
+    pages = (tl.load(lens_ptr + bh) - tl.load(newest_ptr + bh)) // PAGE
+    first = split * pages // splits * TILES
+    last = (split + 1) * pages // splits * TILES
+
+    offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
+    offs_d = tl.arange(0, D_PAD)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_w = tl.arange(0, K_ROWS)
+    offs_c = tl.arange(0, C_PAD)
+    offs_v = offs_c[None, :, None] * (GROUP // V_PER) + tl.arange(0, GROUP // V_PER)[None, None, :]
+    mask_d = offs_d < D
+    mask_c = (offs_c < C)[None, :]
+    mask_g = offs_g < G
+    mask_q = mask_g[:, None] & mask_d[None, :]
+    q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+    dtype: tl.constexpr = q.dtype
+
+    m = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    page_ptr = table_ptr + b * stride_tb + h * stride_th
+    # Carried from one tile to the next, as in decode.py.
+    page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
+    if K_BITS < 16:
+        group = page * (PAGE // GROUP) * D + offs_d
+        # Without a page there may be no pool to read.
+        mask = offs_d < tl.where(first < last, D, 0)
+        centre = tl.load(k_zero_ptr + group, mask=mask, other=0.0).to(tl.float32)
+        centre += tl.load(k_scale_ptr + group, mask=mask, other=0.0).to(tl.float32) * (1 << (K_BITS - 1))
+        bias = tl.sum(q.to(tl.float32) * centre[None, :], 1)
+    for tile in range(first, last):
+        row = tile % TILES
+        v_row = page * PAGE + row * BLOCK_S + offs_s
+        if V_BITS < 16:
+            at_v = v_row[:, None] * C + offs_c[None, :]
+            v_scale = tl.load(v_scale_ptr + at_v, mask=mask_c, other=0.0).to(tl.float32) * (1 << V_BITS)
+            v_zero = tl.load(v_zero_ptr + at_v, mask=mask_c, other=0.0).to(tl.float32) - v_scale
+            v = tl.load(v_ptr + v_row[:, None, None] * V_WORDS + offs_v, mask=offs_v < V_WORDS, other=0)
+        else:
+            v = tl.load(v_ptr + v_row[:, None] * D + offs_d[None, :], mask=mask_d[None, :], other=0.0)
+        k_row = (page * TILES + row) * K_ROWS + offs_w
+        mask_k = mask_d[:, None]
+        k = tl.load(k_ptr + k_row[None, :] * D + offs_d[:, None], mask=mask_k, other=0)
+        if K_BITS < 16:
+            at_k = (page * PAGE + row * BLOCK_S + offs_w * K_PER)[None, :] // GROUP * D + offs_d[:, None]
+            scale = tl.load(k_scale_ptr + at_k, mask=mask_k, other=0.0)
+            zero = tl.load(k_zero_ptr + at_k, mask=mask_k, other=0.0)
+            scale = scale.to(tl.float32) * (1 << K_BITS)
+            zero = zero.to(tl.float32) - centre[:, None] - scale
+            k = expand(k, scale, zero, K_BITS, 0, 1).to(dtype).reshape(D_PAD, BLOCK_S)
+        scores = tl.dot(q, k, input_precision="ieee") * (scaling * LOG2E)
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        if V_BITS < 16:
+            v = expand(v, v_scale[:, :, None], v_zero[:, :, None], V_BITS, 0, 1).to(dtype).reshape(BLOCK_S, D_PAD)
+        acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+        page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
+
+    # A share without a page leaves zeros and -inf, which weigh nothing in the merge.
+    empty = last <= first
+    l = tl.where(empty, 1.0, l)  # noqa: E741
+    lse = (m + tl.log2(l)) * LN2
+    if K_BITS < 16:
+        lse += bias * scaling
+    out = (bh * G + offs_g) * splits + split
+    tl.store(lse_ptr + out, tl.where(empty, float("-inf"), lse), mask=mask_g)
+    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], acc / l[:, None], mask=mask_q)
+
+
+def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | bool]:
+    """The launch options of `quant_split_kernel`.
+
+    In 16 bits every thread has 64 codes of K and of V, and two scales of V: enough for an asynchronous copy.
+    """
+    few = head_dim <= 64
+    chosen: dict[str, int | bool] = {"num_stages": 3, "enable_fp_fusion": True}
+    if dtype == torch.float32:
+        return chosen | {"num_warps": 4 if few else 8}
+    if head_dim in (64, 128):
+        # 168 registers are twelve warps on a multiprocessor. Left alone, ptxas takes up to 204 of them; held to 168 it
+        # spills two where keys have 8 bits, but reaches 168 if a few more are allowed. A padded head_dim needs more.
+        chosen["maxnreg"] = 184 if k_bits == 8 else 168
+    return chosen | {"num_warps": 2 if few else 4}
+
+
+def split_constants(dtype: torch.dtype, head_dim: int, k_bits: int, v_bits: int) -> dict[str, int]:
+    """The compile-time arguments of `quant_split_kernel`.
+
+    A page at a time, as far as registers reach: half as many reductions, and every load wide enough for an
+    asynchronous copy. Float32 has no tensor cores here and unrolls into multiply-adds, as in decode.py.
+    """
+    D_PAD = max(GROUP, 1 << (head_dim - 1).bit_length())
+    BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
+    sizes = {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "GROUP": GROUP, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+    return sizes | {"K_BITS": k_bits, "V_BITS": v_bits}
+
+
+def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Tensor]:
+    """As `QuantKV.attend` for one token: attention over the quantised pages and the newest slots together.
+
+    On CUDA three launches (four where the residual is long), and no wait for the device. Rows that share a sequence
+    are read for together, like so many more query heads.
+
+    Args:
+        q: [B', H, D] in the model's dtype; B' = B or, where sequences are shared, R rows for each of B in turn.
+        kv: B sequences.
+        scaling: factor on q K^T, usually D ** -0.5.
+
+    Returns:
+        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf where a head kept nothing).
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    sequences, kv_heads = kv.lens.shape
+    if q.ndim != 3 or q.shape[0] % max(1, sequences) or q.shape[1] % max(1, kv_heads):
+        raise ValueError(f"q must be [B', H, D], multiples of {sequences} and {kv_heads}, got {tuple(q.shape)}")
+    if not (q.is_cuda or INTERPRETED):
+        o, lse = kv.attend(q[:, :, None], scaling)
+        return o[:, :, 0], lse[:, :, 0]
+    rows, heads, dim = q.shape
+    shape = (sequences, rows // sequences, kv_heads, heads // kv_heads)
+    q = q.reshape(*shape, dim).transpose(1, 2).reshape(sequences, -1, dim)
+    new = kv.residual
+    o, lse = decode.decode(q, new.k, new.v, new.table, new.lens, scaling)
+    if any(kv.pages):
+        o, lse = decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, rest=(o, lse))
+    turned = (sequences, kv_heads, rows // sequences, heads // kv_heads)
+    o = o.view(*turned, dim).transpose(1, 2).reshape(rows, heads, dim)
+    return o, lse.view(turned).transpose(1, 2).reshape(rows, heads)
+
+
+def decode_pages(
+    q: Tensor,
+    k: Pool,
+    v: Pool,
+    table: Tensor,
+    lens: Tensor,
+    newest: Tensor,
+    scaling: float,
+    *,
+    rest: tuple[Tensor, Tensor] | None = None,
+    splits: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of one query token for each sequence over each KV head's quantised pages.
+
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
+
+    Args:
+        q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
+        k, v: pools of P pages, as laid out in kernels/quant.py, contiguous.
+        table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last page.
+        lens, newest: [B, Hkv] int32, contiguous: kept slots of each head, and how many of them are not in its pages,
+            which are all full: a head has (lens - newest) // PAGE of them (0 is legal). Checked on the host alone.
+        scaling: factor on q K^T, usually D ** -0.5.
+        rest: o [B, H, D] and lse [B, H] over other slots, to merge with.
+        splits: shares to cut each KV head into; chosen from M and the device when None.
+
+    Returns:
+        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where nothing is kept).
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    _check(q, k, v, table, lens, newest, splits)
+    if not (q.is_cuda or INTERPRETED):
+        o, lse = reference(q, k, v, table, lens, newest, scaling)
+        return merge.merge(o[:, :, None], lse[..., None], rest, q.dtype)
+    if not AVAILABLE:
+        raise RuntimeError(f"decode_pages on {q.device} needs the package triton, which is not installed")
+    if splits is None:
+        B, Hkv, M = table.shape
+        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+        # Half the pages: a share of four, of half the bytes or fewer, for the same share of partial results.
+        splits = decode.choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M // 2, count)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        k, v = (Pool(x.bits, *(t.float() if t.is_floating_point() else t for t in x.tensors)) for x in (k, v))
+        o, lse = _launch(q.float(), k, v, table, lens, newest, scaling, rest, splits)
+        return o.to(q.dtype), lse
+    return _launch(q, k, v, table, lens, newest, scaling, rest, splits)
+
+
+def _launch(
+    q: Tensor,
+    k: Pool,
+    v: Pool,
+    table: Tensor,
+    lens: Tensor,
+    newest: Tensor,
+    scaling: float,
+    rest: tuple[Tensor, Tensor] | None,
+    splits: int,
+) -> tuple[Tensor, Tensor]:
+    B, H, D = q.shape
+    Hkv = table.shape[1]
+    G = H // Hkv
+    part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+    part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    # With 16 bits nothing is read through the pointers to scale and zero.
+    pools = [t for x in (k, v) for t in (x.tensors if x.bits < 16 else [x.words] * 3)]
+    strides = [stride for t in (q, table) for stride in t.stride()[:2]]
+    with torch.cuda.device(q.get_device()):
+        quant_split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
+            q, *pools, table, lens, newest, part_o, part_lse, scaling, G, Hkv, *strides,
+            **split_constants(q.dtype, D, k.bits, v.bits), **options(q.dtype, D, k.bits),
+        )  # fmt: skip
+    return merge.merge(part_o, part_lse, rest, q.dtype)
+
+
+def _check(q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, splits: int | None) -> None:
+    tensors = {"q": (q, 3), "table": (table, 3), "lens": (lens, 2), "newest": (newest, 2)}
+    tensors |= {f"{name} of k": (t, 3) for name, t in zip(("words", "scale", "zero"), k.tensors, strict=False)}
+    tensors |= {f"{name} of v": (t, 3) for name, t in zip(("words", "scale", "zero"), v.tensors, strict=False)}
+    for name, (tensor, axes) in tensors.items():
+        if tensor.ndim != axes:
+            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
+        if " of " in name and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    B, H, D = q.shape
+    Hkv, M = table.shape[1:]
+    if D not in HEAD_DIMS or q.stride(2) != 1:
+        raise ValueError(
+            f"q must be [B, H, D], contiguous in D, a multiple of 16 up to 256, got {tuple(q.shape)} in {q.stride()}"
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q must be one of {DTYPES}, got {q.dtype}")
+    stored = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
+    for name, pool in (("k", k), ("v", v)):
+        P, bits = pool.words.shape[0], pool.bits
+        shape = (P, PAGE * bits // 32, D) if name == "k" else (P, PAGE, -(-D * bits // 32))
+        group = (P, PAGE // GROUP, D) if name == "k" else (P, PAGE, -(-D // GROUP))
+        want = [(shape, torch.int32), (group, stored), (group, stored)] if bits < 16 else [((P, PAGE, D), q.dtype)]
+        found = [(tuple(t.shape), t.dtype) for t in pool.tensors]
+        if bits not in BITS or found != want:
+            raise ValueError(f"{name} of {bits} bits must be {want} for q {tuple(q.shape)} {q.dtype}, got {found}")
+    if k.words.shape[0] != v.words.shape[0]:
+        raise ValueError(f"k and v must have as many pages, got {tuple(k.words.shape)} and {tuple(v.words.shape)}")
+    if not table.dtype == lens.dtype == newest.dtype == torch.int32:
+        raise ValueError(f"table, lens, newest must be torch.int32, got {table.dtype}, {lens.dtype}, {newest.dtype}")
+    if table.shape[0] != B or not Hkv or H % Hkv or (table.stride(2) != 1 and M > 1):
+        raise ValueError(f"table must be [{B}, Hkv, M] with Hkv a divisor of {H}, got {tuple(table.shape)}")
+    for name, tensor in (("lens", lens), ("newest", newest)):
+        if tensor.shape != table.shape[:2] or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be {tuple(table.shape[:2])} as table, got {tuple(tensor.shape)}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
+    if lens.device.type == "cpu" and lens.numel():
+        old = lens - newest
+        if old.min() < 0 or old.max() > M * PAGE or (old % PAGE).any():
+            raise ValueError(f"lens - newest must be 0 to {M} whole pages, got {old.tolist()} for {tuple(table.shape)}")
+
+
+LIMITS = {
+    ("quant_decode.split", "fp16"): Limit(255, SHARED, TENSOR_CORES),
+    ("quant_decode.split", "bf16"): Limit(255, SHARED, TENSOR_CORES),
+    ("quant_decode.split", "fp32"): Limit(255, SHARED, (("LDGSTS",),)),
+}
+# Not every pair: what one side costs depends on its own bits, least of all with 16, and a float16 launch is compiled to
+# what a bfloat16 one is.
+GATED_BITS = {"fp16": ((4, 4),), "bf16": ((8, 8), (4, 4), (2, 2), (8, 4)), "fp32": ((4, 4),)}
+
+
+def variants() -> Iterator[Variant]:
+    """The specialisations that `decode_pages` asks for, for the pairs of `GATED_BITS`."""
+    for dtype, dims in USED_HEAD_DIMS.items():
+        for dim in dims:
+            yield from (split_variant(dtype, dim, *bits) for bits in GATED_BITS[dtype])
+
+
+def split_variant(dtype: str, dim: int, k_bits: int, v_bits: int) -> Variant:
+    """`quant_split_kernel` for one dtype, head_dim and pair of bits."""
+    pointers = {"q_ptr": f"*{dtype}", "o_ptr": "*fp32", "lse_ptr": "*fp32"}
+    pointers |= dict.fromkeys(("table_ptr", "lens_ptr", "newest_ptr"), "*i32")
+    stored = "*bf16" if dtype == "bf16" else "*fp16"
+    for name, bits in (("k", k_bits), ("v", v_bits)):
+        words, group = ("*i32", stored) if bits < 16 else (f"*{dtype}", f"*{dtype}")
+        pointers |= {f"{name}_ptr": words, f"{name}_scale_ptr": group, f"{name}_zero_ptr": group}
+    return Variant(
+        kernel="quant_decode.split",
+        name=f"{dtype} D{dim} kv{k_bits}v{v_bits}",
+        fn=quant_split_kernel,
+        pointers=pointers,
+        floats=("scaling",),
+        aligned=("stride_q",),
+        constants=split_constants(TORCH[dtype], dim, k_bits, v_bits),
+        options=options(TORCH[dtype], dim, k_bits),
+    )

@@ -1,0 +1,292 @@
+# ruff: noqa: N803, N806
+"""Attention that every key received from the last T queries: the scores of SnapKV, TOVA and H2O, in two passes over K.
+
+With a_gts = softmax_s(scaling * q_gt k_s), query t seeing the keys up to S - T + t,
+
+    received_s = 1/G sum_g sum_t a_gts            (`received`: H2O's column sums)
+    window_s   = 1/T received_s                   (`window_scores`: SnapKV, TOVA, and what a question pays)
+
+for each KV head and the G = H // Hkv query heads that read it. Softmax needs a row's sum before any of its weights,
+so the first pass leaves lse_gt alone, over shares of the keys that are merged where rows are few, and the second
+recomputes the logits and sums exp(logit - lse) down the columns. No more than one tile of weights ever exists.
+
+Rows are packed token by token, r = t * G + g: K crosses the bus once for all G heads, and a tile of rows still ends at
+nearly one key. The average pool, the window's own scores and the budgets are left to the policies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lceval.kernels.decode import DTYPES, HEAD_DIMS, choose_splits
+from lceval.kernels.paged import PAGE
+from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # there is no wheel for macOS; `reference` works everywhere
+    triton = None
+
+INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
+# Weights that the reference holds at once, in elements: few enough for a processor's cache.
+MAX_WEIGHTS = 1 << 21
+
+
+def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """The definition, in float32, a block of queries at a time. Every test compares against this.
+
+    Args:
+        q: [B, H, T, D], queries of the last T of S positions, after RoPE.
+        k: [B, Hkv, S, D], S >= T.
+        scaling: factor on q K^T, usually D ** -0.5.
+
+    Returns:
+        [B, Hkv, S] float32: summed over the queries, averaged over the G query heads.
+    """
+    B, H, T, D = q.shape
+    Hkv, S = k.shape[1:3]
+    sums = torch.zeros(B, Hkv, S, dtype=torch.float32, device=q.device)
+    if not T:
+        return sums
+    q = q.reshape(B, Hkv, -1, T, D).float()
+    keys = k[:, :, None].transpose(3, 4).float()
+    step = max(1, MAX_WEIGHTS // (B * H * S))
+    for start in range(0, T, step):
+        block = q[..., start : start + step, :] * scaling
+        rows = block.shape[3]
+        seen = S - T + start + rows  # later keys are seen by no row of this block
+        logits = torch.matmul(block, keys[..., :seen])
+        future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
+        logits[..., -rows:].masked_fill_(future, -math.inf)
+        sums[..., :seen] += logits.softmax(-1).sum(3).mean(2)
+    return sums
+
+
+def _jit(fn: Any) -> Any:
+    # A context's length must not compile again.
+    return triton.jit(fn, do_not_specialize=["G", "kv_heads", "T", "S"]) if triton else fn
+
+
+@_jit
+def lse_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, lse_ptr, scaling, G, kv_heads, T, S,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The log-sum-exp of a block of rows over one share of the keys. lse: [splits, B, Hkv, T * G], contiguous."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    # The last rows see most keys: they start first.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // kv_heads
+    h = bh % kv_heads
+    split = tl.program_id(2)
+    splits = tl.num_programs(2)
+
+    offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, D_PAD)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_d = offs_d < D
+    mask_r = offs_r < T * G
+    t = offs_r // G
+    q_row = q_ptr + b * stride_qb + (h * G + offs_r % G) * stride_qh + t.to(tl.int64) * stride_qt
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+    newest = S - T + t
+    tiles = tl.cdiv(S - T + tl.minimum((block * BLOCK_R + BLOCK_R - 1) // G, T - 1) + 1, BLOCK_S)
+    # 64 bits: 2**17 tiles times 128 shares pass 2**24, and a longer context would pass 2**31.
+    first = (split.to(tl.int64) * tiles // splits).to(tl.int32)
+    last = ((split + 1).to(tl.int64) * tiles // splits).to(tl.int32)
+
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_R], tl.float32)  # noqa: E741
+    k_head = k_ptr + b * stride_kb + h * stride_kh
+    for tile in range(first, last):
+        slot = tile * BLOCK_S + offs_s
+        mask = (slot < S)[:, None] & mask_d[None, :]
+        k = tl.load(k_head + slot.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
+        scores = tl.where(slot[None, :] <= newest[:, None], scores, float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        # A share may begin beyond a row's newest key.
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        l = l * tl.exp2(m - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)  # noqa: E741
+        m = m_new
+    lse = tl.where(l > 0, (m + tl.log2(tl.where(l > 0, l, 1.0))) * LN2, float("-inf"))
+    out = lse_ptr + (split * tl.num_programs(1) + bh) * (T.to(tl.int64) * G) + offs_r
+    tl.store(out, lse, mask=mask_r)
+
+
+@_jit
+def received_kernel(  # type: ignore[no-untyped-def]
+    q_ptr, k_ptr, lse_ptr, out_ptr, scaling, weight, G, kv_heads, T, S,
+    stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Column sums of one tile of keys. lse: [B, Hkv, T * G], out: [B, Hkv, S], contiguous."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    start = tl.program_id(0) * BLOCK_S  # the first keys are seen by most rows, and start first
+    bh = tl.program_id(1).to(tl.int64)
+    b = bh // kv_heads
+    h = bh % kv_heads
+
+    slot = start + tl.arange(0, BLOCK_S)
+    offs_d = tl.arange(0, D_PAD)
+    mask_d = offs_d < D
+    mask_s = slot < S
+    k_row = k_ptr + b * stride_kb + h * stride_kh + slot.to(tl.int64) * stride_ks
+    k = tl.load(k_row[:, None] + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0.0)
+    rows = T * G
+    q_head = q_ptr + b * stride_qb + h * G * stride_qh
+    lse_head = lse_ptr + bh * rows
+    acc = tl.zeros([BLOCK_S], tl.float32)
+    first = tl.maximum(0, start - (S - T)) * G // BLOCK_R
+    for block in range(first, tl.cdiv(rows, BLOCK_R)):
+        offs_r = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        mask_r = offs_r < rows
+        t = offs_r // G
+        q_row = q_head + (offs_r % G) * stride_qh + t.to(tl.int64) * stride_qt
+        q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
+        # Rows past the last weigh exp(-inf).
+        lse = tl.load(lse_head + offs_r, mask=mask_r, other=float("inf")) * LOG2E
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
+        seen = slot[:, None] <= (S - T + t)[None, :]
+        acc += tl.sum(tl.exp2(tl.where(seen, scores, float("-inf"))), 1)
+    tl.store(out_ptr + bh * S + slot, acc * weight, mask=mask_s)
+
+
+OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+
+
+def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of `lse` or `received`; with `OPTIONS` they decide what the AOT gate measures.
+
+    The operand that stays has 64 rows, one warp group's HGMMA tile; with two or three tiles of the one that streams
+    it takes 25 to 80 KiB. Float32 runs on FMAs, as in decode.
+    """
+    D_PAD = 1 << (head_dim - 1).bit_length()
+    stays, streams = (16, 16) if dtype == torch.float32 else (64, 64 if D_PAD <= 128 else 32)
+    BLOCK_R, BLOCK_S = (stays, streams) if kernel == "lse" else (streams, stays)
+    return {"D": head_dim, "D_PAD": D_PAD, "BLOCK_R": BLOCK_R, "BLOCK_S": BLOCK_S}
+
+
+def received(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None) -> Tensor:
+    """Causal attention that every key received from the last T queries: their sum, the mean over G query heads.
+
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
+
+    Args:
+        q: [B, H, T, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
+        k: [B, Hkv, S, D] in q's dtype, S >= T; the last query sees the last key.
+        scaling: factor on q K^T, usually D ** -0.5.
+        splits: shares to cut the keys into for the first pass; chosen from the shapes and the device when None.
+
+    Returns:
+        [B, Hkv, S] float32.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+        RuntimeError: CUDA tensors where triton is not installed.
+    """
+    _check(q, k, splits)
+    return _received(q, k, scaling, 1, splits)
+
+
+def window_scores(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None) -> Tensor:
+    """As `received`, averaged over the T queries too: [B, Hkv, S] float32, each at most 1. Zeros where T == 0."""
+    _check(q, k, splits)
+    return _received(q, k, scaling, max(1, q.shape[2]), splits)
+
+
+def reference_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """`window_scores` by `reference`, wherever the tensors are."""
+    return reference(q, k, scaling) / max(1, q.shape[2])
+
+
+def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:
+    if not (q.is_cuda or INTERPRETED):
+        return reference(q, k, scaling) / divisor
+    if triton is None:
+        raise RuntimeError(f"attention scores on {q.device} need the package triton, which is not installed")
+    if splits is None:
+        R = q.shape[2] * (q.shape[1] // k.shape[1])
+        blocks = -(-R // constants("lse", q.dtype, q.shape[3])["BLOCK_R"])
+        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
+        splits = choose_splits(max(1, k.shape[0] * k.shape[1] * blocks), -(-k.shape[2] // PAGE), count)
+    if INTERPRETED and q.dtype == torch.bfloat16:
+        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        q, k = q.float(), k.float()
+    return _launch(q, k, scaling, divisor, splits)
+
+
+def _launch(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int) -> Tensor:
+    B, H, T, D = q.shape
+    Hkv, S = k.shape[1:3]
+    G = H // Hkv
+    if not (B and T):
+        return torch.zeros((B, Hkv, S), dtype=torch.float32, device=q.device)
+    out = torch.empty((B, Hkv, S), dtype=torch.float32, device=q.device)
+    part = torch.empty((splits, B, Hkv, T * G), dtype=torch.float32, device=q.device)
+    shapes = (G, Hkv, T, S, *q.stride()[:3], *k.stride()[:3])
+    with torch.cuda.device(q.get_device()):
+        sizes = constants("lse", q.dtype, D)
+        grid = (-(-T * G // sizes["BLOCK_R"]), B * Hkv, splits)
+        lse_kernel[grid](q, k, part, scaling, *shapes, **sizes, **OPTIONS)
+        lse = part[0] if splits == 1 else part.logsumexp(0)
+        sizes = constants("received", q.dtype, D)
+        received_kernel[(-(-S // sizes["BLOCK_S"]), B * Hkv)](
+            q, k, lse, out, scaling, 1 / (G * divisor), *shapes, **sizes, **OPTIONS
+        )
+    return out
+
+
+def _check(q: Tensor, k: Tensor, splits: int | None) -> None:
+    for name, tensor in (("q", q), ("k", k)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have 4 axes, got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
+        if tensor.stride(3) != 1:
+            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
+    B, H, T, D = q.shape
+    if D not in HEAD_DIMS:
+        raise ValueError(f"q must be [B, H, T, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
+    if q.dtype not in DTYPES or q.dtype != k.dtype:
+        raise ValueError(f"q and k must share one of {DTYPES}, got {q.dtype} and {k.dtype}")
+    if k.shape[0] != B or k.shape[3] != D or not k.shape[1] or H % k.shape[1] or k.shape[2] < T:
+        raise ValueError(f"k must be [{B}, Hkv, S, {D}], Hkv a divisor of {H} and S >= {T}, got {tuple(k.shape)}")
+    if splits is not None and splits < 1:
+        raise ValueError(f"splits must be at least 1, got {splits}")
+
+
+# 168 registers let three programs of 128 threads share a multiprocessor's 65,536.
+LIMITS = {
+    (f"window.{kernel}", dtype): Limit(168, SHARED, needs)
+    for kernel in ("lse", "received")
+    for dtype, needs in (("fp16", TENSOR_CORES), ("bf16", TENSOR_CORES), ("fp32", (("LDGSTS",),)))
+}
+
+
+def variants() -> Iterator[Variant]:
+    """The specialisations that `received` and `window_scores` ask for."""
+    for dtype, dims in USED_HEAD_DIMS.items():
+        for dim in dims:
+            for kernel, fn in (("lse", lse_kernel), ("received", received_kernel)):
+                pointers = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
+                yield Variant(
+                    kernel=f"window.{kernel}",
+                    name=f"{dtype} D{dim}",
+                    fn=fn,
+                    pointers=pointers if kernel == "lse" else pointers | {"out_ptr": "*fp32"},
+                    floats=("scaling",) if kernel == "lse" else ("scaling", "weight"),
+                    aligned=("stride_q", "stride_k"),
+                    constants=constants(kernel, TORCH[dtype], dim),
+                    options=OPTIONS,
+                )

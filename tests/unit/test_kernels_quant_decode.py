@@ -1,0 +1,407 @@
+"""Decode attention over quantised pages: the reference against the plain codec, the kernels against the reference.
+
+As test_kernels_decode.py, this file is also a script: one child process with TRITON_INTERPRET=1 runs every case below
+and prints the errors it measured as JSON; the tests judge them, each under its own name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lceval
+from lceval.kernels import merge, quant, variant
+from lceval.kernels import quant_decode as module
+from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.quant import Pool, QuantKV
+from lceval.kernels.quant_decode import decode_pages, decode_quantised, reference
+
+Found = dict[str, float]
+Result = tuple[Tensor, Tensor]
+LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PAIRS = list(product(quant.BITS, quant.BITS))[1:]
+# Largest error measured over all cases, relative to the largest output of the same head: fp32 1.4e-6 (sums in another
+# order), fp16 1.2e-3 (k, v, p and o rounded to 11 bits), bf16 3.6e-3 in the interpreter, which computes in float32.
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
+# lse is float32 whatever q is, but keys are rounded to q's dtype: measured 1.5e-6 and 4.7e-5.
+LSE_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-4, "bf16": 4e-3}
+
+
+def cache(counts: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> PagedKV:
+    """Random slots; the keys have channels far from zero, as those of models do."""
+    rng = torch.Generator().manual_seed(seed)
+    shape = (len(counts), len(counts[0]), max(map(max, counts)) + 1, dim)
+    k, v, offset = (torch.randn(s, generator=rng) for s in (shape, shape, (*shape[:2], 1, dim)))
+    keep = torch.arange(shape[2]) < torch.tensor(counts)[..., None]
+    return PagedKV.gather((k + 4 * offset).to(dtype), v.to(dtype), keep)
+
+
+def shuffled(kv: QuantKV) -> QuantKV:
+    """The same pages in another order, among spare ones that may not be read: their numbers are NaN."""
+    count = kv.k.words.shape[0]
+    order = torch.randperm(count + 2, generator=torch.Generator().manual_seed(3))[:count]
+
+    def move(pool: Pool) -> Pool:
+        moved = []
+        for t in pool.tensors:
+            new = torch.full((count + 2, *t.shape[1:]), math.nan if t.is_floating_point() else -1, dtype=t.dtype)
+            new[order] = t
+            moved.append(new)
+        return Pool(pool.bits, *moved)
+
+    table = order[kv.table.long()].int() if count else kv.table
+    return replace(kv, k=move(kv.k), v=move(kv.v), table=table)
+
+
+def queries(batch: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, heads, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def on(kv: QuantKV, device: str) -> QuantKV:
+    """Everything that a kernel reads, on that device."""
+    k, v = (Pool(x.bits, *(t.to(device) for t in x.tensors)) for x in (kv.k, kv.v))
+    rest = kv.residual
+    rest = replace(rest, **{name: getattr(rest, name).to(device) for name in ("k", "v", "table", "lens")})
+    return replace(kv, k=k, v=v, table=kv.table.to(device), lens=kv.lens.to(device), residual=rest)
+
+
+def of_pages(kv: QuantKV) -> tuple[Any, ...]:
+    """What `decode_pages` and its reference take of a cache."""
+    return kv.k, kv.v, kv.table, kv.lens, kv.residual.lens
+
+
+def errors(got: Result, want: Result) -> Found:
+    """The largest error of o, relative to its head, and of lse; NaN where an empty head is not 0 and -inf."""
+    (o, lse), (want_o, want_lse) = ([x.cpu() for x in pair] for pair in (got, want))
+    empty = torch.isneginf(want_lse)
+    if not torch.equal(torch.isneginf(lse), empty) or o[empty].any() or want_o[empty].any():
+        return {"o": math.nan, "lse": math.nan}
+    scale = want_o.double().abs().amax(-1).masked_fill(empty, 1.0)
+    worst = (o.double() - want_o.double()).abs().amax(-1) / scale
+    worst_lse = torch.where(empty, 0.0, (lse - want_lse).abs())
+    return {"o": worst.max().item(), "lse": worst_lse.max().item()}
+
+
+def worst(*found: Found) -> Found:
+    # max() over a NaN depends on its place.
+    return {name: torch.tensor([f[name] for f in found]).max().item() for name in found[0]}
+
+
+# --- what the child process measures, and a GPU too -----------------------------------------------------------------
+
+
+def grid_case(
+    dtype: str, group: int, dim: int, bits: tuple[int, int], lengths: list[int] = LENGTHS, device: str = "cpu"
+) -> Found:
+    """Pages alone, then with the newest slots: against the reference, and against all that is read back."""
+    kv = shuffled(QuantKV.quantize(cache([lengths], dim, DTYPES[dtype]), *bits, residual=0))
+    q = queries(1, len(lengths) * group, dim, DTYPES[dtype])
+    scaling = 0.3 * dim**-0.5
+    there = on(kv, device)
+    pages = decode_pages(q.to(device), *of_pages(there), scaling, splits=3)
+    whole = decode_quantised(q.to(device), there, scaling)
+    # Slots that are not in pages are compared in float32: q and they are exact in it.
+    new = replace(kv.residual, k=kv.residual.k.float(), v=kv.residual.v.float())
+    want = reference(q, *of_pages(kv), scaling)
+    o, lse = new.attend(q.float()[:, :, None], scaling)
+    want_whole = merge.reference(want[0][:, :, None], want[1][..., None], (o[:, :, 0], lse[:, :, 0]))
+    return worst(errors(pages, want), errors(whole, want_whole))
+
+
+def splits_case(splits: int) -> Found:
+    kv = QuantKV.quantize(cache([[330, 0]], 64, torch.float32), 4, 2, residual=0)
+    q = queries(1, 6, 64, torch.float32)
+    return errors(decode_pages(q, *of_pages(kv), 0.1, splits=splits), decode_pages(q, *of_pages(kv), 0.1, splits=1))
+
+
+def shared_case(sequences: int) -> Found:
+    """Rows that share a sequence are read for together, and answered as if alone."""
+    kv = QuantKV.quantize(cache([[200, 0, 70], [128, 64, 1]][:sequences], 64, torch.float32), 4, 4, residual=10)
+    q = queries(3 * sequences, 6, 64, torch.float32)
+    o, lse = kv.attend(q[:, :, None], 0.1)
+    return errors(decode_quantised(q, kv, 0.1), (o[:, :, 0], lse[:, :, 0]))
+
+
+def nothing_kept_case() -> Found:
+    """No slot at all; no whole page; and not one page in the pools, kernels asked nonetheless."""
+    found = []
+    for counts in ([[0, 0]], [[0, 63]]):
+        kv = QuantKV.quantize(cache(counts, 64, torch.float32), 4, 4)
+        q = queries(1, 6, 64, torch.float32)
+        o, lse = kv.attend(q[:, :, None], 0.1)
+        found.append(errors(decode_quantised(q, kv, 0.1), (o[:, :, 0], lse[:, :, 0])))
+        found.append(errors(decode_pages(q, *of_pages(kv), 0.1), reference(q, *of_pages(kv), 0.1)))
+    return worst(*found)
+
+
+def merge_case() -> Found:
+    """Shares without a slot among others, nothing but those, and a rest that is empty."""
+    rng = torch.Generator().manual_seed(0)
+    o, lse = torch.randn(2, 3, 19, 48, generator=rng), 9 * torch.randn(2, 3, 19, generator=rng)
+    lse[:, 1, ::2] = lse[:, 2] = -math.inf
+    o[lse.isneginf()] = 0.0
+    rest = o[:, :, 4].contiguous(), lse[:, :, 4].contiguous()
+    pairs = [(merge.merge(o, lse, r, torch.float32), merge.reference(o, lse, r)) for r in (None, rest)]
+    return worst(*(errors(*pair) for pair in pairs))
+
+
+def invented_case() -> Found:
+    """The worst errors over shapes that hypothesis invents."""
+    found: list[Found] = []
+
+    @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+    @given(
+        counts=st.lists(st.integers(0, 200), min_size=2, max_size=2),
+        group=st.integers(1, 18),
+        dim=st.sampled_from([16, 48, 64]),
+        bits=st.sampled_from(PAIRS),
+        residual=st.sampled_from([0, 30, 128]),
+    )
+    def run(counts: list[int], group: int, dim: int, bits: tuple[int, int], residual: int) -> None:
+        kv = shuffled(QuantKV.quantize(cache([counts], dim, torch.float32), *bits, residual))
+        q = queries(1, 2 * group, dim, torch.float32)
+        got = decode_pages(q, *of_pages(kv), 0.05, splits=2)
+        found.append(errors(got, reference(q, *of_pages(kv), 0.05)))
+
+    run()
+    return worst(*found)
+
+
+SHORT = [0, 63, 64, 130]
+# Every G and every D in both dtypes, every number of bits on both sides; then padded and the widest head_dim, more
+# query heads than one tile, the dtype that is widened.
+GRID = {
+    f"{dtype}-G{group}-D{dim}-kv{bits[0]}v{bits[1]}": (dtype, group, dim, bits, lengths)
+    for dtype, group, dim, bits, lengths in [
+        ("fp32", 1, 64, (8, 4), LENGTHS),
+        ("fp32", 3, 128, (2, 8), LENGTHS),
+        ("fp32", 4, 64, (4, 2), SHORT),
+        ("fp32", 8, 128, (16, 4), SHORT),
+        ("fp16", 1, 128, (4, 4), LENGTHS),
+        ("fp16", 3, 64, (2, 2), LENGTHS),
+        ("fp16", 4, 128, (8, 8), LENGTHS),
+        ("fp16", 8, 64, (2, 4), LENGTHS),
+        ("fp16", 2, 96, (4, 16), SHORT),
+        ("fp16", 2, 256, (8, 2), SHORT),
+        ("fp16", 17, 80, (8, 4), SHORT),
+        ("fp32", 2, 16, (2, 2), SHORT),
+        ("bf16", 4, 64, (8, 2), SHORT),
+        ("bf16", 2, 128, (16, 2), SHORT),
+    ]
+}
+PROPERTIES: dict[str, Callable[[], Found]] = {
+    **{f"splits={n}": partial(splits_case, n) for n in (2, 7)},
+    **{f"sequences={n}": partial(shared_case, n) for n in (1, 2)},
+    "nothing_kept": nothing_kept_case,
+    "merge": merge_case,
+    "invented": invented_case,
+}
+
+
+def measure_all() -> dict[str, dict[str, Any]]:
+    assert module.INTERPRETED
+    cases: dict[str, Callable[[], Found]] = {n: partial(grid_case, *c) for n, c in GRID.items()}
+    measured: dict[str, dict[str, Any]] = {}
+    for name, run in (cases | PROPERTIES).items():
+        try:
+            measured[name] = run()
+        except Exception:
+            measured[name] = {"failed": traceback.format_exc()}
+    return measured
+
+
+# --- tests ----------------------------------------------------------------------------------------------------------
+
+
+def child(*command: str, **changes: str) -> str:
+    """Output of a child that imports the same copy of the package as this process."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(Path(lceval.__file__).parents[1]), **changes}
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, Any]]:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    return dict(json.loads(child("-W", "error", __file__, TRITON_INTERPRET="1")))
+
+
+def judge(found: dict[str, Any], dtype: str) -> None:
+    assert "failed" not in found, found["failed"]
+    assert found["o"] <= TOLERANCE[dtype], found
+    assert found["lse"] <= LSE_TOLERANCE[dtype], found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID)
+def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    judge(interpreted[case], GRID[case][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", PROPERTIES)
+def test_kernels_keep_their_properties(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
+    judge(interpreted[case], "fp32")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", PAIRS)
+@pytest.mark.parametrize(
+    ("dtype", "dim"), [(name, dim) for name, dims in variant.USED_HEAD_DIMS.items() for dim in dims]
+)
+def test_kernels_agree_with_the_reference_on_a_gpu(dtype: str, dim: int, bits: tuple[int, int]) -> None:
+    for group in (1, 3, 4, 8):
+        judge(grid_case(dtype, group, dim, bits, device="cuda"), dtype)
+
+
+@pytest.mark.parametrize("bits", PAIRS)
+def test_reference_is_attention_over_what_the_plain_codec_reads_back(bits: tuple[int, int]) -> None:
+    full = cache([[130, 0, 64]], 48, torch.float32)
+    kv = shuffled(QuantKV.quantize(full, *bits, residual=0))
+    q = queries(1, 6, 48, torch.float32)
+    o, lse = reference(q, *of_pages(kv), 0.1)
+    for row, pages in enumerate(kv.pages):
+        k, v = (x[: pages * PAGE] for x in full.head(row))
+        k = quant.reference(k.T, bits[0], torch.float16).T if bits[0] < 16 else k
+        v = quant.reference(v, bits[1], torch.float16) if bits[1] < 16 else v
+        heads = slice(2 * row, 2 * row + 2)
+        logits = 0.1 * (q[0, heads].double() @ k.double().T)
+        want = (logits.softmax(-1) @ v.double())[None], logits.logsumexp(-1)[None]
+        judge(errors((o[:, heads], lse[:, heads]), want), "fp32")
+
+
+@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.parametrize("dtype", DTYPES.values())
+def test_cpu_tensors_take_the_path_of_the_cache_and_keep_their_dtype(dtype: torch.dtype) -> None:
+    kv = QuantKV.quantize(cache([[330, 0]], 64, dtype), 4, 4, residual=70)
+    q = queries(2, 6, 64, dtype)
+    o, lse = decode_quantised(q, kv, 0.125)
+    want_o, want_lse = kv.attend(q[:, :, None], 0.125)
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(o, want_o[:, :, 0])
+    assert torch.equal(lse, want_lse[:, :, 0])
+    rest = queries(1, 6, 64, dtype), torch.zeros(1, 6)
+    o, lse = decode_pages(q[:1], *of_pages(kv), 0.125, rest=rest)
+    assert (o.dtype, lse.dtype) == (dtype, torch.float32)
+    assert torch.equal(o[:, 3:], rest[0][:, 3:])  # a head without a page takes the rest as it is
+
+
+BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
+    "q axes": ({"q": lambda q: q[0]}, r"q must have 3 axes, got shape \(4, 64\)"),
+    "head dim": ({"q": lambda q: q[..., :40]}, r"multiple of 16 up to 256, got \(1, 4, 40\)"),
+    "double": ({"q": Tensor.double}, "q must be one of .* got torch.float64"),
+    "other dim": ({"q": lambda q: q[..., :48].contiguous()}, r"k of 4 bits must be .* for q \(1, 4, 48\)"),
+    "scale dtype": ({"q": Tensor.bfloat16}, r"k of 4 bits must be .*torch.bfloat16\), .*got .*torch.float16\)"),
+    "layout": ({"k": lambda k: replace(k, words=k.words.mT.contiguous().mT)}, "words of k must be contiguous"),
+    "pages of v": ({"v": lambda v: Pool(v.bits, *(t[:1] for t in v.tensors))}, r"as many pages, got \(5, .* and \(1,"),
+    "table dtype": ({"table": Tensor.long}, "must be torch.int32, got torch.int64"),
+    "group": ({"q": lambda q: q[:, :3]}, r"Hkv a divisor of 3, got \(1, 2, 5\)"),
+    "lens shape": ({"lens": lambda n: n[:, :1]}, r"lens must be \(1, 2\) as table, got \(1, 1\)"),
+    "lens beyond": ({"lens": lambda n: n + 64}, r"0 to 5 whole pages, got \[\[384, 64\]\] for \(1, 2, 5\)"),
+    "part of a page": ({"newest": lambda n: n + 1}, r"whole pages, got \[\[319, -1\]\]"),
+    "device": ({"lens": lambda n: n.to("meta")}, "lens must be on q's device, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
+    kv = QuantKV.quantize(cache([[330, 0]], 64, torch.float32), 4, 4, residual=0)
+    args = dict(zip(("k", "v", "table", "lens", "newest"), of_pages(kv), strict=True))
+    args["q"] = queries(1, 4, 64, torch.float32)
+    changes, message = BAD[case]
+    args |= {name: change(args[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        decode_pages(**args, scaling=0.125)
+
+
+def test_a_bad_rest_a_bad_split_count_and_bad_rows_are_refused() -> None:
+    kv = QuantKV.quantize(cache([[330, 0]], 64, torch.float32), 4, 4, residual=0)
+    q = queries(1, 4, 64, torch.float32)
+    with pytest.raises(ValueError, match="splits must be 1 to 128, got 129"):
+        decode_pages(q, *of_pages(kv), 0.1, splits=129)
+    with pytest.raises(ValueError, match=r"rest must be o \(1, 4, 64\) and lse \(1, 4\) float32, got .*\(1, 2\)"):
+        decode_pages(q, *of_pages(kv), 0.1, rest=(q, torch.zeros(1, 2)))
+    with pytest.raises(ValueError, match=r"multiples of 1 and 2, got \(1, 3, 64\)"):
+        decode_quantised(q[:, :3], kv, 0.1)
+
+
+# A launch of every head_dim, dtype and pair of gated bits, stopped where it would compile; see test_kernels_aot.py.
+LAUNCHES = """
+import json
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+
+triton.runtime.driver.set_active(Driver())
+from lceval.kernels import aot, merge, quant_decode, variant
+from lceval.kernels.quant import Pool
+
+launched = {}
+def hook(*, fn, compile, **_):
+    hints = {str(i): hint for (i,), hint in compile["configs"][0].items() if hint}
+    launched[compile["key"]] = [fn.name, compile["signature"], hints, sorted(compile["constants"].values())]
+    return True
+
+def pool(bits, dim, dtype, keys):
+    if bits == 16:
+        return Pool(16, torch.empty(5, 64, dim, dtype=dtype))
+    stored = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+    words, group = ((2 * bits, dim), (2, dim)) if keys else ((64, -(-dim * bits // 32)), (64, -(-dim // 32)))
+    return Pool(bits, torch.empty(5, *words, dtype=torch.int32), *(torch.empty(5, *group, dtype=stored) for _ in "sz"))
+
+merge.merge = lambda *args: None
+triton.knobs.runtime.jit_cache_hook = hook
+for name, dims in variant.USED_HEAD_DIMS.items():
+    dtype = variant.TORCH[name]
+    for dim in dims:
+        for bits in quant_decode.GATED_BITS[name]:
+            k, v = (pool(b, dim, dtype, keys) for b, keys in zip(bits, (True, False)))
+            for batch, kv_heads, group, pages in [(1, 1, 1, 1), (1, 8, 4, 16), (2, 4, 3, 17), (2, 16, 8, 33)]:
+                q = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
+                table, lens = (torch.zeros(batch, kv_heads, *x, dtype=torch.int32) for x in ((pages,), ()))
+                for splits in (1, 2, 16, 17):
+                    quant_decode._launch(q, k, v, table, lens, lens, 0.1, None, splits)
+gated = []
+for wanted in quant_decode.variants():
+    signature, hints = aot.specialisation(wanted)
+    hints = {str(i): hint for (i,), hint in hints.items()}
+    gated.append([wanted.fn.__name__, signature, hints, sorted(wanted.constants.values())])
+print(json.dumps([[*launched.values()], gated]))
+"""
+
+
+def test_launches_ask_only_for_gated_variants_and_a_growing_cache_for_no_new_one() -> None:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    launched, gated = json.loads(child("-c", LAUNCHES))
+    assert [row for row in launched if row not in gated] == []
+    assert len(launched) == len(gated)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(measure_all(), indent=1))

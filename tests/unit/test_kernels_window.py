@@ -1,0 +1,219 @@
+"""Scores of a window and column sums: the reference against the policies' own code, the kernels against the reference.
+
+As in test_kernels_decode, one child process with TRITON_INTERPRET=1 runs every case (`python test_kernels_window.py`)
+and prints the errors it measured as JSON; the tests judge them. On a CUDA device the same cases run compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import lceval
+from lceval.kernels import window as module
+from lceval.kernels.window import received, reference, window_scores
+
+LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Largest error measured over all cases, relative to the head's largest score. The products are the reference's own, so
+# only the order of their sums differs, in 16 bits too: fp32 8.4e-7, fp16 9.4e-7, bf16 (widened) 4.8e-7.
+TOLERANCE = 1e-5
+
+
+def tensors(
+    batch: int, kv_heads: int, group: int, tokens: int, length: int, dim: int, dtype: str
+) -> tuple[Tensor, ...]:
+    """q and k, cut from buffers whose other elements are NaN, as a prefill's buffers may be."""
+    rng = torch.Generator().manual_seed(length)
+    q = torch.full((batch, kv_heads * group, tokens + 3, dim), math.nan)
+    k = torch.full((batch, kv_heads, length + 5, dim), math.nan)
+    q[:, :, 3:] = torch.randn(batch, kv_heads * group, tokens, dim, generator=rng)
+    k[:, :, :length] = torch.randn(batch, kv_heads, length, dim, generator=rng)
+    return q.to(DTYPES[dtype])[:, :, 3:], k.to(DTYPES[dtype])[:, :, :length]
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The largest error relative to the largest score of the same head; NaN where the shapes differ."""
+    if got.shape != want.shape or got.dtype != torch.float32:
+        return math.nan
+    if not want.numel():
+        return 0.0
+    most = want.amax(-1).masked_fill(want.amax(-1) == 0, 1.0)
+    return float(((got.cpu() - want).abs().amax(-1) / most).max())
+
+
+def grid_case(dtype: str, group: int, dim: int, tokens: int, device: str = "cpu") -> float:
+    """Every length, `tokens` queries or as many as there are, mean and sum in turn."""
+    worst = 0.0
+    for i, length in enumerate(LENGTHS):
+        q, k = tensors(2 - i % 2, 2, group, min(tokens, length), length, dim, dtype)
+        want = reference(q, k, dim**-0.5)
+        if length % 4 == 0:
+            got = received(q.to(device), k.to(device), dim**-0.5, splits=(None, 3)[i % 2])
+        else:
+            got = window_scores(q.to(device), k.to(device), dim**-0.5) * q.shape[2]
+        worst = max(worst, error(got, want))
+    return worst
+
+
+def splits_case(splits: int) -> float:
+    q, k = tensors(1, 2, 3, 64, 300, 64, "fp16")
+    return error(received(q, k, 0.125, splits=splits), received(q, k, 0.125, splits=1))
+
+
+def chunked_case() -> float:
+    """A context read in pieces adds up to the context read at once."""
+    q, k = tensors(1, 2, 3, 300, 300, 64, "fp16")
+    total = torch.zeros(1, 2, 300)
+    for start, end in ((0, 7), (7, 130), (130, 300)):
+        total[..., :end] += received(q[:, :, start:end], k[:, :, :end], 0.125)
+    return error(total, received(q, k, 0.125))
+
+
+def sharp_case() -> float:
+    """Logits of up to 40, whose rounding is most of the error: most weights are zeros or ones."""
+    q, k = tensors(1, 2, 2, 40, 200, 64, "fp32")
+    return error(received(q * 3, k * 3, 0.125), reference(q * 3, k * 3, 0.125))
+
+
+def invented_case() -> float:
+    """The worst error over shapes that hypothesis invents; each query's weights add up to one."""
+    worst = [0.0]
+
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None)
+    @given(
+        length=st.integers(1, 150),
+        tokens=st.integers(1, 60),
+        group=st.integers(1, 9),
+        dim=st.sampled_from([16, 48, 64]),
+        splits=st.one_of(st.none(), st.integers(1, 7)),
+    )
+    def run(length: int, tokens: int, group: int, dim: int, splits: int | None) -> None:
+        q, k = tensors(1, 2, group, min(length, tokens), length, dim, "fp32")
+        got = received(q, k, 0.2, splits=splits)
+        worst.append(error(got, reference(q, k, 0.2)))
+        torch.testing.assert_close(got.sum(-1), torch.full((1, 2), float(q.shape[2])), rtol=1e-5, atol=0)
+
+    run()
+    return max(worst)
+
+
+# Every dtype with every G and D. The interpreter takes a millisecond a tile, and float32's tiles are small.
+COUNTS = {"fp32": (12, 1, 17, 5), "fp16": (64, 1, 17, 40)}
+GRID = {
+    f"{dtype}-G{group}-D{dim}-T{counts[(j + k) % 4]}": (dtype, group, dim, counts[(j + k) % 4])
+    for (dtype, counts), (j, group), (k, dim) in product(COUNTS.items(), enumerate([1, 3, 4, 8]), enumerate([64, 128]))
+} | {f"{c[0]}-G{c[1]}-D{c[2]}": c for c in (("fp16", 4, 96, 64), ("fp16", 2, 256, 64), ("bf16", 4, 128, 9))}
+PROPERTIES: dict[str, Callable[[], float]] = {
+    **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16)},
+    "chunked": chunked_case,
+    "sharp": sharp_case,
+    "invented": invented_case,
+}
+
+
+def measure_all() -> dict[str, Any]:
+    assert module.INTERPRETED
+    found: dict[str, Any] = {}
+    for name, run in {**{n: partial(grid_case, *c) for n, c in GRID.items()}, **PROPERTIES}.items():
+        try:
+            found[name] = run()
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, Any]:
+    pytest.importorskip("triton", reason="triton has no wheel for this platform")
+    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "error", __file__]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*GRID, *PROPERTIES])
+def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, Any]) -> None:
+    found = interpreted[case]
+    assert isinstance(found, float), found
+    assert found <= TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("group", "dim", "tokens"), [(1, 64, 1), (3, 96, 64), (4, 128, 64), (8, 128, 1000), (2, 256, 64)]
+)
+def test_compiled_kernels_agree_with_the_reference(dtype: str, group: int, dim: int, tokens: int) -> None:
+    assert grid_case(dtype, group, dim, tokens, "cuda") <= TOLERANCE
+
+
+@given(length=st.integers(1, 120), tokens=st.integers(1, 120), group=st.sampled_from([1, 3]))
+@settings(deadline=None, max_examples=25)
+def test_reference_is_what_the_policies_compute(length: int, tokens: int, group: int) -> None:
+    from lceval.models.observe import attention_received
+    from lceval.models.policies.base import LayerView
+
+    q, k = tensors(2, 2, group, min(length, tokens), length, 32, "fp32")
+    want = LayerView(k, k, q, 0.2, 0, 1).window_attention(tokens).mean((2, 3))
+    got = reference(q, k, 0.2)
+    # The same products; torch sums the columns in another order.
+    torch.testing.assert_close(got / q.shape[2], want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got, attention_received(q, k, 0.2), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpu_tensors_take_the_reference(dtype: str) -> None:
+    q, k = tensors(1, 2, 3, 10, 100, 64, dtype)
+    assert torch.equal(received(q, k, 0.125), reference(q, k, 0.125))
+    assert torch.equal(window_scores(q, k, 0.125), reference(q, k, 0.125) / 10)
+
+
+def test_no_queries_give_zeros() -> None:
+    q, k = tensors(2, 2, 3, 0, 70, 64, "fp32")
+    assert torch.equal(window_scores(q, k, 0.125), torch.zeros(2, 2, 70))
+
+
+BAD: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], str]] = {
+    "axes": ({"q": lambda q: q[0]}, r"q must have 4 axes, got shape \(4, 10, 64\)"),
+    "head dim": ({"q": lambda q: q[..., :60]}, r"multiple of 16 up to 256, got \(1, 4, 10, 60\)"),
+    "dtypes": ({"q": Tensor.half}, r"q and k must share .* got torch.float16 and torch.float32"),
+    "group": ({"q": lambda q: q[:, :3]}, r"Hkv a divisor of 3 and S >= 10, got \(1, 2, 100, 64\)"),
+    "short": ({"k": lambda k: k[:, :, :9]}, r"S >= 10, got \(1, 2, 9, 64\)"),
+    "batch": ({"k": lambda k: k.expand(3, -1, -1, -1)}, r"k must be \[1, Hkv, S, 64\].*got \(3, 2, 100, 64\)"),
+    "layout": ({"k": lambda k: k.repeat(1, 1, 1, 2)[..., ::2]}, "last axis of k must be contiguous"),
+    "device": ({"k": lambda k: k.to("meta")}, "k must be on q's device, cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
+    changes, message = BAD[case]
+    args = dict(zip("qk", tensors(1, 2, 2, 10, 100, 64, "fp32"), strict=True))
+    args |= {name: change(args[name]) for name, change in changes.items()}
+    with pytest.raises(ValueError, match=message):
+        received(args["q"], args["k"], 0.125)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(measure_all(), indent=1))
