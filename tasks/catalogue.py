@@ -161,8 +161,7 @@ def find(name: str) -> Task:
 def groups() -> dict[str, list[str]]:
     """Members by group name: all lengths of a dataset in a mode, suites, everything.
 
-    A suite's group holds the first mode of each dataset (and every mode of those whose source fixes the length), at
-    lengths that an 8k model can read.
+    A suite's group holds the first mode of each dataset that belongs in it, at lengths that an 8k model can read.
     """
     found: dict[str, list[str]] = {}
     suites: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """The row that every task shares, and the cache of built rows.
 
 Rows are a pure function of their inputs, so a cache entry is named by a hash of all of them: the source
-files, the tokenizer, the length, the seed and the code of this package. An entry is a jsonl file whose
+files, the tokenizer, the length, the seed, and the code and templates of this package. An entry is a jsonl file whose
 first line states the inputs and the number of rows; it appears whole or not at all.
 """
 
@@ -130,9 +130,9 @@ def _store(name: str, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
 
 @cache
 def _code_digest() -> str:
-    """Hash of this package's sources: any change to how rows are built makes new cache entries."""
+    """Hash of this package's sources and templates: any change to how rows are built makes new cache entries."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.yaml")]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
