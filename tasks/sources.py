@@ -138,7 +138,7 @@ def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> S
             files = {split: pattern}
             revision = _commit(hub)
             table = datasets.load_dataset(hub.repo, data_files=files, revision=revision, split=split, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of the hub, of its HTTP client, of a damaged file: they share no base
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(
             f"{task} reads {hub.repo} from the hub ({reason:.120}): connect, or set {DATA_VARIABLE} to a folder that "

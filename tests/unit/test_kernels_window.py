@@ -169,7 +169,6 @@ def test_compiled_kernels_agree_with_the_reference(dtype: str, group: int, dim: 
 @given(length=st.integers(1, 120), tokens=st.integers(1, 120), group=st.sampled_from([1, 3]))
 @settings(deadline=None, max_examples=25)
 def test_reference_is_what_the_policies_compute(length: int, tokens: int, group: int) -> None:
-    from lceval.models.observe import attention_received
     from lceval.models.policies.base import LayerView
 
     q, k = tensors(2, 2, group, min(length, tokens), length, 32, "fp32")
@@ -177,7 +176,6 @@ def test_reference_is_what_the_policies_compute(length: int, tokens: int, group:
     got = reference(q, k, 0.2)
     # The same products; torch sums the columns in another order.
     torch.testing.assert_close(got / q.shape[2], want, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(got, attention_received(q, k, 0.2), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")

@@ -223,7 +223,7 @@ def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeyp
         "ask": (
             f"Question: What does section 1 say?\n(A) nothing 1\n(B) something 1\n(C) little 1\n(D) much 1\n{closing}"
         ),
-        "reply_prefix": "The correct answer is" if task == "lc_lbv2_mc" else "Answer:",
+        "reply_prefix": "The correct answer is" if task == "lc_lbv2_mc" else "",
         "difficulty": "hard",
         "length_class": "short",
         "domain": "Single-Document QA",
