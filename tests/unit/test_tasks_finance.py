@@ -550,6 +550,7 @@ def test_without_a_copy_or_a_network_the_error_says_both_ways(
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr("lceval.tasks.sources._commit", lambda hub: hub.revision)
     said = one_line(task)
     assert "from the hub (no route to the hub)" in said
     assert "lceval data fetch" in said
