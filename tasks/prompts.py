@@ -76,22 +76,17 @@ FORMS: dict[str, str] = {
 }
 """By form: what the reply must look like."""
 
-_CHOICE_FORMS = {
-    "options": "Read the text below. A question about it follows.",
-    "letter": "Read the text below. A question about it follows, with four options of which one is correct.",
-    "letter_ll": "Read the text below. A question about it follows, with four options of which one is correct.",
-    "infinite_letter": "Read the text below. A question about it follows, with four options of which one is correct.",
-    "sum": "Read the text below. What to write about it follows.",
-    "infinite_sum": "Read the text below. What to write about it follows.",
+_FOUR = "A question about it follows, with four options of which one is correct."
+_WHAT_FOLLOWS = {
+    "options": "A question about it follows.",
+    "letter": _FOUR,
+    "letter_ll": _FOUR,
+    "infinite_letter": _FOUR,
+    "sum": "What to write about it follows.",
+    "infinite_sum": "What to write about it follows.",
 }
-_NO_CONTEXT = {
-    "options": "A question follows.",
-    "letter": "A question follows, with four options of which one is correct.",
-    "letter_ll": "A question follows, with four options of which one is correct.",
-    "infinite_letter": "A question follows, with four options of which one is correct.",
-    "sum": "What to write follows.",
-    "infinite_sum": "What to write follows.",
-}
+"""By form, where the reply's form is asked for after the question; without a context there is no `it`."""
+
 _LETTER_CLOSINGS = {
     "letter": 'Reply with one line: "The correct answer is (X)".',
     "letter_ll": "Reply with its letter.\n",
@@ -103,8 +98,8 @@ LETTERS = "ABCD"
 
 def instruction(layout: str, form: str) -> str:
     """What stands before the context."""
-    if form in _CHOICE_FORMS:
-        return _NO_CONTEXT[form] if layout == "none" else _CHOICE_FORMS[form]
+    if follows := _WHAT_FOLLOWS.get(form):
+        return follows.replace(" about it", "") if layout == "none" else f"Read the text below. {follows}"
     return f"{LAYOUTS[layout][0]} {FORMS[form]}"
 
 

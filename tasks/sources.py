@@ -128,8 +128,7 @@ def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> S
 
     copy, pattern = hub_copy(hub), hub.files[split]
     if copy is not None and not (found := sorted(copy.glob(pattern))):
-        fetch = f"lceval data fetch {_dataset(task)}"
-        raise UserError(f"{task} finds no {pattern} in {copy}: run `{fetch}` or remove that folder.")
+        raise UserError(f"{task} finds no {pattern} in {copy}: run `lceval data fetch {task}` or remove that folder.")
     options: dict[str, Any] = {"features": _features(hub)} if hub.features else {}
     try:
         if copy is not None:
@@ -143,18 +142,13 @@ def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> S
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(
             f"{task} reads {hub.repo} from the hub ({reason:.120}): connect, or set {DATA_VARIABLE} to a folder that "
-            f"holds hub/{hub.repo}/{pattern} (`lceval data fetch {_dataset(task)}` fills it where there is a network)."
+            f"holds hub/{hub.repo}/{pattern} (`lceval data fetch {task}` fills it where there is a network)."
         ) from error
     name = f"{hub.repo}/{pattern}"
     records = [_checked(dict(record), f"{name} record {n}", fields) for n, record in enumerate(table, start=1)]
     if not records:
         raise UserError(f"{name} is empty.")
     return SourceFile(name, records, _digest(found) if copy is not None else revision)
-
-
-def _dataset(task: str) -> str:
-    """The dataset in a task's name; those of the hub have no underscore in theirs."""
-    return task.removeprefix("lc_").split("_")[0]
 
 
 def _commit(hub: "Hub") -> str:
