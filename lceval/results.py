@@ -30,6 +30,8 @@ class Sample:
     kv_bytes, kv_bytes_full: None without telemetry.
     status: "ok", "truncated" or "error" (or what the `kv` telemetry says).
     diagnosis: those of DIAGNOSES that were measured.
+    answer: the response that was scored: a text, or JSON of one log-likelihood a choice.
+    prompt_hash: lm-eval's digest of the prompt; empty where there is none.
     """
 
     id: str
@@ -40,6 +42,8 @@ class Sample:
     kv: Mapping[str, Any]
     status: str
     diagnosis: Mapping[str, float] = field(default_factory=dict)
+    answer: str = ""
+    prompt_hash: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class TaskResult:
     filters: all that lm-eval applied, in its order; scores are taken from the first.
     expected: how many samples lm-eval says it evaluated, None where it does not say.
     context: what the questions were shown, as the rows of our tasks say it; None for others.
+    file: the samples file, which has every prompt and response; None while there is none.
     samples: empty only in an unfinished run that has not written this task yet.
     """
 
@@ -60,6 +65,7 @@ class TaskResult:
     filters: tuple[str, ...] = ()
     expected: int | None = None
     context: str | None = None
+    file: Path | None = None
     samples: tuple[Sample, ...] = ()
 
 
@@ -202,6 +208,7 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
         filters=tuple(filters),
         expected=expected if isinstance(expected, int) else None,
         context=str(shown) if (shown := _mapping(rows[0].get("doc")).get("shown")) else None,
+        file=file,
         samples=tuple(_sample(row, headline, index) for index, row in enumerate(rows)),
     )
 
@@ -239,7 +246,19 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         kv=kv,
         status=status,
         diagnosis={key: value for key in DIAGNOSES if (value := _number(row.get(key))) is not None},
+        answer=_answer(row.get("filtered_resps")),
+        prompt_hash=str(row.get("prompt_hash") or ""),
     )
+
+
+def _answer(responses: object) -> str:
+    """What was scored: the text of a generation, or the log-likelihoods of the choices as JSON."""
+    if not isinstance(responses, list) or not responses:
+        return ""
+    first = responses[0]
+    if isinstance(first, str):
+        return first
+    return json.dumps([x[0] if isinstance(x, list) and x else x for x in responses], ensure_ascii=False)
 
 
 def _model_args(value: object) -> Mapping[str, Any]:

@@ -296,3 +296,13 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, make, says):
         read_folder(tmp_path / "out")
     assert str(tmp_path / "out") in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_sample_keeps_what_was_answered_and_the_digest_of_its_prompt(tmp_path):
+    said, scored = line(0, {"acc": 1.0}), line(1, {"acc": 0.0})
+    scored["filtered_resps"] = [[-1.5, False], [-0.25, True]]
+    write_results(tmp_path, {"qa": [said, scored]})
+    task = only(tmp_path).tasks[0]
+    assert [sample.answer for sample in task.samples] == ["Paris", "[-1.5, -0.25]"]
+    assert [sample.prompt_hash for sample in task.samples] == ["11", "11"]
+    assert task.file == tmp_path / f"samples_qa_{DATE}.jsonl"
