@@ -22,6 +22,7 @@ from pathlib import Path
 
 import lceval
 from lceval.kernels import compact, decode, gather_decode, merge, quant_decode, scan, shifted, topk, window
+from lceval.kernels.launch import INTERPRETED
 from lceval.kernels.variant import INSTRUCTIONS, Limit, Variant
 
 CAPABILITIES = (80, 90)
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing := missing_tools():
         print(f"cannot compile kernels: no {', '.join(missing)} (part of triton)", file=sys.stderr)
         return 4
-    if decode.INTERPRETED:
+    if INTERPRETED:
         print("cannot compile kernels: TRITON_INTERPRET is set; unset it and run again", file=sys.stderr)
         return 4
     start = time.perf_counter()

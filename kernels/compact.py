@@ -19,23 +19,14 @@ once already: there is no kernel for it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lceval.kernels.decode import DTYPES, HEAD_DIMS
+from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, jit, tl
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
 from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 
 
 def reference(k: Tensor, v: Tensor, keep: Tensor | None) -> PagedKV:
@@ -46,11 +37,8 @@ def reference(k: Tensor, v: Tensor, keep: Tensor | None) -> PagedKV:
     return PagedKV.full(k_padded, v_padded, k.shape[2])
 
 
-def _jit(fn: Any) -> Any:
-    # Tables and indices grow with a context, so specialising on their strides would compile again for each.
-    plain = ["S", "N", "stride_mb", "stride_mh", "kv_heads", "stride_ib", "stride_ih", "stride_tb", "stride_th"]
-    names = [name for name in plain if name in fn.__code__.co_varnames]
-    return triton.jit(fn, do_not_specialize=names) if triton else fn
+# Tables and indices grow with a context, so specialising on their strides would compile again for each.
+_jit = jit("S", "N", "stride_mb", "stride_mh", "kv_heads", "stride_ib", "stride_ih", "stride_tb", "stride_th")
 
 
 @_jit
@@ -291,7 +279,7 @@ def quantize(
 
 
 def _kernels(k: Tensor) -> bool:
-    if k.is_cuda and triton is None:
+    if k.is_cuda and not AVAILABLE:
         raise RuntimeError(f"compacting on {k.device} needs the package triton, which is not installed")
     return k.is_cuda or INTERPRETED
 

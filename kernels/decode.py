@@ -16,29 +16,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lceval.kernels import merge
+from lceval.kernels.launch import (
+    AVAILABLE,
+    BLOCK_G,
+    DTYPES,
+    HEAD_DIMS,
+    INTERPRETED,
+    MAX_SPLITS,
+    OPTIONS,
+    jit,
+    tl,
+)
 from lceval.kernels.paged import PAGE
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-# Read once: triton decides when a kernel is defined whether it will be compiled or interpreted.
-AVAILABLE = triton is not None
-INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-HEAD_DIMS = range(16, 257, 16)
-# The rows of one tensor-core tile. More query heads than that on one KV head go to programs side by side.
-BLOCK_G = 16
-MAX_SPLITS = 128
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -71,11 +66,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
     return o, lse
 
 
-def _jit(fn: Any) -> Any:
-    # G is an argument, so that one binary serves every G. The table grows with a sequence, so specialising on
-    # its strides would compile again in the middle of a generation.
-    plain = ["G", "kv_heads", "stride_tb", "stride_th", "stride_lb", "stride_lh", "splits"]
-    return triton.jit(fn, do_not_specialize=plain) if triton else fn
+# G is an argument, so that one binary serves every G. The table grows with a sequence, so specialising on its strides
+# would compile again in the middle of a generation.
+_jit = jit("G", "kv_heads", "stride_tb", "stride_th", "stride_lb", "stride_lh", "splits")
 
 
 @_jit
@@ -145,38 +138,6 @@ def split_kernel(  # type: ignore[no-untyped-def]
     tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
 
 
-@_jit
-def combine_kernel(  # type: ignore[no-untyped-def]
-    part_o_ptr, part_lse_ptr, o_ptr, lse_ptr, splits,
-    D: tl.constexpr, D_PAD: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """Merge the shares of one query head. part_o: [B, H, splits, D] float32, part_lse: [B, H, splits]."""
-    row = tl.program_id(0).to(tl.int64)
-    offs = tl.arange(0, MAX_SPLITS)
-    part_lse = tl.load(part_lse_ptr + row * splits + offs, mask=offs < splits, other=float("-inf"))
-    m = tl.max(part_lse, 0)
-    empty = m == float("-inf")
-    m = tl.where(empty, 0.0, m)
-    l = tl.where(empty, 1.0, tl.sum(tl.exp(part_lse - m), 0))  # noqa: E741
-
-    offs_d = tl.arange(0, D_PAD)
-    mask_d = offs_d < D
-    acc = tl.zeros([BLOCK_I, D_PAD], tl.float32)
-    for start in range(0, splits, BLOCK_I):
-        offs_i = start + tl.arange(0, BLOCK_I)
-        mask_i = offs_i < splits
-        part = row * splits + offs_i
-        weight = tl.exp(tl.load(part_lse_ptr + part, mask=mask_i, other=float("-inf")) - m)
-        mask = mask_i[:, None] & mask_d[None, :]
-        acc += weight[:, None] * tl.load(part_o_ptr + part[:, None] * D + offs_d[None, :], mask=mask, other=0.0)
-    o = (tl.sum(acc, 0) / l).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + row * D + offs_d, o, mask=mask_d)
-    tl.store(lse_ptr + row, tl.where(empty, float("-inf"), m + tl.log(l)))
-
-
-OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-
-
 def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """The compile-time arguments of `split_kernel`; with `OPTIONS` they decide what the AOT gate measures.
 
@@ -187,11 +148,6 @@ def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     D_PAD = 1 << (head_dim - 1).bit_length()
     BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
     return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
-
-
-def combine_constants(head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `combine_kernel`: 16 shares a step, 16 to 32 accumulators a thread."""
-    return {"D": head_dim, "D_PAD": 1 << (head_dim - 1).bit_length(), "MAX_SPLITS": MAX_SPLITS, "BLOCK_I": 16}
 
 
 def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
@@ -235,7 +191,7 @@ def decode(
     if not (q.is_cuda or INTERPRETED):
         o, lse = reference(q, k, v, table, lens, scaling)
         return o.to(q.dtype), lse
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"decode on {q.device} needs the package triton, which is not installed")
     if splits is None:
         B, Hkv, M = table.shape
@@ -262,15 +218,12 @@ def _launch(
         part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
     strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
+    constants = split_constants(q.dtype, D)
     with torch.cuda.device(q.get_device()):
-        constants = split_constants(q.dtype, D)
         split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
         )
-        if splits > 1:
-            constants = combine_constants(D)
-            combine_kernel[(B * H,)](part_o, part_lse, o, lse, splits, **constants, **OPTIONS)
-    return o, lse
+    return (o, lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits: int | None) -> None:
@@ -309,7 +262,6 @@ LIMITS = {
     ("decode.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
     ("decode.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
     ("decode.split", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
-    ("decode.combine", "bf16"): Limit(168, SHARED),
 }
 
 
@@ -337,14 +289,3 @@ def _variants(dtype: str, dim: int) -> Iterator[Variant]:
     yield shares
     if dtype != "fp32":
         yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})
-    if dtype == "bf16":  # the output's dtype only changes the last store
-        yield Variant(
-            kernel="decode.combine",
-            name=f"{dtype} D{dim}",
-            fn=combine_kernel,
-            pointers={"part_o_ptr": f32, "part_lse_ptr": f32, "o_ptr": data, "lse_ptr": f32},
-            floats=(),
-            aligned=(),
-            constants=combine_constants(dim),
-            options=OPTIONS,
-        )

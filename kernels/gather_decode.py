@@ -14,28 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lceval.kernels import decode
+from lceval.kernels import merge
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.decode import BLOCK_G, MAX_SPLITS, choose_splits, combine_constants, combine_kernel, split_constants
+from lceval.kernels.decode import choose_splits, split_constants
+from lceval.kernels.launch import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS, jit, tl
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.scan import scan
 from lceval.kernels.select import Selective
 from lceval.kernels.topk import top_indices
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = decode.INTERPRETED
 
 
 def reference(
@@ -78,9 +70,7 @@ def reference(
     return o, lse
 
 
-def _jit(fn: Any) -> Any:
-    plain = ["G", "shared", "kv_heads", "budget", "unit", "count", "stride_tb", "stride_th"]
-    return triton.jit(fn, do_not_specialize=plain) if triton else fn
+_jit = jit("G", "shared", "kv_heads", "budget", "unit", "count", "stride_tb", "stride_th")
 
 
 @_jit
@@ -203,7 +193,7 @@ def gather_decode(
     if not (q.is_cuda or INTERPRETED):
         o, lse = reference(q, k, v, table, lens, chosen, unit, budget, scaling)
         return o.to(q.dtype), lse
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"gather_decode on {q.device} needs the package triton, which is not installed")
     if splits is None:
         rows, Hkv, count = chosen.shape
@@ -237,11 +227,7 @@ def _launch(
             q, k, v, table, lens, chosen, part_o, part_lse, scaling, G, rows // len(lens), Hkv, budget, unit, count,
             *strides, **gather_constants(q.dtype, D), **gather_options(q.dtype),
         )  # fmt: skip
-        if splits > 1:
-            combine_kernel[(rows * H,)](
-                part_o, part_lse, o, lse, splits, **combine_constants(D), **decode.OPTIONS
-            )  # fmt: skip
-    return o, lse
+    return (o, lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
 def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Tensor, Tensor]:
@@ -292,10 +278,10 @@ def _check(
             raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
     rows, H, D = q.shape
     B, Hkv = lens.shape
-    if D not in decode.HEAD_DIMS:
+    if D not in HEAD_DIMS:
         raise ValueError(f"q must be [B', H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
-    if q.dtype not in decode.DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share one of {decode.DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
         raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.stride() != v.stride():

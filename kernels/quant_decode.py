@@ -21,20 +21,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lceval.kernels import decode, merge
-from lceval.kernels.decode import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS
+from lceval.kernels.launch import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS, jit, tl
 from lceval.kernels.paged import PAGE
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
-
-if AVAILABLE:
-    import triton
-    import triton.language as tl
 
 
 def reference(
@@ -60,10 +55,8 @@ def reference(
     return o, lse
 
 
-def _jit(fn: Any) -> Any:
-    # As in decode.py: one binary for every G, and none for a table that is as long as another.
-    plain = ["G", "kv_heads", "stride_tb", "stride_th"]
-    return triton.jit(fn, do_not_specialize=[x for x in plain if x in fn.__code__.co_varnames]) if AVAILABLE else fn
+# As in decode.py: one binary for every G, and none for a table that is as long as another.
+_jit = jit("G", "kv_heads", "stride_tb", "stride_th")
 
 
 @_jit

@@ -22,23 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, product
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lceval.kernels import decode
 from lceval.kernels.bits import GROUP, Bits
 from lceval.kernels.bounds import Bounds
+from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, jit, tl
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = decode.INTERPRETED
 
 
 def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -71,10 +62,8 @@ def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scalin
     return scores.flatten(0, 1), sizes.int().repeat_interleave(shared, 0)
 
 
-def _jit(fn: Any) -> Any:
-    # All that differs between contexts, layers and models of one head_dim stays an argument of one binary.
-    plain = ["G", "shared", "kv_heads", "budget", "unit", "blocks"]
-    return triton.jit(fn, do_not_specialize=plain) if triton else fn
+# All that differs between contexts, layers and models of one head_dim stays an argument of one binary.
+_jit = jit("G", "shared", "kv_heads", "budget", "unit", "blocks")
 
 
 @_jit
@@ -303,7 +292,7 @@ def scan(
     _check(q, index, lens, counts, budget)
     if not (q.is_cuda or INTERPRETED):
         return reference(q, index, lens, budget, scaling)
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"scan on {q.device} needs the package triton, which is not installed")
     if INTERPRETED and q.dtype == torch.bfloat16:
         # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
@@ -347,7 +336,7 @@ def _tensors(index: Bits | Bounds) -> tuple[Tensor, ...]:
 
 
 def _check(q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int], budget: int) -> None:
-    if q.ndim != 3 or q.shape[-1] not in decode.HEAD_DIMS or (q.stride(2) != 1 and q.numel()):
+    if q.ndim != 3 or q.shape[-1] not in HEAD_DIMS or (q.stride(2) != 1 and q.numel()):
         raise ValueError(f"q must be [B, H, D], D contiguous, a multiple of 16 up to 256, got {tuple(q.shape)}")
     if lens.ndim != 2 or lens.dtype != torch.int32 or not lens.is_contiguous():
         raise ValueError(f"lens must be [B, Hkv] torch.int32, contiguous, got {tuple(lens.shape)} {lens.dtype}")
@@ -364,7 +353,7 @@ def _check(q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int],
     tensors = _tensors(index)
     stored = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
     dtypes = [torch.int32, stored, stored] if isinstance(index, Bits) else [q.dtype]
-    if q.dtype not in decode.DTYPES or [t.dtype for t in tensors] != dtypes:
+    if q.dtype not in DTYPES or [t.dtype for t in tensors] != dtypes:
         raise ValueError(f"an index for {q.dtype} queries must be {dtypes}, got {[t.dtype for t in tensors]}")
     shape = (sum(parts), D) if isinstance(index, Bits) else (sum(parts), 2, D)
     if any(t.shape != shape or not t.is_contiguous() for t in tensors):

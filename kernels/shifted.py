@@ -27,16 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.decode import DTYPES
+from lceval.kernels.launch import AVAILABLE, DTYPES, INTERPRETED, jit, tl
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, Limit, Variant
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 HEAD_DIMS = (64, 128)
 
 
@@ -76,9 +69,8 @@ def reference(
     return o.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, -math.inf)
 
 
-def _jit(fn: Any) -> Any:
-    # Every batch of a training run has another length.
-    return triton.jit(fn, do_not_specialize=["G", "heads", "kv_heads", "T", "group"]) if triton else fn
+# Every batch of a training run has another length.
+_jit = jit("G", "heads", "kv_heads", "T", "group")
 
 
 @_jit
@@ -276,7 +268,7 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, sc
     _check(q, k, v, lens, group, kernels)
     if not kernels:
         return reference(q, k, v, lens, group, scaling)[0].to(q.dtype)
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"shifted attention on {q.device} needs the package triton, which is not installed")
     if lens is None:
         lens = torch.full(q.shape[:1], q.shape[2], dtype=torch.int32, device=q.device)

@@ -18,17 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels import decode
+from lceval.kernels.launch import AVAILABLE, INTERPRETED, jit, tl
 from lceval.kernels.select import top
 from lceval.kernels.variant import SHARED, Limit, Variant
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = decode.INTERPRETED
 
 # A context of 128k tokens in pages of 16, held by 16 warps.
 SMALL = 8192
@@ -53,8 +45,7 @@ def reference(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return out
 
 
-def _jit(fn: Any) -> Any:
-    return triton.jit(fn, do_not_specialize=["count", "blocks"]) if triton else fn
+_jit = jit("count", "blocks")
 
 
 @_jit
@@ -220,7 +211,7 @@ def top_indices(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
         raise ValueError(f"count must be at least 1, got {count}")
     if not (scores.is_cuda or INTERPRETED):
         return reference(scores, sizes, count)
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"top_indices on {scores.device} needs the package triton, which is not installed")
     return _launch(scores, sizes, count)
 

@@ -18,22 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lceval.kernels.decode import DTYPES, HEAD_DIMS, choose_splits
+from lceval.kernels.decode import choose_splits
+from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, OPTIONS, jit, tl
 from lceval.kernels.paged import PAGE
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # there is no wheel for macOS; `reference` works everywhere
-    triton = None
-
-INTERPRETED = triton is not None and bool(triton.knobs.runtime.interpret)
 # Weights that the reference holds at once, in elements: few enough for a processor's cache.
 MAX_WEIGHTS = 1 << 21
 
@@ -68,9 +61,8 @@ def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return sums
 
 
-def _jit(fn: Any) -> Any:
-    # A context's length must not compile again.
-    return triton.jit(fn, do_not_specialize=["G", "kv_heads", "T", "S"]) if triton else fn
+# A context's length must not compile again.
+_jit = jit("G", "kv_heads", "T", "S")
 
 
 @_jit
@@ -161,9 +153,6 @@ def received_kernel(  # type: ignore[no-untyped-def]
     tl.store(out_ptr + bh * S + slot, acc * weight, mask=mask_s)
 
 
-OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
-
-
 def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """The compile-time arguments of `lse` or `received`; with `OPTIONS` they decide what the AOT gate measures.
 
@@ -213,7 +202,7 @@ def reference_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
 def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:
     if not (q.is_cuda or INTERPRETED):
         return reference(q, k, scaling) / divisor
-    if triton is None:
+    if not AVAILABLE:
         raise RuntimeError(f"attention scores on {q.device} need the package triton, which is not installed")
     if splits is None:
         R = q.shape[2] * (q.shape[1] // k.shape[1])

@@ -10,7 +10,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import AttentionInterface
 
 from lceval.errors import UserError
-from lceval.kernels import decode
+from lceval.kernels import launch
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
@@ -51,7 +51,7 @@ def use_kernels(attn: str, device: torch.device) -> bool:
     Raises:
         UserError: they are asked for and cannot run on `device`.
     """
-    able = decode.AVAILABLE and (device.type == "cuda" or decode.INTERPRETED)
+    able = launch.AVAILABLE and (device.type == "cuda" or launch.INTERPRETED)
     if attn == "triton" and not able:
         raise UserError(f"attn=triton needs triton and a CUDA device, and this is {device}: use attn=auto")
     return able and (attn == "triton" or (attn == "auto" and device.type == "cuda"))

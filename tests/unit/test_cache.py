@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lceval.kernels import decode, paged
+from lceval.kernels import launch, paged
 from lceval.kernels.paged import PagedKV
 from lceval.models import attention
 from lceval.models.cache import Context
@@ -81,7 +81,7 @@ def recipe(text: str) -> Recipe:
 
 
 def engine(model: Any, chunk: int = 0) -> Engine:
-    return Engine(model, model, chunk=chunk, kernels=decode.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    return Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
 
 
 def read(model: Any, ids: Tensor, how: Recipe, chunk: int = 0) -> Context:
@@ -122,7 +122,7 @@ def test_the_answer_is_full_attention_with_dropped_positions_masked(tiny: Any, h
     ids = torch.randint(0, 99, (1, length + 7), generator=torch.Generator().manual_seed(length))
     context = read(tiny, ids[:, :length], recipe(how))
     expected = oracle(tiny, ids, context)
-    cache = context.fork(7, kernels=decode.INTERPRETED)
+    cache = context.fork(7, kernels=launch.INTERPRETED)
     # The question in two steps, then token by token: a chunk over a tail, and decoding.
     parts = [tiny(part, cache=cache).logits for part in ids[:, length:].split([3, 2, 1, 1], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
@@ -133,7 +133,7 @@ KINDS += ["fier:0.3:skip=0", "quest:0.3", "quest:0.3:page=4", "snapkv:0.6:window
 
 
 @torch.inference_mode()
-@pytest.mark.skipif(not decode.INTERPRETED, reason="the next test runs it where Triton interprets its kernels")
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the next test runs it where Triton interprets its kernels")
 @pytest.mark.parametrize("how", KINDS)
 def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: str, monkeypatch: Any) -> None:
     ids = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(3))
@@ -157,7 +157,7 @@ def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(decode.INTERPRETED, reason="this is the test's own child process")
+@pytest.mark.skipif(launch.INTERPRETED, reason="this is the test's own child process")
 def test_decoding_through_the_kernels_is_the_same() -> None:
     """The tests above again, in a process where Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}

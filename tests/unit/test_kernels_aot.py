@@ -97,15 +97,15 @@ def test_launches_ask_only_for_gated_variants_and_a_growing_cache_for_no_new_one
     done = child("-c", LAUNCHES)
     assert done.returncode == 0, done.stderr
     result: dict[str, list[Any]] = json.loads(done.stdout)
-    combines = [row for row in result["launched"] if row[0] == "combine_kernel"]
+    merges = [row for row in result["launched"] if row[0] == "merge_kernel"]
     splits = [row for row in result["launched"] if row[0] == "split_kernel"]
     assert all(row in result["gated"] for row in splits)
-    # Merging is gated for one output dtype: the others only change its last store.
-    for row in combines:
-        row[1]["o_ptr"] = "*bf16"
+    # Merging is gated for one dtype: the others only change its first load and its last store.
+    for row in merges:
+        row[1] |= {"rest_o_ptr": "*bf16", "o_ptr": "*bf16"}
         assert row in result["gated"]
     dims = {name: len(dims) for name, dims in variant.USED_HEAD_DIMS.items()}
-    assert len(combines) == sum(dims.values())
+    assert len(merges) == sum(dims.values())
     assert len(splits) == 2 * dims["fp16"] + 2 * dims["bf16"] + dims["fp32"]
 
 

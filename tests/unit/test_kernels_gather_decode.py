@@ -305,7 +305,7 @@ def test_launches_ask_only_for_gated_variants_whatever_the_context() -> None:
     done = subprocess.run([sys.executable, "-c", LAUNCHES], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result: dict[str, list[Any]] = json.loads(done.stdout)
-    launched = [row for row in result["launched"] if row[0] != "combine_kernel"]  # decode's
+    launched = [row for row in result["launched"] if row[0] != "merge_kernel"]  # decode's
     assert [row for row in launched if row not in result["gated"]] == []
     assert {row[0] for row in launched} == {row[0] for row in result["gated"]}
 
