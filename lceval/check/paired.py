@@ -10,7 +10,8 @@ flipped (under the null BASE and NEW could change places in any cluster).
 How large may it be: with weights w ~ Dirichlet(1, ..., 1) over the K clusters *and one unseen cluster that lost all it
 could*, the bound is the 95% quantile of sum(w_c S_c) / sum(w_c m_c) (Gaffke 2005). For drops of 0 or 1 in clusters of
 one it is Clopper-Pearson's bound exactly, so K clusters without a change give 1 - 0.05^(1/K), never 0. A percentile or
-t bound says "no drop" when the one context in twenty that breaks was not drawn; docs/check.md has the simulation.
+t bound says "no drop" when the one context in twenty that breaks was not drawn. Where nothing limits a loss (an NLL),
+the unseen cluster lies half the observed range beyond the worst one, and the bound is never below Student's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ PERMUTATIONS = 9_999
 SEED = 0
 # Up to here all 2^k sign patterns are walked through, beyond it PERMUTATIONS random ones.
 EXACT_CLUSTERS = 14
-# One- and two-sided quantiles that turn a bound's width into what 80% power sees.
+# Clusters below which a change that nothing limits has no bound: the range of fewer says too little about the next one.
+LEAST_CLUSTERS = 6
+# Normal quantiles that turn the width of a 95% bound into the drop that is seen with 80% power.
 _Z_LEVEL, _Z_POWER = 1.6448536269514722, 0.8416212335729143
 _BLOCK = 2_000_000
 
@@ -71,8 +74,8 @@ def compare(
     Args:
         drops: n finite numbers.
         clusters: n labels, the context each belongs to.
-        largest: the most that a sample can lose or gain (1 for a score in [0, 1]); None where nothing limits it, and
-            then the largest mean change of a cluster stands in, and Student's bound where that is wider.
+        largest: the most that a sample can lose or gain (1 for a score in [0, 1]); None where nothing limits it. There
+            is then no bound below LEAST_CLUSTERS clusters, nor where all changed alike.
         draws: of the bound. permutations: of the test where not all are walked through.
 
     Raises:
@@ -152,18 +155,18 @@ def bound(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> float:
-    """One-sided upper bound of the mean drop; infinite for one cluster whose drops nothing limits.
+    """One-sided upper bound of the mean drop; infinite where there is none.
 
     sums, sizes: [K] float64, drops and samples of each cluster. largest: as in `compare`.
     """
     import numpy as np
 
-    means = sums / sizes
     student = -math.inf
     if largest is None:
-        if len(sums) < 2:
+        means = sums / sizes
+        if len(sums) < LEAST_CLUSTERS or np.ptp(means) == 0:
             return math.inf
-        largest = float(np.abs(means).max())
+        largest = float(means.max() + np.ptp(means) / 2)
         student = _student(sums, sizes, level)
     # Clusters that are alike share one gamma variate: the sum of their exponentials.
     kinds, counts = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)

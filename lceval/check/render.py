@@ -134,8 +134,8 @@ def junit(report: Report) -> str:
 
 
 _CAPTION = (
-    f"drop: positive is worse; lo and hi hold with {LEVEL:.0%} each and allow for one more context that changed as much "
-    "as it can. sees: the drop that such a comparison decides 4 times in 5."
+    f"drop: positive is worse; lo and hi hold with {LEVEL:.0%} each and allow for one more context that changed as "
+    "much as it can. sees: the drop that such a comparison decides 4 times in 5."
 )
 
 
