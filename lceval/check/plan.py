@@ -54,15 +54,14 @@ def plan(gate: float, discordance: float, base: Baseline | None = None) -> Plan:
     """The size that `gate` needs.
 
     Raises:
-        UserError: a gate outside (0, 1), a discordance that is not above the gate, or a gate that BASE cannot see even
+        UserError: a gate outside (0, 1), a discordance below the gate, or a gate that BASE cannot see even
             if all its samples are independent.
     """
     if not 0 < gate < 1:
         raise UserError(f"--gate {gate}: a plan is for scores of 0 or 1; expected a number between 0 and 1")
-    if not gate < discordance <= 1:
+    if not gate <= discordance <= 1:
         raise UserError(
-            f"--discordance {discordance}: the share of samples whose score changes; expected above --gate {gate}, at "
-            "most 1"
+            f"--discordance {discordance}: the share of samples whose score changes; expected from --gate {gate} to 1"
         )
     clusters = math.ceil(math.log(1 - LEVEL) / math.log(1 - gate))
     samples = max(clusters, math.ceil(_Z**2 * (discordance - gate**2) / gate**2))

@@ -259,7 +259,7 @@ def test_plain_lm_eval_folders_are_compared(tmp_path: Path) -> None:
         (["base", "base", "--gate", "0.05", "--junit", "no/such/x.xml"], "cannot write no/such/x.xml"),
         (["--write-baseline", "b.json"], "takes one RUN; 0 given"),
         (["base", "--write-baseline", "no/such/b.json"], "cannot write the baseline"),
-        (["--plan", "--gate", "0.2", "--discordance", "0.1"], "expected above --gate 0.2"),
+        (["--plan", "--gate", "0.2", "--discordance", "0.1"], "expected from --gate 0.2 to 1"),
         (["--plan", "--gate", "5"], "between 0 and 1"),
         (["base", "base", "--plan", "--gate", "0.05"], "at most one BASE; 2 given"),
         (["base", "--plan", "--gate", "0.02"], "100 samples in 100 clusters cannot see a drop of 0.02"),

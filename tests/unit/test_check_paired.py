@@ -242,9 +242,9 @@ def test_the_samples_of_a_plan_see_its_gate_four_times_in_five() -> None:
     n = plan(0.02, 0.10).samples
     alarms = sum(p_value(unclustered(n, 0.10, 0.02)) < 0.05 for _ in range(SIMULATIONS))
     passes = sum(upper(unclustered(n, 0.10, 0.0), 1.0) < 0.02 for _ in range(SIMULATIONS))
-    # Exact tests cost a little power: measured 79% and 78%; three standard deviations are 4%.
-    assert 0.74 < alarms / SIMULATIONS < 0.84
-    assert 0.74 < passes / SIMULATIONS < 0.84
+    # Exact tests cost a little power: 78% and 75% in 4,000 draws; three standard deviations of 1,000 are 4%.
+    assert 0.74 < alarms / SIMULATIONS < 0.82
+    assert 0.71 < passes / SIMULATIONS < 0.79
 
 
 def test_a_large_drop_is_found_and_none_is_passed() -> None:
