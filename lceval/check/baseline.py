@@ -16,7 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from lceval.errors import InfrastructureError, UserError
-from lceval.results import DIAGNOSES, Run, Sample, TaskResult, read_runs
+from lceval.results import DIAGNOSES, TELEMETRY, Run, Sample, TaskResult, read_runs
 
 # Diagnoses that can be gated on, with whether higher is better.
 GATED = {"gold_nll": False, "gold_kept": True, "ndcg10": True}
@@ -57,7 +57,10 @@ class Task(_Strict):
 
 
 class Baseline(_Strict):
-    """One run. template: "off", or the digest of the chat template ("on" where only that is known)."""
+    """One run. template: "off", or the digest of the chat template ("on" where only that is known).
+
+    fingerprint: of the run's whole identity, as run.json has it; None for plain lm-eval. It is not compared.
+    """
 
     format: Literal["lceval-baseline"] = "lceval-baseline"
     format_version: Literal[1] = 1
@@ -66,6 +69,7 @@ class Baseline(_Strict):
     pretrained: str | None
     peft: str | None
     recipe: str
+    fingerprint: str | None
     template: str
     tasks: list[Task]
 
@@ -104,6 +108,7 @@ def of(run: Run) -> Baseline:
         pretrained=run.pretrained,
         peft=run.peft,
         recipe=run.recipe,
+        fingerprint=str(found) if (found := run.config.get("fingerprint")) else None,
         template=(str(sha)[:16] if sha else "on") if applied else "off",
         tasks=[_task(task) for task in run.tasks],
     )
@@ -172,7 +177,7 @@ def _task(task: TaskResult) -> Task:
         version=task.version,
         headline=task.headline,
         filter=task.filters[0] if task.filters else None,
-        lower_is_better=sorted(task.lower_is_better - set(GATED)),
+        lower_is_better=sorted(task.lower_is_better - TELEMETRY),
         sources=list(task.sources),
         samples=[_item(sample, task.headline) for sample in task.samples],
     )

@@ -49,7 +49,7 @@ def terminal(report: Report) -> str:
     lines = [*_title(report), "", *(line.rstrip() for line in lines), ""]
     lines += [f"{task.task}: {task.verdict}: {task.reason}{_errors(task)}" for task in report.check.tasks]
     if any(task.paired for task in report.check.tasks):
-        lines.append(_CAPTION)
+        lines += _CAPTION
     if flips := _worst(report.check):
         lines += ["", f"Most damaging, {len(flips)} of {sum(len(t.flips) for t in report.check.tasks)} that lost:"]
         for task, flip in flips:
@@ -61,12 +61,12 @@ def terminal(report: Report) -> str:
 
 def markdown(report: Report) -> str:
     """The same for a CI's step summary."""
-    lines = [f"### {_conclusion(report)}", "", *_title(report), ""]
+    lines = [f"### {_conclusion(report)}", "", *(f"- {_escaped(line)}" for line in _title(report)), ""]
     lines += ["| " + " | ".join(_HEADER) + " |", "|" + "|".join([" --- ", " --- ", *[" ---: "] * 8, " --- "]) + "|"]
     lines += ["| " + " | ".join(_escaped(cell) for cell in _cells(task)) + " |" for task in report.check.tasks]
     lines += ["", *(f"- {_escaped(t.task)}: {t.verdict}: {_escaped(t.reason)}{_errors(t)}" for t in report.check.tasks)]
     if any(task.paired for task in report.check.tasks):
-        lines.append(f"- {_CAPTION}")
+        lines += (f"- {line}" for line in _CAPTION)
     if flips := _worst(report.check):
         lines += [
             "",
@@ -134,8 +134,9 @@ def junit(report: Report) -> str:
 
 
 _CAPTION = (
-    f"drop: positive is worse; lo and hi hold with {LEVEL:.0%} each and allow for one more context that changed as "
-    "much as it can. sees: the drop that such a comparison decides 4 times in 5."
+    f"drop: positive is worse. lo and hi hold with {LEVEL:.0%} each, "
+    "allowing for one more context that changed all it can.",
+    "sees: the drop that a comparison of this size, and with this much change, decides 4 times in 5.",
 )
 
 
