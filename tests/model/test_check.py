@@ -71,7 +71,6 @@ def test_keeping_the_worst_slots_instead_of_the_best_fails_the_gate(
     scores = SnapKV.scores
     monkeypatch.setattr(SnapKV, "scores", lambda self, layer: -scores(self, layer))
     task = judged(sound, evaluate("inverted"))
-    print(task.verdict, task.base, task.new, task.paired)
     assert (task.verdict, task.new > task.base) == ("regression", True), task
 
 
@@ -85,12 +84,10 @@ def test_keys_and_queries_that_are_not_turned_by_their_positions_fail_the_gate(
         task = judged(sound, evaluate("unturned"))
     finally:
         speeds.copy_(right)
-    print(task.verdict, task.base, task.new, task.paired)
     assert (task.verdict, task.new > task.base) == ("regression", True), task
 
 
 def test_a_store_of_8_bits_passes_the_gate(evaluate: Callable[..., Path], sound: Path) -> None:
     task = judged(sound, evaluate("int8", f"{RECIPE}+int8"))
-    print(task.verdict, task.base, task.new, task.paired)
     assert task.verdict == "pass", task
     assert task.reason != "identical outputs"
