@@ -67,6 +67,40 @@ def table(
 
 
 @app.command()
+def check(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="BASE and NEW: run folders; BASE may be a baseline.")
+    ] = None,
+    gate: Annotated[float | None, typer.Option(help="The drop that is too much, in the metric's units.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What to gate on, as gold_nll; default the headline.")] = None,
+    inconclusive: Annotated[Literal["fail", "warn"], typer.Option(help="What too little data does.")] = "fail",
+    plan: Annotated[bool, typer.Option("--plan", help="How many samples the gate needs [for BASE].")] = False,
+    discordance: Annotated[float, typer.Option(help="For --plan: the share of scores that change.")] = 0.1,
+    write_baseline: Annotated[Path | None, typer.Option(help="Write the baseline of the one run given.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is NEW worse than BASE? 0 pass, 1 regression, 3 not comparable, 5 inconclusive."""
+    from lceval.check import command
+
+    text, code = command.run(
+        runs or [],
+        gate=gate,
+        metric=metric,
+        inconclusive=inconclusive,
+        plan=plan,
+        discordance=discordance,
+        write_baseline=write_baseline,
+        junit=junit,
+        markdown=markdown,
+        as_json=as_json,
+    )
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
+@app.command()
 def model(name: Annotated[str, typer.Argument(help="smollm2-135m")], as_json: Json = False) -> None:
     """Print the folder of a packaged model, which `--model hf`, vLLM or kvpress can load."""
     from lceval.models import packaged

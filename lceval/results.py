@@ -32,6 +32,7 @@ class Sample:
     diagnosis: those of DIAGNOSES that were measured.
     answer: the response that was scored: a text, or JSON of one log-likelihood a choice.
     prompt_hash: lm-eval's digest of the prompt; empty where there is none.
+    metrics: all that was logged as a number per sample and is no telemetry; empty for an error.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Sample:
     diagnosis: Mapping[str, float] = field(default_factory=dict)
     answer: str = ""
     prompt_hash: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ class TaskResult:
     expected: how many samples lm-eval says it evaluated, None where it does not say.
     context: what the questions were shown, as the rows of our tasks say it; None for others.
     file: the samples file, which has every prompt and response; None while there is none.
+    lower_is_better: the metrics that the task wants low.
+    sources: where the rows say they came from.
     samples: empty only in an unfinished run that has not written this task yet.
     """
 
@@ -67,6 +71,8 @@ class TaskResult:
     context: str | None = None
     file: Path | None = None
     samples: tuple[Sample, ...] = ()
+    lower_is_better: frozenset[str] = frozenset()
+    sources: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Run:
     """One evaluation: one results file with its samples.
 
     model: the lm-eval model type (`lcft`, `hf`, ...); `pretrained` and `peft` are the weights it loaded.
-    config: run.json merged over the `config` of the results file.
+    config: run.json merged over the `config` of the results file and its `chat_template_sha`.
     """
 
     path: Path
@@ -147,7 +153,9 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
     """One Run from one results file, its samples files and run.json (empty for plain lm-eval)."""
     finished = not run_json or run_json.get("status") == "finished"
     results = _read_json(results_file) if results_file else {}
-    config = {**_mapping(results.get("config")), **run_json}
+    # lm-eval notes the template beside its configuration.
+    template = {"chat_template_sha": results.get("chat_template_sha")} if results else {}
+    config = {**_mapping(results.get("config")), **template, **run_json}
     model = str(config.get("model", "-"))
     model_args = _model_args(config.get("model_args"))
     recipe = config.get("recipe") or model_args.get("kv") or ("full" if model == "lcft" else "-")
@@ -197,19 +205,21 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
     if not rows:
         raise UserError(f"{file}: no samples inside; run the task again with --log_samples")
     headline = _headline(config, rows)
-    better = _mapping(_mapping(results.get("higher_is_better")).get(task)).get(headline or "")
+    better = _mapping(_mapping(results.get("higher_is_better")).get(task))
     version = _mapping(results.get("versions")).get(task)
     expected = _mapping(_mapping(results.get("n-samples")).get(task)).get("effective")
     return TaskResult(
         task=task,
         version=None if version is None else str(version),
         headline=headline,
-        higher_is_better=better is not False,
+        higher_is_better=better.get(headline or "") is not False,
         filters=tuple(filters),
         expected=expected if isinstance(expected, int) else None,
         context=str(shown) if (shown := _mapping(rows[0].get("doc")).get("shown")) else None,
         file=file,
         samples=tuple(_sample(row, headline, index) for index, row in enumerate(rows)),
+        lower_is_better=frozenset(metric for metric, higher in better.items() if higher is False),
+        sources=tuple(sorted({str(source) for row in rows if (source := _mapping(row.get("doc")).get("source"))})),
     )
 
 
@@ -248,7 +258,14 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         diagnosis={key: value for key in DIAGNOSES if (value := _number(row.get(key))) is not None},
         answer=_answer(row.get("filtered_resps")),
         prompt_hash=str(row.get("prompt_hash") or ""),
+        metrics={} if status == "error" else _metrics(row),
     )
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    names = row.get("metrics")
+    logged = [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
+    return {name: value for name in logged if (value := _number(row.get(name))) is not None}
 
 
 def _answer(responses: object) -> str:

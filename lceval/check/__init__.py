@@ -1,0 +1,1 @@
+"""`lceval check`: fails a build on a real regression, and not on noise."""

@@ -1,0 +1,197 @@
+"""What of a run takes part in a comparison, in a form small enough to commit.
+
+A baseline has every sample's id, cluster, prompt digest, answer digest and values, and what makes two runs comparable;
+it has no text. A run is turned into one before it is compared, so a file and a folder go the same way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from lceval.errors import InfrastructureError, UserError
+from lceval.results import DIAGNOSES, TELEMETRY, Run, Sample, TaskResult, read_runs
+
+# Diagnoses that can be gated on, with whether higher is better.
+GATED = {"gold_nll": False, "gold_kept": True, "ndcg10": True}
+assert set(GATED) == set(DIAGNOSES)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+NO_ANSWER = _digest("")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Item(_Strict):
+    """One sample. answer: digest of what was scored. values: by metric; empty for an error."""
+
+    id: str
+    cluster: str
+    prompt: str
+    answer: str
+    values: dict[str, FiniteFloat]
+
+
+class Task(_Strict):
+    """One task's samples and what they were scored by. filter: lm-eval's, the first; None where none is named."""
+
+    task: str
+    version: str | None
+    headline: str | None
+    filter: str | None
+    lower_is_better: list[str]
+    sources: list[str]
+    samples: list[Item]
+
+
+class Baseline(_Strict):
+    """One run. template: "off", or the digest of the chat template ("on" where only that is known).
+
+    fingerprint: of the run's whole identity, as run.json has it; None for plain lm-eval. It is not compared.
+    """
+
+    format: Literal["lceval-baseline"] = "lceval-baseline"
+    format_version: Literal[1] = 1
+    label: str
+    model: str
+    pretrained: str | None
+    peft: str | None
+    recipe: str
+    fingerprint: str | None
+    template: str
+    tasks: list[Task]
+
+
+def read(path: Path) -> tuple[Baseline, Run | None]:
+    """A baseline file, or the one run in a folder together with that run.
+
+    Raises:
+        UserError: no such path, no baseline, or a folder without exactly one run.
+        InfrastructureError: a run that is not finished.
+    """
+    if path.is_file():
+        return _read_file(path), None
+    runs = read_runs([path])
+    if len(runs) != 1:
+        raise UserError(
+            f"{path}: holds {len(runs)} evaluations ({', '.join(r.label for r in runs)}); keep one a folder"
+        )
+    return of(runs[0]), runs[0]
+
+
+def of(run: Run) -> Baseline:
+    """The part of a finished run that is compared."""
+    for task in run.tasks:
+        missing = (task.expected or 0) - len(task.samples)
+        if not run.finished or missing > 0 or not task.samples:
+            raise InfrastructureError(
+                f"{run.path}: not finished ({len(task.samples)} of {task.expected or '?'} samples of {task.task}): "
+                "run the same line again"
+            )
+    sha = run.config.get("chat_template_sha")
+    applied = run.config.get("apply_chat_template", bool(sha)) not in (False, None, "")
+    return Baseline(
+        label=run.label,
+        model=run.model,
+        pretrained=run.pretrained,
+        peft=run.peft,
+        recipe=run.recipe,
+        fingerprint=str(found) if (found := run.config.get("fingerprint")) else None,
+        template=(str(sha)[:16] if sha else "on") if applied else "off",
+        tasks=[_task(task) for task in run.tasks],
+    )
+
+
+def keys(samples: list[Item] | tuple[Sample, ...]) -> list[str]:
+    """A name for every sample: its id, and for the second of an id `id#2`."""
+    seen: Counter[str] = Counter()
+    names = []
+    for sample in samples:
+        seen[sample.id] += 1
+        names.append(sample.id if seen[sample.id] == 1 else f"{sample.id}#{seen[sample.id]}")
+    return names
+
+
+def write(path: Path, run: Path) -> Baseline:
+    """Write the baseline of a run, one sample a line, so that version control shows what changed.
+
+    Raises:
+        UserError: as `read`; `path` names a folder or cannot be written.
+    """
+    baseline, _ = read(run)
+    data = baseline.model_dump()
+    tasks = data.pop("tasks")
+    lines = [json.dumps(data, ensure_ascii=False)[:-1] + ', "tasks": [']
+    for i, task in enumerate(tasks):
+        samples = task.pop("samples")
+        lines.append(json.dumps(task, ensure_ascii=False)[:-1] + ', "samples": [')
+        rows = [json.dumps(sample, ensure_ascii=False) for sample in samples]
+        lines.append(",\n".join(rows))
+        lines.append("]}" + ("," if i + 1 < len(tasks) else ""))
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text("\n".join([*lines, "]}"]) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write the baseline {path}: {error.strerror}") from None
+    return baseline
+
+
+def _read_file(path: Path) -> Baseline:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path}: not valid JSON ({error}); give a run folder, or write it with --write-baseline"
+        ) from None
+    if not isinstance(data, dict) or data.get("format") != "lceval-baseline":
+        raise UserError(f"{path}: no baseline; give a run folder, or a file that --write-baseline wrote")
+    if data.get("format_version") != 1:
+        raise UserError(
+            f"{path}: format version {data.get('format_version')!r}, this lceval reads 1; write it again with "
+            "--write-baseline"
+        )
+    try:
+        return Baseline.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}; write it again with --write-baseline") from None
+
+
+def _task(task: TaskResult) -> Task:
+    return Task(
+        task=task.task,
+        version=task.version,
+        headline=task.headline,
+        filter=task.filters[0] if task.filters else None,
+        lower_is_better=sorted(task.lower_is_better - TELEMETRY),
+        sources=list(task.sources),
+        samples=[_item(sample, task.headline) for sample in task.samples],
+    )
+
+
+def _item(sample: Sample, headline: str | None) -> Item:
+    """The values of an error are none at all, also what it was diagnosed with before it failed."""
+    values = {**sample.metrics, **sample.diagnosis}
+    if headline and sample.score is not None:
+        values[headline] = sample.score
+    return Item(
+        id=sample.id,
+        cluster=sample.cluster,
+        prompt=sample.prompt_hash[:16],
+        answer=_digest(sample.answer),
+        values={} if sample.status == "error" else values,
+    )
