@@ -12,7 +12,7 @@ from typing import Any
 
 from lceval.errors import UserError
 from lceval.judge import agreement, probes, rubrics
-from lceval.judge.client import Client, Progress
+from lceval.judge.client import Client
 from lceval.judge.judges import Judge
 from lceval.judge.rubrics import Case
 from lceval.judge.rule import LABEL, RuleJudge
@@ -44,7 +44,9 @@ def graded(file: Path | None = None) -> list[Graded]:
     if file is None:
         folder = os.environ.get("LCEVAL_DATA")
         if not folder:
-            raise UserError(f"calibration reads {FILE}: set LCEVAL_DATA to the folder that holds it, or pass --data FILE")
+            raise UserError(
+                f"calibration reads {FILE}: set LCEVAL_DATA to the folder that holds it, or pass --data FILE"
+            )
         file = Path(folder) / FILE
     found = []
     try:
@@ -146,8 +148,3 @@ def render(report: dict[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3f}"
-
-
-def bar(judge: Judge) -> Progress:
-    """The progress of a calibration."""
-    return Progress(f"calibrating {judge.label}")

@@ -1,7 +1,7 @@
 """Asks a judge many things: in parallel, with retries, within a budget, and never twice for the same reply.
 
-What cannot be had is counted, with its reason, and never scored: a call that failed to the end, a budget that is spent, a
-reply that cannot be read.
+What cannot be had is counted, with its reason, and never scored: a call that failed to the end, a budget that is spent,
+a reply that cannot be read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class Limits:
         concurrency: calls at a time.
         retries: further attempts at a call that failed.
         calls: attempts altogether, in this run of the command; None for any number.
-        tokens: of prompts and replies altogether; a call is made only if its prompt (guessed) and the longest reply fit.
+        tokens: of prompts and replies altogether; a call is made only if its prompt (guessed) and the longest
+            reply fit.
         first_wait: seconds before the first retry, doubled each time up to half a minute; the wait is drawn between
             half of that and all of it.
     """

@@ -1,7 +1,7 @@
 """A judge behind an OpenAI-compatible endpoint: the vendor's, or vLLM's, llama.cpp's and the like.
 
-The key comes from LCEVAL_JUDGE_KEY or OPENAI_API_KEY. It goes to the endpoint and nowhere else: what the endpoint says is
-cleaned of it before it is raised, filed or logged, since some repeat a key in their errors.
+The key comes from LCEVAL_JUDGE_KEY or OPENAI_API_KEY. It goes to the endpoint and nowhere else: what the endpoint says
+is cleaned of it before it is raised or filed, since some repeat a key in their errors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class EndpointJudge:
         try:
             import openai
         except ModuleNotFoundError:
-            raise UserError("a judge behind an endpoint needs the openai package: pip install 'lceval[judge]'") from None
+            raise UserError(
+                "a judge behind an endpoint needs the openai package: pip install 'lceval[judge]'"
+            ) from None
         self.name, self.revision = str(spec), spec.revision
         self._errors, self._model, self._max_tokens = openai, spec.model, max_tokens
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), "")

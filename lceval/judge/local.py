@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,13 +83,13 @@ class LocalJudge:
             head += ", " * bool(place) + json.dumps(field) + ":"
             spelled = {label: self._tokens(f"{head} {json.dumps(label)}") for label in labels}
             # Tokens may join a label to what stands before it: what all labels share is read once.
-            common = len(os.path.commonprefix(list(spelled.values())))
+            common = _shared(spelled.values())
             shared = ids + next(iter(spelled.values()))[:common]
             longest = len(ids) + max(map(len, spelled.values()))
             if longest > self._longest:
                 raise RefusedError(f"the prompt has {longest} tokens, the judge reads {self._longest}")
             # All but the last shared token, whose logits the first token of every label needs.
-            _trim(cache, min(len(os.path.commonprefix([read, shared])), len(shared) - 1))
+            _trim(cache, min(_shared([read, shared]), len(shared) - 1))
             fresh = shared[cache.get_seq_length() : -1]
             if fresh:
                 inputs = torch.tensor([fresh], device=self._model.device)
@@ -119,13 +119,25 @@ class LocalJudge:
 
         room = self._max_tokens or rubric.max_tokens
         if len(ids) + room > self._longest:
-            raise RefusedError(f"the prompt has {len(ids)} tokens and the reply {room}, the judge reads {self._longest}")
+            raise RefusedError(
+                f"the prompt has {len(ids)} tokens and the reply {room}, the judge reads {self._longest}"
+            )
         inputs = torch.tensor([ids], device=self._model.device)
         made = self._model.generate(
             input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=room, do_sample=False
         )[0, len(ids) :]
         text = str(self._tokenizer.decode(made, skip_special_tokens=True))
         return Reply(text, len(ids), len(made), self.revision, cut=len(made) >= room)
+
+
+def _shared(sequences: Collection[Sequence[int]]) -> int:
+    """How many first tokens all sequences have in common."""
+    length = 0
+    for tokens in zip(*sequences, strict=False):
+        if len(set(tokens)) > 1:
+            break
+        length += 1
+    return length
 
 
 def _trim(cache: Any, length: int) -> None:

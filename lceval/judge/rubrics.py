@@ -160,7 +160,9 @@ def _blocks(shown: str, case: Case, order: random.Random | None) -> list[tuple[s
     if shown == "gold":
         return [("REFERENCE ANSWER", "\nor: ".join(case.gold))]
     if shown == "choices":
-        return [("OPTIONS", "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", case.choices, strict=False)))]
+        return [
+            ("OPTIONS", "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", case.choices, strict=False)))
+        ]
     if shown == "documents":
         documents = list(case.documents)
         if order:

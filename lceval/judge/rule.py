@@ -26,10 +26,10 @@ _WORDS_AGREE = 0.5
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _DECLINES = re.compile(
-    r"\b(?:i(?:'m| am) sorry|(?:can|could|am|is|are)(?:not|n't| not)(?: be)? (?:able|possible|answer|determine|provide|find|"
-    r"calculate|access|available)|unable to|(?:does|do|did)(?:n't| not) (?:\w+ ){0,3}(?:provide|contain|include|have|"
-    r"specify|mention|disclose|state|give)|not (?:\w+ ){0,2}(?:provided|specified|available|mentioned|disclosed|included|"
-    r"enough|sufficient|possible)|insufficient|no (?:\w+ ){0,3}(?:information|data|mention)|you (?:would|will|'d) need|"
+    r"\b(?:i(?:'m| am) sorry|(?:can|could|am|is|are)(?:not|n't| not)(?: be)? (?:able|possible|answer|determine|provide|"
+    r"find|calculate|access|available)|unable to|(?:does|do|did)(?:n't| not) (?:\w+ ){0,3}(?:provide|contain|include|have|"
+    r"specify|mention|disclose|state|give)|not (?:\w+ ){0,2}(?:provided|specified|available|mentioned|disclosed|"
+    r"included|enough|sufficient|possible)|insufficient|no (?:\w+ ){0,3}(?:information|data|mention)|you (?:would|will|'d) need|"
     r"would need (?:to|more|access)|haven't provided)\b",
     re.IGNORECASE,
 )
@@ -80,13 +80,14 @@ def _figures(gold: str) -> list[Number]:
 
 
 def _close(number: Number, gold: Number) -> bool:
-    """Equal at the precision that the gold is printed with, or within 1%; a unit that one side leaves out is passed over."""
+    """Equal at the precision that the gold is printed with, or within 1%; a unit that one side leaves out is ignored."""
     step = 0.5 * 10.0**-gold.decimals * (1 + 1e-9)
     pairs = [(number.value, gold.value, gold.unit)]
     if number.unit == 1 or gold.unit == 1:
         pairs.append((number.written, gold.written, 1.0))
     return any(
-        abs(one - other) <= max(step * unit if gold.decimals else 0.0, TOLERANCE * abs(other)) for one, other, unit in pairs
+        abs(one - other) <= max(step * unit if gold.decimals else 0.0, TOLERANCE * abs(other))
+        for one, other, unit in pairs
     )
 
 

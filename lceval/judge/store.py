@@ -1,15 +1,15 @@
 """Judges' replies, kept as they arrive: a reply that was paid for is never asked for again.
 
-One SQLite file of plain text and numbers, by default for all runs of this machine. A reply is filed under the judge with
-its revision, the rubric with its version, the prompt's digest and the repeat's index. What is filed is the reply, not
-the reading of it: a better parser reads old replies again.
+One SQLite file of plain text and numbers, by default for all runs of this machine. A reply is filed under the judge
+with its revision, the rubric with its version, the prompt's digest and the repeat's index. What is filed is the reply,
+not the reading of it: a better parser reads old replies again.
 """
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -59,8 +59,8 @@ class Store:
             self._db = sqlite3.connect(path, check_same_thread=False, timeout=60)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute(
-                "CREATE TABLE IF NOT EXISTS reply (judge TEXT, revision TEXT, rubric TEXT, prompt TEXT, repeat INTEGER, "
-                "text TEXT NOT NULL, tokens_in INTEGER, tokens_out INTEGER, served TEXT, cut INTEGER, "
+                "CREATE TABLE IF NOT EXISTS reply (judge TEXT, revision TEXT, rubric TEXT, prompt TEXT, "
+                "repeat INTEGER, text TEXT NOT NULL, tokens_in INTEGER, tokens_out INTEGER, served TEXT, cut INTEGER, "
                 "PRIMARY KEY (judge, revision, rubric, prompt, repeat))"
             )
             self._db.commit()
@@ -74,7 +74,7 @@ class Store:
             row = self._db.execute(
                 "SELECT text, tokens_in, tokens_out, served, cut FROM reply "
                 "WHERE judge = ? AND revision = ? AND rubric = ? AND prompt = ? AND repeat = ?",
-                (key.judge, key.revision, key.rubric, key.prompt, key.repeat),
+                astuple(key),
             ).fetchone()
         return None if row is None else Reply(row[0], row[1], row[2], row[3], bool(row[4]))
 
@@ -83,8 +83,7 @@ class Store:
         with self._lock:
             self._db.execute(
                 "INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (key.judge, key.revision, key.rubric, key.prompt, key.repeat)
-                + (reply.text, reply.tokens_in, reply.tokens_out, reply.served, int(reply.cut)),
+                (*astuple(key), *astuple(reply)),
             )
             self._db.commit()
 
@@ -94,5 +93,7 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
