@@ -25,14 +25,20 @@ _WORDS_AGREE = 0.5
 """Token F1 from which two texts say the same to this judge."""
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_DECLINES = re.compile(
-    r"\b(?:i(?:'m| am) sorry|(?:can|could|am|is|are)(?:not|n't| not)(?: be)? (?:able|possible|answer|determine|provide|"
-    r"find|calculate|access|available)|unable to|(?:does|do|did)(?:n't| not) (?:\w+ ){0,3}(?:provide|contain|include|have|"
-    r"specify|mention|disclose|state|give)|not (?:\w+ ){0,2}(?:provided|specified|available|mentioned|disclosed|"
-    r"included|enough|sufficient|possible)|insufficient|no (?:\w+ ){0,3}(?:information|data|mention)|you (?:would|will|'d) need|"
-    r"would need (?:to|more|access)|haven't provided)\b",
-    re.IGNORECASE,
+_DECLINING = (
+    r"i(?:'m| am) sorry",
+    r"(?:can|could|am|is|are)(?:not|n't| not)(?: be)? "
+    r"(?:able|possible|answer|determine|provide|find|calculate|access|available)",
+    r"unable to",
+    r"(?:does|do|did)(?:n't| not) (?:\w+ ){0,3}(?:provide|contain|include|have|specify|mention|disclose|state|give)",
+    r"not (?:\w+ ){0,2}(?:provided|specified|available|mentioned|disclosed|included|enough|sufficient|possible)",
+    r"insufficient",
+    r"no (?:\w+ ){0,3}(?:information|data|mention)",
+    r"you (?:would|will|'d) need",
+    r"would need (?:to|more|access)",
+    r"haven't provided",
 )
+_DECLINES = re.compile(rf"\b(?:{'|'.join(_DECLINING)})\b", re.IGNORECASE)
 
 
 class RuleJudge:
@@ -80,7 +86,7 @@ def _figures(gold: str) -> list[Number]:
 
 
 def _close(number: Number, gold: Number) -> bool:
-    """Equal at the precision that the gold is printed with, or within 1%; a unit that one side leaves out is ignored."""
+    """Equal at the precision that the gold is printed with, or within 1%; a unit that one side lacks is ignored."""
     step = 0.5 * 10.0**-gold.decimals * (1 + 1e-9)
     pairs = [(number.value, gold.value, gold.unit)]
     if number.unit == 1 or gold.unit == 1:
