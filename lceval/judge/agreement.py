@@ -27,14 +27,15 @@ def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
 def kappa_interval(
     ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Hashable], *, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
-    """The 95% percentile bootstrap interval of kappa over clusters; nan with fewer than two.
+    """The 95% percentile bootstrap interval of kappa over clusters.
 
-    A resample where kappa is undefined is left out; it takes all labels on both sides being one.
+    It is nan where the bootstrap knows nothing: with fewer than two clusters, and where one side has one label, so that
+    kappa is 0 in every resample. A resample where kappa is undefined is left out.
     """
     import numpy as np
 
     names = list(dict.fromkeys(clusters))
-    if len(names) < 2:
+    if len(names) < 2 or len({*ours}) < 2 or len({*theirs}) < 2:
         return math.nan, math.nan
     labels = sorted({*ours, *theirs})
     tables = np.zeros((len(names), len(labels), len(labels)))

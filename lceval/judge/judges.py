@@ -95,8 +95,9 @@ def parse(text: str) -> Spec:
         if parts.scheme in ("http", "https") and parts.hostname:
             model, _, revision = model.partition("#")
             return Spec("openai", model, revision, f"http{url}".rstrip("/"))
-    # What was given may hold a key put in the wrong place: only its kind is repeated.
-    raise UserError(f"cannot read the judge's name (it begins {kind[:12]!r}): expected {FORMS}")
+    # What was given may be a key in the wrong place: it is not repeated.
+    known = f"{kind}:…" if kind in ("openai", "hf", "rule") else "what was given"
+    raise UserError(f"cannot read the judge's name ({known}): expected {FORMS}")
 
 
 def chosen(spec: str | None) -> str:

@@ -67,8 +67,9 @@ def _grades(rubric: Rubric, value: Mapping[str, Any]) -> dict[str, Label | float
     """The labels of all fields as the rubric spells them; other keys are passed over."""
     grades: dict[str, Label | float] = {}
     for field, labels in rubric.labels.items():
-        said = value.get(field)
-        spelled = str(int(said) if isinstance(said, bool | float) and said == int(said) else said).strip().lower()
+        said: Any = value.get(field)
+        whole = isinstance(said, bool) or (isinstance(said, float) and said.is_integer())
+        spelled = str(int(said) if whole else said).strip().lower()
         label = next((label for label in labels if str(label).lower() == spelled), None)
         if label is None:
             return None
