@@ -14,6 +14,7 @@ from lceval.errors import UserError
 from lceval.judge import agreement, probes, rubrics
 from lceval.judge.client import Client
 from lceval.judge.judges import Judge
+from lceval.judge.local import SCORES
 from lceval.judge.rubrics import Case
 from lceval.judge.rule import LABEL, RuleJudge
 
@@ -113,10 +114,20 @@ def calibrate(
         "served": dict(client.spent.served or {}),
     }
     lines = [
-        {"row": row.row, "id": row.question_id, "human": row.human, "judge": label, "reason": verdict.reason}
+        {"row": row.row, "id": row.question_id, "human": row.human, "judge": label}
+        | ({} if label else {"reason": verdict.reason})
+        | _log_likelihoods(verdict.reply)
         for row, label, verdict in zip(rows, labels[0], rounds[0], strict=True)
     ]
     return report, lines
+
+
+def _log_likelihoods(reply: str) -> dict[str, Any]:
+    """Those of the labels, where the judge chose by them."""
+    try:
+        return {SCORES: json.loads(reply)[SCORES]["verdict"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
 
 
 def render(report: dict[str, Any]) -> str:

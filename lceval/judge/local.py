@@ -2,7 +2,8 @@
 
 Where the reply is JSON, it is not generated but chosen: field after field, the label with the highest log-likelihood
 after the prompt and what has been chosen so far. So a verdict is always well formed, and a small model can give one.
-Prose (a rating) is generated greedily.
+The log-likelihoods stand beside it in the reply: a judge that prefers one label whatever it is shown can be told by
+them. Prose (a rating) is generated greedily.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from lceval.errors import UserError
 from lceval.judge.judges import RefusedError, Spec
 from lceval.judge.rubrics import Case, Label, Prompt, Rubric
 from lceval.judge.store import Reply
+
+SCORES = "log_likelihoods"
+"""The key of a chosen reply that holds them, by field and label."""
 
 
 class LocalJudge:
@@ -60,7 +64,8 @@ class LocalJudge:
         ids = self._encode(prompt)
         with torch.inference_mode():
             if rubric.reply == "json":
-                return Reply(json.dumps(self._choose(rubric, ids)), len(ids), 0, self.revision)
+                chosen, scores = self._choose(rubric, ids)
+                return Reply(json.dumps({**chosen, SCORES: scores}), len(ids), 0, self.revision)
             return self._generate(rubric, ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
@@ -71,13 +76,14 @@ class LocalJudge:
             ids = self._tokenizer.encode(f"{prompt.system}\n\n{prompt.user}\n")
         return ids
 
-    def _choose(self, rubric: Rubric, ids: list[int]) -> dict[str, Label]:
-        """The labels, each by the log-likelihood of its tokens; the prompt is read once."""
+    def _choose(self, rubric: Rubric, ids: list[int]) -> tuple[dict[str, Label], dict[str, dict[str, float]]]:
+        """The labels, each by the log-likelihood of its tokens, and these; the prompt is read once."""
         import torch
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
         chosen: dict[str, Label] = {}
+        every: dict[str, dict[str, float]] = {}
         head, read = "{", [*ids]
         for place, (field, labels) in enumerate(rubric.labels.items()):
             head += ", " * bool(place) + json.dumps(field) + ":"
@@ -97,8 +103,9 @@ class LocalJudge:
             read = shared[:-1]
             scores = {label: self._score(cache, shared[-1], tokens[common:]) for label, tokens in spelled.items()}
             chosen[field] = max(scores, key=scores.__getitem__)
+            every[field] = {str(label): round(score, 4) for label, score in scores.items()}
             head += f" {json.dumps(chosen[field])}"
-        return chosen
+        return chosen, every
 
     def _score(self, cache: Any, last: int, tail: list[int]) -> float:
         """The log-likelihood of `tail` after what the cache holds and `last`; the cache is left as it was."""

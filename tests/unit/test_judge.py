@@ -391,7 +391,7 @@ def test_the_rule_is_calibrated_from_the_command_line_and_a_bar_can_be_set(
     assert report["consistency"]["unanimous"] == 1.0
     assert set(report["probes"]) == set(probes.PROBES)
     rows = [json.loads(text) for text in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert {tuple(row) for row in rows} == {("row", "id", "human", "judge", "reason")}
+    assert {tuple(row) for row in rows} == {("row", "id", "human", "judge")}
     assert invoke([*line, "--require-kappa", "0.99"]) == 1
     captured = capsys.readouterr()
     assert "rule (rule-based)" in captured.out
