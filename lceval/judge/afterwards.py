@@ -133,8 +133,8 @@ def judge_folder(folder: Path, judge: Judge, client: Client) -> dict[str, Any]:
         "reused": spent.reused,
         "tokens_in": spent.tokens_in,
         "tokens_out": spent.tokens_out,
-        "retried": dict(spent.retried or {}),
-        "served": dict(spent.served or {}),
+        "retried": dict(spent.retried),
+        "served": dict(spent.served),
     }
     _write(home / SUMMARY, json.dumps(report, indent=2, ensure_ascii=False) + "\n")
     return report

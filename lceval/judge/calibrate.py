@@ -111,7 +111,7 @@ def calibrate(
         "reused": client.spent.reused,
         "tokens_in": client.spent.tokens_in,
         "tokens_out": client.spent.tokens_out,
-        "served": dict(client.spent.served or {}),
+        "served": dict(client.spent.served),
     }
     lines = [
         {"row": row.row, "id": row.question_id, "human": row.human, "judge": label}

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lceval.errors import UserError
 from lceval.judge import verdicts
@@ -79,12 +79,8 @@ class Spent:
     reused: int = 0
     tokens_in: int = 0
     tokens_out: int = 0
-    retried: Counter[str] | None = None
-    served: Counter[str] | None = None
-
-    def __post_init__(self) -> None:
-        self.retried = self.retried or Counter()
-        self.served = self.served or Counter()
+    retried: Counter[str] = field(default_factory=Counter)
+    served: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -104,13 +100,19 @@ class Client:
         limits: Limits | None = None,
         *,
         max_characters: int = MAX_CHARACTERS,
+        max_tokens: int | None = None,
         on_verdict: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`on_verdict(done, total)` is called as replies come."""
+        """
+        Args:
+            max_characters: of a block that the judge is shown.
+            max_tokens: of a reply, where the judge was not made with the rubrics' own limits.
+            on_verdict: called with (done, total) as replies come.
+        """
         self.judge, self.limits, self.spent = judge, limits or Limits(), Spent()
         self._store, self._max_characters, self._on_verdict = store, max_characters, on_verdict
         self._lock = threading.Lock()
-        self._reserved = 0
+        self._reserved, self._max_tokens = 0, max_tokens
         self._stop = threading.Event()
         self._failed_in_a_row = 0
 
@@ -162,7 +164,8 @@ class Client:
 
     def _ask(self, rubric: Rubric, ask: _Ask) -> Reply | str:
         """The reply, on disk when it is returned; or why there is none."""
-        worth = (len(ask.prompt.system) + len(ask.prompt.user)) // _CHARACTERS_A_TOKEN + rubric.max_tokens
+        written = len(ask.prompt.system) + len(ask.prompt.user)
+        worth = written // _CHARACTERS_A_TOKEN + (self._max_tokens or rubric.max_tokens)
         for attempt in range(self.limits.retries + 1):
             if self._stop.is_set():
                 return "stopped"
@@ -183,7 +186,6 @@ class Client:
             finally:
                 self._settle(worth, counted)
             with self._lock:
-                assert self.spent.retried is not None
                 self.spent.retried[reason] += 1
             if attempt < self.limits.retries:
                 self._stop.wait(pause)
@@ -217,7 +219,6 @@ class Client:
             self._failed_in_a_row = 0
             self.spent.tokens_in += reply.tokens_in
             self.spent.tokens_out += reply.tokens_out
-            assert self.spent.served is not None
             self.spent.served[reply.served] += 1
 
     def _gave_up(self) -> None:

@@ -65,7 +65,10 @@ def _client(
     judge = judges.make(judges.chosen(spec), timeout=timeout, max_tokens=max_tokens)
     try:
         with Store(replies or default_path()) as store, Progress(f"{what} by {judge.label}") as progress:
-            yield judge, Client(judge, store, limits, max_characters=characters, on_verdict=progress)
+            yield (
+                judge,
+                Client(judge, store, limits, max_characters=characters, max_tokens=max_tokens, on_verdict=progress),
+            )
     finally:
         judge.close()
 

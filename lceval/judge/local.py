@@ -70,7 +70,12 @@ class LocalJudge:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if self._tokenizer.chat_template is not None:
-            text = self._tokenizer.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+            from jinja2 import TemplateError
+
+            try:
+                text = self._template(prompt.messages)
+            except TemplateError:  # some templates know no system message
+                text = self._template([{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}])
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         else:
             ids = self._tokenizer.encode(f"{prompt.system}\n\n{prompt.user}\n")
@@ -116,6 +121,9 @@ class LocalJudge:
         logits = self._model(input_ids=inputs, cache=cache, use_cache=True).logits[0].float().log_softmax(-1)
         _trim(cache, before)
         return float(logits[range(len(tail)), tail].sum())
+
+    def _template(self, messages: list[dict[str, str]]) -> Any:
+        return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _tokens(self, text: str) -> list[int]:
         found: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

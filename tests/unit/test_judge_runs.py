@@ -223,6 +223,18 @@ def test_loong_by_rule_gives_full_marks_to_the_gold_answer_alone(
     assert [row["avg_score"] == 100 for row in rows] == [bool(number % 2) for number in range(40)]
 
 
+def test_several_runs_are_judged_in_one_line_wherever_the_options_stand(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    docs = financebench(2)
+    runs = [made_run(tmp_path / name, "lc_financebench_ao", docs, [f"It is {name}.", "8.7"]) for name in ("a", "b")]
+    line = ["judge", "--judge", "rule", "--json", *map(str, runs), "--replies", str(tmp_path / "r.sqlite")]
+    assert invoke(line) == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert [report["run"] for report in reports] == ["a", "b"]
+    assert [json.loads((run / "judge.json").read_text()) for run in runs] == reports
+
+
 def financebench(count: int) -> list[dict[str, Any]]:
     return [
         {"id": f"f{i}", "cluster": f"c{i}", "question": f"Q{i}?", "answers": ["8.7"], "docs": [], "gold_pids": []}
