@@ -58,13 +58,18 @@ def _client(
 ) -> Iterator[tuple[Judge, Client]]:
     from lceval.judge import judges
     from lceval.judge.client import Client, Limits, Progress
-    from lceval.judge.store import Store, default_path
+    from lceval.judge.store import Store, alone, default_path
 
     characters = options.pop("max_characters")
     limits = Limits(**options)
+    file = replies or default_path()
     judge = judges.make(judges.chosen(spec), timeout=timeout, max_tokens=max_tokens)
     try:
-        with Store(replies or default_path()) as store, Progress(f"{what} by {judge.label}") as progress:
+        with (
+            alone(file, judge.name),
+            Store(file) as store,
+            Progress(f"{what} by {judge.label}") as progress,
+        ):
             yield (
                 judge,
                 Client(judge, store, limits, max_characters=characters, max_tokens=max_tokens, on_verdict=progress),

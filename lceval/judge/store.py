@@ -7,13 +7,17 @@ not the reading of it: a better parser reads old replies again.
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import sqlite3
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
 
-from lceval.errors import InfrastructureError
+from lceval.errors import InfrastructureError, UserError
 from lceval.home import cache_dir
 
 
@@ -48,6 +52,23 @@ class Reply:
 def default_path() -> Path:
     """Where replies are kept unless a command is told otherwise."""
     return cache_dir("judge") / "replies.sqlite"
+
+
+@contextmanager
+def alone(path: Path, judge: str) -> Iterator[None]:
+    """This process alone asks this judge for this file of replies: two would pay for the same replies.
+
+    Raises:
+        UserError: another process does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
+    with lock.open("w") as opened:
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process asks {judge}: wait for it, or name another file with --replies") from None
+        yield
 
 
 class Store:

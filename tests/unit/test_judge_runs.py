@@ -18,7 +18,7 @@ from lceval.judge import afterwards
 from lceval.judge.client import Client, Limits
 from lceval.judge.judges import TryAgainError
 from lceval.judge.rubrics import Case, Prompt, Rubric
-from lceval.judge.store import Reply, Store
+from lceval.judge.store import Reply, Store, alone
 from lceval.results import read_folder
 from lceval.tasks import catalogue
 from lceval.tasks.build import rows_of
@@ -285,6 +285,17 @@ def test_a_reply_that_failed_is_exit_4_and_the_same_line_asks_for_it_alone(
     scripted.replies = {"Q1?": '{"verdict": "incorrect"}'}
     assert invoke(line) == 0
     assert "2 of 3 judged, 1 unjudged; 1 unparsable" in capsys.readouterr().out
+
+
+def test_two_processes_never_ask_one_judge_for_one_file_of_replies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = made_run(tmp_path / "run", "lc_financebench_ao", financebench(1), ["x"])
+    with alone(tmp_path / "r.sqlite", "rule"):
+        assert judge_by_rule(run) == 2
+        assert "another process asks rule" in capsys.readouterr().err
+    with alone(tmp_path / "r.sqlite", "another"):
+        assert judge_by_rule(run) == 0
 
 
 def test_runs_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path) -> None:
