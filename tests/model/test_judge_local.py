@@ -39,7 +39,7 @@ def log_likelihood(judge: Any, prompt: rubrics.Prompt, before: str, label: str) 
 @pytest.mark.parametrize("name", ["financebench", "rj"])
 def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
     rubric = rubrics.load(name)
-    prompt = rubrics.render(rubric, CASE)
+    prompt = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
     reply = judge.ask(rubric, CASE, prompt)
     found = json.loads(reply.text)
     before = "{"
