@@ -32,6 +32,11 @@ def test_the_tables_are_computed_from_the_committed_verdicts(study: ModuleType) 
     assert study.table() in PAGE
     assert study.confusion("`rule` (rule-based)") in PAGE
     assert study.attacks() in PAGE
+    rule, small = (json.loads((study.VERDICTS / f"{name}.json").read_text()) for name in ("rule", "smollm2"))
+    for probe in ("gold_first", "gold_last"):
+        found = rule["probes"][probe]
+        assert f"({found['flipped']} of {found['seen_through_when_plain']})" in PAGE
+    assert f"{small['clipped']} of its 200 prompts were clipped" in PAGE
 
 
 def test_the_committed_verdicts_are_places_ids_and_grades_without_text(study: ModuleType) -> None:
