@@ -18,11 +18,12 @@ pytestmark = pytest.mark.model
 CASE = Case(
     "What is the capital of France?", ("Paris",), "[DOC 0] says Paris.\nThe answer is: Paris", ("[DOC 0]\nParis.",)
 )
+SHORT = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
 
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    made = judges.make("hf:smollm2-135m", timeout=1, max_tokens=12)
+    made = judges.make("hf:smollm2-135m", timeout=1, max_tokens=4)
     yield made
     made.close()
 
@@ -39,7 +40,7 @@ def log_likelihood(judge: Any, prompt: rubrics.Prompt, before: str, label: str) 
 @pytest.mark.parametrize("name", ["financebench", "rj"])
 def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
     rubric = rubrics.load(name)
-    prompt = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
+    prompt = SHORT
     reply = judge.ask(rubric, CASE, prompt)
     found = json.loads(reply.text)
     before = "{"
@@ -58,8 +59,8 @@ def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(jud
 
 def test_a_rating_is_generated_and_a_reply_at_its_limit_is_cut(judge: Any) -> None:
     rubric = rubrics.load("loong")
-    reply = judge.ask(rubric, CASE, rubrics.render(rubric, CASE))
-    assert reply.cut == (reply.tokens_out == 12)
+    reply = judge.ask(rubric, CASE, SHORT)
+    assert reply.cut == (reply.tokens_out == 4)
     assert reply.text
     assert reply.served == judge.revision
     assert len(judge.revision) == 16

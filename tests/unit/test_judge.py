@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import random
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -429,8 +428,15 @@ def test_calibration_without_data_says_what_is_missing(
     assert "line 1" in capsys.readouterr().err
 
 
-def test_no_judge_is_one_line_and_exit_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_judge_is_one_line_and_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
     monkeypatch.delenv("LCEVAL_JUDGE", raising=False)
     assert invoke(["judge", "runs/x"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert os.environ.get("LCEVAL_JUDGE") is None
+    captured = capsys.readouterr()
+    assert "pass --judge or set LCEVAL_JUDGE" in captured.err
+    assert captured.err.count("\n") == 1
+    monkeypatch.setenv("LCEVAL_JUDGE", "rule")
+    assert invoke(["judge", "runs/x"]) == 2
+    assert "runs/x: no such folder" in capsys.readouterr().err
