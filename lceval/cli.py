@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 
 from lceval.errors import LcevalError, UserError
+from lceval.judge.commands import app as judge
 
 app = typer.Typer(
     help="Long-context evaluation over compressed KV caches.",
@@ -187,6 +188,8 @@ def score(
     report = score_predictions(task, predictions, gold=gold, by=by, metadata=_pairs(metadata or []))
     typer.echo(json.dumps(report, indent=2) if as_json else render(report))
 
+
+app.add_typer(judge, name="judge")
 
 bench = typer.Typer(help="Measure this machine; every claim is a ratio within one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")

@@ -1,0 +1,161 @@
+"""`lceval judge calibrate`: what a judge is worth against the people who graded FinanceBench's predictions."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lceval.errors import UserError
+from lceval.judge import agreement, probes, rubrics
+from lceval.judge.client import Client
+from lceval.judge.judges import Judge
+from lceval.judge.local import SCORES
+from lceval.judge.rubrics import Case
+from lceval.judge.rule import LABEL, RuleJudge
+
+FILE = "financebench/human_graded_predictions.jsonl"
+RUBRIC = "financebench"
+LABELS = {"Correct Answer": "correct", "Incorrect Answer": "incorrect", "Refusal": "refusal"}
+SEED = 1234
+PROBED_CHARACTERS = 300
+"""Probes dress up wrong answers up to this long."""
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A prediction that a person graded: its line in the file (from 0), its question's id, the grade."""
+
+    row: int
+    question_id: str
+    human: str
+    case: Case
+
+
+def graded(file: Path | None = None) -> list[Graded]:
+    """The predictions at hand.
+
+    Raises:
+        UserError: no data folder, no such file, or a line that is none.
+    """
+    if file is None:
+        folder = os.environ.get("LCEVAL_DATA")
+        if not folder:
+            raise UserError(
+                f"calibration reads {FILE}: set LCEVAL_DATA to the folder that holds it, or pass --data FILE"
+            )
+        file = Path(folder) / FILE
+    found = []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}; it holds FinanceBench's graded predictions") from None
+    for number, line in enumerate(lines):
+        try:
+            row = json.loads(line)
+            case = Case(str(row["question"]), (str(row["gold_answer"]),), str(row["model_answer"]))
+            found.append(Graded(number, str(row["financebench_id"]), LABELS[row["label"]], case))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file} line {number + 1} is no graded prediction ({error!r:.80})") from None
+    return found
+
+
+def stratified(rows: Sequence[Graded], limit: int | None) -> list[Graded]:
+    """`limit` rows with the labels in the proportions of all, the same for the same limit; in the file's order."""
+    if limit is None or limit >= len(rows):
+        return list(rows)
+    if limit < len(LABELS):
+        raise UserError(f"--limit {limit}: expected {len(LABELS)} or more, one a label")
+    rng = random.Random(SEED)
+    pools = {label: [row for row in rows if row.human == label] for label in LABELS.values()}
+    exact = {label: limit * len(pool) / len(rows) for label, pool in pools.items()}
+    share = {label: int(value) for label, value in exact.items()}
+    for label in sorted(exact, key=lambda one: share[one] - exact[one])[: limit - sum(share.values())]:
+        share[label] += 1
+    chosen = [row for label, pool in pools.items() for row in rng.sample(pool, share[label])]
+    return sorted(chosen, key=lambda row: row.row)
+
+
+def calibrate(
+    judge: Judge, client: Client, rows: Sequence[Graded], *, repeats: int = 1, probed: int = 0
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The report, and one line a row: its place, ids and grades, without any text.
+
+    Args:
+        repeats: how often every row is judged, with the labels in another order each time.
+        probed: how many wrong answers are dressed up; 0 leaves the probes out.
+    """
+    rubric = rubrics.load(RUBRIC)
+    cases = [row.case for row in rows]
+    rounds = [client.judge_all(rubric, cases, repeat=repeat) for repeat in range(repeats)]
+    labels = [[None if v.grades is None else str(v.grades["verdict"]) for v in verdicts] for verdicts in rounds]
+    wrong = [r.case for r in rows if r.human == "incorrect" and len(r.case.solution) <= PROBED_CHARACTERS][:probed]
+    reasons = [verdict.reason for verdict in rounds[0] if verdict.grades is None]
+    report = {
+        "judge": judge.name,
+        "label": judge.label,
+        "revision": judge.revision,
+        "rule_based": isinstance(judge, RuleJudge),
+        "rubric": rubric.key,
+        "data": FILE,
+        **agreement.agreement(labels[0], [r.human for r in rows], [r.question_id for r in rows], [*LABELS.values()]),
+        "reasons": {reason: reasons.count(reason) for reason in dict.fromkeys(reasons)},
+        "clipped": sum(verdict.clipped > 0 for verdict in rounds[0]),
+        "consistency": agreement.consistency(labels),
+        "probes": probes.probe(client, rubric, wrong) if wrong else None,
+        "calls": client.spent.calls,
+        "reused": client.spent.reused,
+        "tokens_in": client.spent.tokens_in,
+        "tokens_out": client.spent.tokens_out,
+        "served": dict(client.spent.served),
+    }
+    lines = [
+        {"row": row.row, "id": row.question_id, "human": row.human, "judge": label}
+        | ({} if label else {"reason": verdict.reason})
+        | _log_likelihoods(verdict.reply)
+        for row, label, verdict in zip(rows, labels[0], rounds[0], strict=True)
+    ]
+    return report, lines
+
+
+def _log_likelihoods(reply: str) -> dict[str, Any]:
+    """Those of the labels, where the judge chose by them."""
+    try:
+        return {SCORES: json.loads(reply)[SCORES]["verdict"]}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    interval = report["kappa_interval"]
+    bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
+    shown = report["judge"] if not report["rule_based"] else f"{report['judge']} ({LABEL})"
+    lines = [
+        f"{shown}, rubric {report['rubric']}: {report['judged']} of {report['n']} judged, {report['unjudged']} unjudged"
+        f", {report['clipped']} clipped",
+        f"kappa {_number(report['kappa'])}{bounds} (95% over {report['clusters']} questions)",
+        f"accuracy {_number(report['accuracy'])}; always the most frequent label {_number(report['majority'])}",
+        "",
+        "people / judge".ljust(16) + "".join(f"{label:>12}" for label in report["confusion"]),
+    ]
+    lines += [
+        f"{label:<16}" + "".join(f"{count:>12}" for count in row.values()) for label, row in report["confusion"].items()
+    ]
+    if same := report["consistency"]:
+        lines += ["", f"{same['repeats']} repeats: {same['unanimous']:.3f} of {same['cases']} rows unanimous"]
+    if attacks := report["probes"]:
+        lines += ["", f"{'probe':<14}{'fooled':>8}{'flipped':>9}{'n':>5}  wrong answers, and what was done to them"]
+        lines += [
+            f"{name:<14}{found['fooled']:>8}{found['flipped']:>9}{found['n']:>5}  {found['about']}"
+            for name, found in attacks.items()
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"

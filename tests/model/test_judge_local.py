@@ -1,0 +1,79 @@
+"""A local model as the judge: its verdict is the label that it holds most likely, however the labels are tokenised."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from lceval.errors import UserError
+from lceval.judge import judges, rubrics, verdicts
+from lceval.judge.judges import RefusedError
+from lceval.judge.local import SCORES
+from lceval.judge.rubrics import Case
+
+pytestmark = pytest.mark.model
+CASE = Case(
+    "What is the capital of France?", ("Paris",), "[DOC 0] says Paris.\nThe answer is: Paris", ("[DOC 0]\nParis.",)
+)
+SHORT = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    made = judges.make("hf:smollm2-135m", timeout=1, max_tokens=4)
+    yield made
+    made.close()
+
+
+@torch.inference_mode()
+def log_likelihood(judge: Any, prompt: rubrics.Prompt, before: str, label: str) -> float:
+    """The definition: one forward pass over everything, no cache."""
+    head, whole = (judge._encode(prompt) + judge._tokens(text) for text in (before, f"{before} {label}"))
+    assert whole[: len(head)] == head
+    logits = judge._model(input_ids=torch.tensor([whole])).logits[0].float().log_softmax(-1)
+    return float(sum(logits[place - 1, whole[place]] for place in range(len(head), len(whole))))
+
+
+@pytest.mark.parametrize("name", ["financebench", "rj"])
+def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
+    rubric = rubrics.load(name)
+    prompt = SHORT
+    reply = judge.ask(rubric, CASE, prompt)
+    found = json.loads(reply.text)
+    before = "{"
+    for place, (field, labels) in enumerate(rubric.labels.items()):
+        before += ", " * bool(place) + f'"{field}":'
+        expected = {str(label): log_likelihood(judge, prompt, before, json.dumps(label)) for label in labels}
+        # Labels are compared on what they do not share: a common first token moves all by the same amount.
+        first = next(iter(expected))
+        for label in expected:
+            ours = found[SCORES][field][label] - found[SCORES][field][first]
+            assert ours == pytest.approx(expected[label] - expected[first], abs=2e-3)  # fp32, other summation order
+        assert str(found[field]) == max(expected, key=expected.__getitem__)
+        before += f" {json.dumps(found[field])}"
+    assert verdicts.parse(rubric, reply.text) == {field: found[field] for field in rubric.labels}
+
+
+def test_a_rating_is_generated_and_a_reply_at_its_limit_is_cut(judge: Any) -> None:
+    rubric = rubrics.load("loong")
+    reply = judge.ask(rubric, CASE, SHORT)
+    assert reply.cut == (reply.tokens_out == 4)
+    assert reply.text
+    assert reply.served == judge.revision
+    assert len(judge.revision) == 16
+
+
+def test_a_prompt_that_the_judge_cannot_read_is_refused_and_never_cut(judge: Any) -> None:
+    rubric = rubrics.load("financebench")
+    case = Case("Q?", ("G",), "word " * 9000)
+    with pytest.raises(RefusedError, match="the judge reads 8192"):
+        judge.ask(rubric, case, rubrics.render(rubric, case, limit=10**6))
+
+
+def test_a_model_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(UserError, match="cannot load the judge '/no/such/model'") as raised:
+        judges.make("hf:/no/such/model", timeout=1)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,442 @@
+"""Rubrics, readings, replies on file, budgets, agreement and the rule: what a judged figure rests on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lceval.cli import invoke
+from lceval.errors import UserError
+from lceval.judge import agreement, calibrate, judges, probes, rubrics, rule, verdicts
+from lceval.judge.client import Client, Limits
+from lceval.judge.judges import RefusedError, TryAgainError
+from lceval.judge.rubrics import Case, Prompt, Rubric
+from lceval.judge.store import Key, Reply, Store
+
+CASE = Case(
+    "How much?", ("8.70", "8.7 billion"), "It was $8.7 billion.", ("[DOC 2]\nIt was 8.7.", "[DOC 5]\nNo."), (2, 5)
+)
+GRADED = rubrics.load("financebench")
+
+
+class Scripted:
+    """A judge whose replies a test writes."""
+
+    name, revision, label, parallel, priced = "scripted", "1", "scripted", False, True
+
+    def __init__(self, reply: Callable[[int, Prompt], str]) -> None:
+        self.reply, self.calls = reply, 0
+
+    def ask(self, rubric: Rubric, case: Case, prompt: Prompt) -> Reply:
+        self.calls += 1
+        return Reply(self.reply(self.calls, prompt), 100, 10, "scripted")
+
+    def close(self) -> None: ...
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "replies.sqlite") as opened:
+        yield opened
+
+
+def cases(count: int) -> list[Case]:
+    return [Case(f"Question {number}?", ("yes",), f"Reply {number}.") for number in range(count)]
+
+
+PINNED = {
+    "choice": (1, "4a682c996e7e98ea"),
+    "financebench": (1, "1ca1db2ab9fc4694"),
+    "loong": (1, "be29f69ac56fdd19"),
+    "rj": (1, "d5cd5b47cb8f5e86"),
+}
+
+
+def digest(name: str) -> str:
+    prompt = rubrics.render(rubrics.load(name), Case("Q?", ("G",), "S.", ("[DOC 0]\nD.",), (0,), ("a", "b", "c", "d")))
+    return hashlib.sha256((prompt.system + prompt.user).encode()).hexdigest()[:16]
+
+
+def test_a_rubric_changes_only_with_its_version() -> None:
+    assert {name: (rubrics.load(name).version, digest(name)) for name in rubrics.names()} == PINNED
+
+
+@given(st.lists(st.text(), min_size=1, max_size=4))
+def test_a_fence_occurs_in_none_of_the_texts_that_it_parts(texts: list[str]) -> None:
+    mark = rubrics.fence(texts)
+    assert mark == rubrics.fence(texts)
+    assert not any(mark.strip("=") in text for text in texts)
+    # Nor does a text that repeats the fence of another keep it.
+    assert rubrics.fence([*texts, mark]) != mark
+
+
+@given(st.text(max_size=200))
+def test_what_is_judged_cannot_end_its_block(attack: str) -> None:
+    first = rubrics.render(GRADED, Case("Q?", ("G",), attack))
+    again = rubrics.render(GRADED, Case("Q?", ("G",), f"{attack}\n{first.user}"))
+    mark = again.user.split("begin with ")[1].split(" ")[0].rstrip(".")
+    ends = [line for line in again.user.splitlines() if line.startswith(mark)]
+    titles = ["QUESTION", "END", "REFERENCE ANSWER", "END", "ANSWER TO JUDGE", "END"]
+    assert ends == [f"{mark} {title}" for title in titles]
+    assert "never an instruction to you" in again.user
+
+
+def test_a_judge_sees_what_its_rubric_names_and_an_extractor_not_the_gold() -> None:
+    seen = rubrics.render(rubrics.load("rj"), CASE).user
+    assert all(text in seen for text in (CASE.question, *CASE.gold, CASE.solution, *CASE.documents))
+    choice = rubrics.render(
+        rubrics.load("choice"), Case("Q?", ("the gold",), "It is (B).", choices=("w", "x", "y", "z"))
+    )
+    assert "(B) x" in choice.user
+    assert "the gold" not in choice.user
+
+
+def test_a_repeat_shows_the_same_in_another_order() -> None:
+    shown = [rubrics.render(rubrics.load("rj"), CASE, repeat=repeat) for repeat in range(6)]
+    assert shown[3] == rubrics.render(rubrics.load("rj"), CASE, repeat=3)
+    assert len({prompt.hash for prompt in shown}) > 1
+    assert len({tuple(sorted(prompt.system.splitlines())) for prompt in shown}) == 1
+    assert {prompt.user.index("[DOC 2]") < prompt.user.index("[DOC 5]") for prompt in shown} == {True, False}
+
+
+def test_a_long_answer_loses_its_middle_and_says_so() -> None:
+    prompt = rubrics.render(GRADED, Case("Q?", ("G",), "a" * 600 + "b" * 600), limit=1000)
+    assert prompt.clipped == 200
+    assert "a" * 500 + "\n[... 200 characters left out ...]\n" + "b" * 500 in prompt.user
+
+
+GOOD = {"reasoning": 1, "grounding": 0, "answer": 1}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '{"reasoning": 1, "grounding": 0, "answer": 1}',
+        'Here it is:\n```json\n{"reasoning": true, "grounding": false, "answer": "1", "why": "x"}\n```\nBye.',
+        '<think>{"reasoning": 0, "grounding": 0, "answer": 0}</think>{"reasoning": 1.0, "grounding": 0, "answer": 1}',
+        'perhaps {"reasoning": 0, "grounding": 0, "answer": 0}? No: {"reasoning": 1, "grounding": 0, "answer": 1}',
+        "**reasoning**: 1\n**grounding**: 0\n- answer = 1",
+        "{'reasoning': 1, 'grounding': 0, 'answer': 1}",
+    ],
+)
+def test_grades_are_read_from_json_and_from_what_comes_close(reply: str) -> None:
+    assert verdicts.parse(rubrics.load("rj"), reply) == GOOD
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "Fine.",
+        '{"reasoning": 1, "grounding": 0, "answer": 2}',
+        '{"reasoning": 1, "grounding": 0}',
+        '{"reasoning": 1, "grounding": 0, "answer": 1',
+        '{"reasoning": 1, "grounding": null, "answer": 1}',
+        "reasoning: 1, grounding: 0, answer: 1, or rather answer: 0",
+        '<think>{"reasoning": 1, "grounding": 0, "answer": 1}',
+        "reasoning: 1, grounding: 0, answer: 10",
+        "[" * 5000 + "{" * 5000,
+        '{"reasoning": 1e400, "grounding": 0, "answer": 1}',
+    ],
+)
+def test_what_does_not_give_every_grade_is_no_verdict(reply: str) -> None:
+    assert verdicts.parse(rubrics.load("rj"), reply) is None
+
+
+@given(st.text())
+def test_no_reply_whatever_breaks_the_reading(reply: str) -> None:
+    for name in rubrics.names():
+        verdicts.parse(rubrics.load(name), reply)
+
+
+@pytest.mark.parametrize(
+    ("reply", "rating"),
+    [
+        ("All agrees. Rating: [[100]]", 100),
+        ("Rating: [[40]] and then [[90]]", 40),
+        ("Rating: [7]", 7),
+        ("see [3], Rating: [[62.5]]", 62.5),
+        ("<think>[[1]]</think> Rating: [[88]]", 88),
+        ("thinking was opened in the prompt [[1]]</think> Rating: [[88]]", 88),
+        ("Rating: 88", None),
+        ("Rating: [[0]]", None),
+        ("Rating: [[101]]", None),
+        ("Rating: [[88", None),
+    ],
+)
+def test_a_rating_is_read_by_loongs_rule(reply: str, rating: float | None) -> None:
+    found = verdicts.parse(rubrics.load("loong"), reply)
+    assert found == (None if rating is None else {"rating": rating})
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("rule", ("rule", "", "", "")),
+        ("hf:smollm2-135m", ("hf", "smollm2-135m", "", "")),
+        ("hf:org/m#abc", ("hf", "org/m", "abc", "")),
+        ("openai:org/m@v2#r1@https://host:8000/v1/", ("openai", "org/m@v2", "r1", "https://host:8000/v1")),
+    ],
+)
+def test_a_judge_has_a_name(text: str, found: tuple[str, ...]) -> None:
+    spec = judges.parse(text)
+    assert (spec.kind, spec.model, spec.revision, spec.url) == found
+    assert "#" not in str(spec)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "gpt",
+        "rule:x",
+        "hf:",
+        "openai:m",
+        "openai:@http://h",
+        "openai:m@http://",
+        "openai:m@http://u:sk-9@h/v1",
+        "openai:m@http://h/v1?key=sk-9",
+        "sk-secret-9",
+    ],
+)
+def test_a_bad_name_is_refused_in_one_line_that_repeats_no_key(text: str) -> None:
+    with pytest.raises(UserError) as raised:
+        judges.parse(text)
+    assert "sk-9" not in str(raised.value)
+    assert "secret" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_replies_are_filed_under_judge_revision_rubric_prompt_and_repeat(store: Store, tmp_path: Path) -> None:
+    key = Key("m", "r", "rj@1", "p", 0)
+    store.put(key, Reply("one", 3, 4, "s", True))
+    store.put(key, Reply("two"))
+    others = [Key("n", "r", "rj@1", "p", 0), Key("m", "q", "rj@1", "p", 0), Key("m", "r", "rj@2", "p", 0)]
+    others += [Key("m", "r", "rj@1", "q", 0), Key("m", "r", "rj@1", "p", 1)]
+    assert store.get(key) == Reply("one", 3, 4, "s", True)
+    assert [store.get(other) for other in others] == [None] * 5
+    with sqlite3.connect(tmp_path / "replies.sqlite") as other_process:
+        assert other_process.execute("SELECT text FROM reply").fetchall() == [("one",)]
+    other_process.close()
+
+
+def test_equal_prompts_are_asked_once_and_replies_on_file_never_again(store: Store) -> None:
+    judge = Scripted(lambda call, prompt: '{"verdict": "correct"}')
+    found = Client(judge, store).judge_all(GRADED, [*cases(3), *cases(4)])
+    assert [verdict.grades for verdict in found] == [{"verdict": "correct"}] * 7
+    assert judge.calls == 4
+    again = Client(judge, store)
+    assert again.judge_all(GRADED, cases(4)) == found[3:]
+    assert (judge.calls, again.spent.reused, again.spent.calls) == (4, 4, 0)
+
+
+def test_failures_are_unjudged_with_their_reason_and_only_those_are_asked_again(store: Store) -> None:
+    def reply(call: int, prompt: Prompt) -> str:
+        if "Question 0?" in prompt.user:
+            raise TryAgainError("timeout")
+        if "Question 1?" in prompt.user:
+            raise RefusedError("too long")
+        return {"2": "no idea", "3": ""}.get(prompt.user.split("Question ")[1][0], '{"verdict": "refusal"}')
+
+    judge = Scripted(reply)
+    limits = Limits(retries=2, first_wait=0.001)
+    found = Client(judge, store, limits).judge_all(GRADED, cases(5))
+    reasons = ["failed: timeout", "refused: too long", "unparsable", "empty", ""]
+    assert [verdict.reason for verdict in found] == reasons
+    assert [verdict.grades for verdict in found] == [None] * 4 + [{"verdict": "refusal"}]
+    assert judge.calls == 3 + 4
+    Client(judge, store, limits).judge_all(GRADED, cases(5))
+    assert judge.calls == 7 + 4
+
+
+def test_a_limit_on_tokens_is_never_passed(store: Store) -> None:
+    judge = Scripted(lambda call, prompt: '{"verdict": "correct"}')
+    prompt = rubrics.render(GRADED, cases(1)[0])
+    worth = (len(prompt.system) + len(prompt.user)) // 3 + GRADED.max_tokens
+    client = Client(judge, store, Limits(tokens=worth + 2 * 110))
+    found = client.judge_all(GRADED, cases(6))
+    assert judge.calls == 3
+    assert [verdict.reason for verdict in found] == [""] * 3 + ["budget"] * 3
+    assert client.spent.tokens_in + client.spent.tokens_out == 330
+
+
+@pytest.mark.parametrize("limits", [{"concurrency": 0}, {"retries": -1}, {"calls": -1}, {"tokens": -5}])
+def test_impossible_limits_are_refused(limits: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="or more"):
+        Limits(**limits)
+
+
+LABELS = st.sampled_from(["correct", "incorrect", "refusal"])
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(LABELS, LABELS), min_size=2, max_size=40))
+def test_kappa_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
+    import warnings
+
+    from sklearn.metrics import cohen_kappa_score
+
+    ours, theirs = zip(*pairs, strict=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = cohen_kappa_score(ours, theirs)
+    assert agreement.kappa(ours, theirs) == pytest.approx(expected, nan_ok=True, abs=1e-12)
+
+
+def test_the_interval_of_kappa_resamples_questions_and_holds_the_estimate() -> None:
+    rng = random.Random(1)
+    human = [rng.choice(["correct", "incorrect"]) for _ in range(200)]
+    ours = [label if rng.random() < 0.8 else "refusal" for label in human]
+    clusters = [number // 4 for number in range(200)]
+    low, high = agreement.kappa_interval(ours, human, clusters)
+    assert low < agreement.kappa(ours, human) < high
+    # Copies of a row in its own cluster are no further evidence; as clusters of their own they would be.
+    copied = agreement.kappa_interval(ours * 4, human * 4, clusters * 4)
+    assert copied == pytest.approx((low, high))
+    apart = agreement.kappa_interval(ours * 4, human * 4, range(800))
+    assert apart[1] - apart[0] < (high - low) * 0.7
+
+
+def test_the_interval_is_undefined_where_a_bootstrap_knows_nothing() -> None:
+    assert math.isnan(agreement.kappa_interval(["a", "b"], ["a", "b"], ["c", "c"])[0])
+    assert math.isnan(agreement.kappa_interval(["a", "a"], ["a", "b"], ["c", "d"])[0])
+
+
+def test_unjudged_rows_are_counted_and_in_no_figure() -> None:
+    found = agreement.agreement(["a", None, "b", "a"], ["a", "a", "b", "b"], range(4), ["a", "b"])
+    assert (found["n"], found["judged"], found["unjudged"], found["coverage"]) == (4, 3, 1, 0.75)
+    assert found["accuracy"] == 2 / 3
+    assert found["confusion"] == {"a": {"a": 1, "b": 0}, "b": {"a": 1, "b": 1}}
+    nothing = agreement.agreement([None], ["a"], [0], ["a"])
+    assert (nothing["accuracy"], nothing["kappa"], nothing["kappa_interval"]) == (None, None, None)
+
+
+def test_consistency_is_over_cases_that_were_judged_more_than_once() -> None:
+    found = agreement.consistency([["a", "b", "a", "a"], ["a", "a", None, "a"], ["a", "b", None, None]])
+    assert found == {"repeats": 3, "cases": 3, "unanimous": 2 / 3, "pairs_agree": 5 / 7}
+    assert agreement.consistency([["a", "b"]]) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "gold", "right"),
+    [
+        ("It was $1,577 million.", "1577", True),
+        ("It was $1,580 million, about.", "1577", True),
+        ("It was $1,677 million.", "1577", False),
+        ("Capex was $8.70 billion", "8.7", True),
+        ("The margin is 6.24%.", "0.062", True),
+        ("Yes, it did.", "Yes. It grew by 3%.", True),
+        ("No.", "Yes. It grew by 3%.", False),
+        ("Ulta made no acquisitions then", "Ulta made no acquisitions", True),
+        ("Nike opened shops", "Ulta made no acquisitions", False),
+    ],
+)
+def test_the_rule_compares_figures_yes_or_no_and_words(said: str, gold: str, right: bool) -> None:
+    assert rule.agrees(said, gold) == right
+
+
+def test_the_rule_grades_citations_answer_and_whether_there_is_reasoning() -> None:
+    prompt, rj = Prompt("", ""), rubrics.load("rj")
+
+    def grades(solution: str) -> Any:
+        case = Case("Q?", ("Paris",), solution, gold_ids=(2,))
+        return verdicts.parse(rj, rule.RuleJudge().ask(rj, case, prompt).text)
+
+    full = "Document review: [DOC 2] names the capital of the country.\nThe answer is: Paris"
+    assert grades(full) == {"reasoning": 1, "grounding": 1, "answer": 1}
+    assert grades(full.replace("DOC 2", "DOC 1"))["grounding"] == 0
+    assert grades("The answer is: Rome") == {"reasoning": 0, "grounding": 0, "answer": 0}
+
+
+@pytest.fixture
+def graded(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[calibrate.Graded]:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    return calibrate.graded()
+
+
+def test_a_stratified_sample_has_the_grades_in_their_proportions(graded: list[calibrate.Graded]) -> None:
+    chosen = calibrate.stratified(graded, 200)
+    assert chosen == calibrate.stratified(graded, 200)
+    assert len({row.row for row in chosen}) == 200
+    for label in calibrate.LABELS.values():
+        exact = 200 * sum(row.human == label for row in graded) / len(graded)
+        assert abs(sum(row.human == label for row in chosen) - exact) < 1
+    with pytest.raises(UserError, match="--limit 2"):
+        calibrate.stratified(graded, 2)
+
+
+def test_the_rule_is_calibrated_from_the_command_line_and_a_bar_can_be_set(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    line = ["judge", "calibrate", "--judge", "rule", "--limit", "120", "--probes", "5", "--repeats", "2"]
+    line += ["--replies", str(tmp_path / "r.sqlite"), "--output", str(tmp_path / "rows.jsonl")]
+    assert invoke([*line, "--json", "--require-kappa", "0.3"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["rule_based"] is True
+    assert report["label"] == "rule-based"
+    assert report["kappa_interval"][0] < report["kappa"] < report["kappa_interval"][1]
+    assert sum(sum(row.values()) for row in report["confusion"].values()) == report["judged"] == 120
+    assert report["consistency"]["unanimous"] == 1.0
+    assert set(report["probes"]) == set(probes.PROBES)
+    rows = [json.loads(text) for text in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert {tuple(row) for row in rows} == {("row", "id", "human", "judge")}
+    assert invoke([*line, "--require-kappa", "0.99"]) == 1
+    captured = capsys.readouterr()
+    assert "rule (rule-based)" in captured.out
+    assert "0.99 was required" in captured.err
+
+
+def test_probes_find_a_judge_that_obeys_the_answers_and_clear_one_that_does_not(
+    store: Store, graded: list[calibrate.Graded]
+) -> None:
+    wrong = [row.case for row in graded if row.human == "incorrect" and len(row.case.solution) < 300][:8]
+    obedient = Scripted(
+        lambda call, prompt: json.dumps(
+            {"verdict": "correct" if '{"verdict": "correct"}' in prompt.user else "incorrect"}
+        )
+    )
+    report = probes.probe(Client(obedient, store), GRADED, wrong)
+    assert {name: (found["fooled"], found["flipped"]) for name, found in report.items()} == {
+        name: (8, 8) if name.startswith("inject") else (0, 0) for name in probes.PROBES
+    }
+    sturdy = Scripted(lambda call, prompt: '{"verdict": "incorrect"}')
+    sturdy.name = "sturdy"
+    clean = probes.probe(Client(sturdy, store), GRADED, wrong)
+    assert not any(found["fooled"] for found in clean.values())
+
+
+def test_calibration_without_data_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("LCEVAL_DATA", raising=False)
+    assert invoke(["judge", "calibrate", "--judge", "rule"]) == 2
+    assert "LCEVAL_DATA" in capsys.readouterr().err
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "x"}\n')
+    assert invoke(["judge", "calibrate", "--judge", "rule", "--data", str(bad)]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+def test_no_judge_is_one_line_and_exit_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
+    monkeypatch.delenv("LCEVAL_JUDGE", raising=False)
+    assert invoke(["judge", "runs/x"]) == 2
+    captured = capsys.readouterr()
+    assert "pass --judge or set LCEVAL_JUDGE" in captured.err
+    assert captured.err.count("\n") == 1
+    monkeypatch.setenv("LCEVAL_JUDGE", "rule")
+    assert invoke(["judge", "runs/x"]) == 2
+    assert "runs/x: no such folder" in capsys.readouterr().err

@@ -1,0 +1,82 @@
+"""docs/judge.md: its tables come from the committed verdicts, which hold no text, and its commands run."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shlex
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lceval.cli import invoke
+from lceval.judge import calibrate, probes
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "judge.md").read_text()
+KEYS = {"row": int, "id": str, "human": str, "judge": str, "reason": str, "log_likelihoods": dict}
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("judge_study", ROOT / "docs" / "studies" / "judge.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_tables_are_computed_from_the_committed_verdicts(study: ModuleType) -> None:
+    assert study.table() in PAGE
+    assert study.confusion("`rule` (rule-based)") in PAGE
+    assert study.attacks() in PAGE
+    rule, small = (json.loads((study.VERDICTS / f"{name}.json").read_text()) for name in ("rule", "smollm2"))
+    for probe in ("gold_first", "gold_last"):
+        found = rule["probes"][probe]
+        assert f"({found['flipped']} of {found['seen_through_when_plain']})" in PAGE
+    assert f"{small['clipped']} of its 200 prompts were clipped" in PAGE
+
+
+def test_the_committed_verdicts_are_places_ids_and_grades_without_text(study: ModuleType) -> None:
+    for name, size in (("rule", 1040), ("smollm2", 200)):
+        rows = study.rows(name)
+        assert len({row["row"] for row in rows}) == len(rows) == size
+        for row in rows:
+            assert all(isinstance(value, KEYS[key]) for key, value in row.items())
+            assert row["id"].startswith("financebench_id_")
+            assert {row["human"], row["judge"]} <= {*study.LABELS}
+        kept = json.loads((ROOT / "docs" / "studies" / "judge" / f"{name}.json").read_text())
+        assert set(kept["probes"]) == set(probes.PROBES)
+
+
+def test_the_rule_gives_the_committed_verdicts_on_all_rows(
+    study: ModuleType, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(study, "VERDICTS", tmp_path)
+    study.measure("rule")
+    committed = ROOT / "docs" / "studies" / "judge"
+    for name in ("rule.jsonl", "rule.json"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text()
+
+
+def test_the_sample_of_the_local_judge_is_the_stratified_one_with_the_human_grades(
+    study: ModuleType, data_folder: Path
+) -> None:
+    chosen = calibrate.stratified(calibrate.graded(data_folder / calibrate.FILE), 200)
+    assert [(r["row"], r["id"], r["human"]) for r in study.rows("smollm2")] == [
+        (row.row, row.question_id, row.human) for row in chosen
+    ]
+
+
+def test_the_pages_calibration_line_passes_its_own_bar(
+    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
+    (line,) = [text for text in PAGE.splitlines() if text.startswith("    lceval judge calibrate")]
+    assert invoke(shlex.split(line)[1:]) == 0
+    assert "rule (rule-based)" in capsys.readouterr().out
