@@ -10,8 +10,11 @@ const make = (name, text, kind) => {
 // Plotly reads a few tags in labels; runs must not write any.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const show = (v) => v === null || v === undefined ? "-" : typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v);
-const columns = Object.keys(data.rows[0]).filter((key) => data.rows.some((row) => row[key] !== null && row[key] !== undefined));
+const present = Object.keys(data.rows[0]).filter((key) => data.rows.some((row) => row[key] !== null && row[key] !== undefined));
 const isText = (key) => data.rows.some((row) => typeof row[key] === "string");
+// A name that is the same in every row says nothing; run, recipe and task always stand.
+const columns = present.filter((key) => ["run", "recipe", "task"].includes(key) || !isText(key)
+  || new Set(data.rows.map((row) => row[key])).size > 1);
 let sorted = null, down = true, page = 0;
 const PAGE = 50;
 
@@ -46,7 +49,7 @@ function memory() {
   if (!rows.length) return;
   const ink = getComputedStyle(document.body).color;
   Plotly.newPlot("memory", [{ type: "scatter", mode: "markers+text", x: rows.map((r) => r.kv_mb), y: rows.map((r) => r.score),
-    text: rows.map((r) => plain(r.recipe)), hovertext: rows.map((r) => plain(`${r.run}, ${r.task}`)), textposition: "top center" }],
+    text: rows.map((r) => plain(r.context && r.context !== "full" ? `${r.recipe}, ${r.context}` : r.recipe)), hovertext: rows.map((r) => plain(`${r.run}, ${r.task}`)), textposition: "top center" }],
   { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink }, margin: { t: 20 },
     xaxis: { title: { text: "KV memory, MB per sample" } }, yaxis: { title: { text: "score" } } }, { responsive: true, displaylogo: false });
 }
