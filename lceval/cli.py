@@ -102,6 +102,24 @@ def check(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
+    html: Annotated[Path, typer.Option("--html", help="The file; replaced if it is an earlier report.")],
+    as_json: Json = False,
+) -> None:
+    """One HTML page of runs: leaderboard, plots and every sample; opens offline."""
+    from lceval.report.page import write
+
+    made = write(runs, html)
+    if as_json:
+        typer.echo(json.dumps({**vars(made), "html": str(made.html)}))
+    else:
+        typer.echo(
+            f"{made.html}: {made.runs} runs, {made.rows} rows, {made.samples} samples, {made.bytes / 1e6:.1f} MB"
+        )
+
+
+@app.command()
 def model(name: Annotated[str, typer.Argument(help="smollm2-135m")], as_json: Json = False) -> None:
     """Print the folder of a packaged model, which `--model hf`, vLLM or kvpress can load."""
     from lceval.models import packaged

@@ -1,0 +1,58 @@
+"""The page in a real browser: it sorts and searches, asks for nothing, and runs nothing that a run wrote."""
+
+import json
+import shutil
+
+import pytest
+
+from lceval.report.page import write
+
+CHROMIUM = shutil.which("chromium")
+EVIL = "</script><script>window.evil=1</script><img src=x onerror='window.evil=1'>"
+
+
+def run_folder(folder, recipe, answer, n=60):
+    folder.mkdir()
+    model_args = {"pretrained": "org/m", "kv": recipe}
+    config = {"model": "lcft", "model_args": model_args}
+    (folder / "results_D.json").write_text(json.dumps({"configs": {"lc_x_2k": {}}, "config": config}))
+    lines = [
+        {"doc_id": i, "doc": {"id": f"q{i}", "answers": ["yes"], "question": "Is it?"}, "filter": "none"}
+        | {"arguments": {"gen_args_0": {"arg_0": "x" * 3000 + "END"}}, "metrics": ["em"], "em": float(i % 2)}
+        | {"filtered_resps": [answer], "kv_bytes": 10**6, "kv_bytes_full": 4 * 10**6, "kv": {"status": "ok"}}
+        for i in range(n)
+    ]
+    (folder / "samples_lc_x_2k_D.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL)]
+    html = tmp_path / "r.html"
+    write(runs, html)
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    flags += ["--disable-component-update", "--disable-sync"]
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
+        tab = browser.new_page(viewport={"width": 375, "height": 800})
+        asked, errors = [], []
+        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.goto(html.as_uri())
+        tab.wait_for_function("window.__ready && document.querySelector('#memory .plotly')")
+        tab.click("#board th button >> text=recipe")
+        assert "knorm:0.5" in tab.inner_text("#board tr:nth-child(2)")
+        tab.select_option("#row", "1")
+        tab.fill("#search", "q59")
+        assert tab.inner_text("#count") == "1 samples"
+        tab.click("#list button")
+        assert EVIL in tab.inner_text("#detail")
+        assert tab.evaluate("window.evil") is None
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.close()
+    assert errors == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)

@@ -1,0 +1,35 @@
+"""The page is the same for the same runs, and replaces only what it made."""
+
+import json
+
+import pytest
+
+from lceval.cli import invoke
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = {"configs": {"mc": {}}, "config": {"model": "hf", "model_args": "pretrained=org/m"}}
+    (folder / "results_D.json").write_text(json.dumps(config))
+    lines = [{"doc_id": i, "filtered_resps": ["\ud800</script>"], "metrics": ["acc"], "acc": i % 2} for i in range(7)]
+    (folder / "samples_mc_D.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def test_the_same_runs_give_the_same_bytes_and_an_earlier_report_is_replaced(tmp_path, run_folder, capsys):
+    html = tmp_path / "r.html"
+    assert invoke(["report", str(run_folder), "--html", str(html), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 7
+    first = html.read_bytes()
+    assert invoke(["report", str(run_folder), "--html", str(html)]) == 0
+    assert html.read_bytes() == first
+
+
+def test_a_file_of_another_make_is_never_replaced(tmp_path, run_folder, capsys):
+    html = tmp_path / "notes.html"
+    html.write_text("mine")
+    assert invoke(["report", str(run_folder), "--html", str(html)]) == 2
+    assert "did not make" in capsys.readouterr().err
+    assert html.read_text() == "mine"
