@@ -267,6 +267,25 @@ def bench_eval(
     typer.echo(json.dumps(report, indent=2) if as_json else evaluation(report))
 
 
+@bench.command("kernels")
+def bench_kernels(
+    predict: Annotated[str | None, typer.Option(help="h100, h200 or a100: what bytes and operations allow.")] = None,
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; default 8k, 32k, 128k.")] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Sequences; default 1, 8, 32.")] = None,
+    keeps: Annotated[list[float] | None, typer.Option("--keep", help="Shares; default 1, .5, .25, .1.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also write a page with a plot.")] = None,
+    as_json: Json = False,
+) -> None:
+    """On a GPU: a decoding step's attention for every store, against the memory's speed and against SDPA."""
+    from lceval.bench import render
+    from lceval.bench.kernels import bench as measure
+
+    report = measure(predict, lengths, batches, keeps)
+    if plot is not None:
+        plot.write_text(render.kernels_plot(report))
+    typer.echo(json.dumps(report, indent=2) if as_json else render.kernels(report))
+
+
 @bench.command("aot")
 def bench_aot(as_json: Json = False) -> None:
     """Compile every kernel for sm_80 and sm_90, without a GPU, and hold its cost against the limits."""

@@ -48,6 +48,66 @@ def evaluation(report: dict[str, Any]) -> str:
     return f"{head}\n{columns(rows)}"
 
 
+def kernels(report: dict[str, Any]) -> str:
+    """The cases of `bench kernels`, one a line."""
+    predicted = report["predicted"]
+    bound = "bound" if predicted else "of copy"
+    rows = [["store", "length", "batch", "keep", "us", "floor us", bound, "sdpa us", "x sdpa", "ideal x"]]
+    for row in report["rows"]:
+        head = [row["store"], str(row["length"]), str(row["batch"]), f"{row['keep']:g}"]
+        if error := row.get("error"):
+            rows.append([*head, error, *["-"] * 5])
+            continue
+        share = row["bound_by"] if predicted else _number(row["bandwidth_share"], "{:.2f}")
+        times = [_number(row[key], "{:.1f}") for key in ("us", "floor_us")]
+        ratios = [_number(row[key], "{:.2f}") for key in ("speedup_vs_sdpa", "ideal_speedup")]
+        rows.append([*head, *times, share, _number(row["sdpa_us"], "{:.1f}"), *ratios])
+    if predicted:
+        return f"predicted for {predicted}, one layer of Llama-3.1-8B, 16 bit\n{columns(rows)}"
+    side = report["prefill"]
+    text = (
+        f"{report['machine']['device']}, copy {report['copy_bytes_s'] / 1e12:.2f} TB/s, one layer of Llama-3.1-8B, bf16"
+    )
+    after = (
+        f"scoring and compacting {side['length']} tokens to a quarter: {side['score_us'] + side['compact_us']:.0f} us, "
+        f"{100 * side['share']:.1f}% of the layer's prefill ({100 * side['share_int4']:.1f}% with int4)"
+    )
+    return f"{text}\n{columns(rows)}\n{after}"
+
+
+def kernels_plot(report: dict[str, Any]) -> str:
+    """A self-contained page: speed over SDPA by share kept, a panel a length and batch."""
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    rows = [row for row in report["rows"] if row.get("speedup_vs_sdpa")]
+    lengths, batches, stores = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "batch", "store"))
+    titles = [f"{length:,} tokens, batch {batch}" for length in lengths for batch in batches]
+    figure = make_subplots(len(lengths), len(batches), subplot_titles=titles, shared_xaxes=True, shared_yaxes=True)
+    palette = ("#1f6feb", "#d1495b", "#2a9d8f", "#8f5bd1", "#e08e0b", "#5c6773")
+    for number, store in enumerate(stores):
+        for place, (length, batch) in enumerate((length, batch) for length in lengths for batch in batches):
+            own = [row for row in rows if (row["store"], row["length"], row["batch"]) == (store, length, batch)]
+            figure.add_trace(
+                go.Scatter(
+                    x=[row["keep"] for row in own],
+                    y=[row["speedup_vs_sdpa"] for row in own],
+                    name=store,
+                    legendgroup=store,
+                    showlegend=place == 0,
+                    mode="lines+markers",
+                    line={"color": palette[number % len(palette)]},
+                ),
+                row=place // len(batches) + 1,
+                col=place % len(batches) + 1,
+            )
+    of = f"predicted for {report['predicted']}" if report["predicted"] else report["machine"]["device"]
+    figure.update_layout(title=f"A step's attention, times SDPA on the full cache ({of})", template="plotly_white")
+    figure.update_xaxes(type="log", tickvals=[0.1, 0.25, 0.5, 1])
+    figure.update_yaxes(type="log")
+    return str(figure.to_html(include_plotlyjs=True, div_id="kernels"))
+
+
 def _number(value: float | None, form: str, scale: float = 1.0) -> str:
     return "-" if value is None else form.format(value * scale)
 

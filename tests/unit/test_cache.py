@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
-from lceval.kernels import launch, paged
+from lceval.kernels import decode, gather_decode, launch, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
 from lceval.models import attention
 from lceval.models.cache import Context
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
+from lceval.models.question import QuestionLayer
 from lceval.models.recipe import Recipe, parse
 
 LAYERS, HEADS, KV_HEADS = 3, 6, 2
@@ -156,6 +158,55 @@ def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: 
     assert set(asked) == {5}
 
 
+class Waits(TorchDispatchMode):
+    """Collects the operations that make the host wait for the device: a value is read, or a shape depends on one."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "repeat_interleave")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        mask = name.startswith("index") and any(
+            isinstance(x, Tensor) and x.dtype == torch.bool for x in (args[1] if isinstance(args[1], list) else ())
+        )
+        if mask or name.startswith(self.NAMES):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_waits_for_the_device_is_noticed() -> None:
+    with Waits() as waits:
+        x = torch.arange(3)
+        x[x > 1], x.tolist(), int(x[0]), (x > 1).nonzero()
+    assert {*waits.found} >= {"index", "_local_scalar_dense", "nonzero"}
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a test below runs it where Triton interprets its kernels")
+@pytest.mark.parametrize("how", ["full", "ragged", *KINDS])
+def test_a_step_never_makes_the_host_wait(tiny: Any, how: str, monkeypatch: Any) -> None:
+    ids = torch.randint(0, 99, (1, 150), generator=torch.Generator().manual_seed(3))
+    cache = read(tiny, ids, recipe(how)).fork(6, kernels=True)
+    tiny(torch.tensor([[5, 7, 11]]), cache=cache)
+    found: list[str] = []
+
+    def attend(layer: Any, *args: Any, was: Any = QuestionLayer.attend) -> Any:
+        with Waits() as waits:
+            o = was(layer, *args)
+        found.extend(waits.found)
+        return o
+
+    monkeypatch.setattr(QuestionLayer, "attend", attend)
+    for module in (decode, gather_decode, quant_decode, scan):
+        # On a CPU alone these look at values.
+        monkeypatch.setattr(module, "_check", lambda *_: None)
+    tiny(torch.tensor([[13]]), cache=cache)
+    assert found == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(launch.INTERPRETED, reason="this is the test's own child process")
 def test_decoding_through_the_kernels_is_the_same() -> None:
@@ -172,7 +223,7 @@ def test_decoding_through_the_kernels_is_the_same() -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        f"(dropped_positions_masked and ({' or '.join(kinds)})) or through_its_kernel",
+        f"(dropped_positions_masked and ({' or '.join(kinds)})) or through_its_kernel or host_wait",
     ]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stdout
