@@ -1,25 +1,30 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const at = (id) => document.getElementById(id);
-const make = (name, text, kind) => {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  if (kind) made.className = kind;
-  return made;
-};
-// Plotly reads a few tags in labels; runs must not write any.
-const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+// The page's tables, filters and theme. Text of runs is only ever set as text.
 const show = (v) => v === null || v === undefined ? "-" : typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v);
-const present = Object.keys(data.rows[0]).filter((key) => data.rows.some((row) => row[key] !== null && row[key] !== undefined));
-const isText = (key) => data.rows.some((row) => typeof row[key] === "string");
-// A name that is the same in every row says nothing; run, recipe and task always stand.
-const columns = present.filter((key) => ["run", "recipe", "task"].includes(key) || !isText(key)
-  || new Set(data.rows.map((row) => row[key])).size > 1);
-let sorted = null, down = true, page = 0;
-const PAGE = 50;
+const percent = (v) => v === null || v === undefined ? "-" : (100 * v).toFixed(1);
+const bounded = (of, mid, lo, hi) => mid === null || mid === undefined ? "-" : lo === null || lo === undefined ? of(mid) : `${of(mid)} [${of(lo)}, ${of(hi)}]`;
+// Heading, the key that sorts it, its text; a column without any value is left out.
+const NAMED = [
+  ["run", "run", (r) => r.run + (r.unfinished ? "*" : "")], ["model", "pretrained"], ["adapter", "peft"], ["recipe", "recipe"], ["task", "task"], ["context", "context"], ["n", "n"],
+  ["score [95% CI]", "score", (r) => bounded(r.unit === "share" ? percent : show, r.score, r.ci_lo, r.ci_hi)],
+  ["% of full", "retention", (r) => bounded(percent, r.retention, r.retention_lo, r.retention_hi)],
+  ["gold nll", "gold_nll"], ["gold kept %", "gold_kept", (r) => percent(r.gold_kept)], ["kept %", "kept_share", (r) => percent(r.kept_share)], ["KV MB", "kv_mb"],
+  ["read MB", "bytes_read_per_step", (r) => r.bytes_read_per_step ? show(r.bytes_read_per_step / 1e6) : "-"], ["prefill s", "prefill_s"], ["decode tok/s", "decode_tok_s"],
+  ["judge", "judge_sum"], ["errors", "errors"], ["cut", "truncated"], ["wrong form", "wrong_format"], ["unjudged", "unjudged"],
+];
+const empty = (v) => v === null || v === undefined || v === 0;
+const differs = (key) => new Set(data.rows.map((r) => r[key])).size > 1;
+const isText = (key) => data.rows.some((r) => typeof r[key] === "string");
+const plainColumn = (key) => [key, key, (r) => typeof r[key] === "object" && r[key] !== null ? JSON.stringify(r[key]) : show(r[key])];
+const CONSTANT = ["pretrained", "peft", "context", "task"];
+const columns = () => at("every").checked
+  ? Object.keys(data.rows[0] || {}).map(plainColumn)
+  : NAMED.filter(([, key]) => CONSTANT.includes(key) ? differs(key) : key === "score" || data.rows.some((r) => !empty(r[key])));
+let sorted = null, down = true, page = 0, chosen = null;
+const PAGE = 15;
+const picked = () => data.rows.filter((r) => !at("task").value || r.task === at("task").value);
 
 function board() {
-  const rows = [...data.rows];
+  const rows = picked(), shown = columns();
   if (sorted) rows.sort((a, b) => {
     const [x, y] = [a[sorted], b[sorted]];
     if (x === null || x === undefined) return 1;
@@ -27,9 +32,9 @@ function board() {
     return (x < y ? -1 : x > y ? 1 : 0) * (down ? -1 : 1);
   });
   const head = make("tr");
-  for (const key of columns) {
-    const cell = make("th", undefined, isText(key) ? "text" : "");
-    const button = make("button", key);
+  for (const [heading, key] of shown) {
+    const cell = make("th", undefined, isText(key) ? "text" : ""), button = make("button", heading);
+    cell.scope = "col";
     button.title = data.keys[key] || "";
     if (sorted === key) cell.setAttribute("aria-sort", down ? "descending" : "ascending");
     button.addEventListener("click", () => { down = sorted === key ? !down : true; sorted = key; board(); });
@@ -38,52 +43,85 @@ function board() {
   }
   at("board").replaceChildren(head, ...rows.map((row) => {
     const line = make("tr");
-    line.append(...columns.map((key) => make("td", show(row[key]), isText(key) ? "text" : "")));
+    line.append(...shown.map(([, key, text]) => make("td", text ? text(row) : show(row[key]), isText(key) ? "text" : "")));
     return line;
   }));
 }
 
-function memory() {
-  const rows = data.rows.filter((row) => row.kv_mb !== null && row.score !== null);
-  at("why").hidden = rows.length > 0;
-  if (!rows.length) return;
-  const ink = getComputedStyle(document.body).color;
-  Plotly.newPlot("memory", [{ type: "scatter", mode: "markers+text", x: rows.map((r) => r.kv_mb), y: rows.map((r) => r.score),
-    text: rows.map((r) => plain(r.context && r.context !== "full" ? `${r.recipe}, ${r.context}` : r.recipe)), hovertext: rows.map((r) => plain(`${r.run}, ${r.task}`)), textposition: "top center" }],
-  { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink }, margin: { t: 20 },
-    xaxis: { title: { text: "KV memory, MB per sample" } }, yaxis: { title: { text: "score" } } }, { responsive: true, displaylogo: false });
+// What the same question scored under full; undefined where nothing is paired.
+function underFull(block, i) {
+  if (!block.full) return undefined;
+  const place = block.full.pairs[i];
+  return place === null ? undefined : data.blocks[block.full.block].score[place];
+}
+
+function wanted(block, i) {
+  const score = block.score[i] || 0, kind = at("correct").value, status = at("status").value, full = underFull(block, i);
+  if (status && data.texts[block.status[i]] !== status) return false;
+  if (kind === "right" && score <= 0 || kind === "wrong" && score > 0) return false;
+  if (kind === "lost" && !(full > score) || kind === "won" && !(full < score)) return false;
+  const words = at("search").value.toLowerCase();
+  return !words || `${data.texts[block.id[i]]}\n${data.texts[block.question[i]]}\n${block.answer[i]}`.toLowerCase().includes(words);
 }
 
 function samples() {
-  const block = data.blocks[at("row").value], words = at("search").value.toLowerCase();
-  const found = [...block.id.keys()].filter((i) =>
-    `${data.texts[block.id[i]]}\n${data.texts[block.question[i]]}\n${block.answer[i]}`.toLowerCase().includes(words));
+  const block = data.blocks[at("row").value];
+  if (!block) return;
+  const found = [...block.id.keys()].filter((i) => wanted(block, i));
   page = Math.max(0, Math.min(page, Math.ceil(found.length / PAGE) - 1));
   at("count").textContent = `${found.length} samples`;
+  at("back").disabled = page === 0;
+  at("next").disabled = (page + 1) * PAGE >= found.length;
   at("list").replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map((i) => {
-    const line = make("tr"), name = make("td", undefined, "text"), button = make("button", data.texts[block.id[i]]);
-    button.addEventListener("click", () => detail(block, i));
+    const line = make("tr"), name = make("td", undefined, "text"), button = make("button", data.texts[block.id[i]]), score = block.score[i];
+    line.setAttribute("aria-selected", String(chosen === i));
+    button.addEventListener("click", () => { chosen = i; samples(); detail(block, i); });
     name.append(button);
-    line.append(name, make("td", data.texts[block.status[i]], "text"), make("td", show(block.score[i])), make("td", block.answer[i].slice(0, 90), "text"));
+    line.append(name, make("td", data.texts[block.status[i]], "text"), make("td", show(score), score > 0 ? "right" : "wrong"), make("td", block.answer[i].slice(0, 110), "text"));
     return line;
   }));
 }
 
 function detail(block, i) {
-  const parts = { question: data.texts[block.question[i]], answer: block.answer[i], "gold answers": data.golds[block.gold[i]].join(" | "),
-    gold_kept: show(block.gold_kept[i]), gold_nll: show(block.gold_nll[i]) };
-  for (const [key, values] of Object.entries(block.kv)) parts[key] = show(values[i]);
-  if (block.judge[i]) parts.judge = JSON.stringify(block.judge[i], null, 1);
+  const full = underFull(block, i);
+  const parts = { question: data.texts[block.question[i]], answer: block.answer[i], "gold answers": data.golds[block.gold[i]].join(" | "), score: show(block.score[i]) };
+  if (full !== undefined) parts["score under full"] = show(full);
+  if (block.gold_kept[i] !== null) parts.gold_kept = show(block.gold_kept[i]);
+  if (block.gold_nll[i] !== null) parts.gold_nll = show(block.gold_nll[i]);
+  if (block.judge[i]) for (const [key, value] of Object.entries(block.judge[i])) parts[key] = typeof value === "object" ? JSON.stringify(value, null, 1) : show(value);
   parts["end of the prompt"] = data.prompts[block.prompt[i]];
-  at("detail").textContent = Object.entries(parts).map(([key, value]) => `${key}: ${value}`).join("\n");
+  const told = Object.entries(block.kv).filter(([, values]) => values[i] !== null).map(([key, values]) => `${key} ${show(values[i])}`);
+  if (told.length) parts.telemetry = told.join(", ");
+  at("detail").scrollIntoView({ block: "nearest" });
+  at("detail").replaceChildren(...Object.entries(parts).flatMap(([key, value]) => [make("dt", key), make("dd", value)]));
 }
 
-data.rows.forEach((row, i) => { const option = make("option", `${row.run}, ${row.task}`); option.value = i; at("row").append(option); });
-at("row").addEventListener("change", () => { page = 0; samples(); });
-at("search").addEventListener("input", () => { page = 0; samples(); });
+const remembered = () => { try { return localStorage.getItem("lceval-theme"); } catch { return null; } };
+function theme(name, keep) {
+  document.documentElement.dataset.theme = name;
+  at("theme").textContent = name === "dark" ? "Light" : "Dark";
+  if (keep) try { localStorage.setItem("lceval-theme", name); } catch { /* a page from a file may have no storage */ }
+}
+
+const option = (id, value, text) => { const made = make("option", text); made.value = value; at(id).append(made); };
+option("task", "", "all");
+for (const task of new Set(data.rows.map((r) => r.task))) option("task", task, task);
+data.rows.forEach((row, i) => option("row", i, `${row.run}, ${row.task}`));
+option("status", "", "any");
+for (const status of new Set(data.blocks.flatMap((b) => [...new Set(b.status)]))) option("status", data.texts[status], data.texts[status]);
+const total = data.blocks.reduce((sum, block) => sum + block.id.length, 0);
+at("summary").textContent = `${new Set(data.rows.map((r) => r.run)).size} runs, ${data.rows.length} rows, ${total} samples`;
+at("task").addEventListener("change", () => { board(); plots(picked()); });
+at("every").addEventListener("change", board);
+at("against").addEventListener("change", () => plots(picked()));
+for (const [id, event] of [["row", "change"], ["status", "change"], ["correct", "change"], ["search", "input"]])
+  at(id).addEventListener(event, () => { page = 0; chosen = null; samples(); });
 at("back").addEventListener("click", () => { page -= 1; samples(); });
 at("next").addEventListener("click", () => { page += 1; samples(); });
+at("theme").addEventListener("click", () => { theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark", true); plots(picked()); });
+theme(remembered() || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"), false);
 board();
 samples();
 window.__ready = performance.now();
-memory();
+// The tables are painted before the plots are drawn.
+setTimeout(() => { plots(picked()); window.__drawn = performance.now(); document.body.dataset.drawn = ""; });

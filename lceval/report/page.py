@@ -23,7 +23,7 @@ from lceval.report.data import collect
 from lceval.results import read_runs
 
 MARKER = "<!doctype html><!-- lceval report -->"
-SCRIPTS = ("page.js",)
+SCRIPTS = ("base.js", "plots.js", "page.js")
 
 
 @dataclass(frozen=True)

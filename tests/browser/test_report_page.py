@@ -11,14 +11,24 @@ CHROMIUM = shutil.which("chromium")
 EVIL = "</script><script>window.evil=1</script><img src=x onerror='window.evil=1'>"
 
 
-def run_folder(folder, recipe, answer, n=60):
+def run_folder(folder, recipe, answer, n=60, step=2):
     folder.mkdir()
     model_args = {"pretrained": "org/m", "kv": recipe}
     config = {"model": "lcft", "model_args": model_args}
     (folder / "results_D.json").write_text(json.dumps({"configs": {"lc_x_2k": {}}, "config": config}))
     lines = [
-        {"doc_id": i, "doc": {"id": f"q{i}", "answers": ["yes"], "question": "Is it?"}, "filter": "none"}
-        | {"arguments": {"gen_args_0": {"arg_0": "x" * 3000 + "END"}}, "metrics": ["em"], "em": float(i % 2)}
+        {
+            "doc_id": i,
+            "doc": {"id": f"q{i}", "answers": ["yes"], "question": "Is it?", "cluster": f"c{i % 9}"},
+            "filter": "none",
+        }
+        | {
+            "arguments": {"gen_args_0": {"arg_0": "x" * 3000 + "END"}},
+            "metrics": ["em"],
+            "em": float(i % step == 0),
+            "gold_kept": 0.1 * (i % 10),
+            "gold_nll": 1.5,
+        }
         | {"filtered_resps": [answer], "kv_bytes": 10**6, "kv_bytes_full": 4 * 10**6, "kv": {"status": "ok"}}
         for i in range(n)
     ]
@@ -30,7 +40,7 @@ def run_folder(folder, recipe, answer, n=60):
 def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
     from playwright.sync_api import sync_playwright
 
-    runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL)]
+    runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL, step=4)]
     html = tmp_path / "r.html"
     write(runs, html)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
@@ -43,10 +53,30 @@ def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
         tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(html.as_uri())
-        tab.wait_for_function("window.__ready && document.querySelector('#memory .plotly')")
+        tab.wait_for_selector("body[data-drawn]")
+        drawn = tab.evaluate(
+            "[...document.querySelectorAll('.plot')].filter(p => p.querySelector('.main-svg')).map(p => p.id)"
+        )
+        assert drawn == ["memory", "retention", "evidence"]
+        assert "No task here was run at two lengths." in tab.inner_text("#plots")
+        assert "50.0 [" in tab.inner_text("#board")  # half of the answers of `full` are kept
         tab.click("#board th button >> text=recipe")
         assert "knorm:0.5" in tab.inner_text("#board tr:nth-child(2)")
+        tab.check("#every")
+        assert "kv_16bit_share" in tab.inner_text("#board")
+        before = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        tab.click("#theme")
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before
+        tab.reload()
+        tab.wait_for_selector("body[data-drawn]")
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != before
+        tab.select_option("#against", "gold_nll")
+        assert "mean gold_nll" in tab.inner_text("#evidence")
         tab.select_option("#row", "1")
+        for kind, count in (("right", 15), ("wrong", 45), ("lost", 15), ("won", 0)):
+            tab.select_option("#correct", kind)
+            assert tab.inner_text("#count") == f"{count} samples", kind
+        tab.select_option("#correct", "")
         tab.fill("#search", "q59")
         assert tab.inner_text("#count") == "1 samples"
         tab.click("#list button")
