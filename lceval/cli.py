@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Format = Literal["terminal", "markdown", "csv", "json"]
+Format = Literal["terminal", "markdown", "latex", "csv", "html", "json"]
 
 
 @app.command(
@@ -57,14 +57,20 @@ def demo(
 
 @app.command()
 def table(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders of them, or what lm_eval wrote.")],
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
+    by: Annotated[
+        Literal["task", "suite", "length"], typer.Option(help="What a row is, or is the mean over.")
+    ] = "task",
+    reference: Annotated[
+        list[str] | None, typer.Option(help="Quote published figures: paper-table1, paper-table2; repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Set runs side by side: score with interval, what was kept, what it cost."""
+    """Set runs side by side: score with interval, what is left of full's, what was kept, what it cost."""
     from lceval.table import main as table_text
 
-    typer.echo(table_text(runs, "json" if as_json else form))
+    typer.echo(table_text(runs, "json" if as_json else form, by=by, reference=reference or ()))
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 lm-eval writes `results_<date>.json` and, with --log_samples, one `samples_<task>_<date>.jsonl` a task, all
 with the same date. A lceval run folder holds them directly, beside `run.json`; plain lm-eval puts them in
-a sub-folder named after the model, and a second evaluation adds a second set. Scores come from the
-samples, never from lm-eval's aggregates, because an interval needs every sample with its cluster.
+a sub-folder named after the model, and a second evaluation adds a second set. A folder of such folders (a
+sweep's) stands for all of them. Scores come from the samples, never from lm-eval's aggregates, because an
+interval needs every sample with its cluster.
 """
 
 import json
@@ -19,6 +20,8 @@ from lceval.errors import UserError
 # Telemetry is logged as metrics too, because that is the only road lm-eval offers; none of it is a score.
 DIAGNOSES = ("gold_kept", "gold_nll", "ndcg10")
 TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", *DIAGNOSES})
+LEVELS = 2
+"""How deep a folder of runs may hold them: `sweep/run`, or `sweep/group/run`."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Sample:
     answer: the response that was scored: a text, or JSON of one log-likelihood a choice.
     prompt_hash: lm-eval's digest of the prompt; empty where there is none.
     metrics: all that was logged as a number per sample and is no telemetry; empty for an error.
+    unjudged: whether a metric of a judge is missing here; None where the task logs none (an error needs no judge).
     """
 
     id: str
@@ -46,6 +50,7 @@ class Sample:
     answer: str = ""
     prompt_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    unjudged: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -95,24 +100,29 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
-    """Every run found in the folders, in their order; runs of the same name get their parent's in front.
+    """Every run found in the folders, in their order; runs of the same name get the name of the folder above.
 
     Raises:
         UserError: As `read_folder`.
     """
-    runs = [run for path in paths for run in read_folder(path)]
-    seen = Counter(run.label for run in runs)
+    runs = [(path, run) for path in paths for run in read_folder(path)]
+    seen = Counter(run.label for _, run in runs)
     return tuple(
-        replace(run, label=f"{run.path.resolve().parent.name}/{run.label}") if seen[run.label] > 1 else run
-        for run in runs
+        replace(run, label=f"{_above(path, run)}/{run.label}") if seen[run.label] > 1 else run for path, run in runs
     )
 
 
+def _above(path: Path, run: Run) -> str:
+    """What tells a run's label from the same label elsewhere: the folder it is relative to."""
+    return path.resolve().name if run.path != path else path.resolve().parent.name
+
+
 def read_folder(path: Path) -> tuple[Run, ...]:
-    """The run of a lceval run folder, or one run per results file of a plain lm-eval folder.
+    """The run of a lceval run folder, one run per results file of a plain lm-eval folder, or all in a folder of those.
 
     Plain runs are labelled with their sub-folder and date where the folder's name alone would not tell
-    them apart.
+    them apart. Runs in a folder of runs are labelled with their path in it, sorted; folders that hold none are passed
+    over.
 
     Raises:
         UserError: No such folder, no results in it, no samples, or a file that is not what it should be.
@@ -120,33 +130,66 @@ def read_folder(path: Path) -> tuple[Run, ...]:
     if not path.is_dir():
         what = "not a folder" if path.exists() else "no such folder"
         raise UserError(f"{path}: {what}; give the run folder or the --output_path of an evaluation")
+    if _is_one(path):
+        return _read_one(path, path.resolve().name)
+    below = list(_run_folders(path, LEVELS))
+    if not below:
+        raise UserError(f"{path}: no results_*.json inside; give the folder an evaluation wrote to, or one of such")
+    return tuple(run for folder in below for run in _read_one(folder, folder.relative_to(path).as_posix()))
+
+
+def _folders(path: Path) -> list[Path]:
+    return [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+
+
+def _is_one(path: Path) -> bool:
+    """Whether a folder is what one `--output_path` leaves: a run folder, or results in it or one level below."""
+    if _holds_results(path):
+        return True
+    inside = _folders(path)
+    # Results below, but also run folders below: a folder of runs.
+    return any(_results_files(folder) for folder in inside) and not any(
+        (folder / "run.json").is_file() or (not _results_files(folder) and _is_one(folder)) for folder in inside
+    )
+
+
+def _holds_results(path: Path) -> bool:
+    return (path / "run.json").is_file() or bool(_results_files(path))
+
+
+def _run_folders(path: Path, levels: int) -> Iterator[Path]:
+    """The folders below that are runs; none is looked for inside a run."""
+    for folder in _folders(path):
+        if _is_one(folder):
+            yield folder
+        elif levels > 1:
+            yield from _run_folders(folder, levels - 1)
+
+
+def _read_one(path: Path, label: str) -> tuple[Run, ...]:
+    """The runs of a folder of which `_is_one` holds."""
     if (path / "run.json").is_file():
-        return (_read_lceval_run(path),)
-    inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    if any((folder / "run.json").is_file() for folder in inside):
-        raise UserError(f"{path}: holds run folders but is none itself; name the runs, as in {path}/*")
-    files = _results_files(path) or [file for folder in inside for file in _results_files(folder)]
-    if not files:
-        raise UserError(f"{path}: no results_*.json inside; give the folder an evaluation wrote to")
+        return (_read_lceval_run(path, label),)
+    files = _results_files(path) or [file for folder in _folders(path) for file in _results_files(folder)]
     per_folder = Counter(file.parent for file in files)
     runs = []
     for file in files:
-        label = path.resolve().name
+        named = label
         if len(per_folder) > 1:
-            label += f"/{file.parent.name}"
+            named += f"/{file.parent.name}"
         if per_folder[file.parent] > 1:
-            label += f"@{_date(file)}"
-        runs.append(_assemble(path, label, file, run_json={}))
+            named += f"@{_date(file)}"
+        runs.append(_assemble(path, named, file, run_json={}))
     return tuple(runs)
 
 
-def _read_lceval_run(path: Path) -> Run:
+def _read_lceval_run(path: Path, label: str) -> Run:
     """The run of a folder with run.json: its newest results; none at all is fine while it is unfinished."""
     run_json = _read_json(path / "run.json")
     files = _results_files(path)
     if not files and run_json.get("status") == "finished":
         raise UserError(f"{path}: run.json says finished, but there is no results_*.json; run it again")
-    return _assemble(path, path.resolve().name, files[-1] if files else None, run_json)
+    return _assemble(path, label, files[-1] if files else None, run_json)
 
 
 def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mapping[str, Any]) -> Run:
@@ -157,8 +200,8 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
     template = {"chat_template_sha": results.get("chat_template_sha")} if results else {}
     config = {**_mapping(results.get("config")), **template, **run_json}
     model = str(config.get("model", "-"))
-    model_args = _model_args(config.get("model_args"))
-    recipe = config.get("recipe") or model_args.get("kv") or ("full" if model == "lcft" else "-")
+    arguments = model_args(config.get("model_args"))
+    recipe = config.get("recipe") or arguments.get("kv") or ("full" if model == "lcft" else "-")
     if results_file:
         tasks = tuple(_read_tasks(results_file, results, finished))
     else:
@@ -170,8 +213,8 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
         path=path,
         label=label,
         model=model,
-        pretrained=_text(model_args.get("pretrained")),
-        peft=_text(model_args.get("peft")),
+        pretrained=_text(arguments.get("pretrained")),
+        peft=_text(arguments.get("peft")),
         recipe=str(recipe),
         finished=finished,
         config=config,
@@ -259,13 +302,22 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         answer=_answer(row.get("filtered_resps")),
         prompt_hash=str(row.get("prompt_hash") or ""),
         metrics={} if status == "error" else _metrics(row),
+        unjudged=_unjudged(row, status),
     )
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+def _logged(row: Mapping[str, Any]) -> list[str]:
     names = row.get("metrics")
-    logged = [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
-    return {name: value for name in logged if (value := _number(row.get(name))) is not None}
+    return [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
+
+
+def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name in _logged(row) if (value := _number(row.get(name))) is not None}
+
+
+def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
+    judged = [name for name in _logged(row) if name == "judged" or name.startswith("judge_")]
+    return (status != "error" and any(_number(row.get(name)) is None for name in judged)) if judged else None
 
 
 def _answer(responses: object) -> str:
@@ -278,7 +330,7 @@ def _answer(responses: object) -> str:
     return json.dumps([x[0] if isinstance(x, list) and x else x for x in responses], ensure_ascii=False)
 
 
-def _model_args(value: object) -> Mapping[str, Any]:
+def model_args(value: object) -> Mapping[str, Any]:
     """lm-eval's model arguments, logged as a mapping or as the string "a=b,c=d"."""
     if isinstance(value, str):
         return {key.strip(): text for key, _, text in (part.partition("=") for part in value.split(","))}

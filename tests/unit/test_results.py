@@ -257,10 +257,6 @@ def no_samples(path: Path) -> None:
     (path / f"samples_mc_{DATE}.jsonl").unlink()
 
 
-def sweep(path: Path) -> None:
-    write_run_json(path / "one")
-
-
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -274,7 +270,7 @@ def sweep(path: Path) -> None:
         (broken_samples, r"jsonl:2: not valid JSON"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("{")), "not valid JSON"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("[]")), "expected a JSON object"),
-        (sweep, "name the runs"),
+        (lambda path: (path / "a" / "b").mkdir(parents=True), "no results_"),
     ],
     ids=[
         "missing",
@@ -287,7 +283,7 @@ def sweep(path: Path) -> None:
         "cut samples",
         "cut run.json",
         "list run.json",
-        "folder of runs",
+        "folders without a run",
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, make, says):

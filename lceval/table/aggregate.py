@@ -1,0 +1,129 @@
+"""Rows over several tasks: a suite's mean at one length, and its mean over lengths as HELMET takes it.
+
+The score of a suite at a length is the mean over its tasks of their means; the score of a suite is the mean over its
+lengths of those. Runs of the same model, adapter, recipe and context are one row, whichever folders their tasks lie in.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from lceval.table import intervals
+from lceval.table.intervals import Stratum
+from lceval.table.pairs import Result, counted, diagnosis_stratum, score_stratum
+from lceval.table.rows import KEYS, By, Row, Table, estimate, is_share
+
+_MEANS = (
+    *("gold_kept", "gold_nll", "ndcg10", "kept_share", "kv_mb", "kv_16bit_share", "bytes_read_per_step"),
+    *("prefill_s", "prefill_tok_s", "decode_tok_s"),
+)
+_SUMS = ("n", "clusters", "errors", "truncated", "wrong_format", "unjudged")
+
+Pair = tuple[Result, Row]
+Group = tuple[str | None, int | None]  # suite, length
+
+
+def aggregate(results: Sequence[Result], rows: Sequence[Row], by: By) -> Table:
+    """A row per configuration and suite, or suite and length; suites in the order they appear, lengths ascending."""
+    named: dict[tuple[Group, tuple[object, ...]], list[Pair]] = {}
+    left_out: dict[str, None] = {}
+    keys = _configurations(rows)
+    for result, row, key in zip(results, rows, keys, strict=True):
+        if row["n"] and not (is_share(result.task) and result.task.higher_is_better and counted(result.task)):
+            left_out[row["task"]] = None
+            continue
+        group = (row["suite"], row["length_k"] if by == "length" else None)
+        named.setdefault((group, key), []).append((result, row))
+    suites = list(dict.fromkeys(row["suite"] for row in rows))
+    runs = list(dict.fromkeys(row["run"] for row in rows))
+    made = [(group, members) for (group, _), members in named.items()]
+
+    def order(made: tuple[Group, list[Pair]]) -> tuple[int, bool, int, int]:
+        (suite, length_k), members = made
+        return suites.index(suite), length_k is None, length_k or 0, runs.index(members[0][1]["run"])
+
+    made.sort(key=order)
+    return Table([_row(members, group) for group, members in made], by, tuple(left_out))
+
+
+def _configurations(rows: Sequence[Row]) -> list[tuple[object, ...]]:
+    """What makes rows one: their configuration, and their run where a configuration ran a task more than once."""
+    # A task that is not there yet does not say its context; the rest of its run does.
+    contexts = {row["run"]: row["context"] for row in rows if row["n"]}
+    keys = []
+    for row in rows:
+        context = row["context"] if row["n"] else contexts.get(row["run"])
+        keys.append((row["model"], row["pretrained"], row["peft"], row["recipe"], context))
+    times = Counter((key, row["task"]) for key, row in zip(keys, rows, strict=True))
+    repeated = {key for (key, _), count in times.items() if count > 1}
+    return [(*key, row["run"]) if key in repeated else key for key, row in zip(keys, rows, strict=True)]
+
+
+def _row(members: Sequence[Pair], group: Group) -> Row:
+    # In one order, so that resamples do not depend on the order of the runs.
+    scored = sorted((pair for pair in members if pair[1]["score"] is not None), key=lambda pair: pair[1]["task"])
+    weights = _weights([row for _, row in scored])
+    first = members[0][1]
+    metrics = sorted({row["metric"] for _, row in scored})
+    judges = {row["judge"] for _, row in scored}
+
+    def mean(of: Callable[[Row], float | None]) -> float | None:
+        """With the weights of the score; None unless every task has it."""
+        values = [of(row) for _, row in scored]
+        known = [value for value in values if value is not None]
+        return sum(w * v for w, v in zip(weights, known, strict=True)) if known and len(known) == len(values) else None
+
+    shared = [
+        name for name in (scored[0][1]["metrics"] if scored else ()) if all(name in r["metrics"] for _, r in scored)
+    ]
+    return {
+        **dict.fromkeys(KEYS),
+        **{name: first[name] for name in ("model", "pretrained", "peft", "recipe")},
+        "context": next((row["context"] for _, row in members if row["n"]), None),
+        "run": ", ".join(dict.fromkeys(row["run"] for _, row in members)),
+        "suite": group[0],
+        "length_k": group[1],
+        "over": " ".join(row["task"] for _, row in scored),
+        "metric": ", ".join(metrics) or None,
+        "unit": "share",
+        **_estimates(scored, weights),
+        "metrics": {name: mean(lambda row, name=name: row["metrics"][name]) for name in shared},  # type: ignore[misc]
+        "judge": judges.pop() if len(judges) == 1 else None,
+        **{name: mean(lambda row, name=name: row[name]) for name in _MEANS},  # type: ignore[misc]
+        **{name: _sum([row[name] for _, row in members]) for name in _SUMS},
+        "unfinished": any(row["unfinished"] for _, row in members),
+    }
+
+
+def _weights(rows: Sequence[Row]) -> list[float]:
+    """Of each task: all lengths weigh the same, and within a length all tasks."""
+    tasks = Counter(row["length_k"] for row in rows)
+    return [1 / len(tasks) / tasks[row["length_k"]] for row in rows]
+
+
+def _estimates(scored: Sequence[Pair], weights: Sequence[float]) -> Row:
+    if not scored:
+        return {}
+    pairs = list(zip((result for result, _ in scored), weights, strict=True))
+    score = intervals.mean(_all([score_stratum(r.task, None, w) for r, w in pairs]) or [])
+    found: Row = {"score": score.value, "ci_lo": score.lo, "ci_hi": score.hi}
+    if not all(r.full for r, _ in pairs):
+        return found
+    if strata := _all([score_stratum(r.task, r.full, w) for r, w in pairs]):
+        share, delta = intervals.against(strata)
+        found |= {**estimate("retention", share), **estimate("delta", delta)}
+    if strata := _all([diagnosis_stratum(r.task, r.full, "gold_nll", w) if r.full else None for r, w in pairs]):
+        found |= estimate("gold_nll_delta", intervals.difference(strata))
+    return found
+
+
+def _all(strata: Sequence[Stratum | None]) -> list[Stratum] | None:
+    """All of them, or nothing: a mean over some of the tasks is not the mean."""
+    known = [stratum for stratum in strata if stratum is not None]
+    return known if len(known) == len(strata) else None
+
+
+def _sum(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None

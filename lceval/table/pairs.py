@@ -1,0 +1,123 @@
+"""The run under recipe `full` that another is compared with: the same in all but its recipe, sample by sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lceval.results import Run, Sample, TaskResult, model_args
+from lceval.table.intervals import Stratum
+
+FULL = "full"
+# What may differ between a recipe and `full`: it says how the cache is compressed or read, or what is measured besides.
+_OF_THE_RECIPE = frozenset({"kv", "compress", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run on one task; `full`: the same task of the run it is compared with, None where there is none."""
+
+    run: Run
+    task: TaskResult
+    full: TaskResult | None = None
+
+
+def results(runs: Sequence[Run]) -> list[Result]:
+    """(run, task): tasks in the order they first appear, in each the runs as they were given."""
+    by_task: dict[str, list[Result]] = {}
+    for run in runs:
+        for task in run.tasks:
+            by_task.setdefault(task.task, []).append(Result(run, task))
+    return [Result(r.run, r.task, _full(r, of_task)) for of_task in by_task.values() for r in of_task]
+
+
+def counted(task: TaskResult) -> list[float] | None:
+    """The score of every sample, an error as 0; None where there is no score, or 0 would be no penalty."""
+    if not task.headline or not task.samples:
+        return None
+    scores = [0.0 if sample.score is None else sample.score for sample in task.samples]
+    failed = any(sample.status == "error" for sample in task.samples)
+    # Counting an error as 0 is a penalty only where 0 is the worst score; elsewhere it would be a reward.
+    return None if failed and (not task.higher_is_better or min(scores) < 0) else scores
+
+
+def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0) -> Stratum | None:
+    """The scores of a task, beside those under `full` where there are any; None where the task has no score."""
+    ours = counted(task)
+    if ours is None:
+        return None
+    theirs = counted(full) if full else None
+    if full and theirs is None:
+        return None
+    clusters = [sample.cluster for sample in task.samples]
+    paired = [theirs[place] for place in _places(task.samples, full.samples)] if full and theirs else []
+    return Stratum(ours, paired, clusters, weight)
+
+
+def diagnosis_stratum(task: TaskResult, full: TaskResult, name: str, weight: float = 1.0) -> Stratum | None:
+    """A diagnosis of the samples for which both runs measured it; None where there are none."""
+    found = []
+    for sample, place in zip(task.samples, _places(task.samples, full.samples), strict=True):
+        ours, theirs = sample.diagnosis.get(name), full.samples[place].diagnosis.get(name)
+        if ours is not None and theirs is not None:
+            found.append((ours, theirs, sample.cluster))
+    if not found:
+        return None
+    ours_, theirs_, clusters = zip(*found, strict=True)
+    return Stratum(ours_, theirs_, clusters, weight)
+
+
+def _full(of: Result, among: Sequence[Result]) -> TaskResult | None:
+    """The task under `full` with the same samples; of several, the one whose other settings differ least."""
+    if of.run.recipe == FULL or not of.task.samples:
+        return None
+    same = [
+        other
+        for other in among
+        if other.run.recipe == FULL and _key(other) == _key(of) and _same(of.task.samples, other.task.samples)
+    ]
+    return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
+
+
+def _key(of: Result) -> tuple[object, ...]:
+    run, task = of.run, of.task
+    return run.model, run.pretrained, run.peft, task.version, task.headline, task.filters[:1], task.context
+
+
+def _differences(run: Run, other: Run) -> int:
+    ours, theirs = _settings(run), _settings(other)
+    return sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
+
+
+def _settings(run: Run) -> Mapping[str, Any]:
+    arguments = {name: str(value) for name, value in model_args(run.config.get("model_args")).items()}
+    kept = {name: value for name, value in arguments.items() if name not in _OF_THE_RECIPE}
+    return {**kept, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
+
+
+def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
+    """A name for every sample: its id, and which of those with this id it is."""
+    seen: Counter[str] = Counter()
+    names = []
+    for sample in samples:
+        seen[sample.id] += 1
+        names.append((sample.id, seen[sample.id]))
+    return names
+
+
+def _places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
+    """Where each sample stands in `full`."""
+    at = {name: place for place, name in enumerate(_names(full))}
+    return [at[name] for name in _names(samples)]
+
+
+def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
+    """Whether both are the same samples, with the same prompts where both say them."""
+    if {*_names(samples)} != {*_names(full)}:
+        return False
+    prompts = [
+        (s.prompt_hash, full[place].prompt_hash) for s, place in zip(samples, _places(samples, full), strict=True)
+    ]
+    return all(ours == theirs or not (ours and theirs) for ours, theirs in prompts)
