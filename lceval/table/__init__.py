@@ -56,5 +56,5 @@ def main(paths: Sequence[Path], fmt: Format = "terminal", *, by: By = "task", re
 def build(runs: Iterable[Run], by: By = "task") -> Table:
     """One row per (run, task), tasks in the order they first appear, in each the runs as given; or means of those."""
     found = results(list(runs))
-    rows = [row(result) for result in found]
+    rows = [row(result, bounds=by == "task") for result in found]
     return Table(rows) if by == "task" else aggregate(found, rows, by)

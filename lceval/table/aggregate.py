@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from lceval.table import intervals
 from lceval.table.intervals import Stratum
 from lceval.table.pairs import Result, counted, diagnosis_stratum, score_stratum
-from lceval.table.rows import KEYS, By, Row, Table, estimate, is_share
+from lceval.table.rows import KEYS, By, Row, Table, estimate, estimates, is_share
 
 _MEANS = (
     *("gold_kept", "gold_nll", "ndcg10", "kept_share", "kv_mb", "kv_16bit_share", "bytes_read_per_step"),
@@ -21,30 +21,41 @@ _MEANS = (
 _SUMS = ("n", "clusters", "errors", "truncated", "wrong_format", "unjudged")
 
 Pair = tuple[Result, Row]
-Group = tuple[str | None, int | None]  # suite, length
+Group = tuple[str | None, str | None, int | None]  # suite, mode, length
 
 
 def aggregate(results: Sequence[Result], rows: Sequence[Row], by: By) -> Table:
     """A row per configuration and suite, or suite and length; suites in the order they appear, lengths ascending."""
     named: dict[tuple[Group, tuple[object, ...]], list[Pair]] = {}
     left_out: dict[str, None] = {}
-    keys = _configurations(rows)
-    for result, row, key in zip(results, rows, keys, strict=True):
+    configurations = _configurations(rows)
+    modes = _modes(rows, configurations)
+    for result, row, key in zip(results, rows, configurations, strict=True):
         if row["n"] and not (is_share(result.task) and result.task.higher_is_better and counted(result.task)):
             left_out[row["task"]] = None
             continue
-        group = (row["suite"], row["length_k"] if by == "length" else None)
+        mode = row["mode"] if (key, row["suite"]) in modes else None
+        group = (row["suite"], mode, row["length_k"] if by == "length" else None)
         named.setdefault((group, key), []).append((result, row))
-    suites = list(dict.fromkeys(row["suite"] for row in rows))
-    runs = list(dict.fromkeys(row["run"] for row in rows))
+    suites, all_modes, runs = (list(dict.fromkeys(row[name] for row in rows)) for name in ("suite", "mode", "run"))
     made = [(group, members) for (group, _), members in named.items()]
 
-    def order(made: tuple[Group, list[Pair]]) -> tuple[int, bool, int, int]:
-        (suite, length_k), members = made
-        return suites.index(suite), length_k is None, length_k or 0, runs.index(members[0][1]["run"])
+    def order(made: tuple[Group, list[Pair]]) -> tuple[int, int, bool, int, int]:
+        (suite, mode, length_k), members = made
+        place = -1 if mode is None else all_modes.index(mode)
+        return suites.index(suite), place, length_k is None, length_k or 0, runs.index(members[0][1]["run"])
 
     made.sort(key=order)
     return Table([_row(members, group) for group, members in made], by, tuple(left_out))
+
+
+def _modes(rows: Sequence[Row], keys: Sequence[tuple[object, ...]]) -> set[tuple[tuple[object, ...], str | None]]:
+    """Configurations and suites in which a dataset was run in several modes: those are compared, not averaged."""
+    found: dict[tuple[object, ...], set[str]] = {}
+    for row, key in zip(rows, keys, strict=True):
+        if row["dataset"]:
+            found.setdefault((key, row["suite"], row["dataset"]), set()).add(row["mode"])
+    return {(key, suite) for (key, suite, _), modes in found.items() if len(modes) > 1}  # type: ignore[misc]
 
 
 def _configurations(rows: Sequence[Row]) -> list[tuple[object, ...]]:
@@ -66,7 +77,6 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
     weights = _weights([row for _, row in scored])
     first = members[0][1]
     metrics = sorted({row["metric"] for _, row in scored})
-    judges = {row["judge"] for _, row in scored}
 
     def mean(of: Callable[[Row], float | None]) -> float | None:
         """With the weights of the score; None unless every task has it."""
@@ -83,13 +93,14 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
         "context": next((row["context"] for _, row in members if row["n"]), None),
         "run": ", ".join(dict.fromkeys(row["run"] for _, row in members)),
         "suite": group[0],
-        "length_k": group[1],
+        "mode": group[1] or _common([row["mode"] for _, row in members]),
+        "length_k": group[2],
         "over": " ".join(row["task"] for _, row in scored),
         "metric": ", ".join(metrics) or None,
         "unit": "share",
         **_estimates(scored, weights),
         "metrics": {name: mean(lambda row, name=name: row["metrics"][name]) for name in shared},  # type: ignore[misc]
-        "judge": judges.pop() if len(judges) == 1 else None,
+        "judge": _common([row["judge"] for _, row in scored]),
         **{name: mean(lambda row, name=name: row[name]) for name in _MEANS},  # type: ignore[misc]
         **{name: _sum([row[name] for _, row in members]) for name in _SUMS},
         "unfinished": any(row["unfinished"] for _, row in members),
@@ -106,6 +117,9 @@ def _estimates(scored: Sequence[Pair], weights: Sequence[float]) -> Row:
     if not scored:
         return {}
     pairs = list(zip((result for result, _ in scored), weights, strict=True))
+    if len(scored) == 1:
+        # A single task has the interval that it has in its own row.
+        return estimates(scored[0][0])
     score = intervals.mean(_all([score_stratum(r.task, None, w) for r, w in pairs]) or [])
     found: Row = {"score": score.value, "ci_lo": score.lo, "ci_hi": score.hi}
     if not all(r.full for r, _ in pairs):
@@ -122,6 +136,11 @@ def _all(strata: Sequence[Stratum | None]) -> list[Stratum] | None:
     """All of them, or nothing: a mean over some of the tasks is not the mean."""
     known = [stratum for stratum in strata if stratum is not None]
     return known if len(known) == len(strata) else None
+
+
+def _common(values: Sequence[str | None]) -> str | None:
+    """The one that all are, or None."""
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _sum(values: Sequence[int | None]) -> int | None:

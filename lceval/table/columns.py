@@ -159,6 +159,7 @@ def _heading(row: Row) -> str:
 
 def _group_heading(row: Row, table: Table) -> str:
     suite = f"suite {row['suite']}" if row["suite"] else "tasks of no suite"
+    suite += f", mode {row['mode']}" if row["mode"] else ""
     if table.by == "length":
         suite += f" at {row['length_k']}k" if row["length_k"] else " at its sources' lengths"
     return f"{suite}: mean in %"
@@ -173,9 +174,10 @@ def mean_over(table: Table) -> str | None:
     return "mean over lengths of the mean over the tasks of that length of each task's mean headline score"
 
 
-def caption(table: Table) -> list[str]:
-    """What a reader needs to know about the numbers above, one sentence group a line."""
+def caption(table: Table, shown: Sequence[Column]) -> list[str]:
+    """What a reader needs to know about the numbers above, in the columns shown; one sentence group a line."""
     rows = table.rows
+    headers = {column.header for column in shown}
     lines = []
     models = {model(row) for row in rows}
     if len(models) == 1:
@@ -188,15 +190,15 @@ def caption(table: Table) -> list[str]:
         interval = f"[lo, hi]: {100 * LEVEL:g}% bootstrap over clusters (contexts){each}, {span} per row."
         if table.by == "task" and any(row["score"] in (0.0, 1.0) and row["ci_lo"] is not None for row in rows):
             interval += " All 0 or all 1: Wilson, with the clusters as trials."
-        if any(f"[{'n/a'}]" in column.cell(row) for column in columns(table) if not column.text for row in rows):
+        if any("[n/a]" in column.cell(row) for column in shown if not column.text for row in rows):
             interval += " n/a: one cluster, or clusters that do not differ."
         lines.append(interval)
-    if any(row["delta"] is not None for row in rows):
+    if headers & {"% of full", "minus full", "nll minus\nfull"}:
         lines.append("of full, minus full: beside the run of recipe full on the same samples, resampled in pairs.")
     if any(row["kv_mb"] is not None for row in rows):
         lines.append("kept, 16b: share of the bytes of the uncompressed KV cache, and of it at 16 bits a number.")
         lines.append("KV: mean per sample, MB = 1e6 bytes. pref., dec.: prefill of a distinct context, decode.")
-    if any(row["bytes_read_per_step"] is not None for row in rows):
+    if "read\nMB" in headers:
         lines.append("read: what a decoding step reads of a context's cache.")
     if any(row["gold_nll"] is not None for row in rows):
         lines.append("gold nll: NLL per token of the gold answer; gold kept: share of its passages' slots that stayed.")

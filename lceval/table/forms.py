@@ -35,7 +35,7 @@ def to_markdown(table: Table) -> str:
         lines += ["| " + " | ".join(line) + " |" for line in escaped]
         return f"### {grid.heading}\n\n" + "\n".join(lines)
 
-    said = "\n".join(f"- {line}" for line in caption(table)).replace("*", "\\*")
+    said = "\n".join(f"- {line}" for line in caption(table, columns(table))).replace("*", "\\*")
     return "\n\n".join([*map(pipe, _measured(table, columns(table))), said, *map(pipe, _quoted(table))])
 
 
@@ -81,7 +81,7 @@ def to_latex(table: Table) -> str:
             ]
         )
 
-    said = "{\\footnotesize " + "\n\n".join(map(latex, caption(table))) + "\\par}"
+    said = "{\\footnotesize " + "\n\n".join(map(latex, caption(table, columns(table)))) + "\\par}"
     needed = "% needs \\usepackage{booktabs}"
     return "\n\n".join([needed, *map(tabular, _measured(table, columns(table))), said, *map(tabular, _quoted(table))])
 
@@ -110,7 +110,7 @@ def to_html(table: Table) -> str:
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 
-    said = "\n".join(f"<li>{html.escape(line)}</li>" for line in caption(table))
+    said = "\n".join(f"<li>{html.escape(line)}</li>" for line in caption(table, columns(table)))
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -145,7 +145,7 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     )
     for grid in grids:
         console.print(Text(grid.heading), _rich(grid, least, gap), Text(), sep="\n")
-    lines = caption(table)
+    lines = caption(table, chosen)
     if left_out:
         names = ", ".join(_one_line(column.header) for column in left_out)
         lines.append(f"Not shown at this width: {names}; --format markdown has all.")

@@ -27,6 +27,8 @@ KEYS = {
     "recipe": "canonical KV recipe; '-' for models that have none",
     "task": "task name; None in a row over several tasks",
     "suite": "suite of a task of ours",
+    "dataset": "its dataset",
+    "mode": "its mode, as ao or rj",
     "length_k": "the task's length in units of 1,024 tokens",
     "over": "tasks that a row is the mean over, separated by spaces",
     "context": "what the questions were shown: full, gold, none or rag with its settings; None for foreign tasks",
@@ -92,14 +94,12 @@ class Table:
     quoted: Sequence[Any] = field(default_factory=tuple)
 
 
-def row(result: Result) -> Row:
-    """The values of one run on one task, under the keys of `KEYS`."""
+def row(result: Result, *, bounds: bool = True) -> Row:
+    """The values of one run on one task, under the keys of `KEYS`.
+
+    bounds: False leaves out the intervals and what is compared with full, which take the time.
+    """
     run, task = result.run, result.task
-    scores = counted(task)
-    score = lo = hi = math.nan
-    if scores is not None:
-        score, lo, hi = cluster_bootstrap(scores, [sample.cluster for sample in task.samples])
-    suite, length_k = place(task.task)
     verdicts = judged(task)
     return {
         **dict.fromkeys(KEYS),
@@ -109,8 +109,7 @@ def row(result: Result) -> Row:
         "peft": run.peft,
         "recipe": run.recipe,
         "task": task.task,
-        "suite": suite,
-        "length_k": length_k,
+        **place(task.task),
         "context": task.context,
         "version": task.version,
         "filter": task.filters[0] if task.filters else None,
@@ -118,10 +117,7 @@ def row(result: Result) -> Row:
         "clusters": len({sample.cluster for sample in task.samples}),
         "metric": task.headline,
         "unit": "share" if is_share(task) else "raw",
-        "score": _defined(score),
-        "ci_lo": _defined(lo),
-        "ci_hi": _defined(hi),
-        **_beside_full(result),
+        **(estimates(result) if bounds else {"score": _mean(counted(task) or [])}),
         "metrics": {**_metrics(task), **verdicts.metrics},
         "judge": verdicts.judge,
         **{name: _mean([s.diagnosis[name] for s in task.samples if name in s.diagnosis]) for name in DIAGNOSES},
@@ -135,15 +131,16 @@ def row(result: Result) -> Row:
     }
 
 
-def place(task: str) -> tuple[str | None, int | None]:
-    """The suite of a task of ours, and its length in units of 1,024 tokens; of another what its name says."""
+def place(task: str) -> Row:
+    """Suite, dataset, mode and length in units of 1,024 tokens of a task of ours; of another what its name says."""
     if task.startswith("lc_"):
         from lceval.tasks import catalogue
 
         if known := catalogue.tasks().get(task):
-            return known.dataset.suite, known.length_k
+            of = known.dataset
+            return {"suite": of.suite, "dataset": of.dataset, "mode": known.mode, "length_k": known.length_k}
     said = re.search(r"(?:^|_)(\d+)k(?:_|$)", task)
-    return None, int(said[1]) if said else None
+    return {"length_k": int(said[1]) if said else None}
 
 
 def is_share(task: TaskResult) -> bool:
@@ -158,10 +155,17 @@ def estimate(name: str, found: Estimate) -> Row:
     return {name: found.value, f"{name}_lo": found.lo, f"{name}_hi": found.hi}
 
 
-def _beside_full(result: Result) -> Row:
+def estimates(result: Result) -> Row:
+    """The score with its interval, and what it is beside that of full."""
     task, full = result.task, result.full
-    if full is None:
-        return {}
+    score = lo = hi = math.nan
+    if (scores := counted(task)) is not None:
+        score, lo, hi = cluster_bootstrap(scores, [sample.cluster for sample in task.samples])
+    found: Row = {"score": _defined(score), "ci_lo": _defined(lo), "ci_hi": _defined(hi)}
+    return found if full is None else found | _beside(task, full)
+
+
+def _beside(task: TaskResult, full: TaskResult) -> Row:
     found: Row = {}
     if (scores := score_stratum(task, full)) is not None:
         share, delta = intervals.against([scores])

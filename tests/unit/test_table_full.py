@@ -1,0 +1,233 @@
+"""A run beside `full`: the same samples, paired; and the counts and means that a row has besides its score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lceval.cli import invoke
+from lceval.results import Run, Sample, TaskResult
+from lceval.table import Row, build
+from lceval.table.intervals import Stratum, against, difference
+
+
+def sample(number: int, score: float | None, **keys: Any) -> Sample:
+    defaults = {"cluster": f"c{number // 2}", "kv_bytes": None, "kv_bytes_full": None, "kv": {}, "status": "ok"}
+    return Sample(id=f"q{number}", score=score, **(defaults | keys))
+
+
+def some(scores: list[float], **keys: Any) -> tuple[Sample, ...]:
+    return tuple(sample(i, score, **keys) for i, score in enumerate(scores))
+
+
+def run(samples: tuple[Sample, ...], recipe: str = "full", **keys: Any) -> Run:
+    task = {"task": "lc_nq_ao_8k", "version": "1.0", "headline": "subem", "filters": ("none",), "context": "full"}
+    of_run = {"model": "lcft", "pretrained": "org/m", "peft": None, "finished": True, "config": {}}
+    task |= {key: value for key, value in keys.items() if key in TaskResult.__dataclass_fields__}
+    of_run |= {key: value for key, value in keys.items() if key in Run.__dataclass_fields__}
+    return Run(
+        path=Path(recipe),
+        label=str(keys.get("label", recipe)),
+        recipe=recipe,
+        tasks=(TaskResult(samples=samples, **task),),
+        **of_run,
+    )
+
+
+FULL, LESS = [1.0, 1.0, 0.0, 1.0, 1.0, 0.5], [1.0, 0.0, 0.0, 0.5, 1.0, 0.5]
+CLUSTERS = ["c0", "c0", "c1", "c1", "c2", "c2"]
+
+
+def last(*runs: Run) -> Row:
+    return build(runs).rows[-1]
+
+
+def test_retention_and_delta_are_paired_with_the_run_under_full() -> None:
+    row = last(run(some(FULL)), run(some(LESS), "snapkv:0.5"))
+    share, delta = against([Stratum(LESS, FULL, CLUSTERS)])
+    assert (row["retention"], row["retention_lo"], row["retention_hi"]) == share
+    assert (row["delta"], row["delta_lo"], row["delta_hi"]) == delta
+    assert row["retention"] == pytest.approx(3 / 4.5)
+
+
+def test_samples_are_paired_by_name_whatever_their_order() -> None:
+    backwards = tuple(reversed(some(LESS)))
+    assert last(run(some(FULL)), run(backwards, "snapkv:0.5"))["retention"] == pytest.approx(3 / 4.5)
+    swapped = last(run(some([1.0, 0.0])), run(tuple(reversed(some([1.0, 0.0]))), "snapkv:0.5"))
+    assert (swapped["delta"], swapped["delta_lo"]) == (0.0, None)
+
+
+def test_an_error_counts_as_zero_on_both_sides() -> None:
+    failed = (sample(0, 1.0), sample(2, None, status="error"))
+    row = last(run((sample(0, 1.0), sample(2, 1.0))), run(failed, "snapkv:0.5"))
+    assert (row["retention"], row["delta"]) == (0.5, -0.5)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"model": "hf"},
+        {"pretrained": "org/n"},
+        {"peft": "runs/ao"},
+        {"version": "2.0"},
+        {"context": "gold"},
+        {"headline": "f1"},
+        {"filters": ("strict",)},
+        {"task": "lc_nq_ao_4k"},
+        {"samples": some(FULL[:-1])},
+        {"samples": some([*FULL, 1.0])},
+        {"samples": some(FULL, prompt_hash="another")},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_a_run_under_full_that_differs_in_more_than_the_recipe_is_not_compared_with(other: dict[str, Any]) -> None:
+    full = run(other.pop("samples", some(FULL, prompt_hash="p")), **other)
+    rows = build([full, run(some(LESS, prompt_hash="p"), "snapkv:0.5")]).rows
+    assert [row["retention"] for row in rows] == [None, None]
+    assert [row["delta"] for row in rows] == [None, None]
+
+
+def test_full_itself_and_a_run_without_full_have_no_retention() -> None:
+    assert last(run(some(FULL)))["retention"] is None
+    assert last(run(some(LESS), "snapkv:0.5"))["delta"] is None
+
+
+def test_of_two_runs_under_full_the_one_with_the_same_settings_is_compared_with() -> None:
+    half = {"config": {"model_args": {"pretrained": "org/m", "kv": "full", "dtype": "bfloat16"}}}
+    whole = {"config": {"model_args": "pretrained=org/m,dtype=float32"}}
+    compressed = run(some(LESS), "snapkv:0.5", config={"model_args": "pretrained=org/m,kv=snapkv:0.5,dtype=float32"})
+    assert last(run(some([1.0] * 6), **half), run(some(FULL), **whole), compressed)["delta"] == pytest.approx(-0.25)
+    assert last(run(some(FULL), **whole), run(some([1.0] * 6), **half), compressed)["delta"] == pytest.approx(-0.25)
+
+
+def test_retention_is_undefined_where_full_scores_nothing_and_delta_is_not() -> None:
+    row = last(run(some([0.0] * 4)), run(some([0.0, 1.0, 0.0, 0.0]), "snapkv:0.5"))
+    assert (row["retention"], row["retention_lo"], row["delta"]) == (None, None, 0.25)
+
+
+def test_a_metric_that_is_best_low_has_a_difference_and_no_retention() -> None:
+    keys = {"headline": "abs_error", "higher_is_better": False}
+    row = last(run(some([1.0, 2.0, 3.0]), **keys), run(some([2.0, 2.0, 4.0]), "snapkv:0.5", **keys))
+    assert row["retention"] is None
+    assert row["delta"] == pytest.approx(2 / 3)
+
+
+def test_the_gold_answers_nll_is_compared_over_the_samples_that_both_measured() -> None:
+    def with_nll(values: list[float | None], recipe: str) -> Run:
+        made = [sample(i, 0.0, diagnosis={} if nll is None else {"gold_nll": nll}) for i, nll in enumerate(values)]
+        return run(tuple(made), recipe)
+
+    row = last(with_nll([1.0, None, 2.0, 1.0, 0.5], "full"), with_nll([2.0, 9.0, 2.5, None, 1.0], "snapkv:0.5"))
+    expected = difference([Stratum([2.0, 2.5, 1.0], [1.0, 2.0, 0.5], ["c0", "c1", "c2"])])
+    assert (row["gold_nll_delta"], row["gold_nll_delta_lo"], row["gold_nll_delta_hi"]) == expected
+    assert row["retention"] is None
+
+
+def test_every_number_per_sample_has_its_mean_and_an_error_counts_as_in_the_score() -> None:
+    made = (
+        sample(0, 1.0, metrics={"subem": 1.0, "f1": 0.5, "abs_error": 3.0}),
+        sample(2, 0.0, metrics={"subem": 0.0, "f1": 0.25, "abs_error": 1.0}),
+        sample(4, None, status="error"),
+    )
+    row = last(run(made, lower_is_better=frozenset({"abs_error"})))
+    assert row["metrics"] == {"subem": 1 / 3, "f1": 0.25, "abs_error": None}
+    assert row["score"] == row["metrics"]["subem"]
+
+
+def test_a_metric_that_does_not_apply_to_a_sample_is_a_mean_over_the_others() -> None:
+    made = (sample(0, 1.0, metrics={"subem": 1.0, "number": 1.0}), sample(2, 0.0, metrics={"subem": 0.0}))
+    assert last(run(made))["metrics"] == {"subem": 0.5, "number": 1.0}
+
+
+def test_what_a_step_reads_is_a_mean_over_the_samples_that_say_it() -> None:
+    made = (
+        sample(0, 1.0, kv={"bytes_read_per_step": 100}),
+        sample(2, 1.0, kv={"bytes_read_per_step": 300}),
+        sample(4, None, status="error", kv={"status": "error"}),
+    )
+    assert last(run(made))["bytes_read_per_step"] == 200
+    assert last(run(some([1.0])))["bytes_read_per_step"] is None
+
+
+def test_answers_of_the_wrong_form_are_counted_by_status_or_by_the_parser() -> None:
+    ours = (
+        sample(0, 1.0, status="wrong_format", kv={"status": "wrong_format"}),
+        sample(2, 1.0, kv={"status": "ok"}),
+        sample(4, None, status="error", kv={"status": "error"}),
+    )
+    assert last(run(ours))["wrong_format"] == 1
+    others = (sample(0, 1.0, metrics={"parse_rate": 0.0}), sample(2, 1.0, metrics={"parse_rate": 1.0}))
+    assert last(run(others, model="hf"))["wrong_format"] == 1
+    assert last(run(some([1.0]), model="hf"))["wrong_format"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "suite", "dataset", "mode", "length_k"),
+    [
+        ("lc_filings_rj_2k", "finance", "filings", "rj", 2),
+        ("lc_quality_mc", "mc", "quality", "mc", None),
+        ("lc_not_one_of_ours_16k", None, None, None, 16),
+        ("ruler_qa_32k_hotpot", None, None, None, 32),
+        ("gsm8k", None, None, None, None),
+        ("mmlu", None, None, None, None),
+    ],
+)
+def test_where_a_task_belongs_comes_from_the_catalogue_else_from_its_name(
+    task: str, suite: str | None, dataset: str | None, mode: str | None, length_k: int | None
+) -> None:
+    row = last(run(some([1.0]), task=task))
+    assert (row["suite"], row["dataset"], row["mode"], row["length_k"]) == (suite, dataset, mode, length_k)
+
+
+def test_samples_without_a_verdict_are_counted_where_a_judge_is_due() -> None:
+    assert last(run(some([1.0, 0.0]), task="lc_nqopen_rj_2k"))["unjudged"] == 2
+    assert last(run(some([1.0, 0.0]), task="lc_loong_ao"))["unjudged"] == 2
+    assert last(run(some([1.0, 0.0]), task="lc_nqopen_ao_2k"))["unjudged"] is None
+    in_run = (sample(0, 1.0, unjudged=True), sample(2, 1.0, unjudged=False, metrics={"judge_sum": 3.0}))
+    row = last(run(in_run, task="lc_nqopen_rj_2k"))
+    assert (row["unjudged"], row["metrics"]) == (1, {"judge_sum": 3.0})
+
+
+def rj_run(folder: Path) -> Path:
+    """A finished run of a task with a judge: one answer right, one wrong, one missing."""
+    folder.mkdir()
+    task = "lc_nqopen_rj_2k"
+    (folder / "results_D.json").write_text(json.dumps({"configs": {task: {}}, "config": {"model": "hf"}}))
+    lines = []
+    for i, said in enumerate(["[DOC 0] says so.\nThe answer is: Paris", "The answer is: Rome", ""]):
+        doc = {"id": f"q{i}", "cluster": f"c{i}", "question": "Where?", "answers": ["Paris"], "gold_pids": ["p"]}
+        doc["docs"] = [{"pid": "p", "title": "", "text": "It is in Paris."}]
+        subem = float("Paris" in said)
+        lines.append({"doc_id": i, "doc": doc, "filtered_resps": [said], "metrics": ["subem"], "subem": subem})
+    (folder / f"samples_{task}_D.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_the_verdicts_of_lceval_judge_are_in_the_row_and_a_rule_is_named_as_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = rj_run(tmp_path / "run")
+    assert invoke(["table", str(folder), "--json"]) == 0
+    (before,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (before["unjudged"], before["judge"]) == (3, None)
+    assert invoke(["judge", str(folder), "--judge", "rule", "--replies", str(tmp_path / "r.sqlite")]) == 0
+    capsys.readouterr()
+    assert invoke(["table", str(folder), "--json"]) == 0
+    (after,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (after["unjudged"], after["judge"]) == (0, "rule (rule-based)")
+    summary = json.loads((folder / "judge.json").read_text())["tasks"]["lc_nqopen_rj_2k"]["scores"]
+    assert {name: after["metrics"][name] for name in summary} == pytest.approx(summary)
+    assert after["score"] == before["score"] == pytest.approx(1 / 3)
+    assert invoke(["table", str(folder)]) == 0
+    assert "by rule (rule-based)" in capsys.readouterr().out
+
+
+def test_verdicts_on_other_samples_count_for_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = rj_run(tmp_path / "run")
+    (folder / "judged_lc_nqopen_rj_2k.jsonl").write_text(json.dumps({"id": "q9", "judge": "x", "judge_sum": 3.0}))
+    assert invoke(["table", str(folder), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["unjudged"], row["judge"], row["metrics"]) == (3, None, {"subem": pytest.approx(1 / 3)})
