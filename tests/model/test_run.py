@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from lceval.cli import invoke
+from lceval.table import main as table_text
 
 pytestmark = pytest.mark.model
 
@@ -191,3 +192,17 @@ def test_lm_eval_itself_writes_samples_with_telemetry_and_the_prompts_of_hf(
     assert all("kv" not in r for r in rows["hf"])
     assert [r["prompt_hash"] for r in rows["hf"]] == [r["prompt_hash"] for r in rows["ours"][:2]]
     assert [r["doc_hash"] for r in rows["hf"]] == [r["doc_hash"] for r in rows["ours"][:2]]
+    # The folder of both is a table: `hf` has the scores, ours also what they cost.
+    hf, ours = json.loads(table_text([tmp_path], "json"))["rows"]
+    assert [(r["run"], r["model"], r["recipe"], r["n"]) for r in (hf, ours)] == [
+        ("hf", "hf", "-", 2),
+        ("ours", "lcft", "snapkv:0.5", 4),
+    ]
+    for row in (hf, ours):
+        assert (row["suite"], row["mode"], row["length_k"], row["metric"]) == ("icr", "ao", 2, "subem")
+        assert row["metrics"].keys() == {"subem", "subem_raw", "em", "f1", "parse_rate"}
+        assert row["metrics"]["subem"] == row["score"]
+        assert row["wrong_format"] == round(row["n"] * (1 - row["metrics"]["parse_rate"]))
+        assert row["retention"] is None
+    assert (hf["kept_share"], hf["bytes_read_per_step"], hf["decode_tok_s"]) == (None, None, None)
+    assert ours["bytes_read_per_step"] == pytest.approx(ours["kv_mb"] * 1e6, rel=0.02)

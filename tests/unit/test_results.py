@@ -226,6 +226,63 @@ def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path):
     assert [run.label for run in runs] == ["a/out", "b/out"]
 
 
+def lceval_run(folder, score=1.0):
+    write_results(folder, {"mc": [line(0, {"acc": score})]})
+    write_run_json(folder)
+
+
+def test_a_folder_of_runs_stands_for_all_of_them_named_by_their_paths_in_it(tmp_path):
+    sweep = tmp_path / "sweep"
+    for name in ("b", "a/two", "a/one"):
+        lceval_run(sweep / name)
+    write_results(sweep / "a" / "hf" / "Org__Model", {"mc": [line(0, {"acc": 0.0})]})
+    write_results(sweep / "plain", {"mc": [line(0, {"acc": 0.0})]})
+    write_results(sweep / "plain", {"mc": [line(0, {"acc": 0.0})]}, date=LATER)
+    (sweep / "logs").mkdir()
+    (sweep / "sweep.json").write_text("{}")
+    lceval_run(sweep / ".saving-1")
+    runs = read_folder(sweep)
+    assert [run.label for run in runs] == ["a/hf", "a/one", "a/two", "b", f"plain@{DATE}", f"plain@{LATER}"]
+    assert [run.path for run in runs[:2]] == [sweep / "a" / "hf", sweep / "a" / "one"]
+    assert [scores(run) for run in runs[:2]] == [[0.0], [1.0]]
+
+
+def test_a_run_folder_is_itself_whatever_lies_in_it(tmp_path):
+    lceval_run(tmp_path / "run")
+    lceval_run(tmp_path / "run" / "inner", score=0.0)
+    assert scores(only(tmp_path / "run")) == [1.0]
+
+
+def test_runs_are_looked_for_two_levels_down_and_no_further(tmp_path):
+    lceval_run(tmp_path / "a" / "b" / "c" / "run")
+    with pytest.raises(UserError, match="no results_"):
+        read_folder(tmp_path / "a")
+    assert only(tmp_path / "a" / "b").label == "c/run"
+
+
+def test_runs_of_the_same_name_in_two_sweeps_are_told_apart_by_the_sweeps(tmp_path):
+    for name in ("one/x/full", "two/x/full", "two/lone"):
+        lceval_run(tmp_path / name)
+    runs = read_runs([tmp_path / "one", tmp_path / "two"])
+    assert [run.label for run in runs] == ["one/x/full", "lone", "two/x/full"]
+
+
+def test_a_broken_run_in_a_folder_of_runs_is_named(tmp_path):
+    lceval_run(tmp_path / "a")
+    write_run_json(tmp_path / "b")
+    with pytest.raises(UserError, match=r"b: run\.json says finished, but there is no results_"):
+        read_folder(tmp_path)
+
+
+def test_a_sample_says_whether_its_judge_said_nothing(tmp_path):
+    failed = {"subem": 1.0, "judge_sum": None, "kv": {"status": "error"}}
+    lines = [line(0, {"subem": 1.0, "judge_sum": 3.0}), line(1, {"subem": 1.0, "judge_sum": None}), line(2, failed)]
+    write_results(tmp_path / "m", {"rj": lines, "ao": [line(0, {"subem": 1.0})]})
+    rj, ao = only(tmp_path).tasks
+    assert [sample.unjudged for sample in rj.samples] == [False, True, False]
+    assert ao.samples[0].unjudged is None
+
+
 def test_an_unfinished_run_shows_what_it_has(tmp_path):
     write_run_json(tmp_path, status="running")
     write_results(tmp_path, {"done": [line(0, {"acc": 1.0})], "next": [line(0, {"acc": 1.0})]})
