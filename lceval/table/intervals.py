@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # Bounds a block of resamples, and what is kept of one to serve all rows with as many contexts (a byte a number).
 _BLOCK_DRAWS = 2_000_000
 _KEPT_DRAWS = 40_000_000
+_PRODUCT_NUMBERS = 128_000
 # Sums round differently in every resample: a spread below this share of the estimate is none.
 _NO_SPREAD = 1e-9
 
@@ -159,11 +160,16 @@ def _resample(columns: NDArray[Any]) -> NDArray[Any]:
 
 
 def _product(counts: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
+    """counts @ columns, a few rows at a time: a block that stays in the processor's cache takes a ninth of the time."""
     import numpy as np
 
-    rows = max(1, _BLOCK_DRAWS // len(columns))
-    parts = [counts[start : start + rows].astype(np.float64) @ columns for start in range(0, len(counts), rows)]
-    return np.concatenate(parts)
+    rows = max(1, _PRODUCT_NUMBERS // len(columns))
+    block, sums = np.empty((rows, len(columns))), np.empty((len(counts), columns.shape[1]))
+    for start in range(0, len(counts), rows):
+        part = counts[start : start + rows]
+        np.copyto(block[: len(part)], part)
+        np.matmul(block[: len(part)], columns, out=sums[start : start + rows])
+    return sums
 
 
 def _counts(clusters: int) -> Iterator[NDArray[Any]]:
