@@ -109,7 +109,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def read_folder(path: Path) -> tuple[Run, ...]:
-    """The run of a lceval run folder, or one run per results file of a plain lm-eval folder.
+    """The run of a lceval run folder, those inside a folder of such, or one per results file of a plain lm-eval folder.
 
     Plain runs are labelled with their sub-folder and date where the folder's name alone would not tell
     them apart.
@@ -123,8 +123,8 @@ def read_folder(path: Path) -> tuple[Run, ...]:
     if (path / "run.json").is_file():
         return (_read_lceval_run(path),)
     inside = [folder for folder in sorted(path.iterdir()) if folder.is_dir()]
-    if any((folder / "run.json").is_file() for folder in inside):
-        raise UserError(f"{path}: holds run folders but is none itself; name the runs, as in {path}/*")
+    if cells := [folder for folder in inside if (folder / "run.json").is_file()]:
+        return tuple(_read_lceval_run(folder) for folder in cells)
     files = _results_files(path) or [file for folder in inside for file in _results_files(folder)]
     if not files:
         raise UserError(f"{path}: no results_*.json inside; give the folder an evaluation wrote to")

@@ -257,10 +257,6 @@ def no_samples(path: Path) -> None:
     (path / f"samples_mc_{DATE}.jsonl").unlink()
 
 
-def sweep(path: Path) -> None:
-    write_run_json(path / "one")
-
-
 @pytest.mark.parametrize(
     ("make", "says"),
     [
@@ -274,7 +270,6 @@ def sweep(path: Path) -> None:
         (broken_samples, r"jsonl:2: not valid JSON"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("{")), "not valid JSON"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("[]")), "expected a JSON object"),
-        (sweep, "name the runs"),
     ],
     ids=[
         "missing",
@@ -287,7 +282,6 @@ def sweep(path: Path) -> None:
         "cut samples",
         "cut run.json",
         "list run.json",
-        "folder of runs",
     ],
 )
 def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, make, says):
@@ -306,3 +300,11 @@ def test_a_sample_keeps_what_was_answered_and_the_digest_of_its_prompt(tmp_path)
     assert [sample.answer for sample in task.samples] == ["Paris", "[-1.5, -0.25]"]
     assert [sample.prompt_hash for sample in task.samples] == ["11", "11"]
     assert task.file == tmp_path / f"samples_qa_{DATE}.jsonl"
+
+
+def test_a_folder_of_run_folders_is_all_of_them(tmp_path):
+    for name in ("b", "a"):
+        write_results(tmp_path / "sweep" / name, {"mc": [line(0, {"acc": 1.0})]})
+        write_run_json(tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "notes").mkdir()
+    assert [run.label for run in read_folder(tmp_path / "sweep")] == ["a", "b"]

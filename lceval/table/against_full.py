@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lceval.results import Run, Sample, TaskResult
-from lceval.stats import LEVEL, RESAMPLES, SEED
+from lceval.stats import LEVEL, RESAMPLES, SEED, cluster_bootstrap
 
 FULL = "full"
+KEYS = ("retention", "retention_lo", "retention_hi", "nll_delta", "nll_delta_lo", "nll_delta_hi")
 _BLOCK_DRAWS = 2_000_000
 
 
@@ -67,6 +68,17 @@ def retention(task: TaskResult, full: TaskResult) -> Retention:
     share = math.fsum(s for s, _ in sums) / total
     lo, hi = _interval(sums)
     return Retention(share, None if lo is None else min(lo, share), None if hi is None else max(hi, share), len(scores))
+
+
+def compared(task: TaskResult, full: TaskResult) -> dict[str, float | None]:
+    """The keys of `KEYS`: what is kept of the score, and what is added to the NLL of the gold answer."""
+    kept = retention(task, full)
+    both = [(task.samples[i], full.samples[j]) for i, j in pairs(task.samples, full.samples)]
+    both = [(s, f) for s, f in both if "gold_nll" in s.diagnosis and "gold_nll" in f.diagnosis]
+    added = [s.diagnosis["gold_nll"] - f.diagnosis["gold_nll"] for s, f in both]
+    bounds = cluster_bootstrap(added, [s.cluster for s, _ in both])
+    values = (kept.share, kept.lo, kept.hi, *(x if math.isfinite(x) else None for x in bounds))
+    return dict(zip(KEYS, values, strict=True))
 
 
 def _interval(sums: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:

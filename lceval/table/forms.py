@@ -1,100 +1,18 @@
-"""The table of one or more runs: a score with its interval and what it cost, one row per run and task.
+"""The table as text: JSON and CSV carry every key of `KEYS`.
 
-`build` computes plain data and never rounds; the renderers below only format it. JSON and CSV carry every
-key of `KEYS`; the two forms for people print one section per task and say once, in the caption, what is
-the same in every row.
+The two forms for people print one section per task and say once, in the caption, what is the same in every row.
 """
 
 import csv
 import io
 import json
-import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from lceval.errors import UserError
-from lceval.results import DIAGNOSES, Run, Sample, TaskResult, read_runs
-from lceval.stats import LEVEL, RESAMPLES, SEED, cluster_bootstrap
-
-Format = Literal["terminal", "markdown", "csv", "json"]
-Row = dict[str, Any]
-
-# Key -> meaning; None (null, an empty CSV cell) is "not measured" or "undefined", never 0.
-KEYS = {
-    "run": "label of the run: its folder's name",
-    "model": "lm-eval model type",
-    "pretrained": "weights, as given in model_args",
-    "peft": "adapter, as given in model_args",
-    "recipe": "canonical KV recipe; '-' for models that have none",
-    "task": "task name",
-    "context": "what the questions were shown: full, gold, none or rag with its settings; None for foreign tasks",
-    "version": "task version",
-    "filter": "lm-eval filter the score is taken from: the task's first",
-    "n": "samples, errors included",
-    "clusters": "distinct contexts among them",
-    "metric": "headline metric",
-    "unit": "'share' where the metric lies in [0, 1] by nature, else 'raw'",
-    "score": "mean over all n samples, an error counting as 0",
-    "ci_lo": "lower bound of its interval",
-    "ci_hi": "upper bound of its interval",
-    "gold_kept": "mean share of the gold passages' slots that survived, over the same samples",
-    "gold_nll": "mean NLL per token of the gold answer, over samples with diagnose=gold",
-    "ndcg10": "mean NDCG@10 of documents by attention, over samples with diagnose=attention",
-    "kept_share": "sum of kv_bytes / sum of kv_bytes_full, over samples with telemetry",
-    "kv_mb": "mean of kv_bytes over the same samples, in 1e6 bytes",
-    "kv_16bit_share": "sum of kv_bytes / what the full cache would take at 2 bytes a number",
-    "prefill_s": "mean prefill time of a context that was really prefilled (not a shared one), in seconds",
-    "prefill_tok_s": "prefilled tokens / prefill time, over the same contexts",
-    "decode_tok_s": "tokens after each answer's first / the time they took, over samples that generated",
-    "errors": "samples that ended in an error or without a finite score",
-    "truncated": "samples whose prompt was cut; None without telemetry",
-    "unfinished": "the run is not finished, or fewer samples are on disk than lm-eval evaluated",
-}
-
-# Metrics in [0, 1] by nature, recognised by a word of their name: acc_norm, subem_raw, ids_f1, parse_rate.
-_SHARE_WORDS = frozenset(
-    {"acc", "accuracy", "em", "exact", "f1", "match", "mrecall", "precision", "rate", "recall", "subem"}
-    | {"rouge1", "rouge2", "rougel", "rougelsum"}
-)
-
-_DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Table:
-    """One row per (run, task), each with the keys of `KEYS`."""
-
-    rows: list[Row]
-
-
-def main(paths: Sequence[Path], fmt: Format = "terminal") -> str:
-    """The table of the runs in `paths`, as text in one of four forms, without a final newline.
-
-    Raises:
-        UserError: No paths, or a folder that cannot be read as a run.
-    """
-    if not paths:
-        raise UserError("no runs given; name one or more run folders, as in: lceval table runs/a runs/b")
-    table = build(read_runs(paths))
-    render: dict[Format, Callable[[Table], str]] = {
-        "terminal": to_terminal,
-        "markdown": to_markdown,
-        "csv": to_csv,
-        "json": to_json,
-    }
-    return render[fmt](table)
-
-
-def build(runs: Iterable[Run]) -> Table:
-    """One row per (run, task): tasks in the order they first appear, in each the runs as they were given."""
-    by_task: dict[str, list[Row]] = {}
-    for run in runs:
-        for task in run.tasks:
-            by_task.setdefault(task.task, []).append(_row(run, task))
-    return Table(rows=[row for rows in by_task.values() for row in rows])
+from lceval.stats import LEVEL, RESAMPLES, SEED
+from lceval.table.rows import KEYS, Row, Table
 
 
 def to_json(table: Table) -> str:
@@ -173,103 +91,6 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def _row(run: Run, task: TaskResult) -> Row:
-    """The values of one run on one task, under the keys of `KEYS`."""
-    scores = [0.0 if sample.score is None else sample.score for sample in task.samples]
-    errors = sum(sample.status == "error" for sample in task.samples)
-    # Counting an error as 0 is a penalty only where 0 is the worst score; elsewhere it would be a reward.
-    countable = not errors or (task.higher_is_better and min(scores) >= 0)
-    score = lo = hi = math.nan
-    if task.headline and countable:
-        score, lo, hi = cluster_bootstrap(scores, [sample.cluster for sample in task.samples])
-    return {
-        "run": run.label,
-        "model": run.model,
-        "pretrained": run.pretrained,
-        "peft": run.peft,
-        "recipe": run.recipe,
-        "task": task.task,
-        "context": task.context,
-        "version": task.version,
-        "filter": task.filters[0] if task.filters else None,
-        "n": len(task.samples),
-        "clusters": len({sample.cluster for sample in task.samples}),
-        "metric": task.headline,
-        "unit": "share" if _is_share(task.headline, scores) else "raw",
-        "score": _defined(score),
-        "ci_lo": _defined(lo),
-        "ci_hi": _defined(hi),
-        **{name: _mean([s.diagnosis[name] for s in task.samples if name in s.diagnosis]) for name in DIAGNOSES},
-        **_memory(task.samples),
-        **_speed(task.samples),
-        "errors": errors,
-        "truncated": _truncated(task.samples),
-        "unfinished": not run.finished or len(task.samples) < (task.expected or 0),
-    }
-
-
-def _memory(samples: Sequence[Sample]) -> Row:
-    """What the contexts occupied, over the samples with telemetry (an error may have none)."""
-    measured = [sample for sample in samples if sample.kv_bytes is not None and sample.kv_bytes_full]
-    if not measured:
-        return {"kept_share": None, "kv_mb": None, "kv_16bit_share": None}
-    kept = sum(sample.kv_bytes or 0 for sample in measured)
-    full = sum(sample.kv_bytes_full or 0 for sample in measured)
-    number_bytes = [_DTYPE_BYTES.get(str(s.kv.get("kv_dtype")).removeprefix("torch.")) for s in measured]
-    full_16bit = 0.0
-    for sample, size in zip(measured, number_bytes, strict=True):
-        full_16bit += (sample.kv_bytes_full or 0) * 2 / size if size else math.nan
-    return {
-        "kept_share": kept / full,
-        "kv_mb": kept / len(measured) / 1e6,
-        "kv_16bit_share": _defined(kept / full_16bit),
-    }
-
-
-def _speed(samples: Sequence[Sample]) -> Row:
-    """Prefill and decode speed; None where nothing was timed, which is not a speed of 0."""
-    prefills = [sample for sample in samples if not sample.kv.get("shared_prefix")]
-    seconds = [_measured(sample, "prefill_s") for sample in prefills]
-    timed = [second for second in seconds if second]
-    return {
-        "prefill_s": math.fsum(timed) / len(timed) if timed else None,
-        "prefill_tok_s": _rate(prefills, "prefill_tokens", "prefill_s"),
-        "decode_tok_s": _rate(samples, "decode_tokens", "decode_s"),
-    }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
-
-
-def _rate(samples: Sequence[Sample], tokens_key: str, seconds_key: str) -> float | None:
-    """All tokens over all seconds, of the samples where both were measured and neither is 0."""
-    pairs = [(_measured(sample, tokens_key), _measured(sample, seconds_key)) for sample in samples]
-    pairs = [(tokens, seconds) for tokens, seconds in pairs if tokens and seconds]
-    return math.fsum(t for t, _ in pairs) / math.fsum(s for _, s in pairs) if pairs else None
-
-
-def _measured(sample: Sample, key: str) -> float:
-    """A positive finite number of the telemetry, or 0."""
-    value = sample.kv.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0.0
-
-
-def _truncated(samples: Sequence[Sample]) -> int | None:
-    if not any(sample.kv for sample in samples):
-        return None
-    return sum(bool(sample.kv.get("truncated")) for sample in samples)
-
-
-def _is_share(metric: str | None, scores: Sequence[float]) -> bool:
-    words = (metric or "").lower().split("_")
-    return any(word in _SHARE_WORDS for word in words) and all(0 <= score <= 1 for score in scores)
-
-
-def _defined(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
 @dataclass(frozen=True)
 class _Column:
     """One column of the forms for people.
@@ -313,18 +134,29 @@ _COLUMNS = (
     _Column("context", lambda row: row["context"] or "-", text=True, shown="differs"),
     _Column("n", lambda row: str(row["n"]), shown="always"),
     _Column(f"score [{100 * LEVEL:g}% CI]", _score, shown="always"),
+    _Column("% of full\n[95% CI]", lambda row: _against(row, "retention", _percent)),
     _Column("gold\nnll", lambda row: _number(row["gold_nll"])),
+    _Column("- full\n[95% CI]", lambda row: _against(row, "nll_delta", _number)),
     _Column("gold\nkept %", lambda row: _percent(row["gold_kept"])),
     _Column("ndcg\n@10 %", lambda row: _percent(row["ndcg10"])),
     _Column("kept\n%", lambda row: _percent(row["kept_share"])),
     _Column("KV\nMB", lambda row: _number(row["kv_mb"])),
     _Column("16b\n%", lambda row: _percent(row["kv_16bit_share"])),
+    _Column("read\nMB", lambda row: _number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6)),
     _Column("pref.\ns", lambda row: _number(row["prefill_s"])),
     _Column("pref.\ntok/s", lambda row: _number(row["prefill_tok_s"])),
     _Column("dec.\ntok/s", lambda row: _number(row["decode_tok_s"])),
     _Column("err", lambda row: str(row["errors"]), shown="always"),
+    _Column("form", lambda row: str(row["wrong_format"]) if row["wrong_format"] else "-"),
     _Column("cut", lambda row: str(row["truncated"]) if row["truncated"] else "-"),
 )
+
+
+def _against(row: Row, key: str, form: Callable[[float | None], str]) -> str:
+    if row[key] is None:
+        return "-"
+    bounds = row[f"{key}_lo"], row[f"{key}_hi"]
+    return form(row[key]) if None in bounds else f"{form(row[key])} [{', '.join(map(form, bounds))}]"
 
 
 def _model(row: Row) -> str:
@@ -385,6 +217,10 @@ def _caption(table: Table) -> list[str]:
         lines.append("KV: mean per sample, MB = 1e6 bytes. pref., dec.: prefill of a distinct context, decode.")
     if any(row["gold_nll"] is not None for row in rows):
         lines.append("gold nll: NLL per token of the gold answer; gold kept: share of its passages' slots that stayed.")
+    if any(row["retention"] is not None for row in rows):
+        lines.append("% of full, - full: against the run under full with the same model, adapter, task and context.")
+    if any(row["wrong_format"] for row in rows):
+        lines.append("form: outputs that had not the form that was asked for; they are scored as they stand.")
     if any(row["errors"] for row in rows):
         lines.append("err: errors, counted in n and as 0 in the score (no score where 0 is not the worst).")
     if any(row["truncated"] for row in rows):
