@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Format = Literal["terminal", "markdown", "csv", "json"]
+Format = Literal["terminal", "markdown", "csv", "json", "latex", "html"]
 
 
 @app.command(
@@ -59,12 +59,13 @@ def demo(
 def table(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
     form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
+    reference: Annotated[str | None, typer.Option(help="paper-table1 or paper-table2, quoted beside ours.")] = None,
     as_json: Json = False,
 ) -> None:
     """Set runs side by side: score with interval, what was kept, what it cost."""
     from lceval.table import main as table_text
 
-    typer.echo(table_text(runs, "json" if as_json else form))
+    typer.echo(table_text(runs, "json" if as_json else form, reference))
 
 
 @app.command()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lceval.stats import LEVEL, RESAMPLES, SEED
+from lceval.table.quoted import Quoted
 from lceval.table.rows import KEYS, Row, Table
 
 
-def to_json(table: Table) -> str:
+def to_json(table: Table, quoted: Quoted | None = None) -> str:
     """{"interval": {...}, "rows": [...]}: every number as computed, null where undefined."""
     interval = {
         "method": "percentile bootstrap over clusters; Wilson where all scores are 0 or all are 1",
@@ -23,7 +24,8 @@ def to_json(table: Table) -> str:
         "resamples": RESAMPLES,
         "seed": SEED,
     }
-    return json.dumps({"interval": interval, "rows": table.rows}, indent=2, allow_nan=False)
+    beside = {} if quoted is None else {"quoted": vars(quoted)}
+    return json.dumps({"interval": interval, "rows": table.rows, **beside}, indent=2, allow_nan=False)
 
 
 def to_csv(table: Table) -> str:
@@ -38,8 +40,8 @@ def to_csv(table: Table) -> str:
 def to_markdown(table: Table) -> str:
     """One heading and pipe table per task, then the caption."""
     parts = []
-    columns = _columns(table)
-    for heading, rows in _sections(table):
+    columns = columns_of(table)
+    for heading, rows in sections(table):
         lines = [
             "| " + " | ".join(column.header.replace("\n", " ") for column in columns) + " |",
             "| " + " | ".join("---" if column.text else "---:" for column in columns) + " |",
@@ -48,8 +50,8 @@ def to_markdown(table: Table) -> str:
             cells = (column.cell(row).replace("|", "\\|").replace("*", "\\*") for column in columns)
             lines.append("| " + " | ".join(cells) + " |")
         parts.append(f"### {heading}\n\n" + "\n".join(lines))
-    caption = "\n".join(f"- {line}" for line in _caption(table)).replace("*", "\\*")
-    return "\n\n".join([*parts, caption])
+    notes = "\n".join(f"- {line}" for line in caption(table)).replace("*", "\\*")
+    return "\n\n".join([*parts, notes])
 
 
 def to_terminal(table: Table, width: int | None = None) -> str:
@@ -63,7 +65,7 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    columns = _columns(table)
+    columns = columns_of(table)
     least = [_least_width(column, table) for column in columns]
     available = width or shutil.get_terminal_size(fallback=(100, 24)).columns
     gap = 2 if sum(least) + 2 * (len(columns) - 1) <= available else 1
@@ -72,7 +74,7 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     console = Console(
         file=text, width=max(available, needed), color_system=None, markup=False, emoji=False, highlight=False
     )
-    for heading, rows in _sections(table):
+    for heading, rows in sections(table):
         grid = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
         for column, minimum in zip(columns, least, strict=True):
             grid.add_column(
@@ -86,13 +88,13 @@ def to_terminal(table: Table, width: int | None = None) -> str:
         for row in rows:
             grid.add_row(*(Text(column.cell(row)) for column in columns))
         console.print(Text(heading), grid, Text(), sep="\n")
-    for line in _caption(table):
+    for line in caption(table):
         console.print(Text(line))
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 @dataclass(frozen=True)
-class _Column:
+class Column:
     """One column of the forms for people.
 
     text: left-aligned and foldable; numbers are right-aligned and never broken.
@@ -127,28 +129,28 @@ def _score(row: Row) -> str:
     return f"{form(row['score'])} [{interval}]"
 
 
-_COLUMNS = (
-    _Column("run", lambda row: row["run"] + ("*" if row["unfinished"] else ""), text=True, shown="always"),
-    _Column("model", lambda row: _model(row), text=True, shown="differs"),
-    _Column("recipe", lambda row: row["recipe"], text=True, shown="always"),
-    _Column("context", lambda row: row["context"] or "-", text=True, shown="differs"),
-    _Column("n", lambda row: str(row["n"]), shown="always"),
-    _Column(f"score [{100 * LEVEL:g}% CI]", _score, shown="always"),
-    _Column("% of full\n[95% CI]", lambda row: _against(row, "retention", _percent)),
-    _Column("gold\nnll", lambda row: _number(row["gold_nll"])),
-    _Column("- full\n[95% CI]", lambda row: _against(row, "nll_delta", _number)),
-    _Column("gold\nkept %", lambda row: _percent(row["gold_kept"])),
-    _Column("ndcg\n@10 %", lambda row: _percent(row["ndcg10"])),
-    _Column("kept\n%", lambda row: _percent(row["kept_share"])),
-    _Column("KV\nMB", lambda row: _number(row["kv_mb"])),
-    _Column("16b\n%", lambda row: _percent(row["kv_16bit_share"])),
-    _Column("read\nMB", lambda row: _number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6)),
-    _Column("pref.\ns", lambda row: _number(row["prefill_s"])),
-    _Column("pref.\ntok/s", lambda row: _number(row["prefill_tok_s"])),
-    _Column("dec.\ntok/s", lambda row: _number(row["decode_tok_s"])),
-    _Column("err", lambda row: str(row["errors"]), shown="always"),
-    _Column("form", lambda row: str(row["wrong_format"]) if row["wrong_format"] else "-"),
-    _Column("cut", lambda row: str(row["truncated"]) if row["truncated"] else "-"),
+COLUMNS = (
+    Column("run", lambda row: row["run"] + ("*" if row["unfinished"] else ""), text=True, shown="always"),
+    Column("model", lambda row: _model(row), text=True, shown="differs"),
+    Column("recipe", lambda row: row["recipe"], text=True, shown="always"),
+    Column("context", lambda row: row["context"] or "-", text=True, shown="differs"),
+    Column("n", lambda row: str(row["n"]), shown="always"),
+    Column(f"score [{100 * LEVEL:g}% CI]", _score, shown="always"),
+    Column("% of full\n[95% CI]", lambda row: _against(row, "retention", _percent)),
+    Column("gold\nnll", lambda row: _number(row["gold_nll"])),
+    Column("- full\n[95% CI]", lambda row: _against(row, "nll_delta", _number)),
+    Column("gold\nkept %", lambda row: _percent(row["gold_kept"])),
+    Column("ndcg\n@10 %", lambda row: _percent(row["ndcg10"])),
+    Column("kept\n%", lambda row: _percent(row["kept_share"])),
+    Column("KV\nMB", lambda row: _number(row["kv_mb"])),
+    Column("16b\n%", lambda row: _percent(row["kv_16bit_share"])),
+    Column("read\nMB", lambda row: _number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6)),
+    Column("pref.\ns", lambda row: _number(row["prefill_s"])),
+    Column("pref.\ntok/s", lambda row: _number(row["prefill_tok_s"])),
+    Column("dec.\ntok/s", lambda row: _number(row["decode_tok_s"])),
+    Column("err", lambda row: str(row["errors"]), shown="always"),
+    Column("form", lambda row: str(row["wrong_format"]) if row["wrong_format"] else "-"),
+    Column("cut", lambda row: str(row["truncated"]) if row["truncated"] else "-"),
 )
 
 
@@ -165,17 +167,17 @@ def _model(row: Row) -> str:
     return " ".join([row["model"], *(mark + name for mark, name in zip(("", "+"), names, strict=True) if name)])
 
 
-def _columns(table: Table) -> list[_Column]:
+def columns_of(table: Table) -> list[Column]:
     """The columns that say something about this table."""
     chosen = []
-    for column in _COLUMNS:
+    for column in COLUMNS:
         cells = {column.cell(row) for row in table.rows}
         if column.shown == "always" or len(cells) > 1 or (column.shown == "present" and cells != {"-"}):
             chosen.append(column)
     return chosen
 
 
-def _sections(table: Table) -> list[tuple[str, list[Row]]]:
+def sections(table: Table) -> list[tuple[str, list[Row]]]:
     """Rows under the heading of what they measure; scores of another version or metric stand apart.
 
     A row without samples joins the first section of its task.
@@ -196,7 +198,7 @@ def _heading(row: Row) -> str:
     return f"{row['task']}{version}: {metric}{unit}{filtered}"
 
 
-def _caption(table: Table) -> list[str]:
+def caption(table: Table) -> list[str]:
     """What a reader needs to know about the numbers above, one sentence group a line."""
     rows = table.rows
     lines = []
@@ -230,7 +232,7 @@ def _caption(table: Table) -> list[str]:
     return lines
 
 
-def _least_width(column: _Column, table: Table) -> int:
+def _least_width(column: Column, table: Table) -> int:
     """Characters a column cannot do without; names can do with 11, folded."""
     texts = [column.header, *(column.cell(row) for row in table.rows)]
     longest = max(len(line) for text in texts for line in text.split("\n"))
