@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -55,16 +56,16 @@ def sweep(plan: Plan, root: Path) -> Outcome:
             try:
                 if begun and model is None:
                     model, owner = load_model(begun[0][1].config), cells[0].owner
-                if begun:
-                    outcome.contexts += _answer(model, [found for _, found in begun])
+                counts = _answer(model, [found for _, found in begun]) if begun else []
+                outcome.contexts += sum(count["contexts"] for count in counts)
             except Exception as error:
                 for cell, _ in begun:
                     _fail(outcome, cell, error)
                 model, owner = None, None
                 continue
-            for cell, found in begun:
+            for (cell, found), count in zip(begun, counts, strict=True):
                 try:
-                    evaluate(found, partial(_under, model))
+                    evaluate(found, partial(_under, model, counts=count))
                 except Exception as error:
                     _fail(outcome, cell, error)
         _write(root, plan, outcome)
@@ -84,15 +85,15 @@ def _begin(cells: Sequence[Cell], root: Path, folders: ExitStack, outcome: Outco
     return begun
 
 
-def _answer(model: Any, runs: Sequence[Opened]) -> int:
-    """Answer all questions of a group, context by context; returns how many contexts were read."""
+def _answer(model: Any, runs: Sequence[Opened]) -> list[Counter[str]]:
+    """Answer all questions of a group, context by context; returns what the model counted for each run."""
     from lceval.models.recipe import parse
 
     recipes = [parse(run.config.model_args["kv"]) for run in runs]
     needs = recipes[0].needs
     for recipe in recipes[1:]:
         needs |= recipe.needs
-    before = model.totals["contexts"]
+    counts: list[Counter[str]] = [Counter() for _ in runs]
     stores = []
     try:
         for run in runs:
@@ -100,11 +101,12 @@ def _answer(model: Any, runs: Sequence[Opened]) -> int:
             stores.append(Responses(run.folder / "responses.sqlite"))
         model.server.kept_for = needs
         for method, requests in _requests(runs[0].config, model):
-            for run, store in zip(runs, stores, strict=True):
-                _under(model, run.config)
+            for run, store, count in zip(runs, stores, counts, strict=True):
+                _under(model, run.config, counts=Counter())
                 model.set_cache_hook(store)
                 store.serve(method, getattr(model, method), requests)
-        return int(model.totals["contexts"] - before)
+                count.update(model.totals)
+        return counts
     finally:
         model.server.kept_for = None
         for store in stores:
@@ -129,10 +131,12 @@ def _requests(config: Any, model: Any) -> list[tuple[str, list[Any]]]:
     return [(method, requests) for (method, _), requests in groups.items()]
 
 
-def _under(model: Any, config: Any) -> Any:
-    """The loaded model under the recipe of a configuration."""
+def _under(model: Any, config: Any, *, counts: Counter[str]) -> Any:
+    """The loaded model under the recipe of a configuration, as if it had counted only that run's."""
     from lceval.models.recipe import parse
 
+    model.totals.clear()
+    model.totals.update(counts)
     model.recipe = parse(config.model_args["kv"])
     return model
 
