@@ -74,6 +74,25 @@ def table(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path | None, typer.Argument(help="grid.yaml: models, recipes, contexts, tasks, …")] = None,
+    preset: Annotated[str | None, typer.Option(help="A shipped grid: mini, paper-table1, …")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the grid; repeatable.")] = None,
+    output_path: Annotated[
+        Path | None, typer.Option("--output_path", "--output-path", help="Default runs/NAME.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost, run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a grid of cells, each a run folder; the same line goes on. Exit code 4: some cells failed."""
+    from lceval.sweep import command
+
+    text, code = command.run(grid, preset, changes or [], output_path, dry_run=dry_run, as_json=as_json)
+    typer.echo(text)
+    raise typer.Exit(code)
+
+
+@app.command()
 def check(
     runs: Annotated[
         list[Path] | None, typer.Argument(help="BASE and NEW: run folders; BASE may be a baseline.")

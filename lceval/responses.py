@@ -29,14 +29,20 @@ class Responses:
             "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
         )
         self._db.commit()
+        self._lm: Any = None
         self.reused: set[tuple[str, Any]] = set()
         self.asked: set[tuple[str, Any]] = set()
 
     def close(self) -> None:
+        """Close the file; a model that was attached answers by itself again."""
         self._db.close()
+        for method in METHODS if self._lm is not None else ():
+            delattr(self._lm, method)
+        self._lm = None
 
     def attach(self, lm: Any) -> None:
         """Make `lm` file every response as it is made, and answer from the file what was answered before."""
+        self._lm = lm
         lm.set_cache_hook(self)
         for method in METHODS:
             original = getattr(lm, method)

@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -38,12 +38,43 @@ class Outcome:
     reused: int
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A run whose folder is this process's alone, as it was found.
+
+    identity: what must not change between two starts. previous: run.json of an earlier start, None on the first.
+    """
+
+    config: Any
+    folder: Path
+    identity: dict[str, Any]
+    previous: dict[str, Any] | None
+
+    @property
+    def finished(self) -> Outcome | None:
+        """The outcome of a run that an earlier start finished."""
+        if self.previous is None or self.previous["status"] != FINISHED:
+            return None
+        return Outcome(self.folder, self.previous["samples"], self.previous["samples"])
+
+
 def run(argv: Sequence[str]) -> Outcome:
     """Run an evaluation given as lm-eval's `run` flags, or resume it.
 
     Raises:
         UserError: bad flags, or a folder that holds another run.
         InfrastructureError: lm-eval did not write its results.
+    """
+    with opened(argv) as found:
+        return found.finished or evaluate(found, load_model)
+
+
+@contextmanager
+def opened(argv: Sequence[str]) -> Iterator[Opened]:
+    """The run that lm-eval's flags describe, its folder made and locked.
+
+    Raises:
+        UserError: bad flags, or a folder that holds another run.
     """
     config = _configure(argv)
     from lceval.models import packaged
@@ -55,12 +86,9 @@ def run(argv: Sequence[str]) -> Outcome:
         previous = _read(folder)
         if previous is None and any(f.name != ".lock" for f in folder.iterdir()):
             raise UserError(f"{folder} holds files but no {RUN}: choose another --output_path")
-        if previous is not None:
-            if changed := identity.differences(previous["identity"], ours):
-                raise UserError(f"{folder} holds another run ({'; '.join(changed)}): choose another --output_path")
-            if previous["status"] == FINISHED:
-                return Outcome(folder, previous["samples"], previous["samples"])
-        return _evaluate(config, folder, ours, previous)
+        if previous is not None and (changed := identity.differences(previous["identity"], ours)):
+            raise UserError(f"{folder} holds another run ({'; '.join(changed)}): choose another --output_path")
+        yield Opened(config, folder, ours, previous)
 
 
 def _configure(argv: Sequence[str]) -> Any:
@@ -119,16 +147,16 @@ def _has_template(model_args: dict[str, Any]) -> bool:
     return tokenizer.chat_template is not None
 
 
-def _evaluate(config: Any, folder: Path, ours: dict[str, Any], previous: dict[str, Any] | None) -> Outcome:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.registry import get_model
-
+def tasks_of(config: Any) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's task manager, and what it loaded: rows are built before any model, so that missing data shows first."""
     manager = _task_manager(config)
-    # Rows are built before the model is loaded, so that missing data is found out first.
-    loaded = manager.load(config.tasks)
-    tasks = [loaded.get("groups", {}).get(name) or loaded["tasks"].get(name, name) for name in config.tasks]
-    started = time.monotonic()
-    record = previous or {
+    return manager, manager.load(config.tasks)
+
+
+def begin(found: Opened) -> dict[str, Any]:
+    """Write run.json of a run that starts or goes on; returns it."""
+    config, ours = found.config, found.identity
+    record = found.previous or {
         "status": RUNNING,
         "model": config.model,
         "model_args": config.model_args,
@@ -142,13 +170,32 @@ def _evaluate(config: Any, folder: Path, ours: dict[str, Any], previous: dict[st
         "machine": identity.machine(),
         "wall_s": 0.0,
     }
-    _write(folder, record)
+    _write(found.folder, record)
+    return record
+
+
+def load_model(config: Any) -> Any:
+    """The model that a configuration names."""
+    from lm_eval.api.registry import get_model
+
     sizes = {
         "batch_size": config.batch_size,
         "max_batch_size": config.max_batch_size,
         "device": config.device,
     }
-    lm = get_model(config.model).create_from_arg_obj(dict(config.model_args), sizes)
+    return get_model(config.model).create_from_arg_obj(dict(config.model_args), sizes)
+
+
+def evaluate(found: Opened, load: Callable[[Any], Any]) -> Outcome:
+    """Answer what is not answered yet, score, and finish the run folder; `load` gives the model of a configuration."""
+    from lm_eval import simple_evaluate
+
+    config, folder = found.config, found.folder
+    manager, loaded = tasks_of(config)
+    tasks = [loaded.get("groups", {}).get(name) or loaded["tasks"].get(name, name) for name in config.tasks]
+    started = time.monotonic()
+    record = begin(found)
+    lm = load(config)
     store = Responses(folder / "responses.sqlite")
     store.attach(lm)
     seeds = dict(zip(_SEEDS, config.seed, strict=True)) if config.seed else {}

@@ -33,6 +33,7 @@ class Prefill(Cache):  # type: ignore[misc]
 
     Attributes:
         kernels: whether scores and compaction go through the Triton kernels.
+        read_s: seconds that reading the context took, whoever asks; set by whoever runs the model, as `rereads`.
         rereads: the attention that repeating the context paid to it, per layer that sees all (`Needs.reread`); set
             by whoever runs the model.
     """
@@ -49,6 +50,7 @@ class Prefill(Cache):  # type: ignore[misc]
         self.tokens = tokens
         self.needs = needs
         self.kernels = kernels
+        self.read_s = 0.0
         self.rereads: list[Tensor] | None = None
 
     @classmethod

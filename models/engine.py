@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -57,12 +58,16 @@ class Engine:
     @torch.inference_mode()
     def read(self, ids: Sequence[int], needs: Needs) -> Prefill:
         """Read a context of at least one token and observe what `needs` says."""
+        began = time.perf_counter()
         prefill = Prefill(self.geometry, len(ids), needs, kernels=self.kernels)
         step = self._chunk or len(ids)
         for start in range(0, len(ids), step):
             self._decode(prefill, [ids[start : start + step]])
         if needs.reread:
             prefill.rereads = self._reread(prefill, ids)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        prefill.read_s = time.perf_counter() - began
         return prefill
 
     def nothing(self) -> Context:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -94,7 +93,6 @@ class Server:
 
     def _shared(self, group: Sequence[Job], how: Recipe) -> Iterator[Turn]:
         ids = group[0].context
-        start = time.perf_counter()
         context, prefill = self._shelf.get((ids, how)), None
         charged = context is not None
         if ids and (context is None or self.diagnosis.needs_prefill):
@@ -103,9 +101,9 @@ class Server:
             keep = self.kept_for is not None or self.diagnosis.needs_prefill
             context = self.engine.nothing() if prefill is None else prefill.compress(how, consume=not keep)
             self._shelf.put((ids, how), context)
+        prefill_s = 0.0 if prefill is None else prefill.read_s
         if not self.diagnosis.needs_prefill:
             prefill = None
-        prefill_s = time.perf_counter() - start - context.compress_s
         for job in group:
             asked = None if prefill is None else self.engine.ask(prefill, job.question, job.room)
             meta = telemetry(job, context, shared=charged, prefill_s=0.0 if charged else prefill_s)
@@ -114,13 +112,11 @@ class Server:
 
     def _each(self, group: Sequence[Job], how: Recipe) -> Iterator[Turn]:
         """Question-aware: every question is read over the whole context, and then decides what stays."""
-        start = time.perf_counter()
         prefill = self._read(group[0].context, how.needs | self.diagnosis.needs)
-        prefill_s = time.perf_counter() - start
         for place, job in enumerate(group):
             cache = self.engine.ask(prefill, job.question, job.room)
             context = prefill.compress(how, consume=False, asked=cache)
-            meta = telemetry(job, context, shared=place > 0, prefill_s=0.0 if place else prefill_s)
+            meta = telemetry(job, context, shared=place > 0, prefill_s=0.0 if place else prefill.read_s)
             meta |= self.diagnosis.of_context(job, context, prefill, cache)
             # The last token is read again, so that all of the answer comes from the compressed cache.
             cache.over(context)

@@ -90,8 +90,7 @@ def bench(
     names = [*([HF] if against_hf else []), *map(str, hows)]
     wanted = {(cluster, name) for cluster in chosen for name in names}
     rows = [row for row in results.rows if (row["cluster"], row["kv"]) in wanted]
-    reading = sum(row["prefill_s"] for row in rows if row["kv"] == "full")
-    sides = [_summary(name, [row for row in rows if row["kv"] == name], reading) for name in names]
+    sides = [_summary(name, [row for row in rows if row["kv"] == name]) for name in names]
     by_name = {side["kv"]: side for side in sides}
     for side in sides:
         side["same_as_full"] = None if nll_only else _agreement(rows, side["kv"])
@@ -165,9 +164,17 @@ def _side(task: Any, model: Any, name: str, requests: list[Any], cluster: str, n
         for request in requests:
             request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 1})
     answer = model.generate_until if task.OUTPUT_TYPE == "generate_until" else model.loglikelihood
-    start = time.perf_counter()
+    read, start = _contexts_read(model), time.perf_counter()
     responses = answer(requests, disable_tqdm=True)
-    return list(_rows(task, name, requests, responses, cluster, time.perf_counter() - start, nll_only))
+    seconds = time.perf_counter() - start
+    if _contexts_read(model) == read:
+        # Another side read the context for all: each is charged with what it takes by itself.
+        seconds += math.fsum(r.meta["kv"].get("prefill_s", 0.0) for r in responses if hasattr(r, "meta"))
+    return list(_rows(task, name, requests, responses, cluster, seconds, nll_only))
+
+
+def _contexts_read(model: Any) -> int:
+    return int(model.totals["contexts"]) if isinstance(model, LCFT) else 0
 
 
 def _hf_side(task: Any, model: LCFT, requests: list[Any], cluster: str) -> list[Any]:
@@ -204,9 +211,8 @@ def _rows(
         }
 
 
-def _summary(name: str, rows: list[dict[str, Any]], reading: float) -> dict[str, Any]:
-    """Means with intervals over contexts. `seconds` is what the side takes by itself: `full` read the contexts for
-    all recipes, so the others are charged for that too."""
+def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means with intervals over contexts."""
     summary: dict[str, Any] = {"kv": name, "n": len(rows)}
     clusters = [row["cluster"] for row in rows]
     for metric in SHOWN:
@@ -218,8 +224,6 @@ def _summary(name: str, rows: list[dict[str, Any]], reading: float) -> dict[str,
         values = [row[field] for row in rows if row.get(field) is not None]
         summary[field] = sum(values) / len(values) if values else None
     summary["seconds"] = sum(row["seconds"] for row in rows)
-    if name != HF:
-        summary["seconds"] += reading - sum(row["prefill_s"] for row in rows)
     return summary
 
 

@@ -15,9 +15,9 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lceval.report import paired
 from lceval.results import Run, Sample, TaskResult
 from lceval.table import KEYS, build
+from lceval.table.pairs import places, results
 
 TAIL = 1500
 TAILS_TOTAL = 12_000_000
@@ -38,23 +38,19 @@ class Pool(Generic[T]):
 
 def collect(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything on the page; nothing in it depends on where or when it was made."""
-    results = _in_table_order(runs)
+    found = results(runs)
     rows = build(runs).rows
     texts: Pool[str] = Pool()
     golds: Pool[tuple[str, ...]] = Pool()
     prompts: Pool[str] = Pool()
     blocks = []
-    for (run, task), row in zip(results, rows, strict=True):
-        place = paired.reference((run, task), results)
-        block = _block(task, texts, golds, prompts)
-        row |= _place_of(task.task)
+    for result, row in zip(found, rows, strict=True):
+        block = _block(result.task, texts, golds, prompts)
+        row |= _place_of(result.task.task)
         block["full"] = None
-        if place is not None and results[place][1] is not task:
-            full = results[place][1]
-            block["full"] = {"block": place, "pairs": _partners(task, full)}
-            if row.get("retention") is None:
-                kept = paired.retention(task, full)
-                row |= {"retention": kept.share, "retention_lo": kept.lo, "retention_hi": kept.hi}
+        if full := result.full:
+            place = next(index for index, other in enumerate(found) if other.task is full)
+            block["full"] = {"block": place, "pairs": places(result.task.samples, full.samples)}
         blocks.append(block)
     tail = max(200, min(TAIL, TAILS_TOTAL // max(1, len(prompts.places))))
     page = _finite(
@@ -72,15 +68,6 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
     return page
 
 
-def _in_table_order(runs: Sequence[Run]) -> list[tuple[Run, TaskResult]]:
-    """(run, task) in the order of the table's rows: by task, in the order they first appear."""
-    by_task: dict[str, list[tuple[Run, TaskResult]]] = {}
-    for run in runs:
-        for task in run.tasks:
-            by_task.setdefault(task.task, []).append((run, task))
-    return [pair for of_task in by_task.values() for pair in of_task]
-
-
 def _place_of(task: str) -> dict[str, Any]:
     """What a task's name says: its suite, its name without the length, and its length in units of 1,024 tokens."""
     from lceval.tasks import catalogue
@@ -93,12 +80,6 @@ def _place_of(task: str) -> dict[str, Any]:
         "family": family,
         "length_k": int(match[2]) if match else None,
     }
-
-
-def _partners(task: TaskResult, full: TaskResult) -> list[int | None]:
-    """For each sample of `task` the place of the same sample of `full`."""
-    found = dict(paired.pairs(task.samples, full.samples))
-    return [found.get(index) for index in range(len(task.samples))]
 
 
 def _block(task: TaskResult, texts: Pool[str], golds: Pool[tuple[str, ...]], prompts: Pool[str]) -> dict[str, Any]:

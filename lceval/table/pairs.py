@@ -52,14 +52,14 @@ def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0
     if full and theirs is None:
         return None
     clusters = [sample.cluster for sample in task.samples]
-    paired = [theirs[place] for place in _places(task.samples, full.samples)] if full and theirs else []
+    paired = [theirs[place] for place in places(task.samples, full.samples)] if full and theirs else []
     return Stratum(ours, paired, clusters, weight)
 
 
 def diagnosis_stratum(task: TaskResult, full: TaskResult, name: str, weight: float = 1.0) -> Stratum | None:
     """A diagnosis of the samples for which both runs measured it; None where there are none."""
     found = []
-    for sample, place in zip(task.samples, _places(task.samples, full.samples), strict=True):
+    for sample, place in zip(task.samples, places(task.samples, full.samples), strict=True):
         ours, theirs = sample.diagnosis.get(name), full.samples[place].diagnosis.get(name)
         if ours is not None and theirs is not None:
             found.append((ours, theirs, sample.cluster))
@@ -107,7 +107,7 @@ def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
     return names
 
 
-def _places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
+def places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
     """Where each sample stands in `full`."""
     at = {name: place for place, name in enumerate(_names(full))}
     return [at[name] for name in _names(samples)]
@@ -118,6 +118,6 @@ def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
     if {*_names(samples)} != {*_names(full)}:
         return False
     prompts = [
-        (s.prompt_hash, full[place].prompt_hash) for s, place in zip(samples, _places(samples, full), strict=True)
+        (s.prompt_hash, full[place].prompt_hash) for s, place in zip(samples, places(samples, full), strict=True)
     ]
     return all(ours == theirs or not (ours and theirs) for ours, theirs in prompts)

@@ -1,0 +1,101 @@
+"""What a sweep is asked for: a YAML file or a preset, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lceval.errors import UserError
+
+
+class Grid(BaseModel):
+    """Every combination is a cell.
+
+    Attributes:
+        models, adapters: `pretrained` and `peft`; None is no adapter.
+        recipes: of the KV cache.
+        contexts: what lm_eval's `--metadata` takes: `full`, `gold`, `none`, or `{context: rag, retriever: bm25, …}`.
+        tasks: names of tasks or groups, or of datasets, which are crossed with `modes` and `lengths` (K tokens).
+        seeds: `data_seed` of the rows; None is the task's own.
+        limit: questions a cell, None takes all. model_args: further arguments of the model, as `diagnose: gold`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    models: list[str] = Field(min_length=1)
+    adapters: list[str | None] = [None]
+    recipes: list[str] = Field(default=["full"], min_length=1)
+    contexts: list[str | dict[str, str | int]] = Field(default=["full"], min_length=1)
+    tasks: list[str] = Field(min_length=1)
+    modes: list[str] = ["ao"]
+    lengths: list[int] = []
+    seeds: list[int | None] = [None]
+    limit: int | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=1, gt=0)
+    model_args: dict[str, str | int | float] = {}
+
+
+def presets() -> list[str]:
+    """Names of the grids that are shipped."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("lceval.sweep.presets").iterdir() if f.name.endswith("yaml")
+    )
+
+
+def read(file: Path | None, preset: str | None, changes: Sequence[str] = ()) -> tuple[str, Grid]:
+    """A grid and its name.
+
+    Args:
+        changes: KEY=VALUE, VALUE as in YAML, over what the file says.
+
+    Raises:
+        UserError: neither or both of file and preset, not a grid, or an unknown key.
+    """
+    if (file is None) == (preset is None):
+        raise UserError(f"name a grid.yaml or a --preset ({', '.join(presets())}), one of the two")
+    if preset is not None:
+        if preset not in presets():
+            raise UserError(f"no preset {preset!r}: one of {', '.join(presets())}")
+        name, text = preset, (files("lceval.sweep.presets") / f"{preset}.yaml").read_text(encoding="utf-8")
+    else:
+        assert file is not None
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; docs/sweep.md has an example")
+        name, text = file.stem, file.read_text(encoding="utf-8")
+    try:
+        said = yaml.safe_load(text)
+        for change in changes:
+            key, separator, value = change.partition("=")
+            if not separator:
+                raise UserError(f"--set {change!r}: expected KEY=VALUE")
+            said[key] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"{file or preset}: not YAML ({' '.join(str(error).split())})") from None
+    return name, parse(said, str(file or preset))
+
+
+def parse(said: Any, source: str) -> Grid:
+    """A grid from plain values.
+
+    Raises:
+        UserError: what is wrong, by the first key.
+    """
+    if not isinstance(said, Mapping):
+        raise UserError(f"{source}: expected keys as models, recipes and tasks, found {type(said).__name__}")
+    for key in said:
+        if key not in Grid.model_fields:
+            near = get_close_matches(str(key), Grid.model_fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(Grid.model_fields)}"
+            raise UserError(f"{source}: unknown key {key!r}; {hint}")
+    try:
+        return Grid.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{source}: {where}: {first['msg'].lower()} (found {first['input']!r:.60})") from None

@@ -1,0 +1,94 @@
+"""A sweep of real cells: killed and resumed it is the sweep that was not, and each context is read once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.model]
+GRID = """
+models: ["smollm2-135m"]
+adapters: [null, "no-such-adapter"]
+recipes: ["full", "snapkv:0.5"]
+tasks: ["lc_filings_ao_1k"]
+limit: 5
+"""
+TIMINGS = ("prefill_s", "prefill_tok_s", "decode_tok_s")
+
+
+def line(grid: Path, out: Path) -> list[str]:
+    return [
+        sys.executable,
+        "-c",
+        "from lceval.cli import main; main()",
+        "sweep",
+        str(grid),
+        "--output_path",
+        str(out),
+        "--json",
+    ]
+
+
+def answered(root: Path) -> dict[str, list[tuple[str, int]]]:
+    """The requests that each cell has answered, and how often."""
+    found = {}
+    for file in sorted(root.glob("*/responses.sqlite")):
+        with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
+            try:
+                found[file.parent.name] = db.execute(
+                    "SELECT request, count(*) FROM response GROUP BY request"
+                ).fetchall()
+            except sqlite3.OperationalError:
+                found[file.parent.name] = []
+    return found
+
+
+def table(out: str) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in json.loads(out)["rows"]]
+
+
+def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops_no_other(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(GRID)
+    whole = subprocess.run(line(grid, tmp_path / "whole"), capture_output=True, text=True)
+    # Two cells of the adapter that there is not fail, in a line each; the others are finished.
+    assert whole.returncode == 4, whole.stderr
+    assert whole.stderr.count("failed: ") == 2
+    assert "2 of 4 cells" in whole.stderr
+    # 5 questions lie on 2 contexts, and both are read once for both recipes.
+    assert "2 contexts read" in whole.stderr
+
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(line(grid, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while sum(len(requests) for requests in answered(killed).values()) < 3:
+        assert process.poll() is None, "the sweep ended before it could be killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = answered(killed)
+    assert 3 <= sum(map(len, before.values())) < 10
+
+    again = subprocess.run(line(grid, killed), capture_output=True, text=True)
+    assert again.returncode == 4, again.stderr
+    after = answered(killed)
+    assert {name: len(requests) for name, requests in after.items() if requests} == dict.fromkeys(
+        [name for name, requests in after.items() if requests], 5
+    )
+    # Nothing was answered twice.
+    assert all(count == 1 for requests in after.values() for _, count in requests)
+    assert table(again.stdout) == table(whole.stdout)
+    for row in json.loads(whole.stdout)["rows"]:
+        # Reading is charged to every recipe, whoever it was done for.
+        assert row["prefill_s"] > 0.01
+
+    third = subprocess.run(line(grid, killed), capture_output=True, text=True)
+    assert "0 contexts read" in third.stderr
+    assert third.stdout == again.stdout

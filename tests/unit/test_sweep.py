@@ -1,0 +1,100 @@
+"""A grid is refused by its first mistake, and planned without loading anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lceval.cli import invoke
+from lceval.errors import UserError
+from lceval.sweep.grid import Grid, parse, presets, read
+from lceval.sweep.plan import Cell, plan
+
+SMALL = {"models": ["smollm2-135m"], "tasks": ["lc_filings_ao_1k"]}
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({**SMALL, "recipe": ["full"]}, "unknown key 'recipe'; did you mean recipes?"),
+        ({"models": ["m"]}, "tasks: field required"),
+        ({**SMALL, "limit": 0}, "limit: input should be greater than 0"),
+        ([], "expected keys as models, recipes and tasks, found list"),
+    ],
+)
+def test_a_bad_grid_is_refused_by_its_first_mistake(said: object, message: str) -> None:
+    with pytest.raises(UserError) as refused:
+        parse(said, "grid.yaml")
+    assert str(refused.value).startswith("grid.yaml: ")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipes": ["snpkv:0.5"]}, "did you mean 'snapkv'"),
+        ({"tasks": ["lc_filing_ao_1k"]}, "did you mean lc_filings_ao_1k"),
+        ({"contexts": ["rag"]}, "no cell of the grid can be run"),
+    ],
+)
+def test_a_bad_name_is_refused_before_anything_is_loaded(changes: dict[str, object], message: str) -> None:
+    grid = {**SMALL, "tasks": ["lc_iris_ao_2k"], **changes} if "contexts" in changes else {**SMALL, **changes}
+    with pytest.raises(UserError, match=message):
+        plan(parse(grid, "grid"))
+
+
+def test_datasets_are_crossed_with_modes_and_lengths_and_what_there_is_not_is_said() -> None:
+    grid = Grid(models=["m"], tasks=["nqopen"], modes=["ao", "mc"], lengths=[2, 3], contexts=["full", "gold"])
+    planned = plan(grid)
+    assert {cell.task for cell in planned.cells} == {"lc_nqopen_ao_2k"}
+    assert len(planned.cells) == 2
+    assert [name for name, _ in planned.na] == ["lc_nqopen_ao_3k", "lc_nqopen_mc_2k", "lc_nqopen_mc_3k"]
+
+
+def test_cells_that_differ_in_anything_have_folders_of_their_own() -> None:
+    grid = Grid(
+        models=["a/m", "b/m"], adapters=[None, "x/ao", "y/ao"], recipes=["full", "snapkv:0.5"],
+        tasks=["lc_filings_ao_1k"], contexts=["full", {"context": "rag", "retriever": "bm25"}],
+        seeds=[None, 1], limit=3,
+    )  # fmt: skip
+    cells = plan(grid).cells
+    assert len(cells) == 2 * 3 * 2 * 2 * 2
+    assert len({cell.name for cell in cells}) == len(cells)
+    assert all(
+        set(cell.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+=-_") for cell in cells
+    )
+
+
+def test_a_cell_is_what_run_makes_of_its_flags() -> None:
+    cell = Cell("m", "ad", "int4", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),))
+    assert cell.argv(Path("out")) == [
+        "--model=lcft",
+        "--model_args=pretrained=m,peft=ad,kv=int4,diagnose=gold",
+        "--tasks=lc_nqopen_ao_2k",
+        "--batch_size=2",
+        "--output_path=out",
+        "--limit=8",
+        '--metadata={"context": "gold"}',
+    ]
+
+
+def test_finished_cells_cost_nothing_any_more(tmp_path: Path) -> None:
+    planned = plan(Grid(**SMALL, recipes=["full", "int4"], limit=4))  # type: ignore[arg-type]
+    assert (planned.cost(tmp_path)["samples"], planned.cost(tmp_path)["finished"]) == (8, 0)
+    folder = tmp_path / planned.cells[0].name
+    folder.mkdir()
+    (folder / "run.json").write_text('{"status": "finished"}')
+    left = planned.cost(tmp_path)
+    assert (left["samples"], left["finished"], left["prefill_tokens"]) == (4, 1, 4 * 1024)
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_are_planned_without_data_or_hub(preset: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv("LCEVAL_DATA", raising=False)
+    assert invoke(["sweep", "--preset", preset, "--dry-run", "--set", "adapters=[null, runs/ao]", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    _, grid = read(None, preset)
+    assert len(said["cells"]) % (2 * len(grid.recipes)) == 0
+    assert said["cost"]["finished"] == 0
