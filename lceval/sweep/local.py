@@ -44,69 +44,85 @@ def sweep(plan: Plan, root: Path) -> Outcome:
     owner: object = None
     groups = plan.groups()
     for number, group in enumerate(groups, 1):
-        cells = [cell for cell in group if cell not in plan.finished(root)]
-        if not cells:
-            continue
-        print(f"[{number}/{len(groups)}] {cells[0].name}: {len(cells)} of {len(group)} recipes", file=sys.stderr)
-        if owner != cells[0].owner:
-            model = None
-            gc.collect()
         with ExitStack() as folders:
-            begun = _begin(cells, root, folders, outcome)
+            begun = _begin(group, root, folders, outcome)
+            if not begun:
+                continue
+            print(f"[{number}/{len(groups)}] {begun[0][0].name}: {len(begun)} of {len(group)} recipes", file=sys.stderr)
+            if owner != group[0].owner:
+                model = None
+                gc.collect()
             try:
-                if begun and model is None:
-                    model, owner = load_model(begun[0][1].config), cells[0].owner
-                counts = _answer(model, [found for _, found in begun]) if begun else []
-                outcome.contexts += sum(count["contexts"] for count in counts)
+                if model is None:
+                    model, owner = load_model(begun[0][1].config), group[0].owner
+                answered = _answer(model, begun, outcome)
             except Exception as error:
                 for cell, _ in begun:
                     _fail(outcome, cell, error)
                 model, owner = None, None
                 continue
-            for (cell, found), count in zip(begun, counts, strict=True):
+            for cell, found, counts in answered:
+                outcome.contexts += counts["contexts"]
                 try:
-                    evaluate(found, partial(_under, model, counts=count))
+                    evaluate(found, partial(_under, model, counts=counts))
                 except Exception as error:
                     _fail(outcome, cell, error)
         _write(root, plan, outcome)
-    outcome.folders = [root / cell.name for cell in plan.finished(root)]
+    outcome.folders = [root / cell.name for cell in plan.finished(root) if cell.name not in outcome.failed]
     _write(root, plan, outcome)
     return outcome
 
 
 def _begin(cells: Sequence[Cell], root: Path, folders: ExitStack, outcome: Outcome) -> list[tuple[Cell, Opened]]:
-    """The cells whose folders could be opened, locked until the group is done."""
+    """The cells with something left to do, their folders locked until the group is done.
+
+    A finished folder is opened too: it counts only if it is this run's, weights, adapter and versions included.
+    """
     begun = []
     for cell in cells:
         try:
-            begun.append((cell, folders.enter_context(opened(cell.argv(root / cell.name)))))
+            found = folders.enter_context(opened(cell.argv(root / cell.name)))
         except Exception as error:
             _fail(outcome, cell, error)
+            continue
+        if found.finished is None:
+            begun.append((cell, found))
     return begun
 
 
-def _answer(model: Any, runs: Sequence[Opened]) -> list[Counter[str]]:
-    """Answer all questions of a group, context by context; returns what the model counted for each run."""
+def _answer(
+    model: Any, begun: Sequence[tuple[Cell, Opened]], outcome: Outcome
+) -> list[tuple[Cell, Opened, Counter[str]]]:
+    """Answer all questions of a group, context by context; the cells that went through, with what the model counted.
+
+    A recipe that fails is out; the others go on.
+    """
     from lceval.models.recipe import parse
 
-    recipes = [parse(run.config.model_args["kv"]) for run in runs]
+    recipes = [parse(found.config.model_args["kv"]) for _, found in begun]
     needs = recipes[0].needs
     for recipe in recipes[1:]:
         needs |= recipe.needs
-    counts: list[Counter[str]] = [Counter() for _ in runs]
-    stores = []
+    stores: list[Responses] = []
     try:
-        for run in runs:
-            begin(run)
-            stores.append(Responses(run.folder / "responses.sqlite"))
+        going = []
+        for cell, found in begun:
+            begin(found)
+            stores.append(Responses(found.folder / "responses.sqlite"))
+            going.append((cell, found, Counter[str](), stores[-1]))
         model.server.kept_for = needs
-        for method, requests in _requests(runs[0].config, model):
-            for run, store, count in zip(runs, stores, counts, strict=True):
-                _under(model, run.config, counts=Counter())
+        for method, requests in _requests(begun[0][1].config, model):
+            for one in list(going):
+                cell, found, counts, store = one
+                _under(model, found.config, counts=Counter())
                 model.set_cache_hook(store)
-                store.serve(method, getattr(model, method), requests)
-                count.update(model.totals)
-        return counts
+                try:
+                    store.serve(method, getattr(model, method), requests)
+                except Exception as error:
+                    _fail(outcome, cell, error)
+                    going.remove(one)
+                counts.update(model.totals)
+        return [(cell, found, counts) for cell, found, counts, _ in going]
     finally:
         model.server.kept_for = None
         for store in stores:
@@ -154,7 +170,7 @@ def _write(root: Path, plan: Plan, outcome: Outcome) -> None:
     """What became of every cell, at once or not at all."""
     done = {cell.name for cell in plan.finished(root)}
     status = {
-        cell.name: "finished" if cell.name in done else outcome.failed.get(cell.name, "not run") for cell in plan.cells
+        cell.name: outcome.failed.get(cell.name, "finished" if cell.name in done else "not run") for cell in plan.cells
     }
     partial = root / f".{STATUS}"
     partial.write_text(json.dumps({"cells": status, "na": dict(plan.na)}, indent=1) + "\n")

@@ -8,10 +8,18 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from lceval.run import Opened, opened
+from lceval.sweep import local
+from lceval.sweep.grid import Grid
+from lceval.sweep.local import sweep
+from lceval.sweep.plan import plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 GRID = """
@@ -92,3 +100,48 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     third = subprocess.run(line(grid, killed), capture_output=True, text=True)
     assert "0 contexts read" in third.stderr
     assert third.stdout == again.stdout
+
+
+def test_a_finished_folder_of_another_run_is_refused_not_shown(tmp_path: Path, smollm2: str) -> None:
+    planned = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=2))
+    (cell,) = planned.cells
+    folder = tmp_path / cell.name
+    folder.mkdir()
+    with opened(cell.argv(tmp_path / "as-it-is")) as found:
+        known = found.identity
+    # The adapter, or here the model, was overwritten in place since.
+    stale = {**known, "hashes": {"pretrained": "0" * 64}}
+    (folder / "run.json").write_text(json.dumps({"status": "finished", "samples": 2, "identity": stale}))
+    outcome = sweep(planned, tmp_path)
+    assert outcome.folders == []
+    assert "holds another run" in outcome.failed[cell.name]
+    assert "hashes.pretrained" in outcome.failed[cell.name]
+    assert "holds another run" in json.loads((tmp_path / "sweep.json").read_text())["cells"][cell.name]
+
+
+def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            self.totals: Counter[str] = Counter()
+            self.server = SimpleNamespace(kept_for=None)
+            self.recipe: Any = None
+
+        def set_cache_hook(self, store: Any) -> None: ...
+
+        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
+            if str(self.recipe) == "int4":
+                raise MemoryError("no room")
+            return ["said"] * len(requests)
+
+    request = SimpleNamespace(args=("Where?", {}), task_name="t", doc_id=0)
+    monkeypatch.setattr(local, "_requests", lambda *_: [("generate_until", [request])])
+    monkeypatch.setattr(local, "begin", lambda found: found.folder.mkdir())
+    cells = plan(Grid(models=["m"], tasks=["lc_filings_ao_1k"], recipes=["full", "int4", "int8"])).cells
+    begun = [
+        (cell, Opened(SimpleNamespace(model_args={"kv": cell.recipe}), tmp_path / cell.name, {}, None))
+        for cell in cells
+    ]
+    outcome = local.Outcome()
+    answered = local._answer(Broken(), begun, outcome)
+    assert [cell.recipe for cell, _, _ in answered] == ["full", "int8"]
+    assert outcome.failed == {cells[1].name: "MemoryError: no room"}
