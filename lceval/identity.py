@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,16 @@ def folder_hash(folder: Path) -> str:
     """Hex digest of a model or adapter folder: names and contents of weights, tokenizer and configuration."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
-        with file.open("rb") as content:
-            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+        stat = file.stat()
+        digest.update(f"{file.name} {_file_hash(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode())
     return digest.hexdigest()
+
+
+@cache
+def _file_hash(file: Path, *_: int) -> str:
+    """Hex digest of a file; it is read again if its size, time or inode changed. A sweep asks for each cell."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

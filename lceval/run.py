@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
@@ -197,29 +197,30 @@ def evaluate(found: Opened, load: Callable[[Any], Any]) -> Outcome:
     record = begin(found)
     lm = load(config)
     store = Responses(folder / "responses.sqlite")
-    store.attach(lm)
     seeds = dict(zip(_SEEDS, config.seed, strict=True)) if config.seed else {}
-    results = simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        device=config.device,
-        limit=config.limit,
-        samples=config.samples,
-        write_out=config.write_out,
-        log_samples=True,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.fewshot_as_multiturn,
-        gen_kwargs=config.gen_kwargs,
-        task_manager=manager,
-        predict_only=config.predict_only,
-        confirm_run_unsafe_code=config.confirm_run_unsafe_code,
-        metadata=config.metadata,
-        **seeds,
-    )
-    store.close()
+    # Closed also where this fails: a model that goes on elsewhere must not answer from this folder.
+    with closing(store):
+        store.attach(lm)
+        results = simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            num_fewshot=config.num_fewshot,
+            batch_size=config.batch_size,
+            device=config.device,
+            limit=config.limit,
+            samples=config.samples,
+            write_out=config.write_out,
+            log_samples=True,
+            system_instruction=config.system_instruction,
+            apply_chat_template=config.apply_chat_template,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+            gen_kwargs=config.gen_kwargs,
+            task_manager=manager,
+            predict_only=config.predict_only,
+            confirm_run_unsafe_code=config.confirm_run_unsafe_code,
+            metadata=config.metadata,
+            **seeds,
+        )
     outcome = Outcome(folder, len(store.asked), len(store.reused))
     if results is None:  # not the main process of a distributed run
         return outcome

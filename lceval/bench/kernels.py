@@ -173,7 +173,7 @@ def measure(
 def kernel_seconds(case: Case, shape: Shape, device: str, dtype: torch.dtype) -> tuple[float, int]:
     """Seconds of a step, and the bytes that it reads."""
     first = build(case, shape, device, dtype)
-    copies = 1 if device == "cpu" else max(1, min(16, ROTATED_BYTES // max(1, first.read_bytes)))
+    copies = 1 if device == "cpu" else -(-ROTATED_BYTES // max(1, first.read_bytes))
     layers = [first, *(build(case, shape, device, dtype, seed) for seed in range(1, copies))]
     q = torch.randn(case.batch, shape.heads, 1, shape.dim, device=device, dtype=dtype)
     scaling = shape.dim**-0.5
@@ -185,7 +185,7 @@ def sdpa_seconds(case: Case, shape: Shape, device: str, dtype: torch.dtype) -> f
     """PyTorch's attention over the uncompressed cache."""
     size = (case.batch, shape.kv_heads, case.length, shape.dim)
     bytes_ = dense_bytes(case, shape, dtype)
-    copies = 1 if device == "cpu" else max(1, min(16, ROTATED_BYTES // bytes_))
+    copies = 1 if device == "cpu" else -(-ROTATED_BYTES // bytes_)
     caches = [tuple(torch.randn(size, device=device, dtype=dtype) for _ in "kv") for _ in range(copies)]
     q = torch.randn(case.batch, shape.heads, 1, shape.dim, device=device, dtype=dtype)
     runs = [lambda k=k, v=v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True) for k, v in caches]

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from lceval.results import Run, Sample, TaskResult
 from lceval.table import KEYS, build
+from lceval.table.judged import verdicts
 from lceval.table.pairs import places, results
 
 TAIL = 1500
@@ -46,7 +47,7 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
     blocks = []
     for result, row in zip(found, rows, strict=True):
         block = _block(result.task, texts, golds, prompts)
-        row |= _place_of(result.task.task)
+        row["family"] = re.sub(r"_\d+k$", "", result.task.task)
         block["full"] = None
         if full := result.full:
             place = next(index for index, other in enumerate(found) if other.task is full)
@@ -68,32 +69,15 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
     return page
 
 
-def _place_of(task: str) -> dict[str, Any]:
-    """What a task's name says: its suite, its name without the length, and its length in units of 1,024 tokens."""
-    from lceval.tasks import catalogue
-
-    match = re.fullmatch(r"(.+)_(\d+)k", task)
-    family = match[1] if match else task
-    dataset = next((d for name, d in catalogue.datasets().items() if family.startswith(f"lc_{name}_")), None)
-    return {
-        "suite": dataset.suite if dataset else "other",
-        "family": family,
-        "length_k": int(match[2]) if match else None,
-    }
-
-
 def _block(task: TaskResult, texts: Pool[str], golds: Pool[tuple[str, ...]], prompts: Pool[str]) -> dict[str, Any]:
     """The samples of one row, a list per column; telemetry under `kv`, what a judge said under `judge` by place."""
     samples = task.samples
     columns: dict[str, list[Any]] = {"question": [], "gold": [], "prompt": []}
-    judge: dict[str, Any] = {}
-    for index, line in enumerate(_lines(task)):
+    for line in _lines(task):
         doc = line["doc"] if isinstance(line.get("doc"), dict) else {}
         columns["question"].append(texts.place(str(doc.get("question") or doc.get("query") or "")))
         columns["gold"].append(golds.place(_gold(line, doc)))
         columns["prompt"].append(prompts.place(_prompt(line)[-TAIL:]))
-        if words := {key: value for key, value in line.items() if key.startswith("judge") and value is not None}:
-            judge[str(index)] = words
     return {
         **columns,
         "id": [texts.place(s.id) for s in samples],
@@ -103,8 +87,14 @@ def _block(task: TaskResult, texts: Pool[str], golds: Pool[tuple[str, ...]], pro
         "gold_kept": [s.diagnosis.get("gold_kept") for s in samples],
         "gold_nll": [s.diagnosis.get("gold_nll") for s in samples],
         "kv": _telemetry(samples),
-        "judge": judge,
+        "judge": {str(index): _said(line) for index, line in enumerate(verdicts(task) or [])},
     }
+
+
+def _said(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """What a judge said of a sample: its grades and its words, or why there are none."""
+    shown = ("judge", "status", "reason", "grades", "reply")
+    return {f"judge: {key}" if key != "judge" else key: verdict[key] for key in shown if verdict.get(key)}
 
 
 def _lines(task: TaskResult) -> Iterator[Mapping[str, Any]]:

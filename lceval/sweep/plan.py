@@ -14,7 +14,7 @@ from typing import Any
 from lceval.errors import UserError
 from lceval.sweep.grid import Grid
 
-# Prefill and decode of a model of 135M parameters in float32 on two cores, seconds a token; see `Plan.seconds`.
+# Prefill and decode of a model of 135M parameters in float32 on two cores, seconds a token; see `Plan.cost`.
 PREFILL_S, DECODE_S = 0.0015, 0.035
 
 

@@ -31,7 +31,7 @@ def judged(task: TaskResult) -> Judged:
     """The verdicts on a task's samples; those of other samples (an older run in the folder) count for nothing."""
     if any(sample.unjudged is not None for sample in task.samples):
         return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
-    lines = _verdicts(task)
+    lines = verdicts(task)
     if lines is None:
         return Judged(len(task.samples) if _wants_judge(task.task) else None, None, {})
     values: dict[str, list[float]] = {}
@@ -54,7 +54,7 @@ def _wants_judge(name: str) -> bool:
     return task is not None and task.form in _WANT_A_JUDGE
 
 
-def _verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
+def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
     """A line per sample, in order; None where there is no file, or it is not about these samples."""
     if task.file is None:
         return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lceval.run import Opened, opened
+from lceval.run import Opened, evaluate, opened
 from lceval.sweep import local
 from lceval.sweep.grid import Grid
 from lceval.sweep.local import sweep
@@ -145,3 +145,20 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
     answered = local._answer(Broken(), begun, outcome)
     assert [cell.recipe for cell, _, _ in answered] == ["full", "int8"]
     assert outcome.failed == {cells[1].name: "MemoryError: no room"}
+
+
+def test_a_run_that_fails_leaves_nothing_on_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lcft: Any
+) -> None:
+    """A sweep's model goes on with the next cell: it must not answer it from the folder of the one that failed."""
+    import lm_eval
+
+    def fails(**_: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", fails)
+    model = lcft()
+    (cell,) = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=1)).cells
+    with opened(cell.argv(tmp_path / "cell")) as found, pytest.raises(MemoryError):
+        evaluate(found, lambda _: model)
+    assert not {"generate_until", "loglikelihood", "loglikelihood_rolling"} & vars(model).keys()

@@ -5,6 +5,8 @@ import json
 import pytest
 
 from lceval.cli import invoke
+from lceval.report.data import collect
+from lceval.results import read_runs
 
 
 @pytest.fixture
@@ -33,3 +35,17 @@ def test_a_file_of_another_make_is_never_replaced(tmp_path, run_folder, capsys):
     assert invoke(["report", str(run_folder), "--html", str(html)]) == 2
     assert "did not make" in capsys.readouterr().err
     assert html.read_text() == "mine"
+
+
+def test_what_a_judge_said_is_in_the_page(run_folder):
+    lines = [
+        {"id": str(i), "judge": "rule", "status": "judged", "judge_correct": 1.0, "reply": f"said of {i}"}
+        for i in range(7)
+    ]
+    lines[3] |= {"status": "unjudged", "reason": "unparsable", "reply": ""}
+    (run_folder / "judged_mc.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = collect(read_runs([run_folder]))
+    (block,), (row,) = page["blocks"], page["rows"]
+    assert block["judge"]["2"] == {"judge": "rule", "judge: status": "judged", "judge: reply": "said of 2"}
+    assert block["judge"]["3"] == {"judge": "rule", "judge: status": "unjudged", "judge: reason": "unparsable"}
+    assert (row["unjudged"], row["metrics"]["judge_correct"]) == (1, 1.0)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lceval.cli import invoke
 from lceval.errors import UserError
@@ -96,5 +97,16 @@ def test_presets_are_planned_without_data_or_hub(preset: str, monkeypatch: pytes
     assert invoke(["sweep", "--preset", preset, "--dry-run", "--set", "adapters=[null, runs/ao]", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     _, grid = read(None, preset)
+    adapted = sum("peft=runs/ao" in argument for cell in said["cells"] for argument in cell["run"])
+    assert len(said["cells"]) == 2 * adapted > 0
     assert len(said["cells"]) % (2 * len(grid.recipes)) == 0
     assert said["cost"]["finished"] == 0
+
+
+def test_the_grid_of_the_documentation_is_one() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text()
+    said = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+    assert set(said) == set(Grid.model_fields)
+    planned = plan(parse(said, "docs/sweep.md"))
+    assert {cell.task for cell in planned.cells} == {"lc_filings_ao_1k", "lc_nqopen_ao_2k", "lc_nqopen_ao_4k"}
+    assert planned.na == ()
