@@ -21,12 +21,15 @@ def lceval_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer. q: [B, H, T, D]; k, v: [B, Hkv, S, D]. Returns ([B, T, H, D], None).
 
-    Registered without a mask function, so transformers builds no mask and passes none. Keys that no cache of ours
+    Registered without a mask function, so transformers builds no mask and passes none. A `packing` given to the model
+    (`lceval.training.packing`) says by itself who sees whom. Keys that no cache of ours
     has seen (a plain forward pass over unpadded or right-padded rows) get ordinary causal attention.
     """
     assert mask is None, "transformers built a mask for an attention function that has none registered"
-    layer = getattr(k, "lceval_layer", None)
-    if layer is not None:
+    layer, packing = getattr(k, "lceval_layer", None), kwargs.get("packing")
+    if packing is not None:
+        o = packing.attend(module.layer_idx, q, k, v, scaling)
+    elif layer is not None:
         o = layer.attend(q, scaling)
     else:
         assert q.shape[2] == k.shape[2], "a foreign cache cannot be continued by this attention function"

@@ -23,7 +23,7 @@ from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.observe import Asked, Observer, Repeated
-from lceval.models.policies import LayerView, Needs, Quantized, StepEvictor
+from lceval.models.policies import Needs, Quantized, StepEvictor
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 
@@ -122,20 +122,8 @@ class Prefill(Cache):  # type: ignore[misc]
             if asked is not None:
                 tail, observer = asked.layers[index].tail, asked.layers[index].watch.observer
                 keys, values = (torch.cat(x, 2) for x in zip((keys, values), tail, strict=True))
-            view = LayerView(
-                keys=keys,
-                values=values,
-                queries=keys.new_zeros(keys.shape[0], 0, 0, 0) if observer.queries is None else observer.queries,
-                scaling=layer.scaling,
-                layer=place,
-                layers=len(deep),
-                kernels=self.kernels,
-                column_sums=observer.column_sums,
-                query_mean=observer.query_mean,
-                query_cov=observer.query_cov,
-                rotary=observer.rotary,
-                reread=None if self.rereads is None else self.rereads[place],
-            )
+            reread = None if self.rereads is None else self.rereads[place]
+            view = observer.view(keys, values, layer.scaling, place, len(deep), kernels=self.kernels, reread=reread)
             scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lceval.kernels import window
-from lceval.models.policies import Needs
+from lceval.models.policies import LayerView, Needs
 from lceval.models.policies.base import SINKS
 
 # Attention weights that exist at once, in elements: few enough for a processor's cache, where larger blocks took twice
@@ -55,6 +56,22 @@ class Observer:
             self.column_sums = sums
         if self.needs.query_moments:
             self._add_moments(q, start=k.shape[2] - q.shape[2])
+
+    def view(self, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int, **more: Any) -> LayerView:
+        """What was observed, as policies look at it. keys, values: [B, Hkv, S, D]; `more` as in LayerView."""
+        return LayerView(
+            keys=keys,
+            values=values,
+            queries=keys.new_zeros(keys.shape[0], 0, 0, 0) if self.queries is None else self.queries,
+            scaling=scaling,
+            layer=layer,
+            layers=layers,
+            column_sums=self.column_sums,
+            query_mean=self.query_mean,
+            query_cov=self.query_cov,
+            rotary=self.rotary,
+            **more,
+        )
 
     def _add_moments(self, q: Tensor, start: int) -> None:
         """Chan's pairwise update of mean and scatter, over the queries as they were before RoPE."""

@@ -33,7 +33,7 @@ from lceval.models.policies import (
 FULL = "full"
 ADAKV_OF = "snapkv"
 # Those that give every head of a layer the same budget, so that it can be given differently.
-INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.select is Evictor.select]
+INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
 NAMES = [FULL, *EVICTORS, *STORES, *READERS]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ class AdaKV(Evictor):
             raise ValueError("floor is a share of the budget, between 0.0 and 1.0")
         if self.inner.amount != self.amount:
             raise ValueError("adakv and the evictor inside it have one amount")
-        if type(self.inner).select is not Evictor.select:
+        if not self.inner.is_even():
             raise ValueError("adakv needs an evictor that gives every head the same budget, so not adakv or kvzip")
         if isinstance(self.inner, StepEvictor) and self.inner.when != "prefill":
             raise ValueError("adakv acts at the end of prefill alone, so when=always has no meaning inside it")
@@ -46,12 +45,9 @@ class AdaKV(Evictor):
         """Slots per KV head that a layer keeps on average."""
         return self.inner.budget(layer, layers, tokens)
 
-    def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Masks [B, Hkv, S] of what stays; ties keep the earlier token, then the lower head."""
-        return [self._pool(s, self.budget(layer, len(scores), s.shape[-1])) for layer, s in enumerate(scores)]
-
-    def _pool(self, scores: Tensor, budget: int) -> Tensor:
-        heads = scores.shape[1]
+    def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
+        """The mask [B, Hkv, S] of what stays of one layer; ties keep the earlier token, then the lower head."""
+        heads, budget = scores.shape[1], self.budget(layer, layers, scores.shape[-1])
         own = int(self.floor * budget)
         if self.floor > 0 and budget > 0:
             own = max(1, own)

@@ -147,9 +147,18 @@ class Evictor:
         """Slots per KV head that a layer keeps of a context of `tokens` tokens."""
         return self.amount.tokens(tokens)
 
+    def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
+        """The mask [B, Hkv, S] of what stays of one layer: each head its `budget` best."""
+        return top(scores, self.budget(layer, layers, scores.shape[-1]))
+
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Masks [B, Hkv, S] of what stays, from the scores of all layers: each head its `budget` best."""
-        return [top(s, self.budget(layer, len(scores), s.shape[-1])) for layer, s in enumerate(scores)]
+        """Masks [B, Hkv, S] of what stays, from the scores of all layers."""
+        return [self.keep(s, layer, len(scores)) for layer, s in enumerate(scores)]
+
+    @classmethod
+    def is_even(cls) -> bool:
+        """Whether every head of a layer keeps the same number of tokens."""
+        return cls.keep is Evictor.keep and cls.select is Evictor.select
 
 
 @dataclass(frozen=True)
