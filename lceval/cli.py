@@ -16,6 +16,7 @@ import typer
 
 from lceval.errors import LcevalError, UserError
 from lceval.judge.commands import app as judge
+from lceval.train.commands import app as train
 
 app = typer.Typer(
     help="Long-context evaluation over compressed KV caches.",
@@ -233,6 +234,7 @@ def score(
 
 
 app.add_typer(judge, name="judge")
+app.add_typer(train, name="train")
 
 bench = typer.Typer(help="Measure this machine; every claim is a ratio within one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")

@@ -1,0 +1,42 @@
+"""What `lceval train RECIPE key=value` does: show what it will take, train or go on, say what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lceval.training.config import read
+
+
+def run(recipe: str, changes: Sequence[str], *, dry_run: bool, as_json: bool) -> str:
+    """The text for stdout.
+
+    Raises:
+        UserError: a bad recipe, or one that was begun differently.
+    """
+    config = read(recipe, changes)
+    if dry_run:
+        from lceval.training.dry_run import estimate, render
+
+        report = estimate(config)
+        return json.dumps(report, indent=2) if as_json else render(report)
+    from lceval.training.run import train
+
+    record = train(config)
+    return json.dumps({"output": str(config.output), **record}, indent=2) if as_json else render_record(config, record)
+
+
+def render_record(config: Any, record: dict[str, Any]) -> str:
+    """A finished run in a few lines."""
+    losses = [loss for _, loss in record["losses"]]
+    first, last = losses[:10], losses[-10:]
+    lines = [
+        f"{config.output}: {record['data']['questions']} questions on {record['data']['contexts']} contexts, "
+        f"{len(losses)} steps, {record['parameters']:,} parameters, {record['wall_s'] / 60:.1f} min",
+        f"loss {sum(first) / len(first):.3f} over the first {len(first)} steps, {sum(last) / len(last):.3f} over the "
+        f"last {len(last)}",
+    ]
+    lines += [f"held-out loss {loss:.3f} after step {step}" for step, loss in record["eval_losses"]]
+    lines.append(f"next: lceval train eval {config.output}")
+    return "\n".join(lines)

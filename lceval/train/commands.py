@@ -1,0 +1,30 @@
+"""The command line of training: `lceval train RECIPE key=value`, `lceval train eval` and `lceval train data`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lceval.verbs import group_or
+
+app = typer.Typer(
+    cls=group_or("recipe"),
+    help="Tune an adapter by a recipe (lceval train RECIPE key=value …), and say what it is worth (eval).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("recipe", hidden=True)
+def recipe(
+    name: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optim.lr=1e-4.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, steps and memory; train nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train by a recipe; the same line goes on from the last checkpoint."""
+    from lceval.train import command
+
+    typer.echo(command.run(name, changes or [], dry_run=dry_run, as_json=as_json))

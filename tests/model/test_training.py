@@ -1,0 +1,141 @@
+"""`lceval train` on the packaged model: a loss that falls, a run that resumes, an adapter that lcft loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lceval.errors import UserError
+from lceval.training import dry_run
+from lceval.training.config import Config, parse
+from lceval.training.packing import Packing, Turn, pack
+from lceval.training.run import train
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+STEPS = 4
+
+
+def recipe(output: Path, **more: Any) -> dict[str, Any]:
+    """Four steps of one context on the shipped filings, seen through evictors."""
+    return {
+        "output": str(output),
+        "data": {"datasets": ["filings"], "split": "all", "limit": 3},
+        "optim": {"lr": 1e-3, "steps": STEPS, "contexts": 1, "warmup": 0.0, "schedule": "constant"},
+        "robust": {"evictors": ["snapkv", "random"], "full": 0.2},
+        "save_steps": 1,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run without interruption."""
+    output = tmp_path_factory.mktemp("train") / "whole"
+    return output, train(parse(recipe(output), "test"))
+
+
+def start(output: Path) -> subprocess.Popen[str]:
+    """The same run in a process of its own."""
+    file = output.parent / "recipe.yaml"
+    file.write_text(json.dumps(recipe(output)))
+    command = [sys.executable, "-c", "from lceval.cli import main; main()", "train", str(file), "--json"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_killed_at_a_step_goes_on_with_the_same_losses(
+    whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    output = tmp_path / "killed"
+    process = start(output)
+    until = time.monotonic() + 300
+    while not list(output.glob("checkpoints/checkpoint-2/trainer_state.json")):
+        assert process.poll() is None, process.communicate()[1][-2000:]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert json.loads((output / "train.json").read_text())["status"] == "running"
+    again = start(output)
+    said, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors[-2000:]
+    record = json.loads(said)
+    assert record["losses"] == whole[1]["losses"]
+    assert len(record["losses"]) == STEPS
+
+
+def test_the_loss_falls_and_the_record_says_what_was_learned(whole: tuple[Path, dict[str, Any]]) -> None:
+    output, record = whole
+    losses = [loss for _, loss in record["losses"]]
+    assert losses[-1] < losses[0]
+    assert record["data"]["contexts"] == 3
+    card = (output / "README.md").read_text()
+    assert record["data"]["digest"] in card
+    assert not list(output.glob("*.bin"))
+
+
+def test_a_finished_run_is_found_and_another_recipe_refused_its_folder(whole: tuple[Path, dict[str, Any]]) -> None:
+    output, record = whole
+    before = time.perf_counter()
+    assert train(parse(recipe(output), "test")) == record
+    assert time.perf_counter() - before < 1
+    with pytest.raises(UserError, match="other seed"):
+        train(parse(recipe(output, seed=7), "test"))
+
+
+def test_lcft_loads_the_adapter_and_answers_otherwise(whole: tuple[Path, dict[str, Any]], smollm2: str) -> None:
+    from lceval.models.lcft import LCFT
+
+    tuned = LCFT(smollm2, peft=str(whole[0]), device="cpu")
+    ids = torch.tensor([tuned.tok_encode("Profit of the year was")])
+    with torch.no_grad():
+        ours = tuned.model(input_ids=ids).logits
+        with tuned.model.disable_adapter():
+            theirs = tuned.model(input_ids=ids).logits
+    assert (ours - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
+def test_the_plan_counts_what_backward_remembers(smollm2: str, dtype: str, lora: bool) -> None:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from lceval.models import attention
+    from lceval.models.geometry import Geometry
+    from lceval.training import sft
+
+    said: dict[str, Any] = {"output": "unused", "model": {"dtype": dtype}}
+    made: Config = parse(said if lora else {**said, "lora": None}, "test")
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=getattr(torch, dtype))
+    model.set_attn_implementation(attention.register())
+    geometry = Geometry.of(model)
+    tuned = get_peft_model(model, sft.lora(made)) if lora else model
+    weights = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
+    packed = {key: torch.tensor([row]) for key, row in pack(range(10, 410), [Turn((5, 6, 7), (8, 9))]).items()}
+    saved: dict[int, int] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        tuned(
+            input_ids=packed["input_ids"],
+            position_ids=packed["position_ids"],
+            packing=Packing(packed["block"], packed["kind"], geometry),
+            logits_to_keep=1,
+            use_cache=False,
+        )
+    counted = dry_run.activations(model.config, made, packed["block"].shape[1])
+    # Measured: 0.99, 1.02 and 0.93 of the count.
+    assert sum(saved.values()) == pytest.approx(counted, rel=0.1)

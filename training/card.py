@@ -1,0 +1,46 @@
+"""The model card of a trained adapter: what it learned from what, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write(output: Path, record: Mapping[str, Any]) -> None:
+    """Write `README.md`, with the front matter that hubs read."""
+    recipe, data, optim = record["recipe"], record["data"], record["recipe"]["optim"]
+    said = recipe["data"]
+    base, name = recipe["model"]["pretrained"], output.name
+    first = [loss for _, loss in record["losses"][:10]]
+    last = [loss for _, loss in record["losses"][-10:]]
+    lines = [
+        "---",
+        f"base_model: {base}",
+        f"library_name: {'peft' if recipe['lora'] else 'transformers'}",
+        "tags: [lceval, long-context, kv-cache]",
+        "---",
+        f"# {name}",
+        f"{base}, fine-tuned by `lceval train` to answer from its context (mode {said['mode']}).",
+        "",
+        f"- Data: {', '.join(said['datasets'])}, split {said['split']}: {data['questions']:,} questions on "
+        f"{data['contexts']:,} contexts of {data['tokens_a_context']:,.0f} tokens (digest {data['digest']}).",
+        f"- Trained: {record['parameters']:,} parameters, {optim['steps']} steps of {optim['contexts']} contexts, "
+        f"{record['wall_s'] / 60:.1f} minutes.",
+        f"- Loss: {sum(first) / len(first):.3f} over the first {len(first)} steps, {sum(last) / len(last):.3f} over "
+        f"the last {len(last)}.",
+        *[f"- Held-out loss after step {step}: {loss:.3f}." for step, loss in record["eval_losses"][-1:]],
+        "",
+        "```",
+        f"lm_eval --model lcft --model_args pretrained={base},{'peft=' if recipe['lora'] else ''}{output} "
+        f"--tasks lc_{said['datasets'][0]}_{said['mode']}_{said['length_k']}k "
+        "--metadata split=test --apply_chat_template",
+        "```",
+        "",
+        "Recipe:",
+        "```json",
+        json.dumps(recipe, indent=1),
+        "```",
+    ]
+    (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

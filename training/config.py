@@ -1,0 +1,211 @@
+"""What a training run is asked for: a YAML recipe with `key=value` changes, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lceval.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    """The model that is tuned: `pretrained` as for lm_eval, in `dtype`.
+
+    Attributes:
+        chat_template: whether prompts go through the tokenizer's template, as `lceval run` does; None: if it has one.
+    """
+
+    pretrained: str = "smollm2-135m"
+    revision: str = "main"
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    chat_template: bool | None = None
+
+
+class Data(Section):
+    """Rows of tasks, as training data.
+
+    Attributes:
+        datasets: of the catalogue, those whose rows name their gold documents.
+        mode: what is to be learned: ao, id, idc, idq or rj.
+        length_k: tokens of a prompt and its answer, in units of 1,024, as in a task's name.
+        split: the side of the source documents; `train` and `test` share none. `all` for a dataset without sides.
+        questions: questions that share a context; None is the task's own number.
+        seeds: of the rows: each draws its own contexts for the questions.
+        limit: contexts, None takes all.
+    """
+
+    datasets: list[str] = Field(default=["squad"], min_length=1)
+    mode: Literal["ao", "id", "idc", "idq", "rj"] = "ao"
+    length_k: int = Field(default=1, gt=0)
+    split: Literal["all", "train", "test"] = "train"
+    questions: int | None = Field(default=None, gt=0)
+    seeds: list[int] = Field(default=[1], min_length=1)
+    limit: int | None = Field(default=None, gt=0)
+
+
+class Lora(Section):
+    """LoRA (Hu et al. 2021): W + alpha / r B A on the linear layers named by `targets`."""
+
+    r: int = Field(default=16, gt=0)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+
+
+class Optim(Section):
+    """AdamW over `steps` steps of `contexts` packed contexts each.
+
+    Attributes:
+        warmup: share of the steps over which the rate rises to `lr`; `schedule` says how it falls after that.
+        bf16: compute in bfloat16 (autocast), whatever the weights are kept in.
+        checkpointing: forget activations and compute them again: less memory, about a third more time.
+    """
+
+    lr: float = Field(default=5e-4, gt=0)
+    steps: int = Field(default=100, gt=0)
+    contexts: int = Field(default=2, gt=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    bf16: bool = False
+    checkpointing: bool = False
+
+
+class Robust(Section):
+    """Compression-aware fine-tuning: questions and answers see the context through an evictor drawn for each context.
+
+    Attributes:
+        evictors: recipe strings without an amount, as `snapkv` or `adakv:of=knorm`; each is as likely.
+        keep: the share that stays is drawn uniformly between these two.
+        curriculum: draw from the upper end at first: the lower bound falls to `keep[0]` over the first half.
+        full: how often nothing is evicted instead.
+        compress: agnostic or aware, as lcft's.
+    """
+
+    evictors: list[str] = Field(min_length=1)
+    keep: tuple[float, float] = (0.15, 1.0)
+    curriculum: bool = False
+    full: float = Field(default=0.3, ge=0, le=1)
+    compress: Literal["agnostic", "aware"] = "agnostic"
+
+    @field_validator("keep")
+    @classmethod
+    def _ordered(cls, keep: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < keep[0] <= keep[1] <= 1:
+            raise ValueError("keep is two shares, 0 < lower <= upper <= 1")
+        return keep
+
+
+class Config(Section):
+    """A whole recipe.
+
+    Attributes:
+        output: the folder of the adapter, or of the model where `lora` is null.
+        save_steps: steps between checkpoints; the same line goes on from the last one.
+        eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
+    """
+
+    output: Path
+    model: Model = Model()
+    data: Data = Data()
+    lora: Lora | None = Lora()
+    optim: Optim = Optim()
+    robust: Robust | None = None
+    seed: int = Field(default=0, ge=0)
+    save_steps: int = Field(default=50, gt=0)
+    eval_contexts: int = Field(default=0, ge=0)
+    report_to: list[Literal["tensorboard", "trackio"]] = []
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(
+        f.name.removesuffix(".yaml") for f in files("lceval.training.recipes").iterdir() if f.name.endswith(".yaml")
+    )
+
+
+def read(recipe: str, changes: Sequence[str] = ()) -> Config:
+    """A recipe from a file, or by the name of a shipped one.
+
+    Args:
+        changes: KEY=VALUE with dots between sections, as `optim.lr=1e-4`; VALUE as in YAML.
+
+    Raises:
+        UserError: no such recipe, not YAML, or what is wrong with its first bad key.
+    """
+    if Path(recipe).is_file():
+        text = Path(recipe).read_text(encoding="utf-8")
+    elif recipe in shipped():
+        text = (files("lceval.training.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        raise UserError(f"no recipe {recipe!r}: a YAML file, or one of {', '.join(shipped())}")
+    try:
+        said: Any = yaml.safe_load(text) or {}
+        if not isinstance(said, dict):
+            raise UserError(f"{recipe}: expected sections as data and optim, found {type(said).__name__}")
+        said.setdefault("output", f"runs/{Path(recipe).stem}")
+        for change in changes:
+            _change(said, change)
+    except yaml.YAMLError as error:
+        raise UserError(f"{recipe}: not YAML ({' '.join(str(error).split())})") from None
+    return parse(said, recipe)
+
+
+def _change(said: dict[str, Any], change: str) -> None:
+    path, separator, value = change.partition("=")
+    if not separator:
+        raise UserError(f"{change!r}: expected KEY=VALUE, as optim.lr=1e-4")
+    *sections, key = path.split(".")
+    for section in sections:
+        if not isinstance(said.get(section), dict):
+            said[section] = {}
+        said = said[section]
+    read = yaml.safe_load(value)
+    if isinstance(read, str):  # YAML 1.1 reads 1e-4 as a word
+        with suppress(ValueError):
+            read = float(read)
+    said[key] = read
+
+
+def parse(said: Any, source: str) -> Config:
+    """A recipe from plain values.
+
+    Raises:
+        UserError: what is wrong, by the first key.
+    """
+    try:
+        return Config.model_validate(said)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known(first["loc"][:-1])
+            near = get_close_matches(str(first["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+            raise UserError(f"{source}: unknown key {where}; {hint}") from None
+        raise UserError(f"{source}: {where}: {first['msg'].lower()} (found {first['input']!r:.60})") from None
+
+
+def _known(path: Sequence[int | str]) -> list[str]:
+    """The keys that the section at a path may have."""
+    section: Any = Config
+    for part in path:
+        kind = section.model_fields[part].annotation
+        section = next(
+            k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, Section)
+        )
+    return list(section.model_fields)

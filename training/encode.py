@@ -1,0 +1,71 @@
+"""From rows to packed contexts: the same prompt, tokens and boundary that `lcft` sees, and the answer to be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lceval.models.prefix import find_boundary
+from lceval.tasks import prompts
+from lceval.tasks.rows import Row
+from lceval.training.packing import Turn
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A context with its questions and answers: tokens.
+
+    Attributes:
+        ids: per turn, the id of its row.
+    """
+
+    context: tuple[int, ...]
+    turns: tuple[Turn, ...]
+    ids: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that training reads."""
+        return len(self.context) + sum(len(turn.question) + len(turn.answer) - 1 for turn in self.turns)
+
+
+class Encoder:
+    """Encodes rows for a model.
+
+    Args:
+        lm: lm-eval's model (HFLM or a subclass of it), whose template and tokenizer are used.
+        chat_template: whether a row's prompt goes through the template.
+    """
+
+    def __init__(self, lm: Any, *, chat_template: bool) -> None:
+        self._lm = lm
+        self._template = chat_template
+
+    def encode(self, rows: Iterable[Row], target: Callable[[Row], str]) -> list[Packed]:
+        """The rows, those on one context together, in order of first appearance."""
+        groups: dict[tuple[int, ...], list[tuple[Turn, str]]] = {}
+        for row in rows:
+            context, turn = self.turn(row, target(row))
+            groups.setdefault(context, []).append((turn, row["id"]))
+        return [
+            Packed(context, tuple(turn for turn, _ in found), tuple(name for _, name in found))
+            for context, found in groups.items()
+        ]
+
+    def turn(self, row: Row, target: str) -> tuple[tuple[int, ...], Turn]:
+        """The tokens of a row's context, and of its question and answer; an answer ends as the model's replies do."""
+        text = prompts.prompt(row)
+        if self._template:
+            text = self._lm.apply_chat_template([{"role": "user", "content": text}])
+        ids = self._lm.tok_batch_encode([text])[0][0].tolist()
+        boundary = find_boundary(text, ids, row["context"], self._lm.tok_encode)
+        boundary = len(ids) - 1 if boundary is None else boundary
+        answer = [*self._after(text, ids, target), self._lm.eot_token_id]
+        return tuple(ids[:boundary]), Turn(tuple(ids[boundary:]), tuple(answer))
+
+    def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
+        whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)
+        if list(whole[: len(ids)]) == list(ids):
+            return list(whole[len(ids) :])
+        return list(self._lm.tok_encode(target, add_special_tokens=False))

@@ -1,0 +1,143 @@
+"""Supervised fine-tuning on packed contexts, by TRL's trainer: it brings LoRA, checkpoints, resume and accelerate.
+
+The loss is the mean NLL of the answers' tokens, over all contexts of a step; the head runs on those rows alone.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+from trl import SFTConfig, SFTTrainer
+
+from lceval.models.geometry import Geometry
+from lceval.training import robust
+from lceval.training.config import Config
+from lceval.training.encode import Packed
+from lceval.training.packing import IGNORED, Packing, pack
+
+
+class PackedTrainer(SFTTrainer):  # type: ignore[misc]
+    """TRL's SFTTrainer over packed contexts, one a micro-batch."""
+
+    def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
+        super().__init__(data_collator=_collate, **kwargs)
+        self._recipe = recipe
+        self._geometry = geometry
+        self._micro = (0, 0)
+        # What each context was seen through, by step: for the record, and for tests.
+        self.drawn: list[tuple[int, str]] = []
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The summed NLL of the answers' tokens over `num_items_in_batch`, or their mean."""
+        labels = inputs["labels"][0]
+        rows = (labels != IGNORED).nonzero()[:, 0]
+        evictor = self._draw() if self.model.training else None
+        out = model(
+            input_ids=inputs["input_ids"],
+            position_ids=inputs["position_ids"],
+            packing=Packing(inputs["block"], inputs["kind"], self._geometry, evictor),
+            logits_to_keep=rows,
+            use_cache=False,
+        )
+        nll = F.cross_entropy(out.logits[0].float(), labels[rows], reduction="sum")
+        loss = nll / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what is a sum over them
+        with torch.no_grad():
+            right = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
+        self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right)
+        return (loss, out) if return_outputs else loss
+
+    def _draw(self) -> Any:
+        """By seed, step, and place in the step alone, so that a resumed run draws what an unbroken one does."""
+        if self._recipe.robust is None:
+            return None
+        step = self.state.global_step
+        self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
+        rng = random.Random(f"{self._recipe.seed} {step} {self._micro[1]} {self.args.process_index}")
+        return robust.draw(self._recipe.robust, rng, step / self.args.max_steps)
+
+
+def trainer(
+    recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
+) -> PackedTrainer:
+    """What trains `model` on `contexts`; checkpoints go to `output/checkpoints`."""
+    aware = recipe.robust is not None and recipe.robust.compress == "aware"
+    optim = recipe.optim
+    return PackedTrainer(
+        recipe,
+        Geometry.of(model),
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=_dataset(contexts, aware),
+        eval_dataset=_dataset(held_out, aware) if held_out else None,
+        peft_config=lora(recipe),
+        args=SFTConfig(
+            output_dir=str(recipe.output / "checkpoints"),
+            max_steps=optim.steps,
+            per_device_train_batch_size=1,
+            per_device_eval_batch_size=1,
+            gradient_accumulation_steps=optim.contexts,
+            learning_rate=optim.lr,
+            lr_scheduler_type=optim.schedule,
+            warmup_steps=round(optim.warmup * optim.steps),
+            weight_decay=optim.weight_decay,
+            max_grad_norm=optim.max_grad_norm,
+            bf16=optim.bf16,
+            gradient_checkpointing=optim.checkpointing,
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            logging_steps=1,
+            save_steps=recipe.save_steps,
+            save_total_limit=2,
+            eval_strategy="steps" if held_out else "no",
+            eval_steps=recipe.save_steps,
+            prediction_loss_only=True,
+            report_to=list(recipe.report_to) or "none",
+            remove_unused_columns=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=None,
+        ),
+    )
+
+
+def lora(recipe: Config) -> Any:
+    """The PEFT configuration of a recipe, or None for full fine-tuning."""
+    if recipe.lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=recipe.lora.targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _dataset(contexts: Sequence[Packed], aware: bool) -> Dataset:
+    return Dataset.from_list([pack(c.context, c.turns, aware=aware) for c in contexts])
+
+
+def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    (item,) = items
+    return {key: torch.tensor([row]) for key, row in item.items()}
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest checkpoint under an output folder."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = output / "checkpoints"
+    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return found
