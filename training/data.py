@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lceval.errors import UserError
+from lceval.models import packaged
 from lceval.tasks import catalogue
 from lceval.tasks.build import rows_of
 from lceval.tasks.catalogue import Task
@@ -98,7 +99,7 @@ def rows(spec: Spec, judge: Judge | None = None) -> tuple[list[TrainingRow], Pro
     """
     made: list[TrainingRow] = []
     counts = [0, 0, 0]
-    meter = meter_for("training data", {"pretrained": spec.tokenizer})
+    meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     for task in (_task(spec, name, mode) for name in spec.datasets for mode in spec.modes):
         for seed in spec.seeds:
             drawn = rows_of(task, _metadata(spec, task, seed), limit_tokens=_limit(spec, task))
@@ -140,7 +141,7 @@ def _metadata(spec: Spec, task: Task, seed: int) -> dict[str, Any]:
     if task.dataset.splits or spec.split != "all":
         asked["split"] = spec.split
     given = {key: value for key, value in asked.items() if value is not None}
-    return {"pretrained": spec.tokenizer, "data_seed": seed, **given}
+    return {"pretrained": packaged.resolve(spec.tokenizer), "data_seed": seed, **given}
 
 
 def _training_row(row: Row, task: Task, seed: int, meter: TokenMeter) -> TrainingRow:
@@ -200,7 +201,7 @@ def write(path: Path, spec: Spec, made: Sequence[TrainingRow], report: Mapping[s
 
 def inputs(spec: Spec, made: Sequence[TrainingRow]) -> dict[str, Any]:
     """Everything that rows depend on: the spec, the sources by content, the tokenizer, the code."""
-    meter = meter_for("training data", {"pretrained": spec.tokenizer})
+    meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     return {
         "spec": spec.model_dump(mode="json"),
         "sources": sorted({row["source"] for row in made}),
