@@ -16,6 +16,7 @@ import typer
 
 from lceval.errors import LcevalError, UserError
 from lceval.judge.commands import app as judge
+from lceval.training.data_command import data as train_data
 
 app = typer.Typer(
     help="Long-context evaluation over compressed KV caches.",
@@ -233,6 +234,10 @@ def score(
 
 
 app.add_typer(judge, name="judge")
+
+train = typer.Typer(help="Tune adapters; make their training data.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(train, name="train")
+train.command("data")(train_data)
 
 bench = typer.Typer(help="Measure this machine; every claim is a ratio within one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")

@@ -10,14 +10,15 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lceval.errors import UserError
 from lceval.models import packaged
-from lceval.tasks import catalogue
-from lceval.tasks.build import rows_of
+from lceval.tasks import catalogue, contexts
+from lceval.tasks.build import Request, rows_of
 from lceval.tasks.catalogue import Task
 from lceval.tasks.rows import Row, code_digest
 from lceval.tasks.tokens import TokenMeter, meter_for
@@ -155,17 +156,32 @@ def _training_row(row: Row, task: Task, seed: int, meter: TokenMeter) -> Trainin
     }
 
 
+def kept_out(spec: Spec, made: Sequence[TrainingRow]) -> float | None:
+    """Passages of the pool that a context could not have as they hold an answer: the mean over contexts."""
+    from lceval.tasks.icr import pools
+
+    found: list[int] = []
+    for dataset in (catalogue.datasets()[name] for name in spec.datasets):
+        if dataset.splits:
+            task = _task(spec, dataset.dataset, spec.modes[0])
+            metadata = _metadata(spec, task, spec.seeds[0])
+            choice = contexts.choice(task, metadata)
+            request = Request("training data", dataset, task.form, None, None, spec.seeds[0], metadata, choice)
+            found += pools.kept_out(request, [row for row in made if row["dataset"] == dataset.dataset])
+    return fmean(found) if found else None
+
+
 def _some_contexts(made: Sequence[TrainingRow], spec: Spec) -> list[TrainingRow]:
     """Whole contexts in random order, as many as the limit has room for, at least one."""
-    contexts: dict[str, list[TrainingRow]] = {}
+    together: dict[str, list[TrainingRow]] = {}
     for row in made:
-        contexts.setdefault(row["cluster"], []).append(row)
-    order = random.Random(f"training {spec.seeds}").sample(list(contexts), len(contexts))
+        together.setdefault(row["cluster"], []).append(row)
+    order = random.Random(f"training {spec.seeds}").sample(list(together), len(together))
     chosen: list[TrainingRow] = []
     for context in order:
-        if spec.limit is not None and chosen and len(chosen) + len(contexts[context]) > spec.limit:
+        if spec.limit is not None and chosen and len(chosen) + len(together[context]) > spec.limit:
             break
-        chosen += contexts[context]
+        chosen += together[context]
     return chosen
 
 

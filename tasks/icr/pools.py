@@ -19,6 +19,7 @@ from lceval.tasks.icr.hub_pools import read_pool
 from lceval.tasks.icr.questions import Question, askable, group_questions, pack_questions
 from lceval.tasks.icr.splits import sides
 from lceval.tasks.leakage import LeakIndex
+from lceval.tasks.parsing import normalize
 from lceval.tasks.prompts import block
 from lceval.tasks.retrieval import order_by
 from lceval.tasks.rows import Document, Row
@@ -99,6 +100,24 @@ def _groups(
 
 def _length(limit: int) -> str:
     return f"{limit}t" if limit % 1024 else f"{limit // 1024}k"
+
+
+def kept_out(request: Request, rows: Sequence[Row]) -> list[int]:
+    """For each context of the rows, how many passages of the pool it could not have: no gold, and with an answer in."""
+    questions, own, fill = read_pool(request)
+    pools = [own, *fill]
+    elsewhere = _elsewhere(request.choice.split, questions, pools)
+    passages = [record for pool in pools for record in pool.records if record["pid"] not in elsewhere]
+    leaks = LeakIndex([passage["text"] for passage in passages])
+    contexts: dict[str, list[Row]] = {}
+    for row in rows:
+        contexts.setdefault(row["cluster"], []).append(row)
+    found = []
+    for of in contexts.values():
+        golds = {pid for row in of for pid in row["gold_pids"]}
+        holders = leaks.holders(said for row in of for answer in row["answers"] if (said := normalize(answer)))
+        found.append(sum(passages[holder]["pid"] not in golds for holder in holders))
+    return found
 
 
 class _Pool:
