@@ -23,6 +23,7 @@ class Request:
         meter: of the run's tokenizer; None where none is named and the source fixes the length.
         limit: tokens of prompt plus reply that no row exceeds and every row nearly reaches; None: as the source is.
         metadata: model_args and metadata of the run.
+        choice: what the questions are shown, and what their context is drawn from.
     """
 
     task: str
@@ -32,6 +33,12 @@ class Request:
     limit: int | None
     seed: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    choice: contexts.Choice = field(default_factory=contexts.Choice)
+
+    @property
+    def questions(self) -> int:
+        """How many questions a context is to have, where that is not the source's to say."""
+        return self.choice.questions or self.dataset.per_context
 
     @property
     def fitted(self) -> tuple[TokenMeter, int]:
@@ -63,7 +70,7 @@ class Request:
             "docs": list(docs),
             "gold_pids": list(gold_pids),
             "cluster": cluster,
-            "shown": str(contexts.Choice()),
+            "shown": str(self.choice),
             "length_tokens": length_tokens,
             "source": source,
             "licence": self.dataset.licence,
@@ -110,8 +117,8 @@ def dataset(*, lc_task: str, **metadata: Any) -> "dict[str, datasets.Dataset]":
 
     Args:
         lc_task: The task's name.
-        **metadata: model_args and metadata of the run: the tokenizer, `data_seed`, and `context`, `retriever`, `chunk`,
-            `budget` (lceval.tasks.contexts).
+        **metadata: model_args and metadata of the run: the tokenizer, `data_seed`, and what lceval.tasks.contexts
+            reads.
 
     Raises:
         UserError: No tokenizer where lengths are measured, no data, damaged data, a length that nothing fits, or a
@@ -120,8 +127,14 @@ def dataset(*, lc_task: str, **metadata: Any) -> "dict[str, datasets.Dataset]":
     return as_dataset(rows_of(catalogue.find(lc_task), metadata))
 
 
-def rows_of(task: Task, metadata: Mapping[str, Any]) -> list[Row]:
-    """The rows of a task, built or from the cache."""
+def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None = None) -> list[Row]:
+    """The rows of a task, built or from the cache.
+
+    Args:
+        task: What to build.
+        metadata: As for `dataset`.
+        limit_tokens: In place of the length of a task that has one, for rows that no task is made of (training).
+    """
     choice = contexts.choice(task, metadata)
     needs_meter = task.length_k is not None or choice.needs_meter
     meter = meter_for(task.name, metadata) if needs_meter or names_tokenizer(metadata) else None
@@ -130,9 +143,10 @@ def rows_of(task: Task, metadata: Mapping[str, Any]) -> list[Row]:
         dataset=task.dataset,
         form=task.form,
         meter=meter,
-        limit=task.length_k * 1024 if task.length_k else None,
+        limit=(limit_tokens or task.length_k * 1024) if task.length_k else None,
         seed=checked_seed(task.name, metadata.get("data_seed", DEFAULT_SEED)),
         metadata=metadata,
+        choice=choice,
     )
     plan = task.dataset.plan(request)
     inputs = {

@@ -59,6 +59,8 @@ class Dataset:
             source is neither ours nor a hub repository.
         count: questions, as a person would say it.
         grouped: whether the suite's group holds it.
+        splits: sides that `split=` may ask for, by source document; empty where the source is not ours to part.
+        per_context: questions on a context where `questions=` may ask for another number; 0 where it may not.
         options: further keys for the builder.
     """
 
@@ -78,6 +80,8 @@ class Dataset:
     count: str = ""
     licence: str = ""
     grouped: bool = True
+    splits: tuple[str, ...] = ()
+    per_context: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,7 +129,7 @@ def datasets() -> dict[str, Dataset]:
 def _dataset(said: dict[str, Any]) -> Dataset:
     if "hub" in said:
         said["hub"] = Hub(**said["hub"])
-    for key in ("lengths", "contexts", "retrievers", "files"):
+    for key in ("lengths", "contexts", "retrievers", "files", "splits"):
         if key in said:
             said[key] = tuple(said[key])
     return Dataset(**said)

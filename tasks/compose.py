@@ -15,12 +15,15 @@ from itertools import pairwise
 from statistics import median
 from typing import TypeVar
 
+import numpy as np
+
 from lceval.tasks.tokens import TokenMeter
 
 TOLERANCE = 0.02
 _SPREAD_TOKENS = 8  # room that the questions on one context need: they differ in length
 _GOOD_ENOUGH_TOKENS = 2  # below the limit; a tighter fit is not worth another rendering
 _ATTEMPTS = 6
+_ALIKE = 0.2  # by which a piece may differ from the cost it imitates
 
 T = TypeVar("T")
 
@@ -73,6 +76,45 @@ def fill(capacity: int, costs: Sequence[int]) -> list[int]:
     return [*chosen] if last is None else [*chosen, last]
 
 
+def fill_alike(capacity: int, costs: Sequence[int], like: Sequence[int], first: int, rng: random.Random) -> list[int]:
+    """Choose pieces whose costs are distributed as those of `like`.
+
+    As many as fit at their mean; each takes its share of what is left, so that the last fills the rest.
+
+    Args:
+        capacity: Tokens to fill.
+        costs: Tokens of each candidate, in the order in which they are to be considered.
+        like: The costs to imitate; at least one.
+        first: So many candidates are preferred to the others where their cost is about right.
+        rng: Which costs are imitated.
+
+    Returns:
+        Indices of the chosen candidates; the sum of their costs is at most `capacity`.
+    """
+    size = np.array(costs)
+    free = np.ones(len(size), bool)
+    count = max(1, round(capacity * len(like) / sum(like)))
+    wanted = [cost for _ in range(-(-count // len(like))) for cost in rng.sample(list(like), len(like))][:count]
+    chosen: list[int] = []
+    for place, cost in enumerate(wanted):
+        target = cost * capacity / sum(wanted[place:])
+        fitting = free & (size <= capacity)
+        if not fitting.any():
+            break
+        off = np.where(fitting, np.abs(size - target), np.inf)
+        good = off <= _ALIKE * target
+        if place == len(wanted) - 1:
+            at = int(np.where(fitting, size, -1).argmax())
+        elif good[:first].any():
+            at = int(good[:first].argmax())
+        else:
+            at = int(good.argmax()) if good.any() else int(off.argmin())
+        chosen.append(at)
+        free[at] = False
+        capacity -= costs[at]
+    return chosen
+
+
 class Fitter:
     """Chooses pieces so that the rendered prompts on a context keep a contract.
 
@@ -87,12 +129,18 @@ class Fitter:
         self._choose = choose
         self._error = 0  # tokens by which costs overstate what their pieces add to a prompt
 
-    def fit(self, costs: Sequence[int], totals: Callable[[list[int]], list[int]]) -> tuple[list[int], list[int]] | None:
+    def fit(
+        self,
+        costs: Sequence[int],
+        totals: Callable[[list[int]], list[int]],
+        choose: Callable[[int, Sequence[int]], list[int]] | None = None,
+    ) -> tuple[list[int], list[int]] | None:
         """Choose pieces.
 
         Args:
             costs: Estimated tokens of each candidate, in order of preference.
             totals: The exact totals of the questions on a context that has the pieces of the given indices.
+            choose: Another function than the usual one, for this choice.
 
         Returns:
             The chosen indices and their totals, or None if no choice was found that keeps the contract.
@@ -103,7 +151,7 @@ class Fitter:
             return None
         best: tuple[list[int], list[int]] | None = None
         for _ in range(_ATTEMPTS):
-            chosen = self._choose(room + self._error, costs)
+            chosen = (choose or self._choose)(room + self._error, costs)
             reached = totals(chosen)
             self._error = sum(costs[index] for index in chosen) + limit - room - max(reached)
             if self._contract.holds(reached) and (best is None or max(reached) > max(best[1])):

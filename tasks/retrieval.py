@@ -8,7 +8,7 @@ first; of equal scores the earlier text comes first.
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -214,6 +214,16 @@ class Collection:
     def ranked(self, question: str) -> list[int]:
         """Indices of all chunks, best first."""
         return _order(self._scorer.scores(question))
+
+
+def order_by(retriever: str, texts: Sequence[str]) -> Callable[[str], list[int]]:
+    """A function that ranks the texts for a question, best first.
+
+    Raises:
+        UserError: `dense` or `hybrid` where the embedder is not installed.
+    """
+    scorer: _Scorer = RETRIEVERS[retriever](texts)
+    return lambda question: _order(scorer.scores(question))
 
 
 def _order(scores: NDArray[Any]) -> list[int]:

@@ -92,7 +92,7 @@ def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[R
         inputs: Everything the rows depend on besides the code, as JSON values.
         build: Makes the rows.
     """
-    stated = {"task": task, **inputs, "code": _code_digest()}
+    stated = {"task": task, **inputs, "code": code_digest()}
     key = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:24]
     name = f"{task}-{key}.jsonl"
     rows = _load(name)
@@ -129,10 +129,9 @@ def _store(name: str, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
 
 
 @cache
-def _code_digest() -> str:
-    """Hash of this package's sources and templates: any change to how rows are built makes new cache entries."""
+def code_digest(folder: Path = Path(__file__).parent) -> str:
+    """Hash of a package's sources and templates, of this one by default: how rows are built is among their inputs."""
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
     for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.yaml")]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

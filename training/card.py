@@ -22,7 +22,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
         "tags: [lceval, long-context, kv-cache]",
         "---",
         f"# {name}",
-        f"{base}, fine-tuned by `lceval train` to answer from its context (mode {said['mode']}).",
+        f"{base}, fine-tuned by `lceval train` to answer from its context (modes: {', '.join(said['modes'])}).",
         "",
         f"- Data: {', '.join(said['datasets'])}, split {said['split']}: {data['questions']:,} questions on "
         f"{data['contexts']:,} contexts of {data['tokens_a_context']:,.0f} tokens (digest {data['digest']}).",
@@ -34,7 +34,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
         "",
         "```",
         f"lm_eval --model lcft --model_args pretrained={base},{'peft=' if recipe['lora'] else ''}{output} "
-        f"--tasks lc_{said['datasets'][0]}_{said['mode']}_{said['length_k']}k "
+        f"--tasks lc_{said['datasets'][0]}_{said['modes'][0]}_{said['length_k']:g}k "
         "--metadata split=test --apply_chat_template",
         "```",
         "",

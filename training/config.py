@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lceval.errors import UserError
+from lceval.training.data import Spec
 
 
 class Section(BaseModel):
@@ -32,28 +33,6 @@ class Model(Section):
     revision: str = "main"
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     chat_template: bool | None = None
-
-
-class Data(Section):
-    """Rows of tasks, as training data.
-
-    Attributes:
-        datasets: of the catalogue, those whose rows name their gold documents.
-        mode: what is to be learned: ao, id, idc, idq or rj.
-        length_k: tokens of a prompt and its answer, in units of 1,024, as in a task's name.
-        split: the side of the source documents; `train` and `test` share none. `all` for a dataset without sides.
-        questions: questions that share a context; None is the task's own number.
-        seeds: of the rows: each draws its own contexts for the questions.
-        limit: contexts, None takes all.
-    """
-
-    datasets: list[str] = Field(default=["squad"], min_length=1)
-    mode: Literal["ao", "id", "idc", "idq", "rj"] = "ao"
-    length_k: int = Field(default=1, gt=0)
-    split: Literal["all", "train", "test"] = "train"
-    questions: int | None = Field(default=None, gt=0)
-    seeds: list[int] = Field(default=[1], min_length=1)
-    limit: int | None = Field(default=None, gt=0)
 
 
 class Lora(Section):
@@ -115,13 +94,16 @@ class Config(Section):
 
     Attributes:
         output: the folder of the adapter, or of the model where `lora` is null.
+        data: the rows to learn from (`lceval.training.data.Spec`); their tokens are counted as the model's.
+        rows: a file that `lceval train data` wrote, instead of `data`.
         save_steps: steps between checkpoints; the same line goes on from the last one.
         eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
     """
 
     output: Path
     model: Model = Model()
-    data: Data = Data()
+    data: Spec = Spec(datasets=("squad",))
+    rows: Path | None = None
     lora: Lora | None = Lora()
     optim: Optim = Optim()
     robust: Robust | None = None

@@ -1,10 +1,10 @@
 """What a recipe will take, without loading the model: tokens, steps, memory.
 
 Memory is counted, not measured: weights, gradients, AdamW's two moments, and what backward needs to remember. For a
-token and a layer of a gated decoder that is, in units of the weights' type, 8 d + 2 d_kv + 5 f numbers (inputs of the
-norms and of the projections, q, k, v, what attention put out, and five of the width f in the MLP). Under LoRA the frozen
-projections need no inputs, and its own float32 copies of them are 5 d + f numbers. With checkpointing it is d numbers a layer, and one layer's share of the rest. A test holds the
-count against the tensors that autograd saves.
+token and a layer of a gated decoder that is, in units of the weights' type, 8 d + 2 d_kv + 5 f numbers: inputs of the
+norms and of the projections, q, k, v, what attention put out, and five of the width f in the MLP. Under LoRA the
+frozen projections need no inputs (3 d + f), and its float32 copies of them are 5 d + f numbers. With checkpointing it
+is d numbers a layer, and one layer's share of the rest. A test holds the count against the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def render(report: dict[str, Any]) -> str:
     memory = ", ".join(f"{part} {gib:.2f}" for part, gib in report["memory_gib"].items())
     return "\n".join(
         [
-            f"{report['contexts']} contexts with {report['questions']} questions, {report['tokens_a_context']:,} tokens "
-            f"each (longest {report['longest_context_tokens']:,}); {report['held_out_contexts']} held out",
+            f"{report['contexts']} contexts with {report['questions']} questions, "
+            f"{report['tokens_a_context']:,} tokens each (longest {report['longest_context_tokens']:,}); {report['held_out_contexts']} held out",
             f"{report['steps']} steps, {report['tokens']:,} tokens, {report['epochs']:.1f} epochs",
             f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained",
             f"about {report['total_gib']:.1f} GiB on one device: {memory}",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lceval.models.prefix import find_boundary
 from lceval.tasks import prompts
 from lceval.tasks.rows import Row
+from lceval.training.data import TrainingRow
 from lceval.training.packing import Turn
 
 
@@ -42,11 +43,11 @@ class Encoder:
         self._lm = lm
         self._template = chat_template
 
-    def encode(self, rows: Iterable[Row], target: Callable[[Row], str]) -> list[Packed]:
+    def encode(self, rows: Iterable[TrainingRow]) -> list[Packed]:
         """The rows, those on one context together, in order of first appearance."""
         groups: dict[tuple[int, ...], list[tuple[Turn, str]]] = {}
         for row in rows:
-            context, turn = self.turn(row, target(row))
+            context, turn = self.turn(row, row["target"])
             groups.setdefault(context, []).append((turn, row["id"]))
         return [
             Packed(context, tuple(turn for turn, _ in found), tuple(name for _, name in found))

@@ -10,13 +10,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.training import robust
+from lceval.training import data, robust
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 
@@ -75,26 +74,13 @@ def plan(recipe: Config, lm: Any) -> Plan:
     template = lm.tokenizer.chat_template is not None
     chat = template if recipe.model.chat_template is None else recipe.model.chat_template
     encoder = Encoder(lm, chat_template=chat)
-    contexts = _packed(recipe, encoder, recipe.data.split, recipe.data.seeds)[: recipe.data.limit]
-    held_out = _packed(recipe, encoder, "test", [0])[: recipe.eval_contexts] if recipe.eval_contexts else []
-    return Plan(tuple(contexts), tuple(held_out))
-
-
-def _packed(recipe: Config, encoder: Encoder, split: str, seeds: Sequence[int]) -> list[Packed]:
-    from lceval.models import packaged
-    from lceval.tasks import catalogue
-    from lceval.tasks.build import rows_of
-    from lceval.training.formats import target
-
-    found = []
-    for name in recipe.data.datasets:
-        task = catalogue.find(f"lc_{name}_{recipe.data.mode}_{recipe.data.length_k}k")
-        for seed in seeds:
-            metadata = {"pretrained": packaged.resolve(recipe.model.pretrained), "data_seed": seed}
-            metadata |= {"split": split} if split != "all" else {}
-            metadata |= {"questions": recipe.data.questions} if recipe.data.questions else {}
-            found += encoder.encode(rows_of(task, metadata), lambda row: target(row, recipe.data.mode))
-    return found
+    spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
+    rows = data.read(recipe.rows)[1] if recipe.rows else data.rows(spec)[0]
+    held_out: list[Packed] = []
+    if recipe.eval_contexts:
+        test = spec.model_copy(update={"split": "test", "seeds": (0,), "limit": None})
+        held_out = encoder.encode(data.rows(test)[0])[: recipe.eval_contexts]
+    return Plan(tuple(encoder.encode(rows)), tuple(held_out))
 
 
 def train(recipe: Config) -> dict[str, Any]:

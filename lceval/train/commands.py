@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lceval.train.data_command import data
 from lceval.verbs import group_or
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+app.command("data")(data)
 
 
 @app.command("recipe", hidden=True)

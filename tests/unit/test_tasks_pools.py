@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from lceval.errors import UserError
 from lceval.tasks import build, catalogue, tokens
-from lceval.tasks.icr import pools
+from lceval.tasks.icr import questions
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.sources import SourceFile
@@ -103,10 +103,10 @@ def test_questions_that_cannot_be_scored_are_left_out() -> None:
         {"question": "Was it?", "answers": ["yes"], "gold_pids": ["p2"]},
     ]
     numbers = {f"p{n}": n for n in range(3)}
-    found = pools.askable("x", source("q", asked), numbers, LeakIndex(texts))
+    found = questions.askable("x", source("q", asked), numbers, LeakIndex(texts))
     assert [question.id for question in found] == ["x-00000"]
     with pytest.raises(UserError, match=r"gold_pids=\['p9'\]"):
-        pools.askable("x", source("q", [{**asked[0], "gold_pids": ["p9"]}]), numbers, LeakIndex(texts))
+        questions.askable("x", source("q", [{**asked[0], "gold_pids": ["p9"]}]), numbers, LeakIndex(texts))
 
 
 def numbers(count: int, seed: int) -> list[str]:

@@ -264,7 +264,7 @@ def test_every_input_makes_an_entry_of_its_own(own_cache: Path) -> None:
 
 @pytest.mark.parametrize("name", ["compose.py", "modes/ao.yaml", "icr/nqopen.yaml"])
 def test_a_changed_source_or_template_makes_new_entries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    digest, read = rows._code_digest.__wrapped__, Path.read_bytes
+    digest, read = rows.code_digest.__wrapped__, Path.read_bytes
     before = digest()
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * path.match(name))
     assert digest() != before

@@ -1,0 +1,88 @@
+"""Hard negatives that are really relevant become gold: fuzzy match to a gold passage, then a judge.
+
+A passage that says nearly what a gold passage says is no negative, and a model that names it should not be punished.
+Stage one finds passages whose likeness to a gold passage is at least 0.6, the largest of three: Jaccard (words in
+common), character F1 (characters in the same order) and n-gram (the shorter one's word trigrams that the other has).
+Stage two, where there is one, asks a judge whether such a passage really bears on the question.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+from lceval.tasks.parsing import normalize
+from lceval.tasks.rows import Row
+
+THRESHOLD = 0.6
+_WORTH_ALIGNING = 0.2  # of words in common; below that no alignment of characters reaches the threshold
+
+Judge = Callable[[str, Sequence[str], str], bool]
+"""Whether a passage bears on a question: (question, answers, passage)."""
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """What became of the negatives: pairs of question and passage."""
+
+    compared: int
+    matched: int
+    refused: int
+
+    @property
+    def promoted(self) -> int:
+        """Passages that are gold now."""
+        return self.matched - self.refused
+
+
+def likeness(one: str, other: str) -> float:
+    """From 0 to 1: the largest of Jaccard, character F1 and n-gram, over normalised texts."""
+    said, told = normalize(one).split(), normalize(other).split()
+    if not said or not told:
+        return 0.0
+    words, others = set(said), set(told)
+    jaccard = len(words & others) / len(words | others)
+    shorter, longer = sorted((_trigrams(said), _trigrams(told)), key=len)
+    contained = len(shorter & longer) / len(shorter) if shorter else 0.0
+    aligned = 0.0
+    if max(jaccard, contained) >= _WORTH_ALIGNING:
+        aligned = SequenceMatcher(None, " ".join(said), " ".join(told), autojunk=False).ratio()
+    return max(jaccard, contained, aligned)
+
+
+def _trigrams(words: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(words[at : at + 3]) for at in range(len(words) - 2)}
+
+
+def promote(
+    rows: Sequence[Row], threshold: float = THRESHOLD, judge: Judge | None = None
+) -> tuple[list[Row], Promotion]:
+    """The rows with what is really relevant among their gold_pids, and how many there were.
+
+    Args:
+        rows: Of any task; those without a gold document in sight stay as they are.
+        threshold: Least likeness to a gold passage.
+        judge: Removes false positives; without one every match is promoted.
+    """
+    known: dict[tuple[str, str], float] = {}
+    made: list[Row] = []
+    compared = matched = refused = 0
+    for row in rows:
+        golds = [document["text"] for document in row["docs"] if document["pid"] in row["gold_pids"]]
+        more = []
+        for document in row["docs"]:
+            if document["pid"] in row["gold_pids"]:
+                continue
+            compared += 1
+            text = document["text"]
+            for gold in golds:
+                if (gold, text) not in known:
+                    known[gold, text] = likeness(gold, text)
+            if max((known[gold, text] for gold in golds), default=0.0) < threshold:
+                continue
+            matched += 1
+            if judge is None or judge(row["question"], row["answers"], text):
+                more.append(document["pid"])
+            else:
+                refused += 1
+        made.append({**row, "gold_pids": [*row["gold_pids"], *more]} if more else row)
+    return made, Promotion(compared, matched, refused)
