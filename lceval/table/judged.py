@@ -29,10 +29,10 @@ class Judged:
 
 def judged(task: TaskResult) -> Judged:
     """The verdicts on a task's samples; those of other samples (an older run in the folder) count for nothing."""
-    if any(sample.unjudged is not None for sample in task.samples):
-        return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
     lines = verdicts(task)
     if lines is None:
+        if any(sample.unjudged is not None for sample in task.samples):
+            return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
         return Judged(len(task.samples) if _wants_judge(task.task) else None, None, {})
     values: dict[str, list[float]] = {}
     for line in lines:
@@ -55,7 +55,17 @@ def _wants_judge(name: str) -> bool:
 
 
 def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
-    """A line per sample, in order; None where there is no file, or it is not about these samples."""
+    """A line per sample, in order: of the file beside the samples, which came later, else of the run's own judge.
+
+    None where there is neither; a file that is not about these samples counts for nothing.
+    """
+    if (lines := _beside(task)) is not None:
+        return lines
+    own = [dict(sample.verdict) for sample in task.samples]
+    return own if own and all(own) else None
+
+
+def _beside(task: TaskResult) -> list[dict[str, Any]] | None:
     if task.file is None:
         return None
     file = task.file.parent / f"judged_{task.task}.jsonl"
@@ -65,6 +75,11 @@ def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
     if lines is None or [str(line.get("id")) for line in lines] != [sample.id for sample in task.samples]:
         return None
     return lines
+
+
+def is_judges(metric: str) -> bool:
+    """Whether a metric is a judge's."""
+    return metric.startswith("judge_") or metric in ("rj_paper", "avg_score", "perfect_rate")
 
 
 def _objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:

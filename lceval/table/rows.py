@@ -12,7 +12,7 @@ from lceval.results import DIAGNOSES, Sample, TaskResult
 from lceval.stats import cluster_bootstrap
 from lceval.table import intervals
 from lceval.table.intervals import Estimate
-from lceval.table.judged import judged
+from lceval.table.judged import is_judges, judged
 from lceval.table.pairs import Result, counted, diagnosis_stratum, score_stratum
 
 By = Literal["task", "suite", "length"]
@@ -118,7 +118,8 @@ def row(result: Result, *, bounds: bool = True) -> Row:
         "metric": task.headline,
         "unit": "share" if is_share(task) else "raw",
         **(estimates(result) if bounds else {"score": _mean(counted(task) or [])}),
-        "metrics": {**_metrics(task), **verdicts.metrics},
+        "metrics": {k: v for k, v in _metrics(task).items() if not (verdicts.judge and is_judges(k))}
+        | dict(verdicts.metrics),
         "judge": verdicts.judge,
         **{name: _mean([s.diagnosis[name] for s in task.samples if name in s.diagnosis]) for name in DIAGNOSES},
         **_memory(task.samples),
