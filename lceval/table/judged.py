@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lceval.results import TaskResult
@@ -20,11 +20,13 @@ class Judged:
     """unjudged: samples without a verdict, None where none is due; judge: its name, None where it is not known.
 
     metrics: mean over the judged samples.
+    worth: its agreement with people, under the keys of a row; empty where it was not calibrated.
     """
 
     unjudged: int | None
     judge: str | None
     metrics: Mapping[str, float]
+    worth: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judged(task: TaskResult) -> Judged:
@@ -44,6 +46,7 @@ def judged(task: TaskResult) -> Judged:
         unjudged=sum(line.get("status") == "unjudged" for line in lines),
         judge=_name(lines),
         metrics={name: math.fsum(found) / len(found) for name, found in values.items()},
+        worth=_worth(lines),
     )
 
 
@@ -88,6 +91,22 @@ def _objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
     except ValueError:
         return None
     return found if all(isinstance(line, dict) for line in found) else None
+
+
+def _worth(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from lceval.judge import calibrations
+
+    whose = {(str(line.get("judge")), str(line.get("revision", ""))) for line in lines}
+    known = calibrations.find(*whose.pop()) if len(whose) == 1 else None
+    if known is None:
+        return {}
+    low, high = known["kappa_interval"] or (None, None)
+    return {
+        "judge_kappa": known["kappa"],
+        "judge_kappa_lo": low,
+        "judge_kappa_hi": high,
+        "judge_kappa_n": known["judged"],
+    }
 
 
 def _name(lines: Sequence[Mapping[str, Any]]) -> str | None:

@@ -49,6 +49,11 @@ KEYS = {
     "delta_hi": "upper bound of its interval",
     "metrics": "mean of every metric that is a number per sample, and of a judge's",
     "judge": "whose verdicts are among the metrics; a rule is named as one",
+    "judge_kappa": "its agreement with people beyond chance (Cohen's kappa) by `lceval judge calibrate`; "
+    "None: uncalibrated",
+    "judge_kappa_lo": "lower bound of its interval",
+    "judge_kappa_hi": "upper bound of its interval",
+    "judge_kappa_n": "answers graded by people that it rests on",
     "gold_kept": "mean share of the gold passages' slots that survived, over the same samples",
     "gold_nll": "mean NLL per token of the gold answer, over samples with diagnose=gold",
     "gold_nll_delta": "gold_nll - gold_nll under full, over samples where both have it; above 0 is worse",
@@ -121,6 +126,7 @@ def row(result: Result, *, bounds: bool = True) -> Row:
         "metrics": {k: v for k, v in _metrics(task).items() if not (verdicts.judge and is_judges(k))}
         | dict(verdicts.metrics),
         "judge": verdicts.judge,
+        **verdicts.worth,
         **{name: _mean([s.diagnosis[name] for s in task.samples if name in s.diagnosis]) for name in DIAGNOSES},
         **_memory(task.samples),
         **_speed(task.samples),
