@@ -23,13 +23,20 @@ CRITERIA = ("judge_reasoning", "judge_grounding", "judge_correct", "judge_sum")
 COMMON = ["--model", "dummy", "--tasks", TASK, "--limit", "3", "--metadata", "pretrained=smollm2-135m"]
 
 
+def cache(folder: Path, model: str) -> Path:
+    """A cache of replies of its own, with the packaged model as the machine's cache has it."""
+    folder.mkdir()
+    (folder / Path(model).parent.name).symlink_to(Path(model).parent)
+    return folder
+
+
 def graded(user: str) -> str:
     return json.dumps({"reasoning": 1, "grounding": 0, "answer": 1})
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str], Path]:
-    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
+def run(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str], Path]:
+    monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(inrun, "LIMITS", Limits(retries=0))
 
@@ -148,8 +155,9 @@ def plain(judge: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
 
 
 def test_plain_lm_eval_prints_and_writes_the_same_and_the_key_is_nowhere(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    smollm2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    cache(tmp_path / "cache", smollm2)
     with served(lambda prompt, attempt: "ok", lambda user: f"{graded(user)} your key is {KEY}") as server:
         ran = plain(f"openai:m@{server.url}", tmp_path, "--log_samples")
         assert ran.returncode == 0, ran.stderr[-2000:]

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 from test_judge_endpoint import served
-from test_judge_inrun import PLAIN
+from test_judge_inrun import PLAIN, cache
 from test_judge_runs import financebench, made_run
 
 from lceval.cli import invoke
@@ -79,10 +79,11 @@ def test_the_sample_of_the_local_judge_is_the_stratified_one_with_the_human_grad
 
 
 def test_every_command_of_the_page_on_runs_works_in_order(
-    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    smollm2: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
-    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in "ab":
