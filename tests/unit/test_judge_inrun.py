@@ -102,9 +102,7 @@ def test_without_a_judge_a_run_is_as_it_was_and_the_answers_have_one_fingerprint
     assert (row["judge"], row["unjudged"]) == (None, 3)
     record = json.loads((folder / "run.json").read_text())
     # Cut off before its end, the run goes on with a judge from the answers it has.
-    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    for file in [*folder.glob("results_*"), *folder.glob("samples_*")]:
-        file.unlink()
+    cut_off(folder)
     capsys.readouterr()
     run("rule")
     assert "3 samples, 3 reused, 0 run" in capsys.readouterr().err
@@ -135,6 +133,34 @@ def test_a_judge_that_fails_leaves_the_run_whole_and_its_samples_unjudged(
     assert "judge_sum" not in row["metrics"]
     (tmp_path / "said").write_text(said.out + said.err)
     assert [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()] == []
+
+
+def cut_off(folder: Path) -> None:
+    """As if the run had been killed while it was judging: the answers are there, the results are not."""
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
+    for file in [*folder.glob("results_*"), *folder.glob("samples_*")]:
+        file.unlink()
+
+
+def test_a_run_cut_off_while_judging_pays_for_what_is_missing_alone_and_lceval_judge_for_the_rest(
+    run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = 1
+    with served(lambda prompt, attempt: "ok" if server.total < limit else "400", graded) as server:
+        name = f"openai:m@{server.url}"
+        folder = run(name)
+        assert rows(folder, capsys)["unjudged"] == 2
+        cut_off(folder)
+        limit = 2
+        run(name)
+        assert rows(folder, capsys)["unjudged"] == 1
+        limit = 3
+        assert invoke(["judge", str(folder), "--judge", name]) == 0
+        row = rows(folder, capsys)
+        assert (row["unjudged"], row["judge"], row["metrics"]["judge_sum"]) == (0, name, 2.0)
+        assert set(server.answered.values()) == {1}
+        assert server.total == 3
 
 
 PLAIN = """
