@@ -14,9 +14,11 @@ import pytest
 from test_judge_endpoint import KEY, served
 
 from lceval.cli import invoke
+from lceval.errors import LcevalError
 from lceval.judge import inrun
 from lceval.judge.client import Limits
 from lceval.judge.inrun import add
+from lceval.judge.rubrics import Case
 
 TASK = "lc_filings_rj_1k"
 CRITERIA = ("judge_reasoning", "judge_grounding", "judge_correct", "judge_sum")
@@ -248,3 +250,15 @@ def test_loong_in_a_run_has_average_and_perfect_rate_and_other_tasks_are_left_al
     assert results["results"]["arc"] == {}
     assert other[0].keys() == {"doc_id", "doc", "filtered_resps", "filter", "metrics"}
     assert results["judge"]["tasks"]["lc_loong_ao"]["by_level"]["1"]["n"] == 2
+
+
+def test_a_judge_in_a_process_of_its_own_gives_what_one_in_this_process_gives_and_files_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
+    asked = [("rj", [Case("Q?", ("8",), "[DOC 0] says so.\nThe answer is: 8", ("[DOC 0]\n8",), (0,))])]
+    apart, here = inrun._apart(asked, "rule"), inrun.ask(asked, "rule")
+    assert apart[1] == here[1]
+    assert (apart[0]["reused"], here[0]["reused"]) == (0, 1)
+    with pytest.raises(LcevalError, match="the judge rule failed"):
+        inrun._apart([("no-such-rubric", [])], "rule")
