@@ -66,12 +66,17 @@ def table(
     reference: Annotated[
         list[str] | None, typer.Option(help="Quote published figures: paper-table1, paper-table2; repeatable.")
     ] = None,
+    require_kappa: Annotated[
+        float | None, typer.Option(help="Exit code 1 if a judge agrees less with people, or is uncalibrated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Set runs side by side: score with interval, what is left of full's, what was kept, what it cost."""
     from lceval.table import main as table_text
 
-    typer.echo(table_text(runs, "json" if as_json else form, by=by, reference=reference or ()))
+    typer.echo(
+        table_text(runs, "json" if as_json else form, by=by, reference=reference or (), require_kappa=require_kappa)
+    )
 
 
 @app.command()

@@ -109,7 +109,26 @@ def _add_names(index: "ModuleType") -> None:
     index.TaskIndex.build = staticmethod(build)
 
 
+def _add_judge(evaluator: "ModuleType") -> None:
+    """Let `simple_evaluate` give judged metrics where LCEVAL_JUDGE names a judge."""
+    original = evaluator.simple_evaluate
+
+    def simple_evaluate(*args: object, **kwargs: object) -> object:
+        import os
+
+        if not os.environ.get("LCEVAL_JUDGE"):
+            return original(*args, **kwargs)
+        from lceval.judge import inrun
+
+        return inrun.wrap(original)(*args, **kwargs)
+
+    simple_evaluate.__wrapped__ = original  # type: ignore[attr-defined]
+    simple_evaluate.__doc__ = original.__doc__
+    evaluator.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+
+
 _ACTIONS: "dict[str, Callable[[ModuleType], None]]" = {
+    "lm_eval.evaluator": _add_judge,
     "lm_eval.models": _add_model,
     "lm_eval.tasks._index": _add_names,
     "lm_eval.tasks.manager": _add_tasks,

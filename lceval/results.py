@@ -37,6 +37,7 @@ class Sample:
     prompt_hash: lm-eval's digest of the prompt; empty where there is none.
     metrics: all that was logged as a number per sample and is no telemetry; empty for an error.
     unjudged: whether a metric of a judge is missing here; None where the task logs none (an error needs no judge).
+    verdict: what the judge of the run said; empty where it had none.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Sample:
     prompt_hash: str = ""
     metrics: Mapping[str, float] = field(default_factory=dict)
     unjudged: bool | None = None
+    verdict: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,7 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         prompt_hash=str(row.get("prompt_hash") or ""),
         metrics={} if status == "error" else _metrics(row),
         unjudged=_unjudged(row, status),
+        verdict=_mapping(row.get("verdict")),
     )
 
 
@@ -316,6 +319,8 @@ def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
+    if verdict := _mapping(row.get("verdict")):
+        return verdict.get("status") == "unjudged"
     judged = [name for name in _logged(row) if name == "judged" or name.startswith("judge_")]
     return (status != "error" and any(_number(row.get(name)) is None for name in judged)) if judged else None
 

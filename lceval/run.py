@@ -77,6 +77,10 @@ def opened(argv: Sequence[str]) -> Iterator[Opened]:
         UserError: bad flags, or a folder that holds another run.
     """
     config = _configure(argv)
+    if os.environ.get("LCEVAL_JUDGE"):
+        from lceval.judge import inrun
+
+        inrun.ready()
     from lceval.models import packaged
 
     folders = {k: packaged.resolve(str(config.model_args[k])) for k in ("pretrained", "peft") if k in config.model_args}
@@ -231,6 +235,7 @@ def evaluate(found: Opened, load: Callable[[Any], Any]) -> Outcome:
         "samples": outcome.samples,
         "task_versions": results["versions"],
         "sources": _sources(results["samples"]),
+        **({"judge": {k: judge[k] for k in ("judge", "revision")}} if (judge := results.get("judge")) else {}),
         "chat_template_sha": results["chat_template_sha"],
         "expanded": results["config"].get("lcft", {}).get("expanded"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from lceval.errors import InfrastructureError, LcevalError
+from lceval.errors import InfrastructureError
 
 if TYPE_CHECKING:
     from lceval.judge.client import Client
@@ -26,12 +26,6 @@ class _RunsFirst(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         named = args and (args[0] in self.commands or args[0] == "--help")
         return super().parse_args(ctx, args if named or not args else [_RUNS, *args])
-
-
-class BelowError(LcevalError):
-    """The judge agrees less with people than was required."""
-
-    exit_code = 1
 
 
 app = typer.Typer(
@@ -89,17 +83,23 @@ def runs(
     tokens: Tokens = None,
     max_tokens: MaxTokens = None,
     max_characters: MaxCharacters = 24_000,
+    require_kappa: Annotated[
+        float | None, typer.Option(help="Refuse a judge calibrated below this, or not at all; exit code 1.")
+    ] = None,
     replies: Replies = None,
     as_json: Json = False,
 ) -> None:
     """Add judged metrics beside a run's own. Exit code 4: some samples are unjudged; the same line goes on."""
-    from lceval.judge import afterwards
+    from lceval.judge import afterwards, calibrations
 
     limits = {"concurrency": concurrency, "retries": retries, "calls": calls, "tokens": tokens}
     with _client(judge, "judging", replies, timeout, max_tokens, max_characters=max_characters, **limits) as (
         made,
         client,
     ):
+        if require_kappa is not None:
+            known = calibrations.find(made.name, made.revision)
+            calibrations.require(known["kappa"] if known else None, require_kappa, made.name)
         reports = [afterwards.judge_folder(folder, made, client) for folder in folders]
     typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(afterwards.render, reports)))
     if missing := sum(map(afterwards.missing, reports)):
@@ -128,7 +128,7 @@ def calibrate_judge(
     as_json: Json = False,
 ) -> None:
     """Agreement with the people who graded FinanceBench's predictions, self-consistency, and attacks."""
-    from lceval.judge import calibrate
+    from lceval.judge import calibrate, calibrations
 
     rows = calibrate.stratified(calibrate.graded(data), limit)
     limits = {"concurrency": concurrency, "retries": retries, "calls": calls, "tokens": tokens}
@@ -137,6 +137,7 @@ def calibrate_judge(
         client,
     ):
         report, lines = calibrate.calibrate(made, client, rows, repeats=repeats, probed=probes)
+    calibrations.keep(report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -144,4 +145,4 @@ def calibrate_judge(
     found = report["kappa"]
     if require_kappa is not None and (found is None or found < require_kappa):
         said = "is undefined" if found is None else f"is {found:.3f}"
-        raise BelowError(f"kappa of {made.name} {said}, and {require_kappa} was required")
+        raise calibrations.BelowError(f"kappa of {made.name} {said}, and {require_kappa} was required")

@@ -55,17 +55,17 @@ def default_path() -> Path:
 
 
 @contextmanager
-def alone(path: Path, judge: str) -> Iterator[None]:
+def alone(path: Path, judge: str, *, wait: bool = False) -> Iterator[None]:
     """This process alone asks this judge for this file of replies: two would pay for the same replies.
 
     Raises:
-        UserError: another process does.
+        UserError: another process does, and `wait` is not set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
     with lock.open("w") as opened:
         try:
-            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another process asks {judge}: wait for it, or name another file with --replies") from None
         yield

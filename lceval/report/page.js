@@ -2,7 +2,10 @@
 const show = (v) => v === null || v === undefined ? "-" : typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v);
 const percent = (v) => v === null || v === undefined ? "-" : (100 * v).toFixed(1);
 const bounded = (of, mid, lo, hi) => mid === null || mid === undefined ? "-" : lo === null || lo === undefined ? of(mid) : `${of(mid)} [${of(lo)}, ${of(hi)}]`;
-for (const row of data.rows) row.judged = row.metrics?.judge_sum ?? null;
+for (const row of data.rows) {
+  row.judged = row.metrics?.judge_sum ?? null;
+  row.worth = !row.judge ? null : row.judge_kappa === null ? "uncalibrated" : bounded((v) => v.toFixed(2), row.judge_kappa, row.judge_kappa_lo, row.judge_kappa_hi);
+}
 // Heading, the key that sorts it, its text; a column without any value is left out.
 const NAMED = [
   ["run", "run", (r) => r.run + (r.unfinished ? "*" : "")], ["model", "pretrained"], ["adapter", "peft"], ["recipe", "recipe"], ["task", "task"], ["context", "context"], ["n", "n"],
@@ -10,7 +13,7 @@ const NAMED = [
   ["% of full", "retention", (r) => bounded(percent, r.retention, r.retention_lo, r.retention_hi)],
   ["gold nll", "gold_nll"], ["nll - full", "gold_nll_delta", (r) => bounded(show, r.gold_nll_delta, r.gold_nll_delta_lo, r.gold_nll_delta_hi)], ["gold kept %", "gold_kept", (r) => percent(r.gold_kept)], ["kept %", "kept_share", (r) => percent(r.kept_share)], ["KV MB", "kv_mb"],
   ["read MB", "bytes_read_per_step", (r) => r.bytes_read_per_step ? show(r.bytes_read_per_step / 1e6) : "-"], ["prefill s", "prefill_s"], ["decode tok/s", "decode_tok_s"],
-  ["judge", "judge"], ["judged (0 to 3)", "judged"], ["errors", "errors"], ["cut", "truncated"], ["wrong form", "wrong_format"], ["unjudged", "unjudged"],
+  ["judge", "judge"], ["judge's kappa", "worth"], ["judged (0 to 3)", "judged"], ["errors", "errors"], ["cut", "truncated"], ["wrong form", "wrong_format"], ["unjudged", "unjudged"],
 ];
 const empty = (v) => v === null || v === undefined || v === 0;
 const differs = (key) => new Set(data.rows.map((r) => r[key])).size > 1;

@@ -15,6 +15,7 @@ from lceval.errors import UserError
 from lceval.results import Run, read_runs
 from lceval.table.aggregate import aggregate
 from lceval.table.forms import to_html, to_latex, to_markdown, to_terminal
+from lceval.table.judged import judged
 from lceval.table.pairs import results
 from lceval.table.references import load
 from lceval.table.render import to_csv, to_json
@@ -28,20 +29,32 @@ __all__ = [
 ]  # fmt: skip
 
 
-def main(paths: Sequence[Path], fmt: Format = "terminal", *, by: By = "task", reference: Sequence[str] = ()) -> str:
+def main(
+    paths: Sequence[Path],
+    fmt: Format = "terminal",
+    *,
+    by: By = "task",
+    reference: Sequence[str] = (),
+    require_kappa: float | None = None,
+) -> str:
     """The table of the runs in `paths`, as text without a final newline.
 
     Args:
         by: what a row stands for, beside its run.
         reference: published tables to quote beside ours (`references.yaml`).
+        require_kappa: least agreement with people of every judge whose verdicts are in the table.
 
     Raises:
+        BelowError: a judge agrees less, or is uncalibrated.
         UserError: No paths, a folder that cannot be read as a run, or no such reference.
     """
     if not paths:
         raise UserError("no runs given; name one or more run folders, as in: lceval table runs/a runs/b")
     quoted = load(reference)
-    table = replace(build(read_runs(paths), by), quoted=quoted)
+    runs = read_runs(paths)
+    if require_kappa is not None:
+        _require(runs, require_kappa)
+    table = replace(build(runs, by), quoted=quoted)
     render: dict[Format, Callable[[Table], str]] = {
         "terminal": to_terminal,
         "markdown": to_markdown,
@@ -51,6 +64,14 @@ def main(paths: Sequence[Path], fmt: Format = "terminal", *, by: By = "task", re
         "json": to_json,
     }
     return render[fmt](table)
+
+
+def _require(runs: Sequence[Run], least: float) -> None:
+    from lceval.judge import calibrations
+
+    for task in (task for run in runs for task in run.tasks):
+        if (found := judged(task)).judge:
+            calibrations.require(found.worth.get("judge_kappa"), least, found.judge)
 
 
 def build(runs: Iterable[Run], by: By = "task") -> Table:

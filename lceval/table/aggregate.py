@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from lceval.table import intervals
 from lceval.table.intervals import Stratum
@@ -19,6 +20,7 @@ _MEANS = (
     *("prefill_s", "prefill_tok_s", "decode_tok_s"),
 )
 _SUMS = ("n", "clusters", "errors", "truncated", "wrong_format", "unjudged")
+_WORTH = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")
 
 Pair = tuple[Result, Row]
 Group = tuple[str | None, str | None, int | None]  # suite, mode, length
@@ -101,6 +103,7 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
         **_estimates(scored, weights),
         "metrics": {name: mean(lambda row, name=name: row["metrics"][name]) for name in shared},  # type: ignore[misc]
         "judge": _common([row["judge"] for _, row in scored]),
+        **{name: _common([row[name] for _, row in scored]) for name in _WORTH},
         **{name: mean(lambda row, name=name: row[name]) for name in _MEANS},  # type: ignore[misc]
         **{name: _sum([row[name] for _, row in members]) for name in _SUMS},
         "unfinished": any(row["unfinished"] for _, row in members),
@@ -138,7 +141,7 @@ def _all(strata: Sequence[Stratum | None]) -> list[Stratum] | None:
     return known if len(known) == len(strata) else None
 
 
-def _common(values: Sequence[str | None]) -> str | None:
+def _common(values: Sequence[Any]) -> Any:
     """The one that all are, or None."""
     return values[0] if len(set(values)) == 1 else None
 

@@ -78,6 +78,13 @@ def _judge(row: Row) -> str:
     return number(next((metrics[name] for name in _JUDGED if name in metrics), None))
 
 
+def kappa(row: Row) -> str:
+    """`0.67 [0.59, 0.75]`, "uncalibrated" where the row's judge was never held against people."""
+    if not row["judge"] or _judge(row) == "-":
+        return "-"
+    return "uncalibrated" if row["judge_kappa"] is None else _estimate(row, "judge_kappa", "{:.2f}".format)
+
+
 def _run(row: Row) -> str:
     labels = row["run"].split(", ")
     several = row["over"] is not None and len(labels) > 1
@@ -105,6 +112,7 @@ _COLUMNS = (
         spare=4,
     ),
     Column("judge", _judge),
+    Column("judge's\nkappa", kappa, spare=5),
     Column("gold\nnll", lambda row: number(row["gold_nll"])),
     Column("nll minus\nfull", lambda row: _estimate(row, "gold_nll_delta", _signed), spare=2),
     Column("gold\nkept %", lambda row: percent(row["gold_kept"])),
@@ -231,6 +239,10 @@ def _statuses(rows: Sequence[Row]) -> list[str]:
     if judges := sorted({row["judge"] for row in rows if row["judge"]}):
         shown = sorted({next(k for k in _JUDGED if k in row["metrics"]) for row in rows if _judge(row) != "-"})
         lines.append(f"judge: {', '.join(shown) or 'verdicts'} by {', '.join(judges)}.")
+        worth = {row["judge"]: (kappa(row), row["judge_kappa_n"]) for row in rows if kappa(row) != "-"}
+        for judge, (found, n) in sorted(worth.items()):
+            on = f" with people's grades of {n} FinanceBench answers" if n else " (lceval judge calibrate)"
+            lines.append(f"judge's kappa of {judge}: {found}{on}.")
     if any(row["unfinished"] for row in rows):
         lines.append("*: unfinished: n counts the samples on disk so far.")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lceval.results import TaskResult
@@ -20,19 +20,21 @@ class Judged:
     """unjudged: samples without a verdict, None where none is due; judge: its name, None where it is not known.
 
     metrics: mean over the judged samples.
+    worth: its agreement with people, under the keys of a row; empty where it was not calibrated.
     """
 
     unjudged: int | None
     judge: str | None
     metrics: Mapping[str, float]
+    worth: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judged(task: TaskResult) -> Judged:
     """The verdicts on a task's samples; those of other samples (an older run in the folder) count for nothing."""
-    if any(sample.unjudged is not None for sample in task.samples):
-        return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
     lines = verdicts(task)
     if lines is None:
+        if any(sample.unjudged is not None for sample in task.samples):
+            return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
         return Judged(len(task.samples) if _wants_judge(task.task) else None, None, {})
     values: dict[str, list[float]] = {}
     for line in lines:
@@ -44,6 +46,7 @@ def judged(task: TaskResult) -> Judged:
         unjudged=sum(line.get("status") == "unjudged" for line in lines),
         judge=_name(lines),
         metrics={name: math.fsum(found) / len(found) for name, found in values.items()},
+        worth=_worth(lines),
     )
 
 
@@ -55,7 +58,17 @@ def _wants_judge(name: str) -> bool:
 
 
 def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
-    """A line per sample, in order; None where there is no file, or it is not about these samples."""
+    """A line per sample, in order: of the file beside the samples, which came later, else of the run's own judge.
+
+    None where there is neither; a file that is not about these samples counts for nothing.
+    """
+    if (lines := _beside(task)) is not None:
+        return lines
+    own = [dict(sample.verdict) for sample in task.samples]
+    return own if own and all(own) else None
+
+
+def _beside(task: TaskResult) -> list[dict[str, Any]] | None:
     if task.file is None:
         return None
     file = task.file.parent / f"judged_{task.task}.jsonl"
@@ -67,12 +80,33 @@ def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
     return lines
 
 
+def is_judges(metric: str) -> bool:
+    """Whether a metric is a judge's."""
+    return metric.startswith("judge_") or metric in ("rj_paper", "avg_score", "perfect_rate")
+
+
 def _objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
     try:
         found = [json.loads(line) for line in lines if line.strip()]
     except ValueError:
         return None
     return found if all(isinstance(line, dict) for line in found) else None
+
+
+def _worth(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    from lceval.judge import calibrations
+
+    whose = {(str(line.get("judge")), str(line.get("revision", ""))) for line in lines}
+    known = calibrations.find(*whose.pop()) if len(whose) == 1 else None
+    if known is None:
+        return {}
+    low, high = known["kappa_interval"] or (None, None)
+    return {
+        "judge_kappa": known["kappa"],
+        "judge_kappa_lo": low,
+        "judge_kappa_hi": high,
+        "judge_kappa_n": known["judged"],
+    }
 
 
 def _name(lines: Sequence[Mapping[str, Any]]) -> str | None:

@@ -12,7 +12,7 @@ from lceval.results import DIAGNOSES, Sample, TaskResult
 from lceval.stats import cluster_bootstrap
 from lceval.table import intervals
 from lceval.table.intervals import Estimate
-from lceval.table.judged import judged
+from lceval.table.judged import is_judges, judged
 from lceval.table.pairs import Result, counted, diagnosis_stratum, score_stratum
 
 By = Literal["task", "suite", "length"]
@@ -49,6 +49,11 @@ KEYS = {
     "delta_hi": "upper bound of its interval",
     "metrics": "mean of every metric that is a number per sample, and of a judge's",
     "judge": "whose verdicts are among the metrics; a rule is named as one",
+    "judge_kappa": "its agreement with people beyond chance (Cohen's kappa) by `lceval judge calibrate`; "
+    "None: uncalibrated",
+    "judge_kappa_lo": "lower bound of its interval",
+    "judge_kappa_hi": "upper bound of its interval",
+    "judge_kappa_n": "answers graded by people that it rests on",
     "gold_kept": "mean share of the gold passages' slots that survived, over the same samples",
     "gold_nll": "mean NLL per token of the gold answer, over samples with diagnose=gold",
     "gold_nll_delta": "gold_nll - gold_nll under full, over samples where both have it; above 0 is worse",
@@ -118,8 +123,10 @@ def row(result: Result, *, bounds: bool = True) -> Row:
         "metric": task.headline,
         "unit": "share" if is_share(task) else "raw",
         **(estimates(result) if bounds else {"score": _mean(counted(task) or [])}),
-        "metrics": {**_metrics(task), **verdicts.metrics},
+        "metrics": {k: v for k, v in _metrics(task).items() if not (verdicts.judge and is_judges(k))}
+        | dict(verdicts.metrics),
         "judge": verdicts.judge,
+        **verdicts.worth,
         **{name: _mean([s.diagnosis[name] for s in task.samples if name in s.diagnosis]) for name in DIAGNOSES},
         **_memory(task.samples),
         **_speed(task.samples),

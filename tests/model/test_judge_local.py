@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from lceval.errors import UserError
-from lceval.judge import judges, rubrics, verdicts
+from lceval.judge import inrun, judges, rubrics, verdicts
 from lceval.judge.judges import RefusedError
 from lceval.judge.local import SCORES
 from lceval.judge.rubrics import Case
@@ -77,3 +78,20 @@ def test_a_model_that_is_not_there_is_one_line() -> None:
     with pytest.raises(UserError, match="cannot load the judge '/no/such/model'") as raised:
         judges.make("hf:/no/such/model", timeout=1)
     assert "\n" not in str(raised.value)
+
+
+def test_a_local_judge_of_a_run_is_a_process_of_its_own_and_files_its_replies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lceval.judge.local import LocalJudge
+
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
+    # The child has the real one.
+    monkeypatch.setattr(LocalJudge, "__init__", lambda *_, **__: pytest.fail("loaded beside the evaluated model"))
+    report, verdicts = inrun._apart([("rj", [CASE])], "hf:smollm2-135m")
+    ((verdict,),) = verdicts
+    assert verdict.grades is not None
+    assert set(verdict.grades) == {"reasoning", "grounding", "answer"}
+    assert (report["judge"], report["reused"]) == ("hf:smollm2-135m", 0)
+    assert report["revision"]
+    assert inrun._apart([("rj", [CASE])], "hf:smollm2-135m")[0]["reused"] == 1

@@ -379,6 +379,7 @@ def test_the_rule_is_calibrated_from_the_command_line_and_a_bar_can_be_set(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     line = ["judge", "calibrate", "--judge", "rule", "--limit", "120", "--probes", "5", "--repeats", "2"]
     line += ["--replies", str(tmp_path / "r.sqlite"), "--output", str(tmp_path / "rows.jsonl")]
     assert invoke([*line, "--json", "--require-kappa", "0.3"]) == 0

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from test_judge_endpoint import served
+from test_judge_inrun import PLAIN, cache
+from test_judge_runs import financebench, made_run
 
 from lceval.cli import invoke
 from lceval.judge import calibrate, probes
@@ -70,6 +76,45 @@ def test_the_sample_of_the_local_judge_is_the_stratified_one_with_the_human_grad
     assert [(r["row"], r["id"], r["human"]) for r in study.rows("smollm2")] == [
         (row.row, row.question_id, row.human) for row in chosen
     ]
+
+
+def test_every_command_of_the_page_on_runs_works_in_order(
+    smollm2: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in "ab":
+        made_run(tmp_path / "runs" / name, "lc_financebench_ao", financebench(2), ["8.7", "no"])
+    lines = [text.strip() for text in PAGE.splitlines() if re.match(r"    (LCEVAL_JUDGE=\w+ )?(lceval|lm_eval) ", text)]
+    assert len(lines) == 7
+    # A judge is calibrated before a bar is set, and a plain lm_eval has a process of its own.
+    for line in sorted(lines, key=lambda text: "calibrate" not in text):
+        words = shlex.split(line)
+        if words[0].startswith("LCEVAL_JUDGE="):
+            monkeypatch.setenv(*words.pop(0).split("=", 1))
+            # The same line with a model that answers at once.
+            words[words.index("lcft")] = "dummy"
+            words[words.index("--model_args") : words.index("--model_args") + 2] = [
+                "--metadata",
+                "pretrained=smollm2-135m",
+            ]
+            words += ["--limit", "2"]
+        if words[0] == "lm_eval":
+            ran = subprocess.run([sys.executable, "-c", PLAIN, *words[1:]], capture_output=True, text=True, check=False)
+            assert ran.returncode == 0, ran.stderr[-2000:]
+            assert "judge_sum" in ran.stdout
+        elif "openai:MODEL" in line:
+            with served(lambda prompt, attempt: "ok", lambda user: '{"verdict": "correct"}') as server:
+                words = [server.url.join(word.split("http://127.0.0.1:8000/v1")) for word in words]
+                assert invoke(words[1:]) == 0
+                assert server.total == 2
+        else:
+            assert invoke(words[1:]) == 0, line
+        monkeypatch.delenv("LCEVAL_JUDGE", raising=False)
+    assert (tmp_path / "runs" / "c" / "run.json").is_file()
 
 
 def test_the_pages_calibration_line_passes_its_own_bar(

@@ -1,0 +1,190 @@
+"""A judged sample: what a judge is shown of it, and what its grades come to.
+
+It is the same for a run that is done and for one that is about to be.
+A sample whose judge failed is unjudged: counted, and in no mean. One that the run itself could not answer scores 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lceval.judge.client import Verdict
+from lceval.judge.rubrics import Case, Label, Rubric
+from lceval.judge.verdicts import RATING
+from lceval.stats import cluster_bootstrap
+from lceval.tasks import catalogue
+from lceval.tasks.mc.letters import gold_letters
+from lceval.tasks.scoring import gold_places
+
+PERFECT = 100
+_FORMS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+_DATASETS = {"financebench": "financebench", "financebenchmulti": "financebench"}
+Grades = Mapping[str, Label | float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A line of a samples file, without its context.
+
+    failed: whether the run itself has no answer; such a sample scores 0 there, and here, and is not shown to a judge.
+    strata: what means are also given for, e.g. {"level": "1"}.
+    """
+
+    doc_id: Any
+    id: str
+    cluster: str
+    case: Case
+    subem: float | None
+    letters: tuple[str, ...]
+    failed: bool
+    strata: Mapping[str, str]
+
+
+def rubric_of(task: str) -> str | None:
+    """The rubric that a task is judged by; None for tasks that need no judge."""
+    known = catalogue.tasks().get(task)
+    if known is None:
+        return None
+    return _FORMS.get(known.form) or _DATASETS.get(known.dataset.dataset)
+
+
+def _rj(grades: Grades, sample: Sample) -> dict[str, float]:
+    parts = {
+        "judge_reasoning": float(grades["reasoning"]),
+        "judge_grounding": float(grades["grounding"]),
+        "judge_correct": float(grades["answer"]),
+    }
+    total = sum(parts.values())
+    paper = {} if sample.subem is None else {"rj_paper": total + sample.subem}
+    return {**parts, "judge_sum": total, **paper}
+
+
+def _loong(grades: Grades, sample: Sample) -> dict[str, float]:
+    rating = float(grades[RATING])
+    return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
+
+
+def _financebench(grades: Grades, sample: Sample) -> dict[str, float]:
+    return {f"judge_{label}": float(grades["verdict"] == label) for label in ("correct", "incorrect", "refusal")}
+
+
+def _choice(grades: Grades, sample: Sample) -> dict[str, float]:
+    return {"judge_acc": float(grades["letter"] in sample.letters), "judge_parsed": float(grades["letter"] != "none")}
+
+
+METRICS: dict[str, Callable[[Grades, Sample], dict[str, float]]] = {
+    "rj": _rj,
+    "loong": _loong,
+    "financebench": _financebench,
+    "choice": _choice,
+}
+# What a sample that has no answer is given.
+_NOTHING: dict[str, Grades] = {
+    "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
+    "loong": {RATING: 0.0},
+    "financebench": {"verdict": "incorrect"},
+    "choice": {"letter": "none"},
+}
+
+Scored = Sequence[tuple[Sample, Mapping[str, float] | None, Verdict]]
+
+
+def score(samples: Sequence[Sample], verdicts: Sequence[Verdict], rubric: Rubric) -> Scored:
+    """Each sample with its metrics, None where it is unjudged.
+
+    Args:
+        verdicts: of the samples that did not fail, in their order.
+    """
+    given, found = iter(verdicts), []
+    for sample in samples:
+        verdict = Verdict(dict(_NOTHING[rubric.rubric]), "", "", "", 0) if sample.failed else next(given)
+        scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
+        found.append((sample, scores, verdict))
+    return found
+
+
+def line(
+    one: tuple[Sample, Mapping[str, float] | None, Verdict], judge: str, revision: str, rubric: Rubric
+) -> dict[str, Any]:
+    """What is kept of a judged sample."""
+    sample, scores, verdict = one
+    return {
+        "doc_id": sample.doc_id,
+        "id": sample.id,
+        "cluster": sample.cluster,
+        "judge": judge,
+        "revision": revision,
+        "rubric": rubric.key,
+        "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
+        "reason": verdict.reason,
+        **(scores or {}),
+        "grades": verdict.grades,
+        "reply": verdict.reply,
+        "prompt_hash": verdict.prompt,
+        "clipped": verdict.clipped,
+    }
+
+
+def summary(scored: Scored) -> dict[str, Any]:
+    """Means over the judged samples, with what is missing."""
+    reasons = Counter(verdict.reason for _, scores, verdict in scored if scores is None)
+    judged = [(sample, scores) for sample, scores, _ in scored if scores is not None]
+    means, intervals = {}, {}
+    for metric in dict.fromkeys(name for _, scores in judged for name in scores):
+        known = [(scores[metric], sample.cluster) for sample, scores in judged if metric in scores]
+        mean, low, high = cluster_bootstrap([value for value, _ in known], [cluster for _, cluster in known])
+        means[metric], intervals[metric] = mean, None if math.isnan(low) else [low, high]
+    return {
+        "n": len(scored),
+        "judged": len(judged),
+        "unjudged": len(scored) - len(judged),
+        "coverage": len(judged) / len(scored),
+        "reasons": dict(reasons),
+        "errors": sum(sample.failed for sample, _, _ in scored),
+        "clipped": sum(verdict.clipped > 0 for _, _, verdict in scored),
+        "scores": means,
+        "intervals": intervals,
+        **{f"by_{name}": _by(scored, name) for name in dict.fromkeys(n for s, _, _ in scored for n in s.strata)},
+    }
+
+
+def _by(scored: Scored, name: str) -> dict[str, dict[str, Any]]:
+    """The means of each stratum."""
+    made = {}
+    for stratum in sorted({sample.strata[name] for sample, _, _ in scored if name in sample.strata}):
+        inside = [scores for sample, scores, _ in scored if sample.strata.get(name) == stratum]
+        known = [scores for scores in inside if scores is not None]
+        metrics = dict.fromkeys(metric for scores in known for metric in scores)
+        made[stratum] = {"n": len(inside), "unjudged": len(inside) - len(known)} | {
+            metric: math.fsum(scores[metric] for scores in known if metric in scores) / len(known) for metric in metrics
+        }
+    return made
+
+
+def sample_of(row: Mapping[str, Any], rubric: str) -> Sample:
+    """A line of a samples file, or a sample as lm-eval hands it back."""
+    doc = row["doc"]
+    golds = sorted(gold_places(doc)) if rubric == "rj" else []
+    kv = row.get("kv")
+    subem = row.get("subem")
+    return Sample(
+        doc_id=row.get("doc_id"),
+        id=str(doc["id"]),
+        cluster=str(doc["cluster"]),
+        case=Case(
+            question=doc["question"],
+            gold=tuple(doc["answers"]),
+            solution=str(row["filtered_resps"][0]),
+            documents=tuple(f"[DOC {place}]\n{doc['docs'][place]['text']}" for place in golds),
+            gold_ids=tuple(golds),
+            choices=tuple(doc.get("choices") or ()),
+        ),
+        subem=float(subem) if isinstance(subem, int | float) else None,
+        letters=tuple(gold_letters(doc)) if rubric == "choice" else (),
+        failed=isinstance(kv, dict) and kv.get("status") == "error",
+        strata={name: str(doc[name]) for name in ("level", "set") if name in doc} if rubric == "loong" else {},
+    )

@@ -1,0 +1,114 @@
+"""A judge's agreement with people stands beside what it graded, and a bar refuses one that is worse or unknown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_judge_runs import financebench, made_run
+
+from lceval.cli import invoke
+from lceval.judge import calibrations
+
+FORMS = ("terminal", "markdown", "latex", "csv", "html", "json")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that the rule has judged, with no calibration at hand."""
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = made_run(tmp_path / "run", "lc_financebench_ao", financebench(3), ["8.7", "no", "8.7"])
+    assert invoke(["judge", str(folder), "--judge", "rule"]) == 0
+    return folder
+
+
+def report(kappa: float | None, judged: int, **more: Any) -> Mapping[str, Any]:
+    bounds = None if kappa is None else [kappa - 0.08, kappa + 0.08]
+    given = {"judge": "rule", "revision": "1", "rubric": "financebench@1", "data": "d", "n": judged, "judged": judged}
+    return {**given, "kappa": kappa, "kappa_interval": bounds, "accuracy": 0.8, "clusters": 65, **more}
+
+
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], form: str, *more: str) -> str:
+    capsys.readouterr()
+    assert invoke(["table", str(folder), "--format", form, *more]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_prints_kappa_with_its_interval_beside_the_judge_or_uncalibrated(
+    run: Path, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    before = shown(run, capsys, form)
+    calibrations.keep(report(0.67, 1040))
+    after = shown(run, capsys, form)
+    if form == "json":
+        (row,) = json.loads(after)["rows"]
+        assert (row["judge_kappa"], row["judge_kappa_n"]) == (0.67, 1040)
+        assert (row["judge_kappa_lo"], row["judge_kappa_hi"]) == pytest.approx((0.59, 0.75))
+        assert json.loads(before)["rows"][0]["judge_kappa"] is None
+    elif form == "csv":
+        assert "judge_kappa" in before
+        assert "0.67" in after
+        assert "0.67" not in before
+    else:
+        assert "uncalibrated" in before
+        assert "uncalibrated" not in after
+        spelled = "0.67 {[}0.59, 0.75{]}" if form == "latex" else "0.67 [0.59, 0.75]"
+        assert spelled in after
+        assert "1040 FinanceBench answers" in " ".join(after.split())
+    assert shown(run, capsys, form, "--require-kappa", "0.6") == after
+
+
+def test_means_over_tasks_keep_the_kappa_of_their_judge(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    calibrations.keep(report(0.67, 1040))
+    assert "0.67 [0.59, 0.75]" in shown(run, capsys, "markdown", "--by", "suite")
+
+
+def test_a_bar_refuses_a_worse_or_uncalibrated_judge_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in (["table", str(run)], ["table", str(run), "--by", "suite"], ["judge", str(run), "--judge", "rule"]):
+        capsys.readouterr()
+        assert invoke([*line, "--require-kappa", "0.6"]) == 1
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert "rule" in said.err
+        assert "is uncalibrated, and a kappa of 0.6 was required" in said.err
+    calibrations.keep(report(0.5, 1040))
+    for line in (["table", str(run)], ["judge", str(run), "--judge", "rule"]):
+        assert invoke([*line, "--require-kappa", "0.6"]) == 1
+        assert "is 0.500, and 0.6 was required" in capsys.readouterr().err
+        assert invoke([*line, "--require-kappa", "0.5"]) == 0
+        capsys.readouterr()
+
+
+def test_a_smaller_sample_another_revision_and_another_rubric_calibrate_nothing(run: Path) -> None:
+    calibrations.keep(report(0.67, 1040))
+    calibrations.keep(report(0.99, 20))
+    calibrations.keep(report(0.1, 2000, revision="2"))
+    calibrations.keep(report(0.1, 2000, rubric="financebench@0"))
+    found = calibrations.find("rule", "1")
+    assert found is not None
+    assert found["kappa"] == 0.67
+    assert calibrations.find("another", "1") is None
+    calibrations.keep(report(None, 1040))
+    assert calibrations.find("rule", "1") is None
+
+
+def test_calibrate_files_what_the_table_and_the_report_show(
+    run: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
+    assert invoke(["judge", "calibrate", "--judge", "rule", "--limit", "200", "--json"]) == 0
+    measured = json.loads(capsys.readouterr().out)
+    (row,) = json.loads(shown(run, capsys, "json"))["rows"]
+    assert [row["judge_kappa"], row["judge_kappa_lo"], row["judge_kappa_hi"]] == [
+        measured["kappa"],
+        *measured["kappa_interval"],
+    ]
+    assert invoke(["report", str(run), "--html", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "judge's kappa" in page
+    assert f'"judge_kappa":{measured["kappa"]}'.replace(" ", "") in page.replace(" ", "")
