@@ -101,7 +101,8 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{report['contexts']} contexts with {report['questions']} questions, "
-            f"{report['tokens_a_context']:,} tokens each (longest {report['longest_context_tokens']:,}); {report['held_out_contexts']} held out",
+            f"{report['tokens_a_context']:,} tokens each "
+            f"(longest {report['longest_context_tokens']:,}); {report['held_out_contexts']} held out",
             f"{report['steps']} steps, {report['tokens']:,} tokens, {report['epochs']:.1f} epochs",
             f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained",
             f"about {report['total_gib']:.1f} GiB on one device: {memory}",
