@@ -97,6 +97,7 @@ class Config(Section):
         data: the rows to learn from (`lceval.training.data.Spec`); their tokens are counted as the model's.
         rows: a file that `lceval train data` wrote, instead of `data`.
         save_steps: steps between checkpoints; the same line goes on from the last one.
+        keep_checkpoints: how many of them stay, the newest; None keeps all. Each is an adapter that lcft loads.
         eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
     """
 
@@ -109,6 +110,7 @@ class Config(Section):
     robust: Robust | None = None
     seed: int = Field(default=0, ge=0)
     save_steps: int = Field(default=50, gt=0)
+    keep_checkpoints: int | None = Field(default=2, gt=0)
     eval_contexts: int = Field(default=0, ge=0)
     report_to: list[Literal["tensorboard", "trackio"]] = []
 

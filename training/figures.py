@@ -17,7 +17,7 @@ def report(spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter:
     """All that `lceval train data` says.
 
     `tokens.packed` reads a context once with all its questions and replies, `tokens.one_by_one` once a question;
-    neither counts a chat template. `depth` is the share of gold documents in each tenth of the context.`lengths` sets
+    neither counts a chat template. `depth` is the share of gold documents in each tenth of the context. `lengths` sets
     gold documents beside the others in tokens; `gold_longer` is the chance that of one of each the gold is the longer
     (a tie is half; 0.5: nothing to learn from length), with Mann-Whitney's p. `leaks` counts, per context, passages
     kept out as they hold an answer (`kept_out`; pools alone), and documents with an answer that are not gold and still

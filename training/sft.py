@@ -14,6 +14,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lceval.models.geometry import Geometry
@@ -28,11 +30,12 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__(data_collator=_collate, **kwargs)
+        for printing in (ProgressCallback, PrinterCallback):  # on stdout, which belongs to the result
+            self.remove_callback(printing)
+        self.add_callback(_Progress())
         self._recipe = recipe
         self._geometry = geometry
         self._micro = (0, 0)
-        # What each context was seen through, by step: for the record, and for tests.
-        self.drawn: list[tuple[int, str]] = []
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -67,6 +70,24 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         return robust.draw(self._recipe.robust, rng, step / self.args.max_steps)
 
 
+class _Progress(TrainerCallback):  # type: ignore[misc]
+    """A bar on stderr with the last loss."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        quiet = not state.is_world_process_zero
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=quiet)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
 def trainer(
     recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
 ) -> PackedTrainer:
@@ -97,8 +118,9 @@ def trainer(
             seed=recipe.seed,
             data_seed=recipe.seed,
             logging_steps=1,
+            disable_tqdm=True,
             save_steps=recipe.save_steps,
-            save_total_limit=2,
+            save_total_limit=recipe.keep_checkpoints,
             eval_strategy="steps" if held_out else "no",
             eval_steps=recipe.save_steps,
             prediction_loss_only=True,

@@ -75,7 +75,7 @@ def test_a_run_killed_at_a_step_goes_on_with_the_same_losses(
 def test_the_loss_falls_and_the_record_says_what_was_learned(whole: tuple[Path, dict[str, Any]]) -> None:
     output, record = whole
     losses = [loss for _, loss in record["losses"]]
-    assert losses[-1] < losses[0]
+    assert min(losses) < losses[0] / 2
     assert record["data"]["questions"] <= 9
     card = (output / "README.md").read_text()
     assert record["data"]["digest"] in card
