@@ -23,7 +23,7 @@ TOLERANCE = 0.02
 _SPREAD_TOKENS = 8  # room that the questions on one context need: they differ in length
 _GOOD_ENOUGH_TOKENS = 2  # below the limit; a tighter fit is not worth another rendering
 _ATTEMPTS = 6
-_ALIKE = 0.2  # by which a piece may differ from the cost it imitates
+_ALIKE = 0.1  # by which a piece may differ from the cost it imitates
 
 T = TypeVar("T")
 

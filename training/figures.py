@@ -20,8 +20,8 @@ def report(spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter:
     neither counts a chat template. `depth` is the share of gold documents in each tenth of the context. `lengths` sets
     gold documents beside the others in tokens; `gold_longer` is the chance that of one of each the gold is the longer
     (a tie is half; 0.5: nothing to learn from length), with Mann-Whitney's p. `leaks` counts, per context, passages
-    kept out as they hold an answer (`kept_out`; pools alone), and documents with an answer that are not gold and still
-    there (`left`).
+    kept out as they hold an answer (`kept_out`; pools alone), and documents that are there, hold an answer of the
+    question and are not gold (`left`).
     """
     contexts: dict[str, list[TrainingRow]] = {}
     for row in rows:
@@ -131,8 +131,8 @@ def text(found: Mapping[str, Any]) -> str:
     if lengths is not None:
         lines.append(
             f"lengths    gold / other documents: mean {lengths['mean_ratio']:.2f}, "
-            f"median {lengths['median_ratio']:.2f}; gold the longer of two: {lengths['gold_longer']:.2f} "
-            f"(p = {lengths['p']:.2g})"
+            f"median {lengths['median_ratio']:.2f}; gold the longer of two: "
+            f"{lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
         )
     promotion = found["promotion"]
     lines.append(

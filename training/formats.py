@@ -89,7 +89,8 @@ def _steps(row: Row, places: Sequence[int], count: Callable[[str], int]) -> str:
     question = " ".join(row["question"].split())
     asked = f'{kind}: "{question}"' if document_ids(question) is None else kind
     bear = "bears" if len(places) == 1 else "bear"
-    said = [f'{_tags([place])} says: "{_quote(row, place, count)}".' for place in places]
+    quoted = [(place, _quote(row, place, count)) for place in places]
+    said = [f'[DOC {place}] says: "{words}"{"" if words[-1:] in ".!?" else "."}' for place, words in quoted]
     review = f"{_tags(places)} {bear} on it." if places else "none of the documents bears on it ([DOC -1])."
     shown = len(row["docs"])
     return "\n".join(

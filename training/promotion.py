@@ -45,7 +45,8 @@ def likeness(one: str, other: str) -> float:
     contained = len(shorter & longer) / len(shorter) if shorter else 0.0
     aligned = 0.0
     if max(jaccard, contained) >= _WORTH_ALIGNING:
-        aligned = SequenceMatcher(None, " ".join(said), " ".join(told), autojunk=False).ratio()
+        first, second = sorted((" ".join(said), " ".join(told)))  # an alignment depends on the order
+        aligned = SequenceMatcher(None, first, second, autojunk=False).ratio()
     return max(jaccard, contained, aligned)
 
 

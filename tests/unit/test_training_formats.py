@@ -1,0 +1,141 @@
+"""Replies to be learned: the tasks' own parsing and scoring give them full marks, in every form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.errors import UserError
+from lceval.tasks import build, catalogue, prompts, scoring, tokens
+from lceval.tasks.parsing import quotes
+from lceval.training import formats
+
+SCORERS: dict[str, Callable[..., dict[str, Any]]] = {
+    form: catalogue.task_config(catalogue.find(f"lc_squad_{form}_2k"))["process_results"]
+    for form in ("ao", "id", "idc", "idq", "rj", "docid")
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path_factory.getbasetemp() / "splits-cache"))
+
+
+@pytest.mark.parametrize("dataset", ["nqopen", "hotpotpool", "musique", "squad"])
+def test_over_real_rows_every_metric_of_every_form_is_full(dataset: str, smollm2: str, data_folder: Path) -> None:
+    task = catalogue.find(f"lc_{dataset}_ao_{1 if dataset == 'squad' else 2}k")
+    meter = tokens.meter_for("t", {"pretrained": smollm2})
+    rows = build.rows_of(task, {"pretrained": smollm2, "split": "train"})
+    assert rows
+    for row in rows[:200]:
+        for form, score in SCORERS.items():
+            said = formats.target(row, form, lambda text: meter.pieces([text])[0])
+            metrics = score(row, [said])
+            if form == "docid":  # there is no best document among several gold ones
+                metrics = {"mrecall_5": metrics["mrecall_5"], "ids_exact": metrics["ids_exact"]}
+            assert {*metrics.values()} == {1.0}, (form, metrics, said)
+            if form in ("idq", "rj"):
+                found = quotes(said.rpartition("\n")[0])
+                assert all(meter.pieces([quote])[0] <= formats.QUOTE_TOKENS for _, quote in found)
+                assert len(found) >= len(row["gold_pids"])
+            assert said.rpartition("\n")[2].startswith(prompts.reply_prefix(form))
+
+
+def row(texts: list[str], gold: list[int], question: str, answers: list[str]) -> Any:
+    docs = [{"pid": f"p{n}", "title": "", "text": text} for n, text in enumerate(texts)]
+    return {"docs": docs, "gold_pids": [f"p{n}" for n in gold], "question": question, "answers": answers}
+
+
+WORDS = st.sampled_from(
+    [
+        "fox",
+        "a",
+        "1984",
+        'the "quoted" word',
+        "“curly” words",
+        "end.",
+        "document 7",
+        "DOC 3",
+        "it's",
+        "Answer: no",
+        "x\ny",
+    ]
+)
+
+
+@given(
+    texts=st.lists(st.lists(WORDS, min_size=1, max_size=40).map(" ".join), min_size=1, max_size=5),
+    at=st.integers(0, 200),
+    gold=st.integers(0, 31),
+    question=st.lists(WORDS, min_size=1, max_size=5).map(" ".join),
+)
+def test_whatever_words_the_documents_have_the_reply_reads_as_meant(
+    texts: list[str], at: int, gold: int, question: str
+) -> None:
+    golds = [n for n in range(len(texts)) if gold >> n & 1]
+    if golds:
+        words = texts[golds[0]].split(" ")
+        texts[golds[0]] = " ".join([*words[: at % (len(words) + 1)], "Oza Ngorongoro", *words[at % (len(words) + 1) :]])
+    made = row(texts, golds, question, ["the", "Oza\nNgorongoro"])
+    for form in ("ao", "id", "idq", "rj"):
+        said = formats.target(made, form)
+        metrics = SCORERS[form](made, [said])
+        expected = dict.fromkeys(metrics, 1.0)
+        if form == "idq" and not golds:
+            expected["quotes"] = 0.0  # there is nothing to quote
+        assert metrics == expected, said
+
+
+def test_a_quote_is_the_answers_sentence_or_a_part_of_it() -> None:
+    text = "It rose early. In May the river Oza, which is 40 km long, burst its banks at Tam. Nobody was hurt."
+    made = row(["Nothing.", text], [1], "How long is the Oza?", ["40 km"])
+    said = formats.target(made, "idq")
+    assert said == (
+        '[DOC 1] "In May the river Oza, which is 40 km long, burst its banks at Tam."\nThe answer is: 40 km'
+    )
+    few = formats.target(made, "idq", lambda text: 5 * len(text.split()))
+    assert few == '[DOC 1] "which is 40 km long, burst"\nThe answer is: 40 km'
+    other = row([text, "Oza is a town. The town of Tam lies on the Oza."], [0, 1], "Where does the town lie?", ["Tam"])
+    assert '[DOC 1] "The town of Tam lies on the Oza."' in formats.target(other, "idq")
+
+
+def test_the_four_steps_are_short_and_say_where_it_stands() -> None:
+    made = row(["Nothing.", "The Oza is 40 km long."], [1], "How long is the Oza?", ["40 km"])
+    assert formats.target(made, "rj").splitlines() == [
+        'Question analysis: it asks for a length or a time: "How long is the Oza?"',
+        "Document review: of the 2 documents [DOC 1] bears on it.",
+        'Reasoning: [DOC 1] says: "The Oza is 40 km long." So it is 40 km.',
+        "The answer is: 40 km",
+    ]
+
+
+@pytest.mark.parametrize("form", ["id", "idc", "idq", "rj"])
+def test_without_a_gold_document_in_sight_none_is_named(form: str) -> None:
+    made = row(["Nothing."], [], "Which?", ["Oza"])
+    said = formats.target(made, form)
+    assert "[DOC -1]" in said
+    assert SCORERS[form](made, [said])["ids_exact"] == SCORERS[form](made, [said])["subem"] == 1
+
+
+@pytest.mark.parametrize(("task", "metric"), [("lc_iris_ao_2k", "acc"), ("lc_diabetes_ao_4k", "skill")])
+def test_labels_and_numbers_of_tables_are_right(task: str, metric: str, smollm2: str) -> None:
+    found = catalogue.find(task)
+    score = catalogue.task_config(found)["process_results"]
+    for made in build.rows_of(found, {"pretrained": smollm2})[:20]:
+        assert score(made, [formats.target(made, found.form)])[metric] == 1
+
+
+def test_a_list_gives_all_the_answers() -> None:
+    made = {**row([], [], "Which?", ["11", "22 33"]), "gold": 0}
+    assert formats.target(made, "list") == "Answer: 11, 22 33"
+    assert scoring.listed_results(made, ["Answer: 11, 22 33"])["all_found"] == 1
+
+
+def test_a_form_without_a_reply_to_learn_is_refused() -> None:
+    with pytest.raises(UserError, match=r"form 'sum': training rows have ao, "):
+        formats.target(row([], [], "?", ["x"]), "sum")
