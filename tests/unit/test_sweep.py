@@ -10,6 +10,7 @@ import yaml
 
 from lceval.cli import invoke
 from lceval.errors import UserError
+from lceval.sweep.cost import cost
 from lceval.sweep.grid import Grid, parse, presets, read
 from lceval.sweep.plan import Cell, plan
 
@@ -83,11 +84,11 @@ def test_a_cell_is_what_run_makes_of_its_flags() -> None:
 
 def test_finished_cells_cost_nothing_any_more(tmp_path: Path) -> None:
     planned = plan(Grid(**SMALL, recipes=["full", "int4"], limit=4))  # type: ignore[arg-type]
-    assert (planned.cost(tmp_path)["samples"], planned.cost(tmp_path)["finished"]) == (8, 0)
+    assert (cost(planned, tmp_path)["samples"], cost(planned, tmp_path)["finished"]) == (8, 0)
     folder = tmp_path / planned.cells[0].name
     folder.mkdir()
     (folder / "run.json").write_text('{"status": "finished"}')
-    left = planned.cost(tmp_path)
+    left = cost(planned, tmp_path)
     assert (left["samples"], left["finished"], left["prefill_tokens"]) == (4, 1, 4 * 1024)
 
 
