@@ -7,6 +7,7 @@ again if it dies; its group is then tried once more, from where it was. Folders 
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import sys
 import tempfile
@@ -50,7 +51,7 @@ def check(address: str | None) -> None:
     Raises:
         UserError: there is not, and what to do.
     """
-    _ray()
+    _ray(own=address is None)
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if not port.isdecimal():
         return
@@ -78,7 +79,7 @@ def run(
     Raises:
         UserError: no Ray. InfrastructureError: no cluster at the address.
     """
-    ray = _ray()
+    ray = _ray(own=address is None)
     with _cluster(ray, address, workers):
         # A head that only schedules has no CPU to give.
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
@@ -137,8 +138,11 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
-def _ray() -> Any:
+def _ray(*, own: bool) -> Any:
+    """Ray; for a cluster of our own its door is locked with a key that no file keeps."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if own and not any(name.startswith("RAY_AUTH_") for name in os.environ):
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
     except ImportError:
@@ -166,7 +170,10 @@ def _cluster(ray: Any, address: str | None, workers: int | None) -> Iterator[Non
                     **quiet,
                 )
         except (ConnectionError, OSError, RuntimeError, ValueError) as error:
-            raise InfrastructureError(f"no Ray cluster{f' at {address}' if address else ''}: {_line(error)}") from None
+            hint = " (one with a token also wants RAY_AUTH_MODE=token and RAY_AUTH_TOKEN here)" if address else ""
+            raise InfrastructureError(
+                f"no Ray cluster{f' at {address}' if address else ''}: {_line(error)}{hint}"
+            ) from None
         try:
             yield
         finally:

@@ -72,9 +72,8 @@ def run(
 
 def died(group: Sequence[Cell], root: Path, why: str) -> list[Became]:
     """What became of the cells of a worker that can no longer say it."""
-    return [
-        Became(cell.name) if is_finished(root / cell.name) else Became(cell.name, why, why + "\n") for cell in group
-    ]
+    lost = {cell.name for cell in group if not is_finished(root / cell.name)}
+    return [Became(cell.name, why, why) if cell.name in lost else Became(cell.name) for cell in group]
 
 
 def visible_gpus() -> list[str]:
