@@ -165,7 +165,6 @@ def _cluster(ray: Any, address: str | None, workers: int | None) -> Iterator[Non
                     num_cpus=wanted * threads(wanted),
                     include_dashboard=False,
                     object_store_memory=STORE_BYTES,
-                    _node_ip_address="127.0.0.1",
                     _temp_dir=folder,
                     **quiet,
                 )

@@ -184,7 +184,7 @@ if sys.argv[1] == "head":
     with tempfile.TemporaryDirectory(prefix="lc", ignore_cleanup_errors=True) as folder:
         context = ray.init(
             address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20,
-            _node_ip_address="127.0.0.1", _temp_dir=folder, logging_level="error",
+            _temp_dir=folder, logging_level="error",
         )
         print(context.address_info["gcs_address"], flush=True)
         sys.stdin.read()
