@@ -70,6 +70,14 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     # Two cells of the adapter that there is not fail, in a line each; the others are finished.
     assert whole.returncode == 4, whole.stderr
     assert whole.stderr.count("failed: ") == 2
+    status = json.loads((tmp_path / "whole" / "sweep.json").read_text())
+    assert len(status["errors"]) == 2
+    for name, file in status["errors"].items():
+        assert "no-such-adapter" in name
+        trace = (tmp_path / "whole" / file).read_text()
+        assert trace.startswith("Traceback (most recent call last):\n")
+        assert trace.rstrip().splitlines()[-1].endswith(status["cells"][name].partition(": ")[2])
+        assert file in whole.stderr
     assert "2 of 4 cells" in whole.stderr
     # 5 questions lie on 2 contexts, and both are read once for both recipes.
     assert "2 contexts read" in whole.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 
 import pytest
 
@@ -102,6 +104,35 @@ def test_a_worker_that_dies_fails_its_cells_and_the_others_go_on_and_the_same_li
     assert again.failed == {}
     assert [folder.name for folder in again.folders] == [cell.name for cell in rest.cells]
     assert not (tmp_path / status["errors"][lost[0].name]).exists()
+
+
+class Holds:
+    """Locks a folder as a run does, says so, and is never done."""
+
+    def run(self, group: Sequence[Cell], root: Path) -> list[Became]:
+        with (root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            print("locked", flush=True)
+            Event().wait()
+        return []
+
+
+def test_workers_end_with_a_sweep_that_is_killed_and_let_go_of_their_folders(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from test_sweep_workers import Holds, planned, processes\n"
+        "next(processes.run(planned().groups()[:1], Path(sys.argv[1]), 1, make=Holds))"
+    )
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    line = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(line, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        # A worker's stdout is stderr: the table alone is printed there.
+        assert process.stderr.readline() == "locked\n"
+        with (tmp_path / ".lock").open("w") as lock:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            process.kill()
+            fcntl.flock(lock, fcntl.LOCK_EX)
 
 
 def test_every_worker_has_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
