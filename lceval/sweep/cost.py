@@ -105,7 +105,7 @@ def _rates(cell: Cell, measured: Sequence[tuple[Cell, list[dict[str, Any]]]]) ->
             (_total(told, "prefill_s") + _total(told, "compress_s")) / read,
             (_total(told, "question_s") + _total(told, "decode_s")) / written,
             written / len(told),
-            f"measured on {len(same)} finished cells, {len(told)} samples",
+            f"measured on {len(same)} finished cell{'s' * (len(same) > 1)}, {len(told)} samples",
         )
     if cell.model == PACKAGED:
         return Rates(PREFILL_S, NEW_S, ANSWER_TOKENS, "constants of the packaged model on two cores")

@@ -83,5 +83,5 @@ def test_every_command_works_and_the_scores_do_not_depend_on_engine_or_workers(
         invoke(["sweep", "grid.yaml", "--output_path", "runs/grid", "--dry-run", "--set", "recipes=[int4, full]"]) == 0
     )
     out = capsys.readouterr().out
-    assert "smollm2-135m: measured on 1 finished cells, 2 samples" in out
+    assert "smollm2-135m: measured on 1 finished cell, 2 samples" in out
     assert "2 cells, 1 finished; left: 2 samples" in out

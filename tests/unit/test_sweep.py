@@ -120,7 +120,7 @@ def test_the_cost_is_measured_on_finished_cells_of_the_model(tmp_path: Path) -> 
     # One answer of a, as long as the first and over one more reading; b's tokens are known from it, its time is not.
     assert left["seconds"] == pytest.approx(2.0 + 8 * (4.0 / 8))
     assert left["prefill_tokens"] == 2 * 500
-    assert left["basis"]["a/m"] == "measured on 1 finished cells, 1 samples"
+    assert left["basis"]["a/m"] == "measured on 1 finished cell, 1 samples"
     assert left["basis"]["b/m"].startswith("time unknown and not counted")
 
 
