@@ -90,7 +90,7 @@ def run(
         workers = min(workers or gpus or len(nodes), len(groups))
         actor = ray.remote(Hand).options(
             **_share(workers, gpus, [int(node["CPU"]) for node in nodes]),
-            max_restarts=-1,
+            max_restarts=len(groups) * (1 + RETRIES),  # each group may take it down so often
             max_task_retries=RETRIES,
         )
         variables = {name: os.environ[name] for name in PASSED if name in os.environ}
