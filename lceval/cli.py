@@ -87,13 +87,26 @@ def sweep(
     output_path: Annotated[
         Path | None, typer.Option("--output_path", "--output-path", help="Default runs/NAME.")
     ] = None,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where cells are run.")] = "local",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes, each with a model; default one a GPU.")] = None,
+    address: Annotated[str | None, typer.Option(help="A running Ray cluster; default one of this machine.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost, run nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a grid of cells, each a run folder; the same line goes on. Exit code 4: some cells failed."""
     from lceval.sweep import command
 
-    text, code = command.run(grid, preset, changes or [], output_path, dry_run=dry_run, as_json=as_json)
+    text, code = command.run(
+        grid,
+        preset,
+        changes or [],
+        output_path,
+        engine=engine,
+        workers=workers,
+        address=address,
+        dry_run=dry_run,
+        as_json=as_json,
+    )
     typer.echo(text)
     raise typer.Exit(code)
 

@@ -158,9 +158,9 @@ def tasks_of(config: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def begin(found: Opened) -> dict[str, Any]:
-    """Write run.json of a run that starts or goes on; returns it."""
+    """Write run.json of a run that starts or goes on; returns it. A second call changes nothing."""
     config, ours = found.config, found.identity
-    record = found.previous or {
+    record = _read(found.folder) or {
         "status": RUNNING,
         "model": config.model,
         "model_args": config.model_args,
@@ -190,8 +190,13 @@ def load_model(config: Any) -> Any:
     return get_model(config.model).create_from_arg_obj(dict(config.model_args), sizes)
 
 
-def evaluate(found: Opened, load: Callable[[Any], Any]) -> Outcome:
-    """Answer what is not answered yet, score, and finish the run folder; `load` gives the model of a configuration."""
+def evaluate(found: Opened, load: Callable[[Any], Any], *, spent_s: float = 0.0) -> Outcome:
+    """Answer what is not answered yet, score, and finish the run folder.
+
+    Args:
+        load: gives the model of a configuration.
+        spent_s: seconds that answering has taken before, which `wall_s` includes.
+    """
     from lm_eval import simple_evaluate
 
     config, folder = found.config, found.folder
@@ -239,7 +244,7 @@ def evaluate(found: Opened, load: Callable[[Any], Any]) -> Outcome:
         "chat_template_sha": results["chat_template_sha"],
         "expanded": results["config"].get("lcft", {}).get("expanded"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "wall_s": record["wall_s"] + time.monotonic() - started,
+        "wall_s": record["wall_s"] + spent_s + time.monotonic() - started,
     }
     _write(folder, record)
     return outcome

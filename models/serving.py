@@ -46,6 +46,7 @@ class Server:
 
     Attributes:
         kept_for: what recipes to come will need of a prefill; the last one is then kept for them. None keeps none.
+        read_s: seconds spent reading contexts so far.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Server:
         self.diagnosis = diagnosis
         self.aware = aware
         self.kept_for: Needs | None = None
+        self.read_s = 0.0
         self.totals = totals
         self._shelf = Shelf(shelf_bytes)
         self._last: tuple[tuple[int, ...], Prefill] | None = None
@@ -130,6 +132,7 @@ class Server:
         self._last = None
         prefill = self.engine.read(ids, needs | (self.kept_for or Needs()))
         self.totals["contexts"] += 1
+        self.read_s += prefill.read_s
         if self.kept_for is not None:
             self._last = ids, prefill
         return prefill

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import inspect
+import json
 import re
 import sys
 from collections import Counter
@@ -25,6 +26,7 @@ from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, READERS, STORES, LayerView, Needs, Quantized
 from lceval.models.policies.quantized import BITS
+from lceval.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -297,3 +299,15 @@ def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
         assert set(by_recipe) == set(settings["recipes"])
         assert set(by_recipe.values()) == {40}
         assert len({row["cluster"] for row in rows}) == settings["contexts"]
+
+
+def test_the_table_of_the_mini_sweep_is_computed_from_its_rows() -> None:
+    study, page = study_and_page("mini")
+    assert page.endswith(study.MARK + study.table() + "\n")
+    rows = json.loads((ROOT / "docs" / "studies" / "mini.json").read_text())["rows"]
+    (changed,) = re.findall(r"--set '(.+?)'", page)
+    _, grid = read_grid(None, "mini", [changed])
+    assert {(row["recipe"], row["task"], row["context"]) for row in rows} == {
+        (recipe, task, context) for recipe in grid.recipes for task in grid.tasks for context in grid.contexts
+    }
+    assert {row["n"] for row in rows} == {grid.limit}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 
-from lceval.errors import InfrastructureError
+from lceval.errors import InfrastructureError, UserError
+from lceval.sweep import cost
 from lceval.sweep.grid import read
 from lceval.sweep.plan import Plan, plan
 
@@ -18,24 +20,32 @@ def run(
     changes: Sequence[str],
     output_path: Path | None,
     *,
+    engine: str = "local",
+    workers: int | None = None,
+    address: str | None = None,
     dry_run: bool,
     as_json: bool,
 ) -> tuple[str, int]:
     """The text for stdout, and the exit code.
 
     Raises:
-        UserError: a bad grid. InfrastructureError: no cell could be finished.
+        UserError: a bad grid, or a bad choice of engine. InfrastructureError: no cell could be finished.
     """
+    if address is not None and engine != "ray":
+        raise UserError(f"--address {address} is a Ray cluster's: it goes with --engine ray")
     name, grid = read(file, preset, changes)
     planned = plan(grid)
     root = output_path or Path("runs") / name
     if dry_run:
         return _json(planned, root) if as_json else render(planned, root), 0
-    print(render(planned, root), file=sys.stderr)
-    from lceval.sweep.local import sweep
+    from lceval.sweep.engine import choose, sweep
     from lceval.table import main as table_text
 
-    outcome = sweep(planned, root)
+    chosen = choose(engine, workers, address)
+    print(render(planned, root), file=sys.stderr)
+    # stdout is the table's, whatever the libraries print.
+    with redirect_stdout(sys.stderr):
+        outcome = sweep(planned, root, chosen)
     print(
         f"{root}: {len(outcome.folders)} of {len(planned.cells)} cells, {outcome.contexts} contexts read",
         file=sys.stderr,
@@ -51,16 +61,10 @@ def render(planned: Plan, root: Path) -> str:
     done = {cell.name for cell in planned.finished(root)}
     lines = [f"{'done' if cell.name in done else 'to do':<6} {cell.name}" for cell in planned.cells]
     lines += [f"n/a    {name}: {reason}" for name, reason in planned.na]
-    cost = planned.cost(root)
-    lines.append(
-        f"{cost['cells']} cells, {cost['finished']} finished; left: {cost['samples']} samples, at most "
-        f"{cost['prefill_tokens']:,} tokens to read (tasks without a length in their name not counted); "
-        f"{cost['seconds'] / 60:.0f} min if it were the packaged model on two cores"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, *cost.render(cost.cost(planned, root))])
 
 
 def _json(planned: Plan, root: Path) -> str:
     cells = [{"name": cell.name, "run": cell.argv(root / cell.name)} for cell in planned.cells]
     na = [{"name": name, "reason": reason} for name, reason in planned.na]
-    return json.dumps({"cells": cells, "na": na, "cost": planned.cost(root)}, indent=2)
+    return json.dumps({"cells": cells, "na": na, "cost": cost.cost(planned, root)}, indent=2)

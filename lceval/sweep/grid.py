@@ -24,6 +24,7 @@ class Grid(BaseModel):
         tasks: names of tasks or groups, or of datasets, which are crossed with `modes` and `lengths` (K tokens).
         seeds: `data_seed` of the rows; None is the task's own.
         limit: questions a cell, None takes all. model_args: further arguments of the model, as `diagnose: gold`.
+        gen_kwargs: of generation, over what the tasks say, as `max_gen_toks: 16`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -39,6 +40,7 @@ class Grid(BaseModel):
     limit: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=1, gt=0)
     model_args: dict[str, str | int | float] = {}
+    gen_kwargs: dict[str, bool | int | float | str | list[str]] = {}
 
 
 def presets() -> list[str]:

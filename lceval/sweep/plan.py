@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from lceval.errors import UserError
 from lceval.sweep.grid import Grid
-
-# Prefill and decode of a model of 135M parameters in float32 on two cores, seconds a token; see `Plan.cost`.
-PREFILL_S, DECODE_S = 0.0015, 0.035
 
 
 @dataclass(frozen=True)
@@ -30,11 +26,14 @@ class Cell:
     limit: int | None
     batch_size: int
     model_args: tuple[tuple[str, str | int | float], ...]
+    gen_kwargs: str = ""
+    """JSON, empty for none."""
 
     @property
     def group(self) -> tuple[object, ...]:
         """Cells of one group differ in nothing but the recipe."""
-        return self.model, self.adapter, self.task, self.metadata, self.limit, self.batch_size, self.model_args
+        asked = self.task, self.metadata, self.limit, self.gen_kwargs
+        return self.model, self.adapter, self.batch_size, self.model_args, *asked
 
     @property
     def owner(self) -> tuple[object, ...]:
@@ -64,6 +63,8 @@ class Cell:
             flags.append(f"--limit={self.limit}")
         if self.metadata:
             flags.append(f"--metadata={json.dumps(dict(self.metadata))}")
+        if self.gen_kwargs:
+            flags.append(f"--gen_kwargs={self.gen_kwargs}")
         return flags
 
 
@@ -83,31 +84,7 @@ class Plan:
 
     def finished(self, root: Path) -> list[Cell]:
         """Cells that an earlier start finished."""
-        return [cell for cell in self.cells if _status(root / cell.name) == "finished"]
-
-    def cost(self, root: Path) -> dict[str, Any]:
-        """What is left: samples, prefill tokens where the task's name says its length, and seconds.
-
-        Seconds assume the packaged model on two cores (`PREFILL_S`, `DECODE_S`), one context a sample at most, and 32
-        new tokens an answer: an upper bound there, and for another model a number to scale.
-        """
-        done = {cell.name for cell in self.finished(root)}
-        samples, tokens, seconds = 0, 0, 0.0
-        for group in self.groups():
-            left = [cell for cell in group if cell.name not in done]
-            if not left:
-                continue
-            n, length = _questions(left[0]), _length(left[0].task)
-            samples += n * len(left)
-            tokens += n * (length or 0)
-            seconds += n * (length or 0) * PREFILL_S + n * len(left) * 32 * DECODE_S
-        return {
-            "cells": len(self.cells),
-            "finished": len(done),
-            "samples": samples,
-            "prefill_tokens": tokens,
-            "seconds": seconds,
-        }
+        return [cell for cell in self.cells if is_finished(root / cell.name)]
 
 
 def plan(grid: Grid) -> Plan:
@@ -136,6 +113,7 @@ def plan(grid: Grid) -> Plan:
             Cell(
                 model, adapter, how, name, tuple(sorted(metadata.items())), grid.limit, grid.batch_size,
                 tuple(sorted(grid.model_args.items())),
+                json.dumps(grid.gen_kwargs, sort_keys=True) if grid.gen_kwargs else "",
             )
             for how in recipes
         ]  # fmt: skip
@@ -170,22 +148,7 @@ def _tasks(grid: Grid) -> tuple[list[str], list[tuple[str, str]]]:
     return list(dict.fromkeys(names)), na
 
 
-def _questions(cell: Cell) -> int:
-    """How many questions a cell asks, from the limit or the catalogue's count."""
-    from lceval.tasks import catalogue
-
-    digits = re.search(r"\d[\d,]*", catalogue.find(cell.task).dataset.count)
-    rows = int(digits[0].replace(",", "")) if digits else 100
-    return rows if cell.limit is None else min(cell.limit, rows)
-
-
-def _length(task: str) -> int | None:
-    from lceval.tasks import catalogue
-
-    length = catalogue.find(task).length_k
-    return length * 1024 if length else None
-
-
-def _status(folder: Path) -> str | None:
+def is_finished(folder: Path) -> bool:
+    """Whether a run folder's run.json says that it is finished."""
     file = folder / "run.json"
-    return str(json.loads(file.read_text()).get("status")) if file.is_file() else None
+    return file.is_file() and json.loads(file.read_text()).get("status") == "finished"

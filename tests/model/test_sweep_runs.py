@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from lceval.run import Opened, evaluate, opened
-from lceval.sweep import local
+from lceval.sweep import worker
+from lceval.sweep.engine import sweep
 from lceval.sweep.grid import Grid
-from lceval.sweep.local import sweep
 from lceval.sweep.plan import plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
@@ -70,6 +70,14 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     # Two cells of the adapter that there is not fail, in a line each; the others are finished.
     assert whole.returncode == 4, whole.stderr
     assert whole.stderr.count("failed: ") == 2
+    status = json.loads((tmp_path / "whole" / "sweep.json").read_text())
+    assert len(status["errors"]) == 2
+    for name, file in status["errors"].items():
+        assert "no-such-adapter" in name
+        trace = (tmp_path / "whole" / file).read_text()
+        assert trace.startswith("Traceback (most recent call last):\n")
+        assert trace.rstrip().splitlines()[-1].endswith(status["cells"][name].partition(": ")[2])
+        assert file in whole.stderr
     assert "2 of 4 cells" in whole.stderr
     # 5 questions lie on 2 contexts, and both are read once for both recipes.
     assert "2 contexts read" in whole.stderr
@@ -123,7 +131,7 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
     class Broken:
         def __init__(self) -> None:
             self.totals: Counter[str] = Counter()
-            self.server = SimpleNamespace(kept_for=None)
+            self.server = SimpleNamespace(kept_for=None, read_s=0.0)
             self.recipe: Any = None
 
         def set_cache_hook(self, store: Any) -> None: ...
@@ -134,17 +142,18 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
             return ["said"] * len(requests)
 
     request = SimpleNamespace(args=("Where?", {}), task_name="t", doc_id=0)
-    monkeypatch.setattr(local, "_requests", lambda *_: [("generate_until", [request])])
-    monkeypatch.setattr(local, "begin", lambda found: found.folder.mkdir())
+    monkeypatch.setattr(worker, "_requests", lambda *_: [("generate_until", [request])])
+    monkeypatch.setattr(worker, "begin", lambda found: found.folder.mkdir())
     cells = plan(Grid(models=["m"], tasks=["lc_filings_ao_1k"], recipes=["full", "int4", "int8"])).cells
     begun = [
-        (cell, Opened(SimpleNamespace(model_args={"kv": cell.recipe}), tmp_path / cell.name, {}, None))
+        (cell, Opened(SimpleNamespace(model_args={"kv": cell.recipe}, seed=None), tmp_path / cell.name, {}, None))
         for cell in cells
     ]
-    outcome = local.Outcome()
-    answered = local._answer(Broken(), begun, outcome)
-    assert [cell.recipe for cell, _, _ in answered] == ["full", "int8"]
-    assert outcome.failed == {cells[1].name: "MemoryError: no room"}
+    became: dict[str, worker.Became] = {}
+    answered = worker.Worker._answer(Broken(), begun, became)
+    assert [one.cell.recipe for one in answered] == ["full", "int8"]
+    assert {name: one.error for name, one in became.items()} == {cells[1].name: "MemoryError: no room"}
+    assert 'raise MemoryError("no room")' in became[cells[1].name].trace
 
 
 def test_a_run_that_fails_leaves_nothing_on_the_model(

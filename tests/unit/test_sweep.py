@@ -10,6 +10,8 @@ import yaml
 
 from lceval.cli import invoke
 from lceval.errors import UserError
+from lceval.run import _configure
+from lceval.sweep.cost import PARAMETERS, cost, parameters, render
 from lceval.sweep.grid import Grid, parse, presets, read
 from lceval.sweep.plan import Cell, plan
 
@@ -83,12 +85,70 @@ def test_a_cell_is_what_run_makes_of_its_flags() -> None:
 
 def test_finished_cells_cost_nothing_any_more(tmp_path: Path) -> None:
     planned = plan(Grid(**SMALL, recipes=["full", "int4"], limit=4))  # type: ignore[arg-type]
-    assert (planned.cost(tmp_path)["samples"], planned.cost(tmp_path)["finished"]) == (8, 0)
+    assert (cost(planned, tmp_path)["samples"], cost(planned, tmp_path)["finished"]) == (8, 0)
     folder = tmp_path / planned.cells[0].name
     folder.mkdir()
     (folder / "run.json").write_text('{"status": "finished"}')
-    left = planned.cost(tmp_path)
+    left = cost(planned, tmp_path)
     assert (left["samples"], left["finished"], left["prefill_tokens"]) == (4, 1, 4 * 1024)
+
+
+def test_generation_arguments_are_part_of_a_cell() -> None:
+    (plain,) = plan(Grid(**SMALL)).cells  # type: ignore[arg-type]
+    (short,) = plan(Grid(**SMALL, gen_kwargs={"until": ["\n"], "max_gen_toks": 16})).cells  # type: ignore[arg-type]
+    assert short.argv(Path("out")) == [*plain.argv(Path("out")), '--gen_kwargs={"max_gen_toks": 16, "until": ["\\n"]}']
+    assert plain.group != short.group
+    assert plain.name != short.name
+    config = _configure(short.argv(Path("out")))
+    assert config.gen_kwargs == {"max_gen_toks": 16, "until": ["\n"]}
+
+
+def finish(root: Path, cell: Cell, **kv: float) -> None:
+    """A finished folder with one sample that cost so much."""
+    folder = root / cell.name
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text('{"status": "finished"}')
+    sample = {"kv": {"compress_s": 0.0, "question_s": 0.0, **kv}}
+    (folder / "samples_task_2026.jsonl").write_text(json.dumps(sample) + "\n")
+
+
+def test_the_cost_is_measured_on_finished_cells_of_the_model(tmp_path: Path) -> None:
+    planned = plan(Grid(models=["a/m", "b/m"], tasks=SMALL["tasks"], recipes=["full", "int4"], limit=1))
+    costs = {"prefill_s": 2.0, "prefill_tokens": 500, "question_s": 1.0, "decode_s": 3.0, "new_tokens": 8}
+    finish(tmp_path, planned.cells[0], **costs)
+    left = cost(planned, tmp_path)
+    # One answer of a, as long as the first and over one more reading; b's tokens are known from it, its time is not.
+    assert left["seconds"] == pytest.approx(2.0 + 8 * (4.0 / 8))
+    assert left["prefill_tokens"] == 2 * 500
+    assert left["basis"]["a/m"] == "measured on 1 finished cell, 1 samples"
+    assert left["basis"]["b/m"].startswith("time unknown and not counted")
+
+
+def test_without_finished_cells_the_cost_is_scaled_by_the_parameters_of_a_folder(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(269, 1000), "b": torch.zeros(16)}, tmp_path / "model-1.safetensors")
+    save_file({"c": torch.zeros(14)}, tmp_path / "model-2.safetensors")
+    assert parameters(tmp_path) == 269_030
+    scaled = cost(plan(Grid(models=[str(tmp_path)], tasks=SMALL["tasks"], limit=4)), tmp_path / "runs")
+    packaged = cost(plan(Grid(models=["smollm2-135m"], tasks=SMALL["tasks"], limit=4)), tmp_path / "runs")
+    assert packaged["seconds"] == pytest.approx(4 * 1024 * 0.0015 + 4 * 32 * 0.035)
+    assert scaled["seconds"] == pytest.approx(packaged["seconds"] * 269_030 / PARAMETERS)
+    assert "times 0.002 by its 0M parameters" in scaled["basis"][str(tmp_path)]
+    assert packaged["basis"] == {"smollm2-135m": "constants of the packaged model on two cores"}
+
+
+def test_the_constants_are_of_the_packaged_model(smollm2: str) -> None:
+    assert parameters(Path(smollm2)) == PARAMETERS
+
+
+def test_a_task_without_a_length_has_unknown_tokens_and_that_is_said(tmp_path: Path) -> None:
+    planned = plan(Grid(models=["smollm2-135m"], tasks=["lc_quality_mc", "lc_filings_ao_1k"], limit=2))
+    left = cost(planned, tmp_path)
+    assert left["unknown_tokens"] == ["lc_quality_mc"]
+    assert left["prefill_tokens"] == 2 * 1024
+    assert "  tokens unknown, and reading them not counted: lc_quality_mc" in render(left)
 
 
 @pytest.mark.parametrize("preset", presets())
