@@ -75,8 +75,8 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     for name, file in status["errors"].items():
         assert "no-such-adapter" in name
         trace = (tmp_path / "whole" / file).read_text()
-        assert trace.startswith("Traceback (most recent call last):\n")
-        assert trace.rstrip().splitlines()[-1].endswith(status["cells"][name].partition(": ")[2])
+        assert "Traceback (most recent call last):\n" in trace
+        assert status["cells"][name].partition(": ")[2] in trace
         assert file in whole.stderr
     assert "2 of 4 cells" in whole.stderr
     # 5 questions lie on 2 contexts, and both are read once for both recipes.
