@@ -144,7 +144,8 @@ class _Pool:
         golds = [*dict.fromkeys(passage for question in group for passage in question.gold)]
         barred = self.leaks.holders(answer for question in group for answer in question.normalized).union(golds)
         hard = [*dict.fromkeys(passage for passage in self._hard(group) if passage not in barred)]
-        rest = [passage for passage in range(len(self.documents)) if passage not in barred.union(hard)]
+        taken = barred.union(hard)
+        rest = [passage for passage in range(len(self.documents)) if passage not in taken]
         rng.shuffle(rest)
         candidates = [*hard, *rest]
         order_seed = rng.getrandbits(64)

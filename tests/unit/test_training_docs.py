@@ -1,0 +1,60 @@
+"""docs/training-data.md: its commands run, its figures are those of the local pools."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lceval.cli import invoke
+from lceval.tasks import build, catalogue
+from lceval.tasks.icr.splits import sides
+from lceval.training import data, formats
+
+TEXT = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text()
+COMMANDS = [
+    shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()
+]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path_factory.getbasetemp() / "splits-cache"))
+
+
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c[0] == "lceval"], ids=lambda words: words[3])
+def test_every_command_makes_its_file(
+    words: list[str], smollm2: str, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke([*words[1:], "--tokenizer", smollm2]) == 0
+    assert data.read(tmp_path / words[3])[1]
+
+
+def test_the_evaluation_asks_about_the_other_side(smollm2: str, data_folder: Path) -> None:
+    (words,) = (command for command in COMMANDS if command[0] == "lm_eval")
+    key, value = words[words.index("--metadata") + 1].split("=")
+    task = catalogue.find(words[words.index("--tasks") + 1])
+    rows = build.rows_of(task, {"pretrained": smollm2, key: value})
+    assert {row["shown"] for row in rows} == {"full:split=test"}
+
+
+def test_the_table_of_sides_counts_the_local_pools(data_folder: Path) -> None:
+    for name in ("squad", "nqopen", "hotpotpool", "musique"):
+        questions, *pools = (
+            [json.loads(line) for line in (data_folder / file).read_text(encoding="utf-8").splitlines()]
+            for file in catalogue.datasets()[name].files
+        )
+        side = sides([passage for pool in pools for passage in pool], questions)
+        asked: list[Any] = [side[question["gold_pids"][0]] for question in questions]
+        counts = [f"{of.count('train'):,} / {of.count('test'):,}" for of in (asked, [*side.values()])]
+        assert f"| `{name}` | {counts[0]} | {counts[1]} |" in TEXT
+
+
+def test_every_mode_that_can_be_learned_from_a_pool_is_there() -> None:
+    for form in formats.CITED_FORMS:
+        assert f"`{form}`" in TEXT
