@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,3 +31,22 @@ def recipe(
     from lceval.train import command
 
     typer.echo(command.run(name, changes or [], dry_run=dry_run, as_json=as_json))
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[Path, typer.Argument(help="What lceval train wrote.")],
+    kv: Annotated[list[str] | None, typer.Option("--kv", help="A KV recipe; repeatable.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option("--tasks", "--task", help="Default: the other side of its data.")
+    ] = None,
+    output_path: Annotated[Path | None, typer.Option("--output_path", "--output-path", help="ADAPTER/eval.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions a cell.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Base against adapter: the whole context, RAG, KV recipes, on held-out questions; the same line goes on."""
+    from lceval.train import evaluate as held_out
+
+    text, code = held_out.run(adapter, kv or [], tasks or [], output_path, limit, as_json=as_json)
+    typer.echo(text)
+    raise typer.Exit(code)
