@@ -27,12 +27,15 @@ class Model(Section):
 
     Attributes:
         chat_template: whether prompts go through the tokenizer's template, as `lceval run` does; None: if it has one.
+        shape: fields of its configuration, `model_type` among them: what `--dry-run` counts where the model itself is
+            not at hand.
     """
 
     pretrained: str = "smollm2-135m"
     revision: str = "main"
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     chat_template: bool | None = None
+    shape: dict[str, str | int | float | bool] | None = None
 
 
 class Lora(Section):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lceval.errors import UserError
 from lceval.training.config import Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -20,25 +21,24 @@ GIB = 1 << 30
 def estimate(recipe: Config) -> dict[str, Any]:
     """Tokens, steps and GiB of a recipe.
 
+    Where the model is not at hand and the recipe gives its shape, contexts are as long as their name says and their
+    number is unknown.
+
     Raises:
-        UserError: the model's configuration or the data is not at hand.
+        UserError: neither the model's configuration nor its shape is at hand, or the data is not.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    from lceval.models import packaged
-    from lceval.models.lcft import LCFT
     from lceval.training import robust
-    from lceval.training.run import plan
     from lceval.training.sft import lora
 
     if recipe.robust is not None:
         robust.check(recipe.robust)
-    name = packaged.resolve(recipe.model.pretrained)
-    config = AutoConfig.from_pretrained(name, revision=recipe.model.revision)
+    config, at_hand = _config(recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
-    planned = plan(recipe, LCFT(model, tokenizer=name))
+    data = _read(recipe, model) if at_hand else _unread(recipe)
     weights = sum(p.numel() for p in model.parameters())
     trained = weights
     if (how := lora(recipe)) is not None:
@@ -47,29 +47,71 @@ def estimate(recipe: Config) -> dict[str, Any]:
         with torch.device("meta"):
             tuned = get_peft_model(model, how)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-    longest = max(c.tokens for c in planned.contexts)
-    answers = max(sum(len(t.answer) for t in c.turns) for c in planned.contexts)
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
         "trained": trained * _per_trained(recipe),
-        "activations": activations(config, recipe, longest),
-        "logits": answers * config.vocab_size * (BYTES[recipe.model.dtype] + 8),
+        "activations": activations(config, recipe, data["longest_context_tokens"]),
+        "logits": data.pop("answers") * config.get_text_config().vocab_size * (BYTES[recipe.model.dtype] + 8),
     }
-    steps, optim = recipe.optim.steps, recipe.optim
+    seen = recipe.optim.steps * recipe.optim.contexts
     return {
         "output": str(recipe.output),
-        "contexts": len(planned.contexts),
-        "questions": planned.questions,
-        "held_out_contexts": len(planned.held_out),
-        "tokens_a_context": round(planned.tokens),
-        "longest_context_tokens": longest,
-        "steps": steps,
-        "tokens": round(steps * optim.contexts * planned.tokens),
-        "epochs": steps * optim.contexts / len(planned.contexts),
+        **data,
+        "steps": recipe.optim.steps,
+        "tokens": round(seen * data["tokens_a_context"]),
+        "epochs": seen / data["contexts"] if data["contexts"] else None,
         "parameters": weights,
         "trained_parameters": trained,
         "memory_gib": {part: n / GIB for part, n in memory.items()},
         "total_gib": sum(memory.values()) / GIB,
+    }
+
+
+def _config(recipe: Config) -> tuple[Any, bool]:
+    """The model's configuration, and whether the model is at hand."""
+    from transformers import AutoConfig
+
+    from lceval.models import packaged
+
+    try:
+        found = AutoConfig.from_pretrained(packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision)
+    except (OSError, ValueError) as error:
+        if recipe.model.shape is None:
+            raise UserError(
+                f"cannot read the configuration of {recipe.model.pretrained} ({str(error).splitlines()[0]:.80}): "
+                "name a folder, or give model.shape in the recipe"
+            ) from None
+        return AutoConfig.for_model(**recipe.model.shape), False
+    return found, True
+
+
+def _read(recipe: Config, model: Any) -> dict[str, Any]:
+    """What the data is: counted."""
+    from lceval.models import packaged
+    from lceval.models.lcft import LCFT
+    from lceval.training.run import plan
+
+    planned = plan(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
+    return {
+        "contexts": len(planned.contexts),
+        "questions": planned.questions,
+        "held_out_contexts": len(planned.held_out),
+        "tokens_a_context": round(planned.tokens),
+        "longest_context_tokens": max(c.tokens for c in planned.contexts),
+        "answers": max(sum(len(t.answer) for t in c.turns) for c in planned.contexts),
+    }
+
+
+def _unread(recipe: Config) -> dict[str, Any]:
+    """What the data is by its name: no context is longer."""
+    tokens = round(recipe.data.length_k * 1024)
+    return {
+        "contexts": None,
+        "questions": None,
+        "held_out_contexts": recipe.eval_contexts,
+        "tokens_a_context": tokens,
+        "longest_context_tokens": tokens,
+        "answers": 64 * (recipe.data.questions or 4),
     }
 
 
@@ -98,12 +140,22 @@ def activations(config: Any, recipe: Config, tokens: int) -> int:
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
     memory = ", ".join(f"{part} {gib:.2f}" for part, gib in report["memory_gib"].items())
+    if report["contexts"] is None:
+        what = (
+            f"contexts of at most {report['tokens_a_context']:,} tokens (the model is not at hand: by the recipe alone)"
+        )
+        epochs = ""
+    else:
+        what = (
+            f"{report['contexts']} contexts with {report['questions']} questions, "
+            f"{report['tokens_a_context']:,} tokens each (longest {report['longest_context_tokens']:,}); "
+            f"{report['held_out_contexts']} held out"
+        )
+        epochs = f", {report['epochs']:.1f} epochs"
     return "\n".join(
         [
-            f"{report['contexts']} contexts with {report['questions']} questions, "
-            f"{report['tokens_a_context']:,} tokens each "
-            f"(longest {report['longest_context_tokens']:,}); {report['held_out_contexts']} held out",
-            f"{report['steps']} steps, {report['tokens']:,} tokens, {report['epochs']:.1f} epochs",
+            what,
+            f"{report['steps']} steps, {report['tokens']:,} tokens{epochs}",
             f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained",
             f"about {report['total_gib']:.1f} GiB on one device: {memory}",
         ]

@@ -7,7 +7,7 @@ import random
 
 from lceval.errors import UserError
 from lceval.models import recipe
-from lceval.models.policies import EVICTORS, Evictor
+from lceval.models.policies import EVICTORS, STORES, Evictor
 from lceval.training.config import Robust
 from lceval.training.packing import check_trainable
 
@@ -30,7 +30,7 @@ def evictor(name: str, keep: float) -> Evictor:
     """
     method, _, rest = name.partition(":")
     text = f"{method}:{keep:.4f}" + (f":{rest}" if rest else "")
-    found = recipe.parse(text if method in EVICTORS else method)
+    found = recipe.parse(method if method in STORES else text)
     made = check_trainable(found.evictor)
     if made is None or found.store or found.reader:
         raise UserError(f"robust.evictors: {name!r} evicts nothing; one of {', '.join(EVICTORS)}")

@@ -1,0 +1,100 @@
+"""Recipes of `lceval train`: what is refused, what is drawn, what a plan says."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lceval.cli import invoke
+from lceval.errors import UserError
+from lceval.training import config, robust
+from lceval.training.config import Robust, parse, read
+
+
+@pytest.mark.parametrize("name", config.shipped())
+def test_a_shipped_recipe_is_whole(name: str) -> None:
+    made = read(name)
+    assert made.output == Path("runs") / name
+    if made.robust is not None:
+        robust.check(made.robust)
+
+
+def test_changes_reach_into_sections() -> None:
+    made = read("ao_sft", ["optim.lr=1e-4", "lora=null", "data.datasets=[nqopen]", "output=elsewhere"])
+    assert made.optim.lr == 1e-4
+    assert made.lora is None
+    assert made.data.datasets == ("nqopen",)
+    assert made.output == Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["optim.learning_rate=1"], "unknown key optim.learning_rate; one of lr"),
+        (["lora.rank=8"], "unknown key lora.rank"),
+        (["data.lenght_k=2"], "did you mean length_k"),
+        (["optim.steps=0"], "optim.steps: input should be greater than 0"),
+        (["robust.evictors=[snapkv]", "robust.keep=[0.9, 0.2]"], "0 < lower <= upper <= 1"),
+        (["optim.lr"], "expected KEY=VALUE"),
+    ],
+)
+def test_a_bad_recipe_is_refused_in_one_line(changes: list[str], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        read("ao_sft", changes)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(UserError, match="ao_sft"):
+        read("nonesuch")
+
+
+@pytest.mark.parametrize(
+    ("evictor", "said"),
+    [("int4", "evicts nothing"), ("snapvk", "did you mean"), ("kvzip", "not in training"), ("fier", "evicts nothing")],
+)
+def test_what_cannot_be_drawn_is_refused_before_anything_is_loaded(evictor: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        robust.check(Robust(evictors=[evictor]))
+
+
+@given(st.integers(0, 2**32), st.floats(0, 1), st.booleans())
+def test_what_is_drawn_keeps_a_share_between_the_bounds(seed: int, progress: float, curriculum: bool) -> None:
+    said = Robust(evictors=["snapkv:window=32", "random", "adakv:of=knorm"], keep=(0.2, 0.6), curriculum=curriculum)
+    drawn = robust.draw(said, random.Random(seed), progress)
+    again = robust.draw(said, random.Random(seed), progress)
+    assert drawn == again
+    if drawn is not None:
+        low = 0.6 - 0.4 * min(1, 2 * progress) if curriculum else 0.2
+        assert low - 1e-4 <= drawn.amount.value <= 0.6 + 1e-4
+
+
+def test_the_full_cache_is_drawn_as_often_as_said() -> None:
+    said = Robust(evictors=["knorm"], full=0.3)
+    drawn = [robust.draw(said, random.Random(seed), 0) for seed in range(2000)]
+    # Three standard deviations of a share of 0.3 among 2,000.
+    assert abs(sum(d is None for d in drawn) / 2000 - 0.3) < 0.031
+
+
+def test_the_plan_of_the_papers_setting_fits_a_gpu_of_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["train", "paper_ao_sft", "--dry-run", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"] == 7_615_616_512  # as its model card counts
+    # r (in + out) of seven projections in 28 layers.
+    assert report["trained_parameters"] == 161_480_704
+    assert report["longest_context_tokens"] == 32_768
+    assert report["total_gib"] < 0.9 * 80e9 / 2**30
+
+
+def test_the_model_of_a_recipe_without_shape_must_be_at_hand(tmp_path: Path) -> None:
+    from lceval.training.dry_run import estimate
+
+    made = parse({"output": "unused", "model": {"pretrained": str(tmp_path)}}, "test")
+    with pytest.raises(UserError, match=r"model\.shape"):
+        estimate(made)
