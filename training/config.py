@@ -7,7 +7,7 @@ from contextlib import suppress
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -192,7 +192,5 @@ def _known(path: Sequence[int | str]) -> list[str]:
     section: Any = Config
     for part in path:
         kind = section.model_fields[part].annotation
-        section = next(
-            k for k in (kind, *getattr(kind, "__args__", ())) if isinstance(k, type) and issubclass(k, Section)
-        )
+        section = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
     return list(section.model_fields)
