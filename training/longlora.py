@@ -1,9 +1,11 @@
 """LongLoRA (Chen et al. 2024, arXiv 2309.12307): a longer window by little training.
 
 Shifted sparse attention while it trains (`lceval.training.shifted`), LoRA on the attention's projections, embeddings
-and norms trained whole, and RoPE scaled so that the longer positions fall between known ones. A result with a longer
-window is a model folder, not an adapter: an adapter cannot say that its base must be loaded with other positions, and
-on the plain base it would answer wrongly without a word.
+and norms trained whole, and RoPE scaled so that the longer positions fall between known ones.
+
+What is saved is a model folder, not an adapter, in two cases. An adapter cannot say that its base must be loaded with
+other positions: on the plain base it would answer wrongly without a word. And where the output layer is tied to
+embeddings that were trained whole, lm-eval ties them anew after it has loaded an adapter, which breaks what PEFT made.
 """
 
 from __future__ import annotations
@@ -74,7 +76,6 @@ def prepare(model: Any, config: LongLora) -> Any:
         extend(model, config.window_tokens, config.rope)
     model.set_attn_implementation(shifted.register(config.group, config.group_tokens))
     whole = trained_whole(model, config)
-    tied = config.embeddings and bool(model.config.get_text_config().tie_word_embeddings)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
@@ -82,7 +83,7 @@ def prepare(model: Any, config: LongLora) -> Any:
         target_modules=list(config.targets),
         modules_to_save=whole or None,
         # Otherwise PEFT trains the embeddings away from the output layer that the model shares them with.
-        ensure_weight_tying=tied,
+        ensure_weight_tying=_tied(model, config),
     )
     return get_peft_model(model, lora)
 
@@ -132,11 +133,20 @@ def extend(model: Any, window_tokens: int, rope: str = "linear") -> None:
     decoder.rotary_emb = type(turn)(config=text).to(turn.inv_freq.device)
 
 
+def needs_model_folder(model: Any, config: LongLora) -> bool:
+    """Whether an adapter alone would not be the trained model to lcft and hf (see above)."""
+    return config.window_tokens is not None or _tied(model, config)
+
+
+def _tied(model: Any, config: LongLora) -> bool:
+    return config.embeddings and bool(model.config.get_text_config().tie_word_embeddings)
+
+
 def save(model: Any, config: LongLora, folder: Path, tokenizer: Any) -> Literal["peft", "pretrained"]:
     """Save what `prepare` made; says as which model argument lcft, hf and others load the folder.
 
-    With the model's own window that is an adapter, for `peft=`. With a longer one it is a whole model, for
-    `pretrained=`: the adapter is merged (in the weights' dtype), and `model` is of no further use.
+    An adapter for `peft=` where that is enough. Where it is not (`needs_model_folder`), a whole model for
+    `pretrained=`: the adapter is merged in the weights' dtype, and `model` is of no further use.
 
     Raises:
         UserError: the folder holds something.
@@ -146,7 +156,7 @@ def save(model: Any, config: LongLora, folder: Path, tokenizer: Any) -> Literal[
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        if config.window_tokens is not None:
+        if whole := needs_model_folder(model, config):
             model.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         else:
@@ -155,4 +165,4 @@ def save(model: Any, config: LongLora, folder: Path, tokenizer: Any) -> Literal[
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return "peft" if config.window_tokens is None else "pretrained"
+    return "pretrained" if whole else "peft"

@@ -106,7 +106,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group: in
         parts, at = [], 0
         for _, start, stop in (s for s in segments if s[0] == row):
             parts += [torch.zeros_like(q[row : row + 1, :, at:start])]
-            parts += [_grouped(*(x[row : row + 1, :, start:stop] for x in (q, k, v)), group, scaling)]
+            own = (slice(row, row + 1), slice(None), slice(start, stop))
+            parts += [_grouped(q[own], k[own], v[own], group, scaling)]
             at = stop
         rows.append(torch.cat([*parts, torch.zeros_like(q[row : row + 1, :, at:])], 2))
     return torch.cat(rows)
@@ -125,7 +126,7 @@ def by_lengths(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group
     o = shifted(q, k, v, lens.to(device), group, scaling).transpose(1, 2)
     real = (torch.arange(o.shape[1]) < lens[:, None]).to(device)
     flat = q.new_zeros(B * T, H, D).index_put((places[real],), o[real])
-    return flat.unflatten(0, (B, T)).transpose(1, 2)
+    return flat.view(B, T, H, D).transpose(1, 2)
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -135,23 +136,26 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, group: int, scaling: float) -> Tensor:
     """SDPA with whole groups as rows of a batch, and what stands before and after them by itself."""
-    B, H, T, _ = q.shape
+    B, H, T, D = q.shape
     halves = []
-    by_half = zip(*(x.split([H // 2, H - H // 2], 1) for x in (q, k, v)), strict=True)
-    for shift, heads in zip((0, group // 2), by_half, strict=True):
+    for heads, shift in ((slice(0, H // 2), 0), (slice(H // 2, H), group // 2)):
         head = min(shift, T)
         whole = (T - head) // group
         sizes = [head, whole * group, T - head - whole * group]
-        ends_and_groups = list(zip(*(x.split(sizes, 2) for x in heads), strict=True))
+        # Split, not cut: the gradient of a cut is as large as what it is cut from.
+        own = zip(*(torch.split(x[:, heads], sizes, 2) for x in (q, k, v)), strict=True)
         parts = []
-        for place, part in enumerate(ends_and_groups):
+        for place, (q_part, k_part, v_part) in enumerate(own):
             if not sizes[place]:
                 continue
             if place == 1:
-                part = tuple(x.unflatten(2, (whole, group)).transpose(1, 2).flatten(0, 1) for x in part)
-            o = F.scaled_dot_product_attention(*part, is_causal=True, scale=scaling)
-            parts.append(o.unflatten(0, (B, whole)).transpose(1, 2).flatten(2, 3) if place == 1 else o)
-        halves.append(torch.cat(parts, 2) if parts else heads[0])
+                q_part, k_part, v_part = (
+                    x.reshape(B, x.shape[1], whole, group, D).transpose(1, 2).flatten(0, 1)
+                    for x in (q_part, k_part, v_part)
+                )
+            o = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scaling)
+            parts.append(o.view(B, whole, -1, group, D).transpose(1, 2).flatten(2, 3) if place == 1 else o)
+        halves.append(torch.cat(parts, 2))
     return torch.cat(halves, 1)
 
 

@@ -64,16 +64,16 @@ def _row(
         torch.randn(1, tokens, n, dim, generator=rng, device=device(), dtype=dtype).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads, heads)
     ]
-    qkv, do = [x.requires_grad_() for x in made[:3]], made[3]
+    (q, k, v), do = (x.requires_grad_() for x in made[:3]), made[3]
     group, scaling = even_group(tokens, share), dim**-0.5
     sides: dict[str, Callable[[], Tensor]] = {
-        "full": lambda: F.scaled_dot_product_attention(*qkv, is_causal=True, scale=scaling, enable_gqa=True),
-        "shifted": lambda: attend(*qkv, None, group, scaling),
+        "full": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True),
+        "shifted": lambda: attend(q, k, v, None, group, scaling),
     }
     took: dict[str, list[float]] = {name: [] for name in sides}
     for each in range(rounds + 1):
         for name, side in sides.items():
-            seconds = _timed(side, qkv, do)
+            seconds = _timed(side, (q, k, v), do)
             if each:  # the first round warms up
                 took[name].append(seconds)
     return {
