@@ -67,5 +67,5 @@ def test_training_lowers_the_loss_and_the_papers_modules_are_what_is_trained(smo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[0] > losses[1] > losses[2]
