@@ -138,12 +138,13 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, group: int, scaling: float) -> Ten
     """SDPA with whole groups as rows of a batch, and what stands before and after them by itself."""
     B, H, T, D = q.shape
     halves = []
-    for heads, shift in ((slice(0, H // 2), 0), (slice(H // 2, H), group // 2)):
+    # Split, not cut: the gradient of a cut is as large as what it is cut from.
+    by_half = zip(*(torch.split(x, [H // 2, H - H // 2], 1) for x in (q, k, v)), strict=True)
+    for shift, half in zip((0, group // 2), by_half, strict=True):
         head = min(shift, T)
         whole = (T - head) // group
         sizes = [head, whole * group, T - head - whole * group]
-        # Split, not cut: the gradient of a cut is as large as what it is cut from.
-        own = zip(*(torch.split(x[:, heads], sizes, 2) for x in (q, k, v)), strict=True)
+        own = zip(*(torch.split(x, sizes, 2) for x in half), strict=True)
         parts = []
         for place, (q_part, k_part, v_part) in enumerate(own):
             if not sizes[place]:
