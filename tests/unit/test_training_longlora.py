@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lceval.errors import UserError
 from lceval.models.lcft import LCFT
 from lceval.training.longlora import LongLora, extend, prepare, save
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "longlora.md"
 WINDOW = 8192
 IDS = torch.arange(100, 140)[None]
 # Float32 sums in another order; merging adds LoRA's product to the weight before it meets the input.
@@ -155,6 +157,29 @@ def test_an_adapter_of_a_longer_window_is_not_the_model_on_its_plain_base(base: 
     lcft = LCFT(str(base), peft=str(tmp_path), device="cpu", dtype="float32", **longer)
     torch.testing.assert_close(logits(lcft.model), want, **SUMMED)
     assert lcft.max_length == 2 * WINDOW
+
+
+def test_the_documented_snippets_do_what_they_say(base: Path, tmp_path: Path) -> None:
+    first, second = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.S)
+    known = {"model": load(base), "tokenizer": AutoTokenizer.from_pretrained(base), "folder": tmp_path / "out"}
+    exec(first, known)
+    assert load(tmp_path / "out").config.max_position_embeddings == 16384
+    exec(second, known)
+    assert len(known["made"]) == 64 * 8
+
+
+def test_the_documented_line_gives_an_adapter_its_positions(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained(base, LongLora(window_tokens=2 * WINDOW, embeddings=False))
+    model.save_pretrained(tmp_path / "adapter")
+    (said,) = re.findall(r"--model_args '(.*?)'", DOCUMENTATION.read_text(), re.S)
+    args = json.loads(said.replace("\n", " "))
+    args |= {"pretrained": str(base), "peft": str(tmp_path / "adapter")}
+    line = ["run", "--model", "lcft", "--model_args", json.dumps(args), "--tasks", "lc_iris_ao_2k", "--limit", "1"]
+    assert invoke([*line, "--device", "cpu", "--output_path", str(tmp_path / "run")]) == 0
+    said_by_run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "16384" in json.dumps(said_by_run)
 
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
