@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -180,6 +181,22 @@ def test_the_documented_line_gives_an_adapter_its_positions(
     assert invoke([*line, "--device", "cpu", "--output_path", str(tmp_path / "run")]) == 0
     said_by_run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert "16384" in json.dumps(said_by_run)
+
+
+def test_the_table_of_the_study_is_computed_from_its_samples() -> None:
+    spec = importlib.util.spec_from_file_location("study", DOCUMENTATION.parent / "studies" / "longlora.py")
+    assert spec is not None
+    assert spec.loader is not None
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    page = DOCUMENTATION.read_text()
+    assert study.table() in page
+    rows = study.rows()
+    assert {(row["arm"], row["id"]) for row in rows} == {(arm, row["id"]) for arm in study.ARMS for row in rows}
+    assert all(row["id"].startswith(study.HELD_OUT) for row in rows)
+    steps = [json.loads(line) for line in study.STEPS.read_text().splitlines()]
+    assert len(steps) == 4
+    assert not any(step["text"].startswith(study.HELD_OUT) for step in steps)
 
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
