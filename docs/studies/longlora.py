@@ -1,7 +1,6 @@
 """The study of docs/longlora.md: the packaged model's window of 8,192 tokens, doubled, on the text of filings.
 
-python docs/studies/longlora.py run [MINUTES]   trains for so long (default 8), then measures; a finished training and what
-                                                is measured already are not done again
+python docs/studies/longlora.py run [MINUTES]   trains for so long (default 8) unless it has; measures what is missing
 python docs/studies/longlora.py table           prints the table of docs/longlora.md from the committed samples
 
 Companies whose filings are measured are not trained on. The trained model stays in runs/, outside of the repository.
