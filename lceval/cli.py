@@ -331,6 +331,25 @@ def bench_kernels(
     typer.echo(json.dumps(report, indent=2) if as_json else render.kernels(report))
 
 
+@bench.command("shifted")
+def bench_shifted(
+    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; default 2k, 4k, 8k.")] = None,
+    heads: Annotated[int, typer.Option(help="Query heads.")] = 9,
+    kv_heads: Annotated[int, typer.Option("--kv-heads", help="KV heads.")] = 3,
+    dim: Annotated[int, typer.Option(help="Of a head.")] = 64,
+    group: Annotated[float, typer.Option(help="A group's share of the sequence.")] = 0.25,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    rounds: Annotated[int, typer.Option(help="Rounds; the sides take turns.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Training's attention, full against LongLoRA's shifted, forward and backward."""
+    from lceval.bench.render import shifted
+    from lceval.bench.shifted import bench as measure
+
+    report = measure(lengths, heads=heads, kv_heads=kv_heads, dim=dim, share=group, dtype=dtype, rounds=rounds)
+    typer.echo(json.dumps(report, indent=2) if as_json else shifted(report))
+
+
 @bench.command("aot")
 def bench_aot(as_json: Json = False) -> None:
     """Compile every kernel for sm_80 and sm_90, without a GPU, and hold its cost against the limits."""

@@ -48,6 +48,19 @@ def evaluation(report: dict[str, Any]) -> str:
     return f"{head}\n{columns(rows)}"
 
 
+def shifted(report: dict[str, Any]) -> str:
+    """The lengths of `bench shifted`, one a line."""
+    rows = [["tokens", "group", "full ms", "shifted ms", "x full"]]
+    rows += [
+        [str(r["tokens"]), str(r["group"]), f"{r['full_ms']:.1f}", f"{r['shifted_ms']:.1f}", f"{r['speedup']:.2f}"]
+        for r in report["rows"]
+    ]
+    where = report["machine"]
+    place = where["processor"] if where["device"] == "cpu" else where["device"]
+    head = f"{report['heads']} heads, {report['kv_heads']} KV heads of {report['dim']}, {report['dtype']}, forward and"
+    return f"{head} backward, {place}, {where['threads']} threads\n{columns(rows)}"
+
+
 def kernels(report: dict[str, Any]) -> str:
     """The cases of `bench kernels`, one a line."""
     predicted = report["predicted"]
