@@ -19,6 +19,7 @@ from typing import Any
 from lceval.errors import UserError
 from lceval.judge import rubrics
 from lceval.judge.client import Client, Verdict
+from lceval.judge.grader import RUBRIC, case
 from lceval.judge.judges import Judge
 from lceval.judge.rubrics import Case, Label
 from lceval.judge.rule import RuleJudge
@@ -27,7 +28,6 @@ from lceval.results import Run, TaskResult, read_folder
 from lceval.stats import cluster_bootstrap
 from lceval.tasks import catalogue
 from lceval.tasks.mc.letters import gold_letters
-from lceval.tasks.scoring import gold_places
 
 SUMMARY = "judge.json"
 PERFECT = 100
@@ -235,21 +235,13 @@ def _samples(file: Path, rubric: str) -> Iterable[Sample]:
 
 def _sample(row: Mapping[str, Any], rubric: str) -> Sample:
     doc = row["doc"]
-    golds = sorted(gold_places(doc)) if rubric == "rj" else []
     kv = row.get("kv")
     subem = row.get("subem")
     return Sample(
         doc_id=row.get("doc_id"),
         id=str(doc["id"]),
         cluster=str(doc["cluster"]),
-        case=Case(
-            question=doc["question"],
-            gold=tuple(doc["answers"]),
-            solution=str(row["filtered_resps"][0]),
-            documents=tuple(f"[DOC {place}]\n{doc['docs'][place]['text']}" for place in golds),
-            gold_ids=tuple(golds),
-            choices=tuple(doc.get("choices") or ()),
-        ),
+        case=case(doc, str(row["filtered_resps"][0]), documents=rubric == RUBRIC),
         subem=float(subem) if isinstance(subem, int | float) else None,
         letters=tuple(gold_letters(doc)) if rubric == "choice" else (),
         failed=isinstance(kv, dict) and kv.get("status") == "error",
