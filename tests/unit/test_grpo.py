@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import math
 import re
@@ -328,3 +329,20 @@ def test_every_prompt_is_drawn_once_before_any_is_drawn_again() -> None:
     assert all(sorted(order[start : start + 5]) == [*range(5)] for start in range(0, 20, 5))
     assert order == grpo_module._order(5, Grpo(steps=7, prompts_per_step=3), seed=1)
     assert order[:5] != order[5:10]
+
+
+def test_the_page_names_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    said: dict[str, str] = {}
+    for line in page.splitlines():
+        if line.startswith("| `") and line.count("|") == 4:
+            keys, defaults = (re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3])
+            if len(keys) == len(defaults):
+                said |= dict(zip(keys, defaults, strict=True))
+    assert {name: str(field.default) for name, field in Grpo.model_fields.items()}.items() <= said.items()
+    assert all(f"| `{name}` |" in page for name in rewards.NAMES)
+
+
+def test_the_examples_of_the_page_are_what_happens() -> None:
+    page = Path(__file__).parents[2] / "docs" / "rewards.md"
+    assert doctest.testfile(str(page), module_relative=False).failed == 0
