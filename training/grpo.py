@@ -8,7 +8,6 @@ what `lceval run` shows. TRL and the trainer bring LoRA, checkpoints, vLLM and a
 
 from __future__ import annotations
 
-import json
 import random
 import sys
 from collections.abc import Sequence
@@ -23,10 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from lceval.errors import UserError
 from lceval.tasks import prompts
 from lceval.training import rewards
+from lceval.training.grpo_trainer import trainer_class
 from lceval.training.rewards import Grader, Reward, Row
-
-COMPLETIONS = "completions.jsonl"
-"""In the output folder: a line for every sample, with its reward and the parts of it."""
+from lceval.training.samples import Scores
 
 
 class Grpo(BaseModel):
@@ -163,9 +161,9 @@ def train(
     _fits(everything, tokenizer, chat, grpo.max_new_tokens, model)
     settings = _settings(grpo, output, seed, bf16, bool(held_out), report_to)
     checkpoint = _last_checkpoint(output) if resume else None
-    score = _Scores(reward, everything, len(rows), grader, output, settings.process_index)
+    score = Scores(reward, everything, len(rows), grader, output, settings.process_index)
     score.go_on_from(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
-    trainer = _trainer_class(settings.device.type)(
+    trainer = trainer_class(settings.device.type)(
         model=model,
         reward_funcs=[score],
         args=settings,
@@ -185,105 +183,6 @@ def train(
         trained.delete_adapter("ref")
     trainer.save_model(str(output))
     return Trained(output, parameters, tuple(trainer.state.log_history), score.unjudged)
-
-
-def _trainer_class(device: str) -> Any:
-    """TRL's trainer; on a CPU one that scores the samples alone.
-
-    TRL's fused head does that where Triton runs, and elsewhere scores every position of the prompt, for one shape.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-    from trl import GRPOTrainer
-
-    if device != "cpu":
-        return GRPOTrainer
-
-    class OnCpu(GRPOTrainer):  # type: ignore[misc]
-        def _get_per_token_logps_and_entropies(
-            self,
-            model: Any,
-            input_ids: Any,
-            attention_mask: Any,
-            logits_to_keep: int,
-            batch_size: int | None = None,
-            compute_entropy: bool = False,
-            compute_aux_loss: bool = False,
-            **_: Any,
-        ) -> Any:
-            if compute_aux_loss:
-                raise UserError("GRPO of a mixture of experts needs a GPU: on a CPU its load-balancing loss is missing")
-            found, entropies = [], []
-            at_once = batch_size or len(input_ids)
-            for ids, mask in zip(input_ids.split(at_once), attention_mask.split(at_once), strict=True):
-                with self.accelerator.autocast():
-                    out = model(input_ids=ids, attention_mask=mask, logits_to_keep=logits_to_keep + 1, use_cache=False)
-                logits = out.logits[:, :-1].float() / self.temperature
-                target = ids[:, -logits_to_keep:]
-                found.append(-cross_entropy(logits.transpose(1, 2), target, reduction="none"))
-                if compute_entropy:
-                    with torch.no_grad():
-                        log_p = logits.log_softmax(-1)
-                        entropies.append(-(log_p.exp() * log_p).sum(-1))
-            kept = attention_mask[:, -logits_to_keep:].bool()
-            entropy = torch.cat(entropies).masked_fill(~kept, 0) if compute_entropy else None
-            return torch.cat(found).masked_fill(~kept, 0), entropy, None
-
-    return OnCpu
-
-
-class _Scores:
-    """The reward as TRL calls it, which logs each sample on its way."""
-
-    __name__ = "total"
-
-    def __init__(
-        self, reward: Reward, rows: Sequence[Row], seen: int, grader: Grader | None, output: Path, process: int
-    ) -> None:
-        self._reward, self._rows, self._seen, self._grader = reward, rows, seen, grader
-        self._file = output / (COMPLETIONS if process == 0 else f"{process}-{COMPLETIONS}")
-        self.unjudged = 0
-
-    def go_on_from(self, step: int) -> None:
-        """Forget the samples that a run which goes on from `step` will draw again."""
-        kept = []
-        if step and self._file.is_file():
-            lines = self._file.read_text(encoding="utf-8").splitlines(keepends=True)
-            # The last line may be cut where the process was killed; it is of a step that is drawn again.
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < step]
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text("".join(kept), encoding="utf-8")
-
-    def __call__(
-        self, completions: Sequence[Any], place: Sequence[int], trainer_state: Any, log_metric: Any, **_: Any
-    ) -> list[float | None]:
-        outputs = [_text(completion) for completion in completions]
-        rows = [self._rows[p] for p in place]
-        graded: Sequence[float | None] = [None] * len(rows)
-        if self._grader is not None and self._reward.judged:
-            graded = self._grader(rows, outputs)
-        parts = [self._reward.parts(row, output, j) for row, output, j in zip(rows, outputs, graded, strict=True)]
-        made = rewards.totals(parts, place)
-        for name in parts[0]:
-            if known := [value for part in parts if (value := part[name]) is not None]:
-                log_metric(f"parts/{name}", sum(known) / len(known))
-        if self._reward.judged:
-            missing = sum(part[rewards.JUDGE] is None for part in parts)
-            self.unjudged += missing
-            log_metric("unjudged", missing / len(parts))
-        with self._file.open("a", encoding="utf-8") as file:
-            for p, row, output, part, total in zip(place, rows, outputs, parts, made, strict=True):
-                line = {"step": trainer_state.global_step, "split": "train" if p < self._seen else "held_out"}
-                line |= {"id": row["id"], "completion": output, "reward": total, "parts": part}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        return made
-
-
-def _text(completion: Any) -> str:
-    """What was said: TRL gives messages where the prompt was one."""
-    return (
-        completion if isinstance(completion, str) else "".join(message.get("content") or "" for message in completion)
-    )
 
 
 def _prompt(row: Row, chat: bool) -> Any:

@@ -20,7 +20,8 @@ from lceval.judge.store import Store
 from lceval.models.lcft import LCFT
 from lceval.tasks import prompts
 from lceval.training import rewards
-from lceval.training.grpo import COMPLETIONS, Grpo, train
+from lceval.training.grpo import Grpo, train
+from lceval.training.samples import COMPLETIONS
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 

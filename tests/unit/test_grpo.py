@@ -23,7 +23,8 @@ from lceval.errors import UserError
 from lceval.tasks import prompts
 from lceval.training import grpo as grpo_module
 from lceval.training import rewards
-from lceval.training.grpo import COMPLETIONS, Grpo, Trained, train
+from lceval.training.grpo import Grpo, Trained, train
+from lceval.training.samples import COMPLETIONS
 
 FORMS = ("ao", "id", "idc", "idq", "rj")
 SMALL: dict[str, Any] = {
@@ -134,7 +135,7 @@ def test_scoring_the_samples_alone_is_what_trl_computes(
     tmp_path: Path, tokenizer: Any, vowels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = run(tmp_path / "ours", tokenizer, grpo={"steps": 3, "temperature": 0.7, "max_new_tokens": 9})
-    monkeypatch.setattr(grpo_module, "_trainer_class", lambda device: GRPOTrainer)
+    monkeypatch.setattr(grpo_module, "trainer_class", lambda device: GRPOTrainer)
     theirs = run(tmp_path / "theirs", tokenizer, grpo={"steps": 3, "temperature": 0.7, "max_new_tokens": 9})
     assert samples(tmp_path / "ours") == samples(tmp_path / "theirs")
     for one, other in zip(steps(ours), steps(theirs), strict=True):
