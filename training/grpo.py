@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -108,12 +109,14 @@ class Trained:
     Attributes:
         adapter: the folder of the adapter, or of the model where all weights were trained.
         parameters: how many were trained.
+        steps: updates made, earlier ones included.
         history: what the trainer logged, in order; `reward`, `kl`, `loss` and `parts/…` by `step`.
         unjudged: samples without a verdict, in this process since it began.
     """
 
     adapter: Path
     parameters: int
+    steps: int
     history: tuple[dict[str, Any], ...]
     unjudged: int
 
@@ -133,6 +136,7 @@ def train(
     chat_template: bool | None = None,
     bf16: bool = False,
     report_to: Sequence[Literal["tensorboard", "trackio"]] = (),
+    minutes: float | None = None,
 ) -> Trained:
     """Train `model` on `rows`, and leave the adapter in `output`.
 
@@ -146,6 +150,7 @@ def train(
         held_out: rows that the reward is also taken on, every `eval_steps` steps.
         chat_template: whether prompts go through the tokenizer's template; None: if it has one.
         bf16: compute in bfloat16 (autocast), whatever the weights are kept in.
+        minutes: stop after so many, with a checkpoint from which `resume` goes on; None runs to the end.
 
     Raises:
         UserError: what cannot be trained, or not here; nothing has been written then.
@@ -173,16 +178,15 @@ def train(
         peft_config=lora,
     )
     _speak_on_stderr(trainer, grpo.steps)
+    if minutes is not None:
+        _stop_after(trainer, minutes, grpo.updates_per_generation * grpo.iterations)
     trained = trainer.model
-    if lora is not None or hasattr(trained, "peft_config"):
-        parameters = sum(p.numel() for name, p in trained.named_parameters() if p.requires_grad and ".ref." not in name)
-    else:
-        parameters = sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    parameters = sum(p.numel() for name, p in trained.named_parameters() if p.requires_grad and ".ref." not in name)
     trainer.train(resume_from_checkpoint=checkpoint)
     if "ref" in getattr(trained, "peft_config", {}):  # the copy of the adapter that training began with
         trained.delete_adapter("ref")
     trainer.save_model(str(output))
-    return Trained(output, parameters, tuple(trainer.state.log_history), score.unjudged)
+    return Trained(output, parameters, trainer.state.global_step, tuple(trainer.state.log_history), score.unjudged)
 
 
 def _prompt(row: Row, chat: bool) -> Any:
@@ -290,10 +294,7 @@ def _check(
         raise UserError("no rows to train on")
     if not resume and _last_checkpoint(output):
         raise UserError(f"{output} holds checkpoints of an earlier run: resume it, or choose another folder")
-    needed = {"trl": "trl", **{name: name for name in report_to}}
-    if grpo.use_vllm != "none":
-        needed["vllm"] = "vllm"
-    for package in needed.values():
+    for package in ("trl", *report_to, *(["vllm"] if grpo.use_vllm != "none" else [])):
         if find_spec(package) is None:
             raise UserError(f"GRPO with these settings needs the package {package}: pip install {package}")
 
@@ -304,8 +305,8 @@ def _fits(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, mode
     if limit is None:
         return
     for row in rows:
-        # A token is no fewer than one character; only what could be too long is counted.
-        if len(prompts.prompt(row)) + new_tokens + 1024 <= limit:
+        # No tokenizer makes more tokens than bytes, no template adds a thousand: only what could be long is counted.
+        if len(prompts.prompt(row).encode()) + new_tokens + 1024 <= limit:
             continue
         prompt = _prompt(row, chat)
         text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True) if chat else prompt
@@ -341,3 +342,17 @@ def _speak_on_stderr(trainer: Any, steps: int) -> None:
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress())
+
+
+def _stop_after(trainer: Any, minutes: float, every: int) -> None:
+    """Let a run end early, with a checkpoint, between two rounds of sampling."""
+    from transformers import TrainerCallback
+
+    began = time.monotonic()
+
+    class Bound(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if time.monotonic() - began >= 60 * minutes and state.global_step % every == 0:
+                control.should_save = control.should_training_stop = True
+
+    trainer.add_callback(Bound())

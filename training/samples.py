@@ -17,6 +17,9 @@ COMPLETIONS = "completions.jsonl"
 class Scores:
     """Scores samples by their rows' places.
 
+    A process scores its own samples; where a prompt's are spread over several, an unjudged one takes the mean of those
+    that its process has.
+
     Attributes:
         unjudged: samples without a verdict, so far.
     """

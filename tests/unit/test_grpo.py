@@ -195,7 +195,9 @@ def test_the_reward_column_is_our_function_of_the_logged_completions(name: str, 
 def test_a_resumed_run_draws_and_learns_what_an_unbroken_one_does(tmp_path: Path, tokenizer: Any, vowels: None) -> None:
     """The rows are used up and shuffled anew twice on the way."""
     whole = run(tmp_path / "whole", tokenizer, grpo={"steps": 4})
-    run(tmp_path / "broken", tokenizer, grpo={"steps": 2})
+    assert run(tmp_path / "broken", tokenizer, grpo={"steps": 4, "save_steps": 9}, minutes=0).steps == 1
+    half = run(tmp_path / "broken", tokenizer, grpo={"steps": 2}, resume=True)
+    assert half.steps == 2
     log = tmp_path / "broken" / COMPLETIONS
     log.write_text(log.read_text() + samples_of_a_step_that_was_lost() + '{"step": 2, "cut of')
     again = run(tmp_path / "broken", tokenizer, grpo={"steps": 4}, resume=True)
