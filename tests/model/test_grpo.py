@@ -96,5 +96,5 @@ def test_three_steps_on_a_context_leave_an_adapter_that_lcft_loads(
     losses = [line["loss"] for line in made.history if "loss" in line]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
-    model = LCFT(smollm2, peft=str(made.adapter), kv="snapkv:0.5").model
+    model = LCFT(smollm2, peft=str(made.adapter), kv="snapkv:0.5", device="cpu").model
     assert sum(isinstance(module, torch.nn.Module) and hasattr(module, "lora_A") for module in model.modules()) == 60
