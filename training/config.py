@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lceval.errors import UserError
 from lceval.training.data import Spec
+from lceval.training.grpo import Grpo
+from lceval.training.tabular import Neighbourhoods
 
 
 class Section(BaseModel):
@@ -99,6 +101,9 @@ class Config(Section):
         output: the folder of the adapter, or of the model where `lora` is null.
         data: the rows to learn from (`lceval.training.data.Spec`); their tokens are counted as the model's.
         rows: a file that `lceval train data` wrote, instead of `data`.
+        neighbourhoods: rows of tables, instead of `data`.
+        robust: fine-tuning under compression. grpo: reinforcement by a reward in place of supervised fine-tuning; its
+            steps and rates are its own, and `optim` says only what is not about them (`bf16`).
         save_steps: steps between checkpoints; the same line goes on from the last one.
         keep_checkpoints: how many of them stay, the newest; None keeps all. Each is an adapter that lcft loads.
         eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
@@ -110,12 +115,22 @@ class Config(Section):
     rows: Path | None = None
     lora: Lora | None = Lora()
     optim: Optim = Optim()
+    neighbourhoods: Neighbourhoods | None = None
     robust: Robust | None = None
+    grpo: Grpo | None = None
     seed: int = Field(default=0, ge=0)
     save_steps: int = Field(default=50, gt=0)
     keep_checkpoints: int | None = Field(default=2, gt=0)
     eval_contexts: int = Field(default=0, ge=0)
     report_to: list[Literal["tensorboard", "trackio"]] = []
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Config:
+        if self.rows is not None and self.neighbourhoods is not None:
+            raise ValueError("rows and neighbourhoods exclude each other")
+        if self.grpo is not None and self.robust is not None:
+            raise ValueError("robust goes with supervised fine-tuning, not with grpo")
+        return self
 
 
 def shipped() -> list[str]:

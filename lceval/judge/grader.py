@@ -1,0 +1,54 @@
+"""A judge as the reward of R+Judge wants it: rows and outputs in, the sum of the three grades out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lceval.judge import rubrics
+from lceval.judge.client import Client
+from lceval.judge.rubrics import Case
+from lceval.tasks.scoring import gold_places
+
+RUBRIC = "rj"
+
+
+class Grader:
+    """Grades outputs by the rubric `rj`.
+
+    Attributes:
+        unjudged: outputs that got no grades so far, by the client's reason.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.unjudged: Counter[str] = Counter()
+        self._client, self._rubric = client, rubrics.load(RUBRIC)
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> list[float | None]:
+        """J, the sum of the three 0/1 grades, an output; None where there is no verdict.
+
+        Raises:
+            UserError: no call can succeed (a wrong key, an unknown model).
+        """
+        cases = [case(row, output) for row, output in zip(rows, outputs, strict=True)]
+        verdicts = self._client.judge_all(self._rubric, cases)
+        self.unjudged.update(verdict.reason for verdict in verdicts if verdict.grades is None)
+        return [None if v.grades is None else float(sum(int(grade) for grade in v.grades.values())) for v in verdicts]
+
+
+def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:
+    """What a judge is shown of a row and an output.
+
+    Args:
+        documents: also the gold documents, with the numbers that the prompt gives them.
+    """
+    golds = tuple(sorted(gold_places(row))) if documents else ()
+    return Case(
+        question=row["question"],
+        gold=tuple(row["answers"]),
+        solution=output,
+        documents=tuple(f"[DOC {place}]\n{row['docs'][place]['text']}" for place in golds),
+        gold_ids=golds,
+        choices=tuple(row.get("choices") or ()),
+    )

@@ -1,0 +1,100 @@
+"""GRPO of the packaged model: a few steps by each reward, and an adapter that evaluations load."""
+
+from __future__ import annotations
+
+import json
+import math
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoTokenizer
+
+from lceval.judge.client import Client
+from lceval.judge.grader import Grader
+from lceval.judge.rule import RuleJudge
+from lceval.judge.store import Store
+from lceval.models.lcft import LCFT
+from lceval.tasks import prompts
+from lceval.training import rewards
+from lceval.training.grpo import Grpo, train
+from lceval.training.samples import COMPLETIONS
+
+pytestmark = [pytest.mark.model, pytest.mark.slow]
+
+TEXTS = [
+    "The harbour of Rena was dredged in 1954 by a firm from Turku.",
+    "Ole Vinter built the Lindmark bridge over the river Orne.",
+]
+FILLER = (
+    " In the years that followed the town grew along the railway, and its market moved to the square by the church."
+)
+
+
+def row(form: str, fillers: int = 0) -> dict[str, Any]:
+    texts = [text + FILLER * fillers for text in TEXTS]
+    question = "Who built the Lindmark bridge?"
+    return {
+        "id": form,
+        "question": question,
+        "answers": ["Ole Vinter"],
+        "docs": [{"pid": str(place), "title": "", "text": text} for place, text in enumerate(texts)],
+        "gold_pids": ["1"],
+        "instruction": prompts.instruction("documents", form),
+        "context": prompts.block("documents", texts),
+        "ask": prompts.ask(form, question),
+    }
+
+
+def learn(model: Any, smollm2: str, output: Path, steps: int, shown: dict[str, Any], **more: Any) -> Any:
+    """A step is 3 samples of one prompt, 24 tokens at most."""
+    grader = more.pop("grader", None)
+    settings = Grpo(
+        steps=steps,
+        num_generations=3,
+        prompts_per_step=1,
+        completions_per_device=3,
+        max_new_tokens=24,
+        learning_rate=1e-4,
+        variant="graded",
+        **more,
+    )
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return train(
+        model=deepcopy(model), tokenizer=tokenizer, rows=[shown], grpo=settings, output=output, lora=lora, grader=grader
+    )
+
+
+@pytest.mark.parametrize("name", rewards.NAMES)
+def test_a_step_by_each_reward(name: Any, lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
+    shown = row(name if name in prompts.FORMS else "id")
+    with Store(tmp_path / "replies.sqlite") as store:
+        grader = Grader(Client(RuleJudge(), store)) if name == "rj" else None
+        made = learn(lcft_model, smollm2, tmp_path, 1, shown, reward=name, grader=grader)
+        logged = [json.loads(line) for line in (tmp_path / COMPLETIONS).read_text().splitlines()]
+        said = [line["completion"] for line in logged]
+        graded = grader([shown] * 3, said) if grader else [None] * 3
+    (step,) = [line for line in made.history if "loss" in line]
+    assert math.isfinite(step["loss"])
+    assert math.isfinite(step["grad_norm"])
+    reward = rewards.Reward(name=name, variant="graded")
+    parts = [reward.parts(shown, text, j) for text, j in zip(said, graded, strict=True)]
+    assert [line["reward"] for line in logged] == rewards.totals(parts, [0, 0, 0])
+    assert step["reward"] == pytest.approx(sum(line["reward"] for line in logged) / 3, abs=1e-6)
+    found = PeftModel.from_pretrained(deepcopy(lcft_model), str(made.adapter))
+    assert found.peft_config["default"].r == 4
+
+
+def test_three_steps_on_a_context_leave_an_adapter_that_lcft_loads(
+    lcft_model: Any, smollm2: str, tmp_path: Path
+) -> None:
+    made = learn(lcft_model, smollm2, tmp_path, 3, row("ao", fillers=5))
+    losses = [line["loss"] for line in made.history if "loss" in line]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+    model = LCFT(smollm2, peft=str(made.adapter), kv="snapkv:0.5", device="cpu").model
+    assert sum(isinstance(module, torch.nn.Module) and hasattr(module, "lora_A") for module in model.modules()) == 60

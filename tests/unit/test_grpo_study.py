@@ -1,0 +1,49 @@
+"""docs/studies/grpo.md: its tables come from the committed scores, which hold no text."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("grpo_study", ROOT / "docs" / "studies" / "grpo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:
+    page = (ROOT / "docs" / "studies" / "grpo.md").read_text()
+    assert study.table() in page
+    assert study.course() in page
+
+
+def test_the_committed_files_hold_ids_and_numbers_alone(study: ModuleType) -> None:
+    for file in study.KEPT.glob("*.jsonl"):
+        for line in map(json.loads, file.read_text().splitlines()):
+            assert all(isinstance(value, float | int) for key, value in line.items() if key not in ("id", "gold"))
+
+
+def test_every_held_out_question_is_measured_at_every_point(study: ModuleType) -> None:
+    found = study.read("held_out")
+    asked = {line["id"] for line in found}
+    for step in {line["step"] for line in found}:
+        assert sorted(line["id"] for line in found if line["step"] == step) == sorted(asked)
+
+
+@pytest.mark.slow
+def test_no_gold_passage_is_both_trained_on_and_held_out(study: ModuleType, smollm2: str, data_folder: Path) -> None:
+    train, held_out = study.rows()
+    assert not {row["gold_pids"][0] for row in train} & {row["gold_pids"][0] for row in held_out}
+    assert {line["id"] for line in study.read("held_out")} <= {row["id"] for row in held_out}
+    assert all(len(row["docs"]) == 2 and row["gold_pids"][0] in {d["pid"] for d in row["docs"]} for row in train)
