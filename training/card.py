@@ -13,8 +13,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     recipe, data, optim = record["recipe"], record["data"], record["recipe"]["optim"]
     said = recipe["data"]
     base, name = recipe["model"]["pretrained"], output.name
-    first = [loss for _, loss in record["losses"][:10]]
-    last = [loss for _, loss in record["losses"][-10:]]
+    first, last = record["losses"][:10], record["losses"][-10:]
     lines = [
         "---",
         f"base_model: {base}",
@@ -28,8 +27,12 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
         f"{data['contexts']:,} contexts of {data['tokens_a_context']:,.0f} tokens (digest {data['digest']}).",
         f"- Trained: {record['parameters']:,} parameters, {optim['steps']} steps of {optim['contexts']} contexts, "
         f"{record['wall_s'] / 60:.1f} minutes.",
-        f"- Loss: {sum(first) / len(first):.3f} over the first {len(first)} steps, {sum(last) / len(last):.3f} over "
-        f"the last {len(last)}.",
+        f"- Loss: {_mean(first):.3f} over the first {len(first)} steps, {_mean(last):.3f} over the last {len(last)}.",
+        *[
+            f"- Reward {recipe['grpo']['reward']}: {_mean(record['rewards'][:10]):.3f} over the first steps, "
+            f"{_mean(record['rewards'][-10:]):.3f} over the last."
+            for _ in record.get("rewards", ())[:1]
+        ],
         *[f"- Held-out loss after step {step}: {loss:.3f}." for step, loss in record["eval_losses"][-1:]],
         "",
         "```",
@@ -44,3 +47,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
         "```",
     ]
     (output / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _mean(curve: list[list[float]]) -> float:
+    return sum(value for _, value in curve) / len(curve)

@@ -47,17 +47,23 @@ def estimate(recipe: Config) -> dict[str, Any]:
         with torch.device("meta"):
             tuned = get_peft_model(model, how)
         trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    grpo, tokens = recipe.grpo, data["longest_context_tokens"]
+    answers, steps = data.pop("answers"), recipe.optim.steps
+    seen = steps * recipe.optim.contexts
+    if grpo is not None:  # every sample is a sequence of its own
+        answers, steps = grpo.completions_per_device * grpo.max_new_tokens, grpo.steps
+        tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
+        seen = steps * grpo.prompts_per_step * grpo.num_generations
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
         "trained": trained * _per_trained(recipe),
-        "activations": activations(config, recipe, data["longest_context_tokens"]),
-        "logits": data.pop("answers") * config.get_text_config().vocab_size * (BYTES[recipe.model.dtype] + 8),
+        "activations": activations(config, recipe, tokens),
+        "logits": answers * config.get_text_config().vocab_size * (BYTES[recipe.model.dtype] + 8),
     }
-    seen = recipe.optim.steps * recipe.optim.contexts
     return {
         "output": str(recipe.output),
         **data,
-        "steps": recipe.optim.steps,
+        "steps": steps,
         "tokens": round(seen * data["tokens_a_context"]),
         "epochs": seen / data["contexts"] if data["contexts"] else None,
         "parameters": weights,

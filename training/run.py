@@ -10,14 +10,16 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.training import data, robust
+from lceval.training import data, robust, tabular
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
+from lceval.training.rewards import Grader
 
 RECORD = "train.json"
 
@@ -27,11 +29,13 @@ class Plan:
     """What a recipe will train on.
 
     Attributes:
-        contexts, held_out: packed contexts; `tokens` read in a step on average.
+        contexts, held_out: packed contexts, and the rows that they were made from; `tokens` of one on average.
     """
 
     contexts: tuple[Packed, ...]
     held_out: tuple[Packed, ...]
+    rows: tuple[Any, ...]
+    held_out_rows: tuple[Any, ...]
 
     @property
     def questions(self) -> int:
@@ -75,16 +79,27 @@ def plan(recipe: Config, lm: Any) -> Plan:
     chat = template if recipe.model.chat_template is None else recipe.model.chat_template
     encoder = Encoder(lm, chat_template=chat)
     spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
-    rows = data.read(recipe.rows)[1] if recipe.rows else data.rows(spec)[0]
+    rows: Sequence[Any]
+    if recipe.neighbourhoods is not None:
+        rows = tabular.rows(recipe.neighbourhoods)
+    else:
+        rows = data.read(recipe.rows)[1] if recipe.rows else data.rows(spec)[0]
+    aside: Sequence[Any] = []
     held_out: list[Packed] = []
     if recipe.eval_contexts:
         test = spec.model_copy(update={"split": "test", "seeds": (0,), "limit": None})
-        held_out = encoder.encode(data.rows(test)[0])[: recipe.eval_contexts]
-    return Plan(tuple(encoder.encode(rows)), tuple(held_out))
+        aside = data.rows(test)[0]
+        held_out = encoder.encode(aside)[: recipe.eval_contexts]
+        kept = {name for packed in held_out for name in packed.ids}
+        aside = [row for row in aside if row["id"] in kept]
+    return Plan(tuple(encoder.encode(rows)), tuple(held_out), tuple(rows), tuple(aside))
 
 
-def train(recipe: Config) -> dict[str, Any]:
+def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     """Train, or go on with, or find finished, what a recipe asks for; returns the record.
+
+    Args:
+        grader: gives J, for a reward that has one.
 
     Raises:
         UserError: the output folder holds another run, or a recipe that cannot be trained.
@@ -99,6 +114,7 @@ def train(recipe: Config) -> dict[str, Any]:
         return before
     from transformers import set_seed
 
+    set_seed(recipe.seed)
     model, lm = load(recipe)
     planned = plan(recipe, lm)
     record: dict[str, Any] = {
@@ -115,27 +131,62 @@ def train(recipe: Config) -> dict[str, Any]:
         raise UserError(f"{recipe.output}: its data is not what it was begun with: choose another output=FOLDER")
     recipe.output.mkdir(parents=True, exist_ok=True)
     _write(recipe.output, record)
-    from lceval.training.sft import last_checkpoint, trainer
-
-    set_seed(recipe.seed)
     began = time.perf_counter()
-    made = trainer(recipe, model, lm.tokenizer, planned.contexts, planned.held_out)
-    made.train(resume_from_checkpoint=last_checkpoint(recipe.output))
-    made.save_model(str(recipe.output))
+    made = _reinforce(recipe, model, lm, planned, grader) if recipe.grpo else _supervise(recipe, model, lm, planned)
     (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe stands in train.json
-    history = made.state.log_history
-    record |= {
-        "status": "finished",
-        "parameters": sum(p.numel() for p in made.model.parameters() if p.requires_grad),
-        "wall_s": time.perf_counter() - began,
-        "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
-        "eval_losses": [[line["step"], line["eval_loss"]] for line in history if "eval_loss" in line],
-    }
+    record |= {"status": "finished", "wall_s": time.perf_counter() - began, **made}
     from lceval.training.card import write as write_card
 
     write_card(recipe.output, record)
     _write(recipe.output, record)
     return record
+
+
+def _supervise(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
+    from lceval.training.sft import last_checkpoint, trainer
+
+    made = trainer(recipe, model, lm.tokenizer, planned.contexts, planned.held_out)
+    made.train(resume_from_checkpoint=last_checkpoint(recipe.output))
+    made.save_model(str(recipe.output))
+    parameters = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    return {"parameters": parameters, **_curves(made.state.log_history)}
+
+
+def _reinforce(recipe: Config, model: Any, lm: Any, planned: Plan, grader: Grader | None) -> dict[str, Any]:
+    from lceval.training import grpo
+    from lceval.training.sft import lora
+
+    assert recipe.grpo is not None
+    model.set_attn_implementation("sdpa")  # it also samples, from rows that are padded on the left
+    trained = grpo.train(
+        model=model,
+        tokenizer=lm.tokenizer,
+        rows=planned.rows,
+        grpo=recipe.grpo,
+        output=recipe.output,
+        lora=lora(recipe),
+        seed=recipe.seed,
+        resume=True,
+        grader=grader,
+        held_out=planned.held_out_rows,
+        chat_template=recipe.model.chat_template,
+        bf16=recipe.optim.bf16,
+        report_to=recipe.report_to,
+    )
+    rewards = [[line["step"], line["reward"]] for line in trained.history if "reward" in line]
+    return {
+        "parameters": trained.parameters,
+        "unjudged": trained.unjudged,
+        "rewards": rewards,
+        **_curves(trained.history),
+    }
+
+
+def _curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
+        "eval_losses": [[line["step"], line["eval_loss"]] for line in history if "eval_loss" in line],
+    }
 
 
 def _plain(recipe: Config) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lceval.judge import rubrics
@@ -12,6 +13,7 @@ from lceval.judge.rubrics import Case
 from lceval.tasks.scoring import gold_places
 
 RUBRIC = "rj"
+TIMEOUT_S = 120.0
 
 
 class Grader:
@@ -35,6 +37,25 @@ class Grader:
         verdicts = self._client.judge_all(self._rubric, cases)
         self.unjudged.update(verdict.reason for verdict in verdicts if verdict.grades is None)
         return [None if v.grades is None else float(sum(int(grade) for grade in v.grades.values())) for v in verdicts]
+
+
+@contextmanager
+def configured() -> Iterator[Grader]:
+    """A grader of the judge that LCEVAL_JUDGE names; replies are filed where `lceval judge` finds them.
+
+    Raises:
+        UserError: no judge is named, or there is no such judge.
+    """
+    from lceval.judge import judges
+    from lceval.judge.store import Store, alone, default_path
+
+    judge = judges.make(judges.chosen(None), timeout=TIMEOUT_S)
+    file = default_path()
+    try:
+        with alone(file, judge.name, wait=True), Store(file) as store:
+            yield Grader(Client(judge, store))
+    finally:
+        judge.close()
 
 
 def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:

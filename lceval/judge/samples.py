@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lceval.judge.client import Verdict
+from lceval.judge.grader import RUBRIC, case
 from lceval.judge.rubrics import Case, Label, Rubric
 from lceval.judge.verdicts import RATING
 from lceval.stats import cluster_bootstrap
 from lceval.tasks import catalogue
 from lceval.tasks.mc.letters import gold_letters
-from lceval.tasks.scoring import gold_places
 
 PERFECT = 100
 _FORMS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
@@ -168,21 +168,13 @@ def _by(scored: Scored, name: str) -> dict[str, dict[str, Any]]:
 def sample_of(row: Mapping[str, Any], rubric: str) -> Sample:
     """A line of a samples file, or a sample as lm-eval hands it back."""
     doc = row["doc"]
-    golds = sorted(gold_places(doc)) if rubric == "rj" else []
     kv = row.get("kv")
     subem = row.get("subem")
     return Sample(
         doc_id=row.get("doc_id"),
         id=str(doc["id"]),
         cluster=str(doc["cluster"]),
-        case=Case(
-            question=doc["question"],
-            gold=tuple(doc["answers"]),
-            solution=str(row["filtered_resps"][0]),
-            documents=tuple(f"[DOC {place}]\n{doc['docs'][place]['text']}" for place in golds),
-            gold_ids=tuple(golds),
-            choices=tuple(doc.get("choices") or ()),
-        ),
+        case=case(doc, str(row["filtered_resps"][0]), documents=rubric == RUBRIC),
         subem=float(subem) if isinstance(subem, int | float) else None,
         letters=tuple(gold_letters(doc)) if rubric == "choice" else (),
         failed=isinstance(kv, dict) and kv.get("status") == "error",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from lceval.training.config import read
@@ -21,9 +22,12 @@ def run(recipe: str, changes: Sequence[str], *, dry_run: bool, as_json: bool) ->
 
         report = estimate(config)
         return json.dumps(report, indent=2) if as_json else render(report)
+    from lceval.judge.grader import configured
     from lceval.training.run import train
 
-    record = train(config)
+    judged = config.grpo is not None and config.grpo.wanted.judged
+    with configured() if judged else nullcontext() as grader:
+        record = train(config, grader)
     return json.dumps({"output": str(config.output), **record}, indent=2) if as_json else render_record(config, record)
 
 
@@ -37,6 +41,9 @@ def render_record(config: Any, record: dict[str, Any]) -> str:
         f"loss {sum(first) / len(first):.3f} over the first {len(first)} steps, {sum(last) / len(last):.3f} over the "
         f"last {len(last)}",
     ]
+    if rewards := [reward for _, reward in record.get("rewards", ())]:
+        first, last = rewards[:10], rewards[-10:]
+        lines.append(f"reward {sum(first) / len(first):.3f} at first, {sum(last) / len(last):.3f} at last")
     lines += [f"held-out loss {loss:.3f} after step {step}" for step, loss in record["eval_losses"]]
     lines.append(f"next: lceval train eval {config.output}")
     return "\n".join(lines)
