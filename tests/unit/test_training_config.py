@@ -98,3 +98,28 @@ def test_the_model_of_a_recipe_without_shape_must_be_at_hand(tmp_path: Path) -> 
     made = parse({"output": "unused", "model": {"pretrained": str(tmp_path)}}, "test")
     with pytest.raises(UserError, match=r"model\.shape"):
         estimate(made)
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+
+
+def test_the_page_on_training_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in config.shipped():
+        assert f"`{name}`" in DOC
+    for section in config.Config.model_fields:
+        assert f"`{section}`" in DOC
+    assert invoke(["train", "paper_ao_sft", "--dry-run"]) == 0
+    assert f"{float(capsys.readouterr().out.rpartition('about ')[2].split()[0])} GiB" in DOC
+
+
+def test_the_pages_recipes_can_be_read() -> None:
+    import re
+
+    import yaml
+
+    for block in re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL):
+        parse({"output": "unused", **yaml.safe_load(block)}, "training.md")
+    lines = [line.split()[2:] for line in re.findall(r"^lceval train [^e].*", DOC, re.MULTILINE)]
+    assert lines
+    for name, *changes in lines:
+        read(name, [change for change in changes if "=" in change])
