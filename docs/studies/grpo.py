@@ -179,8 +179,10 @@ def table() -> str:
 
 
 def course() -> str:
-    """The samples drawn in training."""
+    """The samples drawn in training; nothing before there are any."""
     found = read("steps")
+    if not found:
+        return ""
     names = ("reward", "parts/answer", "parts/form", "kl", "entropy", "completions/mean_length", "step_time")
     lines = ["| sampled, steps | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     for start in range(0, len(found), SHOWN):
