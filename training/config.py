@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lceval.errors import UserError
 from lceval.training.data import Spec
 from lceval.training.grpo import Grpo
+from lceval.training.longlora import LongLora
 from lceval.training.tabular import Neighbourhoods
+from lceval.training.texts import Texts
 
 
 class Section(BaseModel):
@@ -102,6 +104,8 @@ class Config(Section):
         data: the rows to learn from (`lceval.training.data.Spec`); their tokens are counted as the model's.
         rows: a file that `lceval train data` wrote, instead of `data`.
         neighbourhoods: rows of tables, instead of `data`.
+        texts: plain text, instead of questions. longlora: learned with shifted sparse attention, for a longer window;
+            its own LoRA takes the place of `lora`.
         robust: fine-tuning under compression. grpo: reinforcement by a reward in place of supervised fine-tuning; its
             steps and rates are its own, and `optim` says only what is not about them (`bf16`).
         save_steps: steps between checkpoints; the same line goes on from the last one.
@@ -116,6 +120,8 @@ class Config(Section):
     lora: Lora | None = Lora()
     optim: Optim = Optim()
     neighbourhoods: Neighbourhoods | None = None
+    texts: Texts | None = None
+    longlora: LongLora | None = None
     robust: Robust | None = None
     grpo: Grpo | None = None
     seed: int = Field(default=0, ge=0)
@@ -125,11 +131,16 @@ class Config(Section):
     report_to: list[Literal["tensorboard", "trackio"]] = []
 
     @model_validator(mode="after")
-    def _one_source(self) -> Config:
-        if self.rows is not None and self.neighbourhoods is not None:
-            raise ValueError("rows and neighbourhoods exclude each other")
+    def _go_together(self) -> Config:
+        sources = [name for name in ("rows", "neighbourhoods", "texts") if getattr(self, name) is not None]
+        if len(sources) > 1:
+            raise ValueError(f"{' and '.join(sources)} exclude each other")
         if self.grpo is not None and self.robust is not None:
             raise ValueError("robust goes with supervised fine-tuning, not with grpo")
+        if self.longlora is not None and self.texts is None:
+            raise ValueError("longlora learns from texts: name texts.files and texts.tokens")
+        if self.texts is not None and (self.robust or self.grpo or self.eval_contexts):
+            raise ValueError("texts go with neither robust, grpo nor eval_contexts, which need questions")
         return self
 
 

@@ -30,8 +30,8 @@ def estimate(recipe: Config) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lceval.training import robust
-    from lceval.training.sft import lora
+    from lceval.training import longlora, robust
+    from lceval.training.sft import with_lora
 
     if recipe.robust is not None:
         robust.check(recipe.robust)
@@ -40,13 +40,9 @@ def estimate(recipe: Config) -> dict[str, Any]:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
     data = _read(recipe, model) if at_hand else _unread(recipe)
     weights = sum(p.numel() for p in model.parameters())
-    trained = weights
-    if (how := lora(recipe)) is not None:
-        from peft import get_peft_model
-
-        with torch.device("meta"):
-            tuned = get_peft_model(model, how)
-        trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    with torch.device("meta"):
+        tuned = longlora.prepare(model, recipe.longlora) if recipe.longlora else with_lora(recipe, model)
+    trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
     answers, steps = data.pop("answers"), recipe.optim.steps
     seen = steps * recipe.optim.contexts
@@ -99,12 +95,14 @@ def _read(recipe: Config, model: Any) -> dict[str, Any]:
 
     planned = plan(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
     return {
-        "contexts": len(planned.contexts),
+        "contexts": len(planned.contexts) or len(planned.sequences),
         "questions": planned.questions,
         "held_out_contexts": len(planned.held_out),
         "tokens_a_context": round(planned.tokens),
-        "longest_context_tokens": max(c.tokens for c in planned.contexts),
-        "answers": max(sum(len(t.answer) for t in c.turns) for c in planned.contexts),
+        "longest_context_tokens": planned.longest,
+        "answers": max(
+            [sum(len(t.answer) for t in c.turns) for c in planned.contexts] + [len(s) for s in planned.sequences]
+        ),
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from lceval.errors import UserError
+from lceval.models import attention
 from lceval.tasks import prompts
 from lceval.training import rewards
 from lceval.training.grpo_trainer import trainer_class
@@ -155,6 +156,8 @@ def train(
     Raises:
         UserError: what cannot be trained, or not here; nothing has been written then.
     """
+    if model.config._attn_implementation == attention.NAME:
+        model.set_attn_implementation("sdpa")  # it also samples, from rows that are padded on the left
     reward = grpo.wanted
     _check(reward, rows, grader, output, resume, grpo, report_to)
     tokenizer = deepcopy(tokenizer)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.training import data, robust, tabular
+from lceval.training import data, robust, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
@@ -30,12 +30,14 @@ class Plan:
 
     Attributes:
         contexts, held_out: packed contexts, and the rows that they were made from; `tokens` of one on average.
+        sequences: of plain text, instead of contexts.
     """
 
     contexts: tuple[Packed, ...]
     held_out: tuple[Packed, ...]
     rows: tuple[Any, ...]
     held_out_rows: tuple[Any, ...]
+    sequences: tuple[tuple[int, ...], ...] = ()
 
     @property
     def questions(self) -> int:
@@ -43,7 +45,12 @@ class Plan:
 
     @property
     def tokens(self) -> float:
-        return sum(c.tokens for c in self.contexts) / len(self.contexts)
+        lengths = [c.tokens for c in self.contexts] + [len(ids) for ids in self.sequences]
+        return sum(lengths) / len(lengths)
+
+    @property
+    def longest(self) -> int:
+        return max([c.tokens for c in self.contexts] + [len(ids) for ids in self.sequences])
 
     @property
     def digest(self) -> str:
@@ -51,6 +58,8 @@ class Plan:
         digest = hashlib.sha256()
         for packed in self.contexts:
             digest.update(repr((packed.context, [(t.question, t.answer) for t in packed.turns])).encode())
+        for ids in self.sequences:
+            digest.update(repr(ids).encode())
         return digest.hexdigest()[:16]
 
 
@@ -75,6 +84,8 @@ def plan(recipe: Config, lm: Any) -> Plan:
     Raises:
         UserError: a dataset that has no such rows.
     """
+    if recipe.texts is not None:
+        return Plan((), (), (), (), tuple(texts.sequences(recipe.texts, lm.tok_encode)))
     template = lm.tokenizer.chat_template is not None
     chat = template if recipe.model.chat_template is None else recipe.model.chat_template
     encoder = Encoder(lm, chat_template=chat)
@@ -122,7 +133,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         "recipe": _plain(recipe),
         "data": {
             "digest": planned.digest,
-            "contexts": len(planned.contexts),
+            "contexts": len(planned.contexts) or len(planned.sequences),
             "questions": planned.questions,
             "tokens_a_context": planned.tokens,
         },
@@ -132,7 +143,12 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     recipe.output.mkdir(parents=True, exist_ok=True)
     _write(recipe.output, record)
     began = time.perf_counter()
-    made = _reinforce(recipe, model, lm, planned, grader) if recipe.grpo else _supervise(recipe, model, lm, planned)
+    if recipe.grpo is not None:
+        made = _reinforce(recipe, model, lm, planned, grader)
+    elif recipe.texts is not None:
+        made = _read(recipe, model, lm, planned)
+    else:
+        made = _supervise(recipe, model, lm, planned)
     (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe stands in train.json
     record |= {"status": "finished", "wall_s": time.perf_counter() - began, **made}
     from lceval.training.card import write as write_card
@@ -152,12 +168,27 @@ def _supervise(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, 
     return {"parameters": parameters, **_curves(made.state.log_history)}
 
 
+def _read(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
+    from lceval.training import longlora
+    from lceval.training.sft import last_checkpoint, text_trainer
+
+    model.set_attn_implementation("sdpa")
+    tuned = model if recipe.longlora is None else longlora.prepare(model, recipe.longlora)
+    made = text_trainer(recipe, tuned, lm.tokenizer, planned.sequences)
+    made.train(resume_from_checkpoint=last_checkpoint(recipe.output))
+    parameters = sum(p.numel() for p in made.model.parameters() if p.requires_grad)
+    if recipe.longlora is None:
+        made.save_model(str(recipe.output))
+        return {"parameters": parameters, **_curves(made.state.log_history)}
+    loads = longlora.save(made.model, recipe.longlora, recipe.output / "model", lm.tokenizer)
+    return {"parameters": parameters, "model": "model", "loads_as": loads, **_curves(made.state.log_history)}
+
+
 def _reinforce(recipe: Config, model: Any, lm: Any, planned: Plan, grader: Grader | None) -> dict[str, Any]:
     from lceval.training import grpo
     from lceval.training.sft import lora
 
     assert recipe.grpo is not None
-    model.set_attn_implementation("sdpa")  # it also samples, from rows that are padded on the left
     trained = grpo.train(
         model=model,
         tokenizer=lm.tokenizer,

@@ -19,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lceval.models.geometry import Geometry
-from lceval.training import robust
+from lceval.training import robust, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, Packing, pack
@@ -30,9 +30,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__(data_collator=_collate, **kwargs)
-        for printing in (ProgressCallback, PrinterCallback):  # on stdout, which belongs to the result
-            self.remove_callback(printing)
-        self.add_callback(_Progress())
+        _on_stderr(self)
         self._recipe = recipe
         self._geometry = geometry
         self._micro = (0, 0)
@@ -70,6 +68,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         return robust.draw(self._recipe.robust, rng, step / self.args.max_steps)
 
 
+def _on_stderr(trainer: Any) -> None:
+    """Silence what prints on stdout, which belongs to the result."""
+    for printing in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(printing)
+    trainer.add_callback(_Progress())
+
+
 class _Progress(TrainerCallback):  # type: ignore[misc]
     """A bar on stderr with the last loss."""
 
@@ -93,7 +98,6 @@ def trainer(
 ) -> PackedTrainer:
     """What trains `model` on `contexts`; checkpoints go to `output/checkpoints`."""
     aware = recipe.robust is not None and recipe.robust.compress == "aware"
-    optim = recipe.optim
     return PackedTrainer(
         recipe,
         Geometry.of(model),
@@ -102,34 +106,56 @@ def trainer(
         train_dataset=_dataset(contexts, aware),
         eval_dataset=_dataset(held_out, aware) if held_out else None,
         peft_config=lora(recipe),
-        args=SFTConfig(
-            output_dir=str(recipe.output / "checkpoints"),
-            max_steps=optim.steps,
-            per_device_train_batch_size=1,
-            per_device_eval_batch_size=1,
-            gradient_accumulation_steps=optim.contexts,
-            learning_rate=optim.lr,
-            lr_scheduler_type=optim.schedule,
-            warmup_steps=round(optim.warmup * optim.steps),
-            weight_decay=optim.weight_decay,
-            max_grad_norm=optim.max_grad_norm,
-            bf16=optim.bf16,
-            activation_checkpointing=optim.checkpointing,
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-            logging_steps=1,
-            disable_tqdm=True,
-            save_steps=recipe.save_steps,
-            save_total_limit=recipe.keep_checkpoints,
-            eval_strategy="steps" if held_out else "no",
-            eval_steps=recipe.save_steps,
-            prediction_loss_only=True,
-            report_to=list(recipe.report_to) or "none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-            remove_unused_columns=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=None,
-        ),
+        args=settings(recipe, evaluate=bool(held_out)),
+    )
+
+
+def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Any:
+    """TRL's trainer as it is, on sequences of one length; `model` is a PEFT model already under `longlora`."""
+    made = SFTTrainer(
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=texts.dataset(sequences),
+        data_collator=_collate,
+        peft_config=None if recipe.longlora else lora(recipe),
+        args=settings(recipe, evaluate=False),
+    )
+    _on_stderr(made)
+    return made
+
+
+def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
+    """TRL's configuration of a recipe."""
+    optim = recipe.optim
+    return SFTConfig(
+        output_dir=str(recipe.output / "checkpoints"),
+        max_steps=optim.steps,
+        per_device_train_batch_size=1,
+        per_device_eval_batch_size=1,
+        gradient_accumulation_steps=optim.contexts,
+        learning_rate=optim.lr,
+        lr_scheduler_type=optim.schedule,
+        warmup_steps=round(optim.warmup * optim.steps),
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.max_grad_norm,
+        bf16=optim.bf16,
+        activation_checkpointing=optim.checkpointing,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        logging_steps=1,
+        disable_tqdm=True,
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.keep_checkpoints,
+        eval_strategy="steps" if evaluate else "no",
+        eval_steps=recipe.save_steps,
+        prediction_loss_only=True,
+        report_to=list(recipe.report_to) or "none",
+        project="lceval",
+        trackio_static_space_id=False,  # it stays on this machine
+        dataloader_pin_memory=torch.cuda.is_available(),
+        remove_unused_columns=False,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
     )
 
 
@@ -146,6 +172,14 @@ def lora(recipe: Config) -> Any:
         target_modules=recipe.lora.targets,
         task_type="CAUSAL_LM",
     )
+
+
+def with_lora(recipe: Config, model: Any) -> Any:
+    """The model as it is trained: with LoRA, or itself."""
+    from peft import get_peft_model
+
+    how = lora(recipe)
+    return model if how is None else get_peft_model(model, how)
 
 
 def _dataset(contexts: Sequence[Packed], aware: bool) -> Dataset:

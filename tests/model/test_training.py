@@ -139,3 +139,29 @@ def test_the_plan_counts_what_backward_remembers(smollm2: str, dtype: str, lora:
     counted = dry_run.activations(model.config, made, packed["block"].shape[1])
     # Measured: 0.99, 1.02 and 0.93 of the count.
     assert sum(saved.values()) == pytest.approx(counted, rel=0.1)
+
+
+def test_texts_are_learned_with_shifted_attention_for_a_longer_window(tmp_path: Path, smollm2: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    lines = [
+        {"book": str(n % 2), "text": f"Page {n}. " + "The ledger of the harbour was kept in ink. " * 30}
+        for n in range(8)
+    ]
+    file = tmp_path / "books.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = {
+        "output": str(tmp_path / "long"),
+        "texts": {"files": [str(file)], "group": "book", "tokens": 256},
+        "longlora": {"window_tokens": 16384},
+        "optim": {"steps": 2, "contexts": 1, "lr": 1e-3, "warmup": 0.0},
+        "model": {"dtype": "float32"},
+    }
+    record = train(parse(said, "test"))
+    losses = [loss for _, loss in record["losses"]]
+    assert losses[1] < losses[0]
+    # A longer window is no adapter's to say: a whole model, which knows it.
+    assert record["loads_as"] == "pretrained"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "long" / "model")
+    assert model.config.max_position_embeddings == 16384
+    assert f"pretrained={tmp_path / 'long' / 'model'}" in (tmp_path / "long" / "README.md").read_text()

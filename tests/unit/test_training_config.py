@@ -41,6 +41,9 @@ def test_changes_reach_into_sections() -> None:
         (["optim.steps=0"], "optim.steps: input should be greater than 0"),
         (["robust.evictors=[snapkv]", "robust.keep=[0.9, 0.2]"], "0 < lower <= upper <= 1"),
         (["optim.lr"], "expected KEY=VALUE"),
+        (["longlora.r=8"], "longlora learns from texts"),
+        (["texts.files=[a.txt]", "texts.tokens=64", "eval_contexts=2"], "texts go with neither"),
+        (["rows=a.jsonl", "neighbourhoods.sets=2"], "rows and neighbourhoods exclude each other"),
     ],
 )
 def test_a_bad_recipe_is_refused_in_one_line(changes: list[str], said: str) -> None:
@@ -123,3 +126,24 @@ def test_the_pages_recipes_can_be_read() -> None:
     assert lines
     for name, *changes in lines:
         read(name, [change for change in changes if "=" in change])
+
+
+def test_texts_are_cut_into_sequences_and_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    from lceval.training.texts import Texts, sequences
+
+    file = tmp_path / "pages.jsonl"
+    file.write_text(
+        '{"doc": "a", "text": "one two"}\n{"doc": "b", "text": "six"}\n{"doc": "a", "text": "three four"}\n'
+    )
+
+    def encode(text: str) -> list[int]:
+        return [len(word) for word in text.split()]
+
+    found = sequences(Texts(files=[file], group="doc", tokens=2), encode)
+    assert sorted(found) == [(3, 3), (5, 4)]  # one two, three four; six is too short
+    with pytest.raises(UserError, match="no document has 9 tokens"):
+        sequences(Texts(files=[file], tokens=9), encode)
+    with pytest.raises(UserError, match=r"pages.jsonl:1: no document"):
+        sequences(Texts(files=[file], field="body", tokens=2), encode)
+    with pytest.raises(UserError, match="cannot read"):
+        sequences(Texts(files=[tmp_path / "none.txt"], tokens=2), encode)

@@ -17,7 +17,7 @@ from lceval.training import data, formats
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training-data.md").read_text()
 COMMANDS = [
-    shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()
+    shlex.split(line) for block in re.findall(r"```console\n(.*?)```", TEXT, re.DOTALL) for line in block.splitlines()
 ]
 
 
