@@ -1,4 +1,4 @@
-"""Command groups that are also commands: `lceval train RECIPE` beside `lceval train eval`."""
+"""Command groups that are also commands: `lceval train RECIPE` beside `lceval train eval`, and so `lceval judge`."""
 
 from __future__ import annotations
 

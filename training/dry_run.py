@@ -46,10 +46,12 @@ def estimate(recipe: Config) -> dict[str, Any]:
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
     answers, steps = data.pop("answers"), recipe.optim.steps
     seen = steps * recipe.optim.contexts
+    epochs = seen / data["contexts"] if data["contexts"] else None
     if grpo is not None:  # every sample is a sequence of its own
         answers, steps = grpo.completions_per_device * grpo.max_new_tokens, grpo.steps
         tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
         seen = steps * grpo.prompts_per_step * grpo.num_generations
+        epochs = steps * grpo.prompts_per_step / data["questions"] if data["questions"] else None
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
         "trained": trained * _per_trained(recipe),
@@ -61,7 +63,7 @@ def estimate(recipe: Config) -> dict[str, Any]:
         **data,
         "steps": steps,
         "tokens": round(seen * data["tokens_a_context"]),
-        "epochs": seen / data["contexts"] if data["contexts"] else None,
+        "epochs": epochs,
         "parameters": weights,
         "trained_parameters": trained,
         "memory_gib": {part: n / GIB for part, n in memory.items()},
@@ -107,15 +109,20 @@ def _read(recipe: Config, model: Any) -> dict[str, Any]:
 
 
 def _unread(recipe: Config) -> dict[str, Any]:
-    """What the data is by its name: no context is longer."""
-    tokens = round(recipe.data.length_k * 1024)
+    """What the data is by its name: no context is longer, and no answer."""
+    from lceval.tasks import catalogue
+
+    tokens = recipe.texts.tokens if recipe.texts else round(recipe.data.length_k * 1024)
+    known = [catalogue.datasets()[name] for name in recipe.data.datasets]
+    answer = max(catalogue.new_tokens(d.modes[mode]) for d in known for mode in recipe.data.modes)
+    usual = max(d.per_context for d in known)
     return {
         "contexts": None,
         "questions": None,
         "held_out_contexts": recipe.eval_contexts,
         "tokens_a_context": tokens,
         "longest_context_tokens": tokens,
-        "answers": 64 * (recipe.data.questions or 4),
+        "answers": tokens if recipe.texts else answer * (recipe.data.questions or usual),
     }
 
 
@@ -124,7 +131,7 @@ def _per_trained(recipe: Config) -> int:
 
     PEFT keeps LoRA's matrices in float32; in full fine-tuning gradient and moments have the weights' type.
     """
-    return 16 if recipe.lora else 3 * BYTES[recipe.model.dtype]
+    return 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
 
 
 def activations(config: Any, recipe: Config, tokens: int) -> int:

@@ -9,7 +9,6 @@ what `lceval run` shows. TRL and the trainer bring LoRA, checkpoints, vLLM and a
 from __future__ import annotations
 
 import random
-import sys
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -27,6 +26,7 @@ from lceval.training import rewards
 from lceval.training.grpo_trainer import trainer_class
 from lceval.training.rewards import Grader, Reward, Row
 from lceval.training.samples import Scores
+from lceval.training.trainers import last_checkpoint, speak_on_stderr
 
 
 class Grpo(BaseModel):
@@ -168,7 +168,7 @@ def train(
     everything = [*rows, *held_out]
     _fits(everything, tokenizer, chat, grpo.max_new_tokens, model)
     settings = _settings(grpo, output, seed, bf16, bool(held_out), report_to)
-    checkpoint = _last_checkpoint(output) if resume else None
+    checkpoint = last_checkpoint(output) if resume else None
     score = Scores(reward, everything, len(rows), grader, output, settings.process_index)
     score.go_on_from(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     trainer = trainer_class(settings.device.type)(
@@ -180,7 +180,7 @@ def train(
         processing_class=tokenizer,
         peft_config=lora,
     )
-    _speak_on_stderr(trainer, grpo.steps)
+    speak_on_stderr(trainer)
     if minutes is not None:
         _stop_after(trainer, minutes, grpo.updates_per_generation * grpo.iterations)
     trained = trainer.model
@@ -295,7 +295,7 @@ def _check(
         raise UserError(f"the reward {reward.name} needs a judge: give one, or choose id, idc or idq")
     if not rows:
         raise UserError("no rows to train on")
-    if not resume and _last_checkpoint(output):
+    if not resume and last_checkpoint(output):
         raise UserError(f"{output} holds checkpoints of an earlier run: resume it, or choose another folder")
     for package in ("trl", *report_to, *(["vllm"] if grpo.use_vllm != "none" else [])):
         if find_spec(package) is None:
@@ -319,32 +319,6 @@ def _fits(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, mode
                 f"the prompt of {row['id']} has {length} tokens, and with max_new_tokens={new_tokens} that is more "
                 f"than the model's {limit}: choose shorter rows or fewer new tokens"
             )
-
-
-def _last_checkpoint(output: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = output / "checkpoints"
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
-
-
-def _speak_on_stderr(trainer: Any, steps: int) -> None:
-    """A line a step, in place of the trainer's own on stdout, which is for results."""
-    from transformers import PrinterCallback, TrainerCallback
-
-    class Progress(TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if state.is_world_process_zero and logs:
-                kept = {
-                    name: logs[name] for name in ("reward", "eval_reward", "kl", "loss") if logs.get(name) is not None
-                }
-                if kept:
-                    said = ", ".join(f"{name} {value:.4g}" for name, value in kept.items())
-                    print(f"step {state.global_step} of {steps}: {said}", file=sys.stderr)
-
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Progress())
 
 
 def _stop_after(trainer: Any, minutes: float, every: int) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from lceval.training import data, robust, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
+from lceval.training.trainers import last_checkpoint
 
 RECORD = "train.json"
 
@@ -75,7 +78,7 @@ def load(recipe: Config) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(
         name, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype)
     )
-    return model, LCFT(model, tokenizer=name)
+    return model, LCFT(model, tokenizer=name, revision=recipe.model.revision)
 
 
 def plan(recipe: Config, lm: Any) -> Plan:
@@ -115,6 +118,9 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     Raises:
         UserError: the output folder holds another run, or a recipe that cannot be trained.
     """
+    for package in ("trl", *recipe.report_to):
+        if find_spec(package) is None:
+            raise UserError(f"lceval train needs the package {package}: run `pip install 'lceval[train]'`")
     if recipe.robust is not None:
         robust.check(recipe.robust)
     before = _record(recipe.output)
@@ -159,7 +165,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
 
 
 def _supervise(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
-    from lceval.training.sft import last_checkpoint, trainer
+    from lceval.training.sft import trainer
 
     made = trainer(recipe, model, lm.tokenizer, planned.contexts, planned.held_out)
     made.train(resume_from_checkpoint=last_checkpoint(recipe.output))
@@ -170,7 +176,7 @@ def _supervise(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, 
 
 def _read(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
     from lceval.training import longlora
-    from lceval.training.sft import last_checkpoint, text_trainer
+    from lceval.training.sft import text_trainer
 
     model.set_attn_implementation("sdpa")
     tuned = model if recipe.longlora is None else longlora.prepare(model, recipe.longlora)
@@ -180,7 +186,9 @@ def _read(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
     if recipe.longlora is None:
         made.save_model(str(recipe.output))
         return {"parameters": parameters, **_curves(made.state.log_history)}
-    loads = longlora.save(made.model, recipe.longlora, recipe.output / "model", lm.tokenizer)
+    folder = recipe.output / "model"
+    shutil.rmtree(folder, ignore_errors=True)  # whole, and this recipe's: the run was killed before it said finished
+    loads = longlora.save(made.model, recipe.longlora, folder, lm.tokenizer)
     return {"parameters": parameters, "model": "model", "loads_as": loads, **_curves(made.state.log_history)}
 
 

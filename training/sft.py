@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from tqdm import tqdm
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from lceval.models.geometry import Geometry
@@ -23,6 +20,7 @@ from lceval.training import robust, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, Packing, pack
+from lceval.training.trainers import speak_on_stderr
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -30,10 +28,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__(data_collator=_collate, **kwargs)
-        _on_stderr(self)
+        speak_on_stderr(self)
         self._recipe = recipe
         self._geometry = geometry
-        self._micro = (0, 0)
+        self._micro = (-1, 0)  # step, and place in it
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -68,31 +66,6 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         return robust.draw(self._recipe.robust, rng, step / self.args.max_steps)
 
 
-def _on_stderr(trainer: Any) -> None:
-    """Silence what prints on stdout, which belongs to the result."""
-    for printing in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(printing)
-    trainer.add_callback(_Progress())
-
-
-class _Progress(TrainerCallback):  # type: ignore[misc]
-    """A bar on stderr with the last loss."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        quiet = not state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=quiet)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.update(1)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
 def trainer(
     recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
 ) -> PackedTrainer:
@@ -120,7 +93,7 @@ def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence
         peft_config=None if recipe.longlora else lora(recipe),
         args=settings(recipe, evaluate=False),
     )
-    _on_stderr(made)
+    speak_on_stderr(made)
     return made
 
 
@@ -189,12 +162,3 @@ def _dataset(contexts: Sequence[Packed], aware: bool) -> Dataset:
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     (item,) = items
     return {key: torch.tensor([row]) for key, row in item.items()}
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint under an output folder."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = output / "checkpoints"
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found

@@ -3,33 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from lceval.errors import InfrastructureError
-
-if TYPE_CHECKING:
-    from lceval.judge.client import Client
-    from lceval.judge.judges import Judge
+from lceval.verbs import group_or
 
 _RUNS = "runs"
 
 
-class _RunsFirst(TyperGroup):
-    """A group whose first word may be a run folder: then it is `runs`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        named = args and (args[0] in self.commands or args[0] == "--help")
-        return super().parse_args(ctx, args if named or not args else [_RUNS, *args])
-
-
 app = typer.Typer(
-    cls=_RunsFirst,
+    cls=group_or(_RUNS),
     help="Judged metrics for runs that are done (lceval judge RUN…), and what a judge is worth (calibrate).",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -44,32 +30,6 @@ MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Of a reply;
 MaxCharacters = Annotated[int, typer.Option("--max-characters", help="Of a block that the judge is shown.")]
 Replies = Annotated[Path | None, typer.Option(help="The file of replies; default in LCEVAL_CACHE.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@contextmanager
-def _client(
-    spec: str | None, what: str, replies: Path | None, timeout: float, max_tokens: int | None, **options: Any
-) -> Iterator[tuple[Judge, Client]]:
-    from lceval.judge import judges
-    from lceval.judge.client import Client, Limits, Progress
-    from lceval.judge.store import Store, alone, default_path
-
-    characters = options.pop("max_characters")
-    limits = Limits(**options)
-    file = replies or default_path()
-    judge = judges.make(judges.chosen(spec), timeout=timeout, max_tokens=max_tokens)
-    try:
-        with (
-            alone(file, judge.name),
-            Store(file) as store,
-            Progress(f"{what} by {judge.label}") as progress,
-        ):
-            yield (
-                judge,
-                Client(judge, store, limits, max_characters=characters, max_tokens=max_tokens, on_verdict=progress),
-            )
-    finally:
-        judge.close()
 
 
 @app.command(_RUNS)
@@ -91,12 +51,19 @@ def runs(
 ) -> None:
     """Add judged metrics beside a run's own. Exit code 4: some samples are unjudged; the same line goes on."""
     from lceval.judge import afterwards, calibrations
+    from lceval.judge.asking import asking
+    from lceval.judge.client import Limits
 
-    limits = {"concurrency": concurrency, "retries": retries, "calls": calls, "tokens": tokens}
-    with _client(judge, "judging", replies, timeout, max_tokens, max_characters=max_characters, **limits) as (
-        made,
-        client,
-    ):
+    limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
+    with asking(
+        judge,
+        "judging",
+        replies=replies,
+        timeout=timeout,
+        max_tokens=max_tokens,
+        max_characters=max_characters,
+        limits=limits,
+    ) as (made, client):
         if require_kappa is not None:
             known = calibrations.find(made.name, made.revision)
             calibrations.require(known["kappa"] if known else None, require_kappa, made.name)
@@ -129,13 +96,20 @@ def calibrate_judge(
 ) -> None:
     """Agreement with the people who graded FinanceBench's predictions, self-consistency, and attacks."""
     from lceval.judge import calibrate, calibrations
+    from lceval.judge.asking import asking
+    from lceval.judge.client import Limits
 
     rows = calibrate.stratified(calibrate.graded(data), limit)
-    limits = {"concurrency": concurrency, "retries": retries, "calls": calls, "tokens": tokens}
-    with _client(judge, "calibrating", replies, timeout, max_tokens, max_characters=max_characters, **limits) as (
-        made,
-        client,
-    ):
+    limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
+    with asking(
+        judge,
+        "calibrating",
+        replies=replies,
+        timeout=timeout,
+        max_tokens=max_tokens,
+        max_characters=max_characters,
+        limits=limits,
+    ) as (made, client):
         report, lines = calibrate.calibrate(made, client, rows, repeats=repeats, probed=probes)
     calibrations.keep(report)
     if output is not None:

@@ -13,7 +13,6 @@ from lceval.judge.rubrics import Case
 from lceval.tasks.scoring import gold_places
 
 RUBRIC = "rj"
-TIMEOUT_S = 120.0
 
 
 class Grader:
@@ -46,16 +45,10 @@ def configured() -> Iterator[Grader]:
     Raises:
         UserError: no judge is named, or there is no such judge.
     """
-    from lceval.judge import judges
-    from lceval.judge.store import Store, alone, default_path
+    from lceval.judge.asking import asking
 
-    judge = judges.make(judges.chosen(None), timeout=TIMEOUT_S)
-    file = default_path()
-    try:
-        with alone(file, judge.name, wait=True), Store(file) as store:
-            yield Grader(Client(judge, store))
-    finally:
-        judge.close()
+    with asking(None, None, wait=True) as (_, client):
+        yield Grader(client)
 
 
 def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:

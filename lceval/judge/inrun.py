@@ -28,13 +28,12 @@ from typing import Any
 from lceval.errors import LcevalError, UserError
 from lceval.judge import judges, rubrics, samples
 from lceval.judge.afterwards import report_of
-from lceval.judge.client import Client, Limits, Progress, Spent, Verdict
+from lceval.judge.asking import TIMEOUT_S, asking
+from lceval.judge.client import Limits, Spent, Verdict
 from lceval.judge.judges import VARIABLE
 from lceval.judge.rubrics import Case
-from lceval.judge.store import Store, alone, default_path
 
 LIMITS = Limits()
-TIMEOUT_S = 120.0
 _WORSE_WHEN_HIGH = ("judge_incorrect", "judge_refusal")
 
 Asked = Sequence[tuple[str, Sequence[Case]]]  # rubric and cases, a task each
@@ -164,22 +163,9 @@ def _nobody(spec: str) -> dict[str, Any]:
 
 def ask(asked: Asked, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
     """The verdicts of every task, and a report without tasks; replies are filed where `lceval judge` finds them."""
-    judge = judges.make(spec, timeout=TIMEOUT_S)
-    file, spent = default_path(), Spent()
-    try:
-        with (
-            alone(file, judge.name, wait=True),
-            Store(file) as store,
-            Progress(f"judging by {judge.label}") as progress,
-        ):
-            client = Client(judge, store, LIMITS, on_verdict=progress)
-            found = []
-            for name, cases in asked:
-                found.append(client.judge_all(rubrics.load(name), cases))
-            spent = client.spent
-        return report_of(judge, spent, {}), found
-    finally:
-        judge.close()
+    with asking(spec, "judging", limits=LIMITS, wait=True) as (judge, client):
+        found = [client.judge_all(rubrics.load(name), cases) for name, cases in asked]
+        return report_of(judge, client.spent, {}), found
 
 
 def _apart(asked: Asked, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:

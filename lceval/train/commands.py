@@ -28,9 +28,9 @@ def recipe(
     as_json: Json = False,
 ) -> None:
     """Train by a recipe; the same line goes on from the last checkpoint."""
-    from lceval.train import command
+    from lceval.train import tune
 
-    typer.echo(command.run(name, changes or [], dry_run=dry_run, as_json=as_json))
+    typer.echo(tune.run(name, changes or [], dry_run=dry_run, as_json=as_json))
 
 
 @app.command("eval")

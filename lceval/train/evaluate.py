@@ -18,7 +18,6 @@ from lceval.table.intervals import Estimate, difference, mean
 from lceval.table.pairs import Result, diagnosis_stratum, results, score_stratum
 
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
-RECORD = "train.json"
 
 
 def run(
@@ -61,6 +60,8 @@ def run(
 
 
 def _record(adapter: Path) -> dict[str, Any]:
+    from lceval.training.run import RECORD
+
     file = adapter / RECORD
     if not file.is_file():
         raise UserError(f"{adapter} is no training run (it has no {RECORD}): name the output of lceval train")
@@ -139,8 +140,8 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         ("tuned", "tuned", 100.0),
         ("difference", "tuned - base", 100.0),
         ("base_gold_nll", "gold_nll base", 1.0),
-        ("tuned_gold_nll", "tuned", 1.0),
-        ("gold_nll_difference", "tuned - base", 1.0),
+        ("tuned_gold_nll", "gold_nll tuned", 1.0),
+        ("gold_nll_difference", "gold_nll tuned - base", 1.0),
     ]
     lines = ["| " + " | ".join(["task", "context", "recipe", "n", *(title for _, title, _ in columns)]) + " |"]
     lines.append("| --- | --- | --- |" + " ---: |" * (1 + len(columns)))
