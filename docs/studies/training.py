@@ -135,7 +135,8 @@ def answers_table() -> str:
         rows = samples(name, "full")
         if rows.keys() != base.keys():
             continue  # still being measured
-        gain = interval(rows, lambda key, rows=rows: rows[key]["subem"] - base[key]["subem"], "+", 100)  # type: ignore[misc]
+        paired = interval(rows, lambda key, rows=rows: rows[key]["subem"] - base[key]["subem"], "+", 100)  # type: ignore[misc]
+        gain = "-" if rows == base else paired
         shown = [interval(rows, lambda key, rows=rows, m=m: rows[key][m], "", s) for m, s in _SHOWN]  # type: ignore[misc]
         lines.append("| " + " | ".join([name, str(len(rows)), *shown, gain]) + " |")
     return "\n".join(lines)

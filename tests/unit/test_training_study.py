@@ -1,0 +1,39 @@
+"""docs/studies/training.md says what the committed samples say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+STUDIES = Path(__file__).parents[2] / "docs" / "studies"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    """The study's script, as a module."""
+    spec = importlib.util.spec_from_file_location("training_study", STUDIES / "training.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_computed_from_the_samples(study: ModuleType) -> None:
+    text = (STUDIES / "training.md").read_text()
+    assert text.endswith(study.MARK + study.tables())
+
+
+def test_every_arm_learned_the_same_data_by_the_recipe_of_the_script(study: ModuleType) -> None:
+    records = {file.name: json.loads(file.read_text()) for file in (STUDIES / "training").glob("*-train.json")}
+    assert records
+    assert len({record["data"]["digest"] for record in records.values()}) == 1
+    for name, record in records.items():
+        arm, seed, _ = name.split("-")
+        assert record["recipe"]["seed"] == int(seed)
+        assert record["recipe"]["optim"]["steps"] == study.RECIPE["optim"]["steps"] == len(record["losses"])
+        assert (record["recipe"]["robust"] is not None) == ("robust" in study.ARMS[arm])
