@@ -79,22 +79,33 @@ class Diagnosis:
         received = attention_paid(prefill, asked, min(WINDOW, len(job.question)))
         return {"ndcg10": ndcg([float(received[tokens].sum()) for _, tokens in documents], [g for g, _ in documents])}
 
-    def of_answer(self, job: Job, engine: Engine, cache: QuestionCache, last: Sequence[int]) -> dict[str, Any]:
+    def of_answers(
+        self, jobs: Sequence[Job], engine: Engine, cache: QuestionCache, last: Sequence[Sequence[int]]
+    ) -> list[dict[str, Any]]:
         """`gold_nll`: the NLL per token of the first gold answer, teacher-forced, where the reply begins as it should.
 
         Args:
-            cache: has read the question but for its `last` tokens. It is used up.
+            cache: one row a job; each has read its question but for its `last` tokens. It is used up.
+            last: as many tokens in every row.
         """
-        answers = job.doc.get("answers")
-        if not answers or not str(answers[0]).strip():
-            return {"gold_nll": None}
-        begin = job.doc.get("reply_prefix", "")
-        lead, answer = self._continuation(job.prompt, begin, str(answers[0]))
-        ids = torch.tensor([[*last, *lead, *answer[:-1]]], device=engine.device)
-        logits = engine.forward(cache, ids)[0, len(last) + len(lead) - 1 :].float()
-        wanted = torch.tensor(answer, device=logits.device)
-        nll = torch.nn.functional.cross_entropy(logits, wanted)
-        return {"gold_nll": float(nll)}
+        found: list[dict[str, Any]] = [{"gold_nll": None} for _ in jobs]
+        gold = {row: str((job.doc.get("answers") or [""])[0]) for row, job in enumerate(jobs)}
+        rows = [row for row, answer in gold.items() if answer.strip()]
+        if not rows:
+            return found
+        said = [self._continuation(jobs[row].prompt, jobs[row].doc.get("reply_prefix", ""), gold[row]) for row in rows]
+        read = [[*last[row], *lead, *answer[:-1]] for row, (lead, answer) in zip(rows, said, strict=True)]
+        longest = max(map(len, read))
+        # Padding stands to the right, where no scored token can see it.
+        ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in read], device=engine.device)
+        cache.select(rows)
+        logits = engine.forward(cache, ids)
+        for place, (row, (_, answer)) in enumerate(zip(rows, said, strict=True)):
+            predicts = slice(len(read[place]) - len(answer), len(read[place]))
+            wanted = torch.tensor(answer, device=logits.device)
+            nll = torch.nn.functional.cross_entropy(logits[place, predicts].float(), wanted)
+            found[row] = {"gold_nll": float(nll)}
+        return found
 
     def _continuation(self, prompt: str, begin: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of the reply's beginning, and of the answer after it."""
@@ -105,15 +116,9 @@ class Diagnosis:
 
     def _documents(self, job: Job) -> list[tuple[bool, Tensor]]:
         """For each document whether it is gold, and which of the context's tokens are its text."""
-        if job.truncated or not job.found or not self._tokenizer.is_fast:
+        if job.truncated or not job.found:
             return []
-        for special in (False, True):
-            read = self._tokenizer(job.prompt, add_special_tokens=special, return_offsets_mapping=True)
-            # A continuation may have taken the prompt's last token, never one of the context.
-            if tuple(read["input_ids"][: job.boundary]) == job.context:
-                offsets = read["offset_mapping"][: job.boundary]
-                return document_tokens(job.prompt, offsets, job.doc, job.doc[self._context_field])
-        return []
+        return documents_in(self._tokenizer, job.prompt, job.context, job.doc, job.doc[self._context_field])
 
 
 def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tensor:
@@ -131,6 +136,20 @@ def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tenso
             total += view.window_scores(window).mean((0, 1))[: prefill.tokens].cpu()
             layers += 1
     return total / layers
+
+
+def documents_in(
+    tokenizer: Any, prompt: str, ids: tuple[int, ...], doc: Mapping[str, Any], context: str
+) -> list[tuple[bool, Tensor]]:
+    """As `document_tokens`, of a context's tokens `ids`, which begin the prompt's; nothing without a fast tokenizer."""
+    if not tokenizer.is_fast:
+        return []
+    for special in (False, True):
+        read = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
+        # A continuation may have taken the prompt's last token, never one of the context.
+        if tuple(read["input_ids"][: len(ids)]) == ids:
+            return document_tokens(prompt, read["offset_mapping"][: len(ids)], doc, context)
+    return []
 
 
 def document_tokens(

@@ -132,7 +132,10 @@ class LCFT(HFLM):  # type: ignore[misc]
     # Requests ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
-        """Generate from each prompt; lm-eval's contract. Up to `batch_size` questions are answered together."""
+        """Generate from each prompt; lm-eval's contract. Up to `batch_size` questions are answered together.
+
+        `max_gen_toks=0` generates nothing: what is asked for is the telemetry and the diagnosis.
+        """
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         jobs = []
         for index, request in enumerate(requests):
@@ -260,10 +263,15 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     def _diagnose(self, batch: Sequence[Turn], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:
-            for row, turn in enumerate(batch):
+            for at in range(0, len(batch), CHOICE_ROWS):
+                some = batch[at : at + CHOICE_ROWS]
+                rows = range(at, at + len(some))
                 probe = cache.fork()
-                probe.select([row])
-                turn.meta |= self.diagnosis.of_answer(turn.job, self.engine, probe, ids[row].tolist())
+                probe.select(rows)
+                jobs = [turn.job for turn in some]
+                found = self.diagnosis.of_answers(jobs, self.engine, probe, ids[rows.start : rows.stop].tolist())
+                for turn, measured in zip(some, found, strict=True):
+                    turn.meta |= measured
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[Turn]) -> list[tuple[int, Text]]:
@@ -274,6 +282,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         cache, ids = self._open(batch)
         opening_s = time.perf_counter() - start
         self._diagnose(batch, cache, ids)
+        if not new_tokens:
+            self._account(batch, cache, question_s=opening_s, decode_s=0.0)
+            return [(turn.job.index, Text("", turn.meta)) for turn in batch]
         # generate() counts positions by the attention mask and skips what the cache has seen: each row is its
         # context, padding, and its question, as long as the longest of each.
         past, longest = cache.get_seq_length(), ids.shape[1]

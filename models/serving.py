@@ -19,6 +19,8 @@ from lceval.models.shelf import Shelf
 # Generation arguments under which what a row says, or is likely to say, depends on its own prompt alone, so that rows
 # may share a batch.
 BATCHED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "until", "max_gen_toks"}
+# How many questions, read over a context that is kept for other recipes, are kept with it.
+KEPT_QUESTIONS = 16
 
 
 @dataclass
@@ -60,6 +62,7 @@ class Server:
         self.totals = totals
         self._shelf = Shelf(shelf_bytes)
         self._last: tuple[tuple[int, ...], Prefill] | None = None
+        self._asked: dict[tuple[int, ...], QuestionCache] = {}
 
     def batches(self, jobs: Sequence[Job], recipe: Recipe, rows: int) -> Iterator[list[Turn]]:
         """All jobs, up to `rows` questions at a time; those on one context side by side.
@@ -116,7 +119,7 @@ class Server:
         """Question-aware: every question is read over the whole context, and then decides what stays."""
         prefill = self._read(group[0].context, how.needs | self.diagnosis.needs)
         for place, job in enumerate(group):
-            cache = self.engine.ask(prefill, job.question, job.room)
+            cache = self._ask(prefill, job)
             context = prefill.compress(how, consume=False, asked=cache)
             meta = telemetry(job, context, shared=place > 0, prefill_s=0.0 if place else prefill.read_s)
             meta |= self.diagnosis.of_context(job, context, prefill, cache)
@@ -125,11 +128,22 @@ class Server:
             cache.rollback(1)
             yield Turn(job, context, meta, cache)
 
+    def _ask(self, prefill: Prefill, job: Job) -> QuestionCache:
+        """The question, read over the uncompressed context; a copy of it, if it was kept for this recipe."""
+        kept = self._asked.get(job.question)
+        if kept is not None:
+            return kept.fork()
+        asked = self.engine.ask(prefill, job.question, job.room)
+        if self._last is not None and len(self._asked) < KEPT_QUESTIONS:
+            self._asked[job.question] = asked.fork()
+        return asked
+
     def _read(self, ids: tuple[int, ...], needs: Needs) -> Prefill:
         """The uncompressed context; the last one again, if it was kept and observed what is needed now."""
         if self._last is not None and self._last[0] == ids and self._last[1].needs == self._last[1].needs | needs:
             return self._last[1]
         self._last = None
+        self._asked.clear()
         prefill = self.engine.read(ids, needs | (self.kept_for or Needs()))
         self.totals["contexts"] += 1
         self.read_s += prefill.read_s

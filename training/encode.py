@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lceval.models.diagnosis import documents_in
 from lceval.models.prefix import find_boundary
 from lceval.tasks import prompts
 from lceval.tasks.rows import Row
@@ -37,11 +38,13 @@ class Encoder:
     Args:
         lm: lm-eval's model (HFLM or a subclass of it), whose template and tokenizer are used.
         chat_template: whether a row's prompt goes through the template.
+        gold: whether turns say where their gold passages stand.
     """
 
-    def __init__(self, lm: Any, *, chat_template: bool) -> None:
+    def __init__(self, lm: Any, *, chat_template: bool, gold: bool = False) -> None:
         self._lm = lm
         self._template = chat_template
+        self._gold = gold
 
     def encode(self, rows: Iterable[TrainingRow]) -> list[Packed]:
         """The rows, those on one context together, in order of first appearance."""
@@ -63,7 +66,12 @@ class Encoder:
         boundary = find_boundary(text, ids, row["context"], self._lm.tok_encode)
         boundary = len(ids) - 1 if boundary is None else boundary
         answer = [*self._after(text, ids, target), self._lm.eot_token_id]
-        return tuple(ids[:boundary]), Turn(tuple(ids[boundary:]), tuple(answer))
+        context = tuple(ids[:boundary])
+        gold: set[int] = set()
+        if self._gold:
+            for is_gold, tokens in documents_in(self._lm.tokenizer, text, context, row, row["context"]):
+                gold |= {*tokens.nonzero()[:, 0].tolist()} if is_gold else set()
+        return context, Turn(tuple(ids[boundary:]), tuple(answer), tuple(sorted(gold)))
 
     def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
         whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)

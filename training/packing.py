@@ -26,6 +26,8 @@ from lceval.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.models.observe import Observer
 from lceval.models.policies import Evictor
+from lceval.models.policies.base import SINKS
+from lceval.models.policies.snapkv import SnapKV
 from lceval.models.recipe import Recipe
 
 IGNORED = -100
@@ -39,14 +41,17 @@ class Turn:
 
     question: tuple[int, ...]
     answer: tuple[int, ...]
+    gold: tuple[int, ...] = ()
+    """Places in the context of the passages that hold the answer."""
 
 
-def pack(context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False) -> dict[str, list[int]]:
+def pack(context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False) -> dict[str, list[Any]]:
     """One sequence of L tokens.
 
     Returns:
         Rows of length L: input_ids, position_ids, labels (what the row predicts; IGNORED but for answers), block (-1
-        for the context, else the question's number) and kind.
+        for the context, else the question's number) and kind. Where turns know their gold passages also gold: a row
+        of the context's length a turn.
     """
     start = len(context)
     ids, positions, labels = [*context], [*range(start)], [IGNORED] * start
@@ -60,7 +65,11 @@ def pack(context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False) 
         labels += [*[IGNORED] * (len(turn.question) - 1 + again), *turn.answer]
         block += [number] * (len(ids) - len(block))
         kind += [ASKS if aware else REPLIES] * len(turn.question) + [REPLIES] * (again + answered - 1)
-    return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
+    packed: dict[str, list[Any]] = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    packed |= {"block": block, "kind": kind}
+    if any(turn.gold for turn in turns):
+        packed["gold"] = [[place in gold for place in range(start)] for gold in ({*turn.gold} for turn in turns)]
+    return packed
 
 
 class Packing:
@@ -70,6 +79,7 @@ class Packing:
         block, kind: [1, L] as `pack` made them.
         geometry: of the model.
         evictor: what compresses the context; None keeps all of it.
+        gold: [1, questions, S] bool, each question's gold passages, of `aware` packing; asks for `gold_loss`.
 
     Attributes:
         kept: per layer what the blocks see of the context: one mask [1, Hkv, S] for all, or one a block; filled by the
@@ -79,7 +89,14 @@ class Packing:
         UserError: a model or an evictor that cannot be trained so.
     """
 
-    def __init__(self, block: Tensor, kind: Tensor, geometry: Geometry, evictor: Evictor | None = None) -> None:
+    def __init__(
+        self,
+        block: Tensor,
+        kind: Tensor,
+        geometry: Geometry,
+        evictor: Evictor | None = None,
+        gold: Tensor | None = None,
+    ) -> None:
         if any(geometry.windows):
             raise UserError("a model with sliding-window layers cannot be trained on shared contexts")
         self.context = int((kind == CONTEXT).sum())
@@ -88,6 +105,8 @@ class Packing:
         if evictor is not None and evictor.amount.tokens(self.context) >= self.context:
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
+        self._gold: list[tuple[Tensor, Tensor]] = []
+        self._missed: dict[int, Tensor] = {}
         block, kind = block[0, self.context :], kind[0, self.context :]
         place = torch.arange(len(block), device=block.device)
         own = (block[:, None] == block) & (place[:, None] >= place)
@@ -102,6 +121,9 @@ class Packing:
         else:
             self._replies = [(replies & (block == b)).nonzero()[:, 0] for b in range(int(block.max()) + 1)]
             self._questions = [((kind == ASKS) & (block == b)).nonzero()[:, 0] for b in range(len(self._replies))]
+            # Without the sinks, which are kept for their own sake.
+            known = [] if gold is None else [(b, mask[SINKS:]) for b, mask in enumerate(gold[0]) if mask[SINKS:].any()]
+            self._gold = [(self._questions[b][-SnapKV.window :], mask) for b, mask in known]
         self._order = torch.cat([*([asks] if len(asks) else []), *self._replies]).argsort()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -110,6 +132,8 @@ class Packing:
         parts = []
         if s:
             parts.append(_sdpa(q[:, :, :s], k[:, :, :s], v[:, :, :s], None, scaling))
+        if self._gold:
+            self._missed[layer] = self._miss(q[:, :, s:], k[:, :, SINKS:s], scaling)
         rows = [self._rows(self._asks, q, k, v, None, scaling)] if self._asks is not None else []
         masks = self._masks(layer, q, k, v, scaling)
         for place, replies in enumerate(self._replies):
@@ -117,6 +141,27 @@ class Packing:
             rows.append(self._rows(replies, q, k, v, keep, scaling))
         parts.append(torch.cat(rows, 2)[:, :, self._order] if len(rows) > 1 else rows[0])
         return torch.cat(parts, 2)
+
+    @property
+    def gold_loss(self) -> Tensor | None:
+        """-log of the share of a question's attention to the context that falls on its gold passages, sinks aside: a
+        scalar, the mean over questions, KV heads and layers. None where no question has a gold passage.
+
+        Policies that score by attention keep what the question attends to (SnapKV, TOVA, H2O), so less of it is more
+        of the evidence kept.
+        """
+        return torch.stack(list(self._missed.values())).mean() if self._missed else None
+
+    def _miss(self, q: Tensor, k: Tensor, scaling: float) -> Tensor:
+        """A layer's part of `gold_loss`. q: [1, H, blocks, D] of all blocks; k: [1, Hkv, S - SINKS, D]."""
+        missed = []
+        for rows, gold in self._gold:
+            asking = q[0, :, rows].view(k.shape[1], -1, len(rows), q.shape[3]).float() * scaling
+            logits = torch.matmul(asking, k[0, :, None].transpose(2, 3).float())
+            # Of each query head and token, then the mean over both: what a KV head's slots receive.
+            on_gold = logits.softmax(-1)[..., gold].sum(-1).mean((1, 2))
+            missed.append(-on_gold.clamp_min(1e-6).log().mean())
+        return torch.stack(missed).mean()
 
     def _rows(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scaling: float) -> Tensor:
         """Rows of blocks over the context, as far as it is kept, and over their own block."""

@@ -91,7 +91,8 @@ def plan(recipe: Config, lm: Any) -> Plan:
         return Plan((), (), (), (), tuple(texts.sequences(recipe.texts, lm.tok_encode)))
     template = lm.tokenizer.chat_template is not None
     chat = template if recipe.model.chat_template is None else recipe.model.chat_template
-    encoder = Encoder(lm, chat_template=chat)
+    wants_gold = recipe.robust is not None and recipe.robust.gold > 0
+    encoder = Encoder(lm, chat_template=chat, gold=wants_gold)
     spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
     rows: Sequence[Any]
     if recipe.neighbourhoods is not None:

@@ -40,10 +40,13 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         labels = inputs["labels"][0]
         rows = (labels != IGNORED).nonzero()[:, 0]
         evictor = self._draw() if self.model.training else None
+        weight = self._recipe.robust.gold if self._recipe.robust and self.model.training else 0.0
+        gold = inputs.get("gold") if weight else None
+        packing = Packing(inputs["block"], inputs["kind"], self._geometry, evictor, gold)
         out = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
-            packing=Packing(inputs["block"], inputs["kind"], self._geometry, evictor),
+            packing=packing,
             logits_to_keep=rows,
             use_cache=False,
         )
@@ -51,6 +54,9 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         loss = nll / (len(rows) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes what is a sum over them
+        if (missed := packing.gold_loss) is not None:
+            loss = loss + weight * missed / self.args.gradient_accumulation_steps
+            self._metrics["train"]["gold_loss"].append(missed.item())
         with torch.no_grad():
             right = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right)

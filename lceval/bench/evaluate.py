@@ -162,7 +162,7 @@ def _side(task: Any, model: Any, name: str, requests: list[Any], cluster: str, n
     """One side's rows on one context."""
     if nll_only:
         for request in requests:
-            request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 1})
+            request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 0})
     answer = model.generate_until if task.OUTPUT_TYPE == "generate_until" else model.loglikelihood
     read, start = _contexts_read(model), time.perf_counter()
     responses = answer(requests, disable_tqdm=True)

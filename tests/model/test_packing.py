@@ -12,6 +12,8 @@ from lceval.errors import UserError
 from lceval.models import recipe
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS
+from lceval.training import data
+from lceval.training.encode import Encoder
 from lceval.training.packing import IGNORED, Packing, Turn, check_trainable, pack
 
 pytestmark = pytest.mark.model
@@ -91,6 +93,45 @@ def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
     assert int(kept.sum()) == 3 * round(0.25 * len(CONTEXT))
     reached = v.grad[:, :, : len(CONTEXT)].abs().sum(-1) > 0
     assert torch.equal(reached, kept)
+
+
+def test_the_gold_loss_is_the_share_of_attention_that_gold_passages_receive(model: Any) -> None:
+    gold = [tuple(range(40, 90)), (), (0, 1, 200)]
+    turns = [Turn(t.question, t.answer, places) for t, places in zip(TURNS, gold, strict=True)]
+    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, turns, aware=True).items()}
+    packing = Packing(packed["block"], packed["kind"], model.engine.geometry, None, packed["gold"])
+    generator = torch.Generator().manual_seed(0)
+    length, s = packed["block"].shape[1], len(CONTEXT)
+    q, k, v = (torch.randn(1, heads, length, 64, generator=generator).requires_grad_() for heads in (9, 3, 3))
+    packing.attend(0, q, k, v, 0.125)
+    missed = []
+    for number, places in enumerate(gold):
+        # Without the sinks; a question's last token stands a second time behind it.
+        inside, asked = [p - 4 for p in places if p >= 4], int((packed["block"][0] < number).sum())
+        for head in range(3 if inside else 0):
+            shares = [
+                (q[0, h, asked + t] @ k[0, head, 4:s].T * 0.125).softmax(-1)[inside].sum()
+                for h in range(3 * head, 3 * head + 3)
+                for t in range(len(turns[number].question))
+            ]
+            missed.append(-torch.stack(shares).mean().log())
+    loss = packing.gold_loss
+    assert loss is not None
+    torch.testing.assert_close(loss, torch.stack(missed).mean())
+    loss.backward()
+    assert k.grad is not None
+    assert k.grad[:, :, 4:s].abs().sum(-1).min() > 0
+    assert k.grad[:, :, :4].abs().max() == k.grad[:, :, s:].abs().max() == 0
+
+
+def test_the_encoder_finds_the_gold_passages_tokens(model: Any) -> None:
+    rows = data.rows(data.Spec(datasets=("filings",), split="all", limit=3, seeds=(1234,)))[0]
+    for row in rows:
+        context, turn = Encoder(model, chat_template=True, gold=True).turn(row, row["target"])
+        shown = model.tok_decode([context[place] for place in turn.gold])
+        (text,) = (d["text"] for d in row["docs"] if d["pid"] in row["gold_pids"])
+        assert shown.strip().startswith(text[:40].strip())
+        assert len(turn.gold) == pytest.approx(len(model.tok_encode(text)), abs=2)
 
 
 @pytest.mark.parametrize("kv", ["kvzip:0.5", "h2o:64:when=always"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,10 @@ def test_gold_nll_is_the_likelihood_that_hf_gives_the_answer(lcft: Any, hf: Any,
         tokens = len(hf._encode_pair(prompt, answer)[1])
         assert meta["gold_kept"] == 1.0
         assert meta["gold_nll"] == pytest.approx(-score / tokens, abs=1e-4)
+    silent = [replace(r, arguments=(r.args[0], {**r.args[1], "max_gen_toks": 0})) for r in few]
+    for text, meta in zip(lcft("full", diagnose="gold", batch_size=3).generate_until(silent), metas, strict=True):
+        assert text == ""
+        assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-6)
 
 
 def test_diagnosis_changes_no_answer(lcft: Any, requests: list[Any]) -> None:
@@ -127,15 +132,22 @@ def test_a_context_at_hand_is_not_read_again(lcft: Any, requests: list[Any]) -> 
     assert forgetful.totals["contexts"] == 2
 
 
-def test_one_prefill_serves_all_recipes(lcft: Any, requests: list[Any]) -> None:
+@pytest.mark.parametrize(("compress", "asked"), [("agnostic", 0), ("aware", 1)])
+def test_one_prefill_serves_all_recipes(
+    lcft: Any, requests: list[Any], compress: str, asked: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipes = ["full", "knorm:0.5", "snapkv:0.5+int4"]
-    alone = [lcft(recipe).loglikelihood(pairs(requests[:1])) for recipe in recipes]
-    model = lcft()
+    alone = [lcft(recipe, compress=compress).loglikelihood(pairs(requests[:1])) for recipe in recipes]
+    model = lcft(compress=compress)
     model.server.kept_for = parse("snapkv:0.5").needs
+    questions: list[Any] = []
+    ask = model.engine.ask
+    monkeypatch.setattr(model.engine, "ask", lambda *args: questions.append(args) or ask(*args))
     for recipe, expected in zip(recipes, alone, strict=True):
         model.recipe = parse(recipe)
         assert model.loglikelihood(pairs(requests[:1])) == expected
     assert model.totals["contexts"] == 1
+    assert len(questions) == asked
 
 
 def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, requests: list[Any]) -> None:
