@@ -116,9 +116,15 @@ class Diagnosis:
 
     def _documents(self, job: Job) -> list[tuple[bool, Tensor]]:
         """For each document whether it is gold, and which of the context's tokens are its text."""
-        if job.truncated or not job.found:
+        if job.truncated or not job.found or not self._tokenizer.is_fast:
             return []
-        return documents_in(self._tokenizer, job.prompt, job.context, job.doc, job.doc[self._context_field])
+        for special in (False, True):
+            read = self._tokenizer(job.prompt, add_special_tokens=special, return_offsets_mapping=True)
+            # A continuation may have taken the prompt's last token, never one of the context.
+            if tuple(read["input_ids"][: job.boundary]) == job.context:
+                offsets = read["offset_mapping"][: job.boundary]
+                return document_tokens(job.prompt, offsets, job.doc, job.doc[self._context_field])
+        return []
 
 
 def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tensor:
@@ -136,20 +142,6 @@ def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tenso
             total += view.window_scores(window).mean((0, 1))[: prefill.tokens].cpu()
             layers += 1
     return total / layers
-
-
-def documents_in(
-    tokenizer: Any, prompt: str, ids: tuple[int, ...], doc: Mapping[str, Any], context: str
-) -> list[tuple[bool, Tensor]]:
-    """As `document_tokens`, of a context's tokens `ids`, which begin the prompt's; nothing without a fast tokenizer."""
-    if not tokenizer.is_fast:
-        return []
-    for special in (False, True):
-        read = tokenizer(prompt, add_special_tokens=special, return_offsets_mapping=True)
-        # A continuation may have taken the prompt's last token, never one of the context.
-        if tuple(read["input_ids"][: len(ids)]) == ids:
-            return document_tokens(prompt, read["offset_mapping"][: len(ids)], doc, context)
-    return []
 
 
 def document_tokens(

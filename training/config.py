@@ -52,7 +52,7 @@ class Lora(Section):
 
 
 class Optim(Section):
-    """AdamW over `steps` steps of `contexts` packed contexts each.
+    """AdamW over `steps` steps of `contexts` packed contexts each, on all devices together.
 
     Attributes:
         warmup: share of the steps over which the rate rises to `lr`; `schedule` says how it falls after that.
@@ -80,8 +80,9 @@ class Robust(Section):
         curriculum: draw from the upper end at first: the lower bound falls to `keep[0]` over the first half.
         full: how often nothing is evicted instead.
         compress: agnostic or aware, as lcft's.
-        gold: weight of `Packing.gold_loss`: let questions attend to their gold passages, so that they are kept. Needs
-            compress=aware.
+        distill: weight of what is learned from the full cache, in the same pass: every question is also answered from
+            all of its context, both answers are learned, and where it sees less it shall predict what it does where it
+            sees all, by its KL divergence from that. None leaves this out.
     """
 
     evictors: list[str] = Field(min_length=1)
@@ -89,7 +90,7 @@ class Robust(Section):
     curriculum: bool = False
     full: float = Field(default=0.3, ge=0, le=1)
     compress: Literal["agnostic", "aware"] = "agnostic"
-    gold: float = Field(default=0.0, ge=0)
+    distill: float | None = Field(default=None, ge=0)
 
     @field_validator("keep")
     @classmethod
@@ -97,12 +98,6 @@ class Robust(Section):
         if not 0 < keep[0] <= keep[1] <= 1:
             raise ValueError("keep is two shares, 0 < lower <= upper <= 1")
         return keep
-
-    @model_validator(mode="after")
-    def _asks(self) -> Robust:
-        if self.gold and self.compress != "aware":
-            raise ValueError("gold is about what questions attend to: it needs compress: aware")
-        return self
 
 
 class Config(Section):

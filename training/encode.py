@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lceval.models.diagnosis import documents_in
 from lceval.models.prefix import find_boundary
 from lceval.tasks import prompts
 from lceval.tasks.rows import Row
@@ -20,16 +19,19 @@ class Packed:
 
     Attributes:
         ids: per turn, the id of its row.
+        twin: whether training reads every turn a second time, over the whole context (`packing.pack`).
     """
 
     context: tuple[int, ...]
     turns: tuple[Turn, ...]
     ids: tuple[str, ...]
+    twin: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens that training reads."""
-        return len(self.context) + sum(len(turn.question) + len(turn.answer) - 1 for turn in self.turns)
+        blocks = sum(len(turn.question) + len(turn.answer) - 1 for turn in self.turns)
+        return len(self.context) + blocks * (2 if self.twin else 1)
 
 
 class Encoder:
@@ -38,22 +40,20 @@ class Encoder:
     Args:
         lm: lm-eval's model (HFLM or a subclass of it), whose template and tokenizer are used.
         chat_template: whether a row's prompt goes through the template.
-        gold: whether turns say where their gold passages stand.
     """
 
-    def __init__(self, lm: Any, *, chat_template: bool, gold: bool = False) -> None:
+    def __init__(self, lm: Any, *, chat_template: bool) -> None:
         self._lm = lm
         self._template = chat_template
-        self._gold = gold
 
-    def encode(self, rows: Iterable[TrainingRow]) -> list[Packed]:
+    def encode(self, rows: Iterable[TrainingRow], *, twin: bool = False) -> list[Packed]:
         """The rows, those on one context together, in order of first appearance."""
         groups: dict[tuple[int, ...], list[tuple[Turn, str]]] = {}
         for row in rows:
             context, turn = self.turn(row, row["target"])
             groups.setdefault(context, []).append((turn, row["id"]))
         return [
-            Packed(context, tuple(turn for turn, _ in found), tuple(name for _, name in found))
+            Packed(context, tuple(turn for turn, _ in found), tuple(name for _, name in found), twin)
             for context, found in groups.items()
         ]
 
@@ -66,12 +66,7 @@ class Encoder:
         boundary = find_boundary(text, ids, row["context"], self._lm.tok_encode)
         boundary = len(ids) - 1 if boundary is None else boundary
         answer = [*self._after(text, ids, target), self._lm.eot_token_id]
-        context = tuple(ids[:boundary])
-        gold: set[int] = set()
-        if self._gold:
-            for is_gold, tokens in documents_in(self._lm.tokenizer, text, context, row, row["context"]):
-                gold |= {*tokens.nonzero()[:, 0].tolist()} if is_gold else set()
-        return context, Turn(tuple(ids[boundary:]), tuple(answer), tuple(sorted(gold)))
+        return tuple(ids[:boundary]), Turn(tuple(ids[boundary:]), tuple(answer))
 
     def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
         whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)

@@ -26,7 +26,7 @@ from lceval.training import rewards
 from lceval.training.grpo_trainer import trainer_class
 from lceval.training.rewards import Grader, Reward, Row
 from lceval.training.samples import Scores
-from lceval.training.trainers import last_checkpoint, speak_on_stderr
+from lceval.training.trainers import last_checkpoint, processes, speak_on_stderr
 
 
 class Grpo(BaseModel):
@@ -225,10 +225,9 @@ def _dataset(rows: Sequence[Row], places: Sequence[int], chat: bool) -> Any:
 def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, report_to: Sequence[str]) -> Any:
     """TRL's configuration."""
     import torch
-    from accelerate import PartialState
     from trl import GRPOConfig
 
-    at_once = grpo.completions_per_device * PartialState().num_processes
+    at_once = grpo.completions_per_device * processes()
     samples = grpo.prompts_per_step * grpo.num_generations
     if samples % at_once:
         raise UserError(

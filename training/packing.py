@@ -8,6 +8,9 @@ own block]`. What they may see is everything, or what an evictor leaves of it: p
 gradients flow through the slots that are kept (compression-aware fine-tuning). It is what `lcft` does at the end of a
 prefill, in one pass.
 
+Under `twin` every question has a second block, which sees all of the context: both predictions of an answer come from
+one pass.
+
 Under `aware` a question sees the whole context and takes part in the scores, and its last token is read a second time,
 over what was kept, as the answer is: `[ question | last token of it, answer ]`.
 """
@@ -26,13 +29,11 @@ from lceval.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.models.observe import Observer
 from lceval.models.policies import Evictor
-from lceval.models.policies.base import SINKS
-from lceval.models.policies.snapkv import SnapKV
 from lceval.models.recipe import Recipe
 
 IGNORED = -100
-CONTEXT, ASKS, REPLIES = range(3)
-"""Kinds of rows: of the context, of a question that sees all of it, of what sees its compressed form."""
+CONTEXT, ASKS, REPLIES, WHOLE = range(4)
+"""Kinds of rows: of the context, of a question that sees all of it, of what sees its compressed form, of a twin."""
 
 
 @dataclass(frozen=True)
@@ -41,35 +42,32 @@ class Turn:
 
     question: tuple[int, ...]
     answer: tuple[int, ...]
-    gold: tuple[int, ...] = ()
-    """Places in the context of the passages that hold the answer."""
 
 
-def pack(context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False) -> dict[str, list[Any]]:
+def pack(
+    context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False, twin: bool = False
+) -> dict[str, list[int]]:
     """One sequence of L tokens.
 
     Returns:
         Rows of length L: input_ids, position_ids, labels (what the row predicts; IGNORED but for answers), block (-1
-        for the context, else the question's number) and kind. Where turns know their gold passages also gold: a row
-        of the context's length a turn.
+        for the context, else the question's number; twins are numbered on) and kind. Labels of twins come after all
+        others, in the same order.
     """
     start = len(context)
     ids, positions, labels = [*context], [*range(start)], [IGNORED] * start
     block, kind = [-1] * start, [CONTEXT] * start
-    for number, turn in enumerate(turns):
+    for number, turn in enumerate([*turns, *turns] if twin else turns):
         n, answered = start + len(turn.question), len(turn.answer)
-        again = 1 if aware else 0
+        asks, reads = (aware, REPLIES) if number < len(turns) else (False, WHOLE)
+        again = 1 if asks else 0
         # The last token of an answer is predicted, never read.
         ids += [*turn.question, *turn.question[len(turn.question) - again :], *turn.answer[:-1]]
         positions += [*range(start, n), *range(n - again, n + answered - 1)]
         labels += [*[IGNORED] * (len(turn.question) - 1 + again), *turn.answer]
         block += [number] * (len(ids) - len(block))
-        kind += [ASKS if aware else REPLIES] * len(turn.question) + [REPLIES] * (again + answered - 1)
-    packed: dict[str, list[Any]] = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    packed |= {"block": block, "kind": kind}
-    if any(turn.gold for turn in turns):
-        packed["gold"] = [[place in gold for place in range(start)] for gold in ({*turn.gold} for turn in turns)]
-    return packed
+        kind += [ASKS if asks else reads] * len(turn.question) + [reads] * (again + answered - 1)
+    return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
 
 
 class Packing:
@@ -79,7 +77,6 @@ class Packing:
         block, kind: [1, L] as `pack` made them.
         geometry: of the model.
         evictor: what compresses the context; None keeps all of it.
-        gold: [1, questions, S] bool, each question's gold passages, of `aware` packing; asks for `gold_loss`.
 
     Attributes:
         kept: per layer what the blocks see of the context: one mask [1, Hkv, S] for all, or one a block; filled by the
@@ -89,14 +86,7 @@ class Packing:
         UserError: a model or an evictor that cannot be trained so.
     """
 
-    def __init__(
-        self,
-        block: Tensor,
-        kind: Tensor,
-        geometry: Geometry,
-        evictor: Evictor | None = None,
-        gold: Tensor | None = None,
-    ) -> None:
+    def __init__(self, block: Tensor, kind: Tensor, geometry: Geometry, evictor: Evictor | None = None) -> None:
         if any(geometry.windows):
             raise UserError("a model with sliding-window layers cannot be trained on shared contexts")
         self.context = int((kind == CONTEXT).sum())
@@ -105,8 +95,6 @@ class Packing:
         if evictor is not None and evictor.amount.tokens(self.context) >= self.context:
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
-        self._gold: list[tuple[Tensor, Tensor]] = []
-        self._missed: dict[int, Tensor] = {}
         block, kind = block[0, self.context :], kind[0, self.context :]
         place = torch.arange(len(block), device=block.device)
         own = (block[:, None] == block) & (place[:, None] >= place)
@@ -119,12 +107,11 @@ class Packing:
         if self._asks is None:
             self._replies = [replies.nonzero()[:, 0]]
         else:
-            self._replies = [(replies & (block == b)).nonzero()[:, 0] for b in range(int(block.max()) + 1)]
+            self._replies = [(replies & (block == b)).nonzero()[:, 0] for b in range(int(block[asks].max()) + 1)]
             self._questions = [((kind == ASKS) & (block == b)).nonzero()[:, 0] for b in range(len(self._replies))]
-            # Without the sinks, which are kept for their own sake.
-            known = [] if gold is None else [(b, mask[SINKS:]) for b, mask in enumerate(gold[0]) if mask[SINKS:].any()]
-            self._gold = [(self._questions[b][-SnapKV.window :], mask) for b, mask in known]
-        self._order = torch.cat([*([asks] if len(asks) else []), *self._replies]).argsort()
+        whole = (kind == WHOLE).nonzero()[:, 0]
+        self._whole = [whole] if len(whole) else []
+        self._order = torch.cat([*([asks] if len(asks) else []), *self._replies, *self._whole]).argsort()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Attention of one layer. q: [1, H, L, D]; k, v: [1, Hkv, L, D]. Returns [1, H, L, D]."""
@@ -132,36 +119,14 @@ class Packing:
         parts = []
         if s:
             parts.append(_sdpa(q[:, :, :s], k[:, :, :s], v[:, :, :s], None, scaling))
-        if self._gold:
-            self._missed[layer] = self._miss(q[:, :, s:], k[:, :, SINKS:s], scaling)
         rows = [self._rows(self._asks, q, k, v, None, scaling)] if self._asks is not None else []
         masks = self._masks(layer, q, k, v, scaling)
         for place, replies in enumerate(self._replies):
             keep = masks[place] if masks else None
             rows.append(self._rows(replies, q, k, v, keep, scaling))
+        rows += [self._rows(whole, q, k, v, None, scaling) for whole in self._whole]
         parts.append(torch.cat(rows, 2)[:, :, self._order] if len(rows) > 1 else rows[0])
         return torch.cat(parts, 2)
-
-    @property
-    def gold_loss(self) -> Tensor | None:
-        """-log of the share of a question's attention to the context that falls on its gold passages, sinks aside: a
-        scalar, the mean over questions, KV heads and layers. None where no question has a gold passage.
-
-        Policies that score by attention keep what the question attends to (SnapKV, TOVA, H2O), so less of it is more
-        of the evidence kept.
-        """
-        return torch.stack(list(self._missed.values())).mean() if self._missed else None
-
-    def _miss(self, q: Tensor, k: Tensor, scaling: float) -> Tensor:
-        """A layer's part of `gold_loss`. q: [1, H, blocks, D] of all blocks; k: [1, Hkv, S - SINKS, D]."""
-        missed = []
-        for rows, gold in self._gold:
-            asking = q[0, :, rows].view(k.shape[1], -1, len(rows), q.shape[3]).float() * scaling
-            logits = torch.matmul(asking, k[0, :, None].transpose(2, 3).float())
-            # Of each query head and token, then the mean over both: what a KV head's slots receive.
-            on_gold = logits.softmax(-1)[..., gold].sum(-1).mean((1, 2))
-            missed.append(-on_gold.clamp_min(1e-6).log().mean())
-        return torch.stack(missed).mean()
 
     def _rows(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scaling: float) -> Tensor:
         """Rows of blocks over the context, as far as it is kept, and over their own block."""

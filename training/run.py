@@ -22,7 +22,7 @@ from lceval.training import data, robust, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
-from lceval.training.trainers import last_checkpoint
+from lceval.training.trainers import is_lead, last_checkpoint
 
 RECORD = "train.json"
 
@@ -91,8 +91,7 @@ def plan(recipe: Config, lm: Any) -> Plan:
         return Plan((), (), (), (), tuple(texts.sequences(recipe.texts, lm.tok_encode)))
     template = lm.tokenizer.chat_template is not None
     chat = template if recipe.model.chat_template is None else recipe.model.chat_template
-    wants_gold = recipe.robust is not None and recipe.robust.gold > 0
-    encoder = Encoder(lm, chat_template=chat, gold=wants_gold)
+    encoder = Encoder(lm, chat_template=chat)
     spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
     rows: Sequence[Any]
     if recipe.neighbourhoods is not None:
@@ -107,7 +106,8 @@ def plan(recipe: Config, lm: Any) -> Plan:
         held_out = encoder.encode(aside)[: recipe.eval_contexts]
         kept = {name for packed in held_out for name in packed.ids}
         aside = [row for row in aside if row["id"] in kept]
-    return Plan(tuple(encoder.encode(rows)), tuple(held_out), tuple(rows), tuple(aside))
+    twin = recipe.robust is not None and recipe.robust.distill is not None
+    return Plan(tuple(encoder.encode(rows, twin=twin)), tuple(held_out), tuple(rows), tuple(aside))
 
 
 def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
@@ -147,8 +147,10 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     }
     if before is not None and before["data"] != record["data"]:
         raise UserError(f"{recipe.output}: its data is not what it was begun with: choose another output=FOLDER")
-    recipe.output.mkdir(parents=True, exist_ok=True)
-    _write(recipe.output, record)
+    lead = is_lead()
+    if lead:
+        recipe.output.mkdir(parents=True, exist_ok=True)
+        _write(recipe.output, record)
     began = time.perf_counter()
     if recipe.grpo is not None:
         made = _reinforce(recipe, model, lm, planned, grader)
@@ -156,12 +158,13 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         made = _read(recipe, model, lm, planned)
     else:
         made = _supervise(recipe, model, lm, planned)
-    (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe stands in train.json
     record |= {"status": "finished", "wall_s": time.perf_counter() - began, **made}
-    from lceval.training.card import write as write_card
+    if lead:
+        from lceval.training.card import write as write_card
 
-    write_card(recipe.output, record)
-    _write(recipe.output, record)
+        (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; the recipe stands in train.json
+        write_card(recipe.output, record)
+        _write(recipe.output, record)
     return record
 
 
@@ -188,8 +191,13 @@ def _read(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
         made.save_model(str(recipe.output))
         return {"parameters": parameters, **_curves(made.state.log_history)}
     folder = recipe.output / "model"
-    shutil.rmtree(folder, ignore_errors=True)  # whole, and this recipe's: the run was killed before it said finished
-    loads = longlora.save(made.model, recipe.longlora, folder, lm.tokenizer)
+    if is_lead():
+        shutil.rmtree(
+            folder, ignore_errors=True
+        )  # whole, and this recipe's: the run was killed before it said finished
+        loads = longlora.save(made.model, recipe.longlora, folder, lm.tokenizer)
+    else:
+        loads = "pretrained" if longlora.needs_model_folder(made.model, recipe.longlora) else "peft"
     return {"parameters": parameters, "model": "model", "loads_as": loads, **_curves(made.state.log_history)}
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTConfig, SFTTrainer
 
+from lceval.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.training import robust, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
-from lceval.training.packing import IGNORED, Packing, pack
-from lceval.training.trainers import speak_on_stderr
+from lceval.training.packing import IGNORED, WHOLE, Packing, pack
+from lceval.training.trainers import processes, speak_on_stderr
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -32,6 +33,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._recipe = recipe
         self._geometry = geometry
         self._micro = (-1, 0)  # step, and place in it
+        self._distill = recipe.robust.distill if recipe.robust else None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -40,23 +42,25 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         labels = inputs["labels"][0]
         rows = (labels != IGNORED).nonzero()[:, 0]
         evictor = self._draw() if self.model.training else None
-        weight = self._recipe.robust.gold if self._recipe.robust and self.model.training else 0.0
-        gold = inputs.get("gold") if weight else None
-        packing = Packing(inputs["block"], inputs["kind"], self._geometry, evictor, gold)
         out = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
-            packing=packing,
+            packing=Packing(inputs["block"], inputs["kind"], self._geometry, evictor),
             logits_to_keep=rows,
             use_cache=False,
         )
-        nll = F.cross_entropy(out.logits[0].float(), labels[rows], reduction="sum")
-        loss = nll / (len(rows) if num_items_in_batch is None else num_items_in_batch)
+        logits = out.logits[0].float()
+        loss = F.cross_entropy(logits, labels[rows], reduction="sum")
+        whole = inputs["kind"][0, rows] == WHOLE
+        if self._distill is not None and whole.any():
+            # Both halves are means over the answers' tokens, of which the labels hold two copies.
+            learned, known = (logits[rows].log_softmax(-1) for rows in (~whole, whole))
+            divergence = F.kl_div(learned, known.detach(), log_target=True, reduction="sum")
+            self._metrics["train"]["divergence"].append(divergence.item() / len(learned))
+            loss = loss + 2 * self._distill * divergence
+        loss = loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes what is a sum over them
-        if (missed := packing.gold_loss) is not None:
-            loss = loss + weight * missed / self.args.gradient_accumulation_steps
-            self._metrics["train"]["gold_loss"].append(missed.item())
         with torch.no_grad():
             right = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right)
@@ -104,14 +108,22 @@ def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence
 
 
 def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
-    """TRL's configuration of a recipe."""
+    """TRL's configuration of a recipe.
+
+    Raises:
+        UserError: a step's contexts cannot be dealt out evenly to the processes.
+    """
     optim = recipe.optim
+    if optim.contexts % processes():
+        raise UserError(
+            f"optim.contexts={optim.contexts} cannot be dealt out to {processes()} processes: choose a multiple"
+        )
     return SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
         max_steps=optim.steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=optim.contexts,
+        gradient_accumulation_steps=optim.contexts // processes(),
         learning_rate=optim.lr,
         lr_scheduler_type=optim.schedule,
         warmup_steps=round(optim.warmup * optim.steps),
@@ -162,7 +174,7 @@ def with_lora(recipe: Config, model: Any) -> Any:
 
 
 def _dataset(contexts: Sequence[Packed], aware: bool) -> Dataset:
-    return Dataset.from_list([pack(c.context, c.turns, aware=aware) for c in contexts])
+    return Dataset.from_list([pack(c.context, c.turns, aware=aware, twin=c.twin) for c in contexts])
 
 
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 LOGGED = ("reward", "eval_reward", "kl", "loss", "eval_loss")
+
+
+def processes() -> int:
+    """How many processes train together, as torchrun and `accelerate launch` tell each of them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_lead() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def last_checkpoint(output: Path) -> str | None:

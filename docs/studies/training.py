@@ -2,6 +2,7 @@
 
 python docs/studies/training.py train [ARM …]     trains every seed of an arm; goes on where it stopped
 python docs/studies/training.py answer [NAME …]   answers with the full cache; goes on where it stopped
+python docs/studies/training.py evicted [NAME …]  answers at a quarter of the cache; goes on where it stopped
 python docs/studies/training.py cells [NAME …]    gold_nll under every recipe; goes on where it stopped
 python docs/studies/training.py table             writes the tables of training.md anew from the committed samples
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from lceval.stats import cluster_bootstrap
@@ -31,15 +34,19 @@ RECIPE: dict[str, Any] = {
 }
 EVICTORS = ["snapkv", "expected_attention", "knorm"]
 # What is added to the recipe. `plain` is the other arms' control: the same data, steps and seeds.
+DRAWN: dict[str, Any] = {"evictors": EVICTORS, "keep": [0.15, 1.0], "full": 0.3}
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "aware": {"robust": {"evictors": EVICTORS, "keep": [0.15, 1.0], "full": 0.3}},
+    "aware": {"robust": DRAWN},
+    "twin": {"robust": {**DRAWN, "full": 0.0, "distill": 1.0}},
 }
 CHECKPOINTS = (20, 40)
 # streaming and tova are never used in training.
 MARK = "<!-- tables of the committed samples -->\n"
 CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "streaming", "tova")]
-COMPRESS = ("agnostic", "aware")
+GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
+# All 64 contexts, or half of them: a question that joins the scores costs a compression of its own.
+COMPRESS = {"agnostic": 64, "aware": 32}
 
 
 def train(arm: str) -> None:
@@ -56,7 +63,12 @@ def train(arm: str) -> None:
 
 def names() -> list[str]:
     """All models, in the order of the tables."""
-    return ["base", "base-plain-text", *(f"{arm}-{seed}" for arm in ARMS for seed in SEEDS)]
+    return ["base", "base-plain-text", *tuned()]
+
+
+def tuned() -> list[str]:
+    """The models that were trained to the end."""
+    return [f"{arm}-{seed}" for arm in ARMS for seed in SEEDS]
 
 
 def curve() -> list[str]:
@@ -77,13 +89,18 @@ def answer(name: str) -> None:
     measure(name, "full", ["full"], nll_only=False, template=name != "base-plain-text")
 
 
+def evicted(name: str) -> None:
+    """Answers over a quarter of the cache."""
+    measure(name, "evicted", GENERATED, nll_only=False)
+
+
 def cells(name: str) -> None:
     """gold_nll under every recipe."""
-    for compress in COMPRESS:
-        measure(name, compress, CELLS, nll_only=True, compress=compress)
+    for compress, contexts in COMPRESS.items():
+        measure(name, compress, CELLS, contexts, nll_only=True, compress=compress, dtype="bfloat16")
 
 
-def measure(name: str, what: str, recipes: Sequence[str], **options: Any) -> None:
+def measure(name: str, what: str, recipes: Sequence[str], contexts: int | None = None, **options: Any) -> None:
     """Run what is missing of a file of samples."""
     from lceval.bench.evaluate import bench
 
@@ -91,7 +108,7 @@ def measure(name: str, what: str, recipes: Sequence[str], **options: Any) -> Non
         TASK,
         recipes,
         pretrained="smollm2-135m",
-        contexts=None,
+        contexts=contexts,
         against_hf=False,
         diagnose="gold",
         metadata=METADATA,
@@ -103,6 +120,7 @@ def measure(name: str, what: str, recipes: Sequence[str], **options: Any) -> Non
 
 
 Rows = dict[str, dict[str, Any]]
+Values = dict[str, float]
 
 
 def samples(name: str, what: str, kv: str = "full") -> Rows:
@@ -111,75 +129,153 @@ def samples(name: str, what: str, kv: str = "full") -> Rows:
     return {row["id"]: row for row in map(json.loads, lines) if row["kv"] == kv}
 
 
-def interval(rows: Rows, value: Callable[[str], float], sign: str = "", scale: float = 1.0) -> str:
+def interval(values: Values, clusters: dict[str, str], sign: str = "", scale: float = 1.0) -> str:
     """A mean with its interval, by context."""
-    values = [scale * value(key) for key in rows]
-    middle, low, high = cluster_bootstrap(values, [row["cluster"] for row in rows.values()])
+    middle, low, high = cluster_bootstrap([scale * x for x in values.values()], [clusters[key] for key in values])
     return f"{middle:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
 
 
-def mean_over(arm: str, what: str, kv: str, metric: str) -> Rows:
+def minus(a: Values, b: Values) -> Values:
+    """The difference of each of a's questions."""
+    return {key: value - b[key] for key, value in a.items()}
+
+
+def exists(what: str, *names: str) -> bool:
+    """Whether all of these models were measured."""
+    return all((SAMPLES / f"{name}-{what}.jsonl").exists() for name in names)
+
+
+def of(arm: str) -> list[str]:
+    """An arm's models."""
+    return [f"{arm}-{seed}" for seed in SEEDS]
+
+
+def over_seeds(arm: str, what: str, kv: str, metric: str) -> Values:
     """A question's value, the mean over the seeds of an arm: what varies between questions is left."""
-    runs = [samples(f"{arm}-{seed}", what, kv) for seed in SEEDS]
-    return {key: {**row, metric: sum(run[key][metric] for run in runs) / len(runs)} for key, row in runs[0].items()}
+    runs = [samples(name, what, kv) for name in of(arm)]
+    return {key: mean(run[key][metric] for run in runs) for key in runs[0]}
+
+
+def measured_arms(what: str) -> list[str]:
+    """The arms of which all seeds were measured, the control first; none without the control."""
+    arms = [arm for arm in ARMS if exists(what, *of(arm))]
+    return arms if arms[:1] == ["plain"] else []
+
+
+def clusters(what: str) -> dict[str, str]:
+    """Each question's context."""
+    return {key: row["cluster"] for key, row in samples("plain-0", what).items()}
+
+
+def header(*columns: str) -> list[str]:
+    """The first two lines of a table."""
+    return ["| " + " | ".join(columns) + " |", "| --- |" + " ---: |" * (len(columns) - 1)]
+
+
+def line(*cells: str) -> str:
+    """Another one."""
+    return "| " + " | ".join(cells) + " |"
 
 
 def answers_table() -> str:
     """SubEM (%), exact match (%) and gold_nll with the full cache, and the gain over the better base prompt."""
-    bases = [name for name in ("base", "base-plain-text") if (SAMPLES / f"{name}-full.jsonl").exists()]
-    base = max((samples(name, "full") for name in bases), key=lambda r: _mean(r, "subem"))
-    lines = ["| model | n | SubEM % | EM % | gold_nll | SubEM - base |", "| --- |" + " ---: |" * 5]
-    for name in [*names(), *curve()]:
-        if not (SAMPLES / f"{name}-full.jsonl").exists():
-            continue
-        rows = samples(name, "full")
-        if rows.keys() != base.keys():
-            continue  # still being measured
-        paired = interval(rows, lambda key, rows=rows: rows[key]["subem"] - base[key]["subem"], "+", 100)  # type: ignore[misc]
-        gain = "-" if rows == base else paired
-        shown = [interval(rows, lambda key, rows=rows, m=m: rows[key][m], "", s) for m, s in _SHOWN]  # type: ignore[misc]
-        lines.append("| " + " | ".join([name, str(len(rows)), *shown, gain]) + " |")
+    bases = [name for name in ("base", "base-plain-text") if exists("full", name)]
+    base = max((samples(name, "full") for name in bases), key=lambda rows: mean(r["subem"] for r in rows.values()))
+    contexts = {key: row["cluster"] for key, row in base.items()}
+    subem = {key: row["subem"] for key, row in base.items()}
+    lines = header("model", "n", "SubEM %", "EM %", "gold_nll", "SubEM - base")
+    shown: dict[str, Rows] = {name: samples(name, "full") for name in [*names(), *curve()] if exists("full", name)}
+    for name, rows in shown.items():
+        cells = [
+            interval({key: row[metric] for key, row in rows.items()}, contexts, "", scale)
+            for metric, scale in (("subem", 100), ("em", 100), ("gold_nll", 1))
+        ]
+        gain = interval(minus({key: row["subem"] for key, row in rows.items()}, subem), contexts, "+", 100)
+        lines.append(line(name, str(len(rows)), *cells, "-" if rows == base else gain))
+    for arm in ARMS:
+        if exists("full", *of(arm)):
+            values = {metric: over_seeds(arm, "full", "full", metric) for metric in ("subem", "em", "gold_nll")}
+            cells = [
+                interval(values[m], contexts, "", scale) for m, scale in (("subem", 100), ("em", 100), ("gold_nll", 1))
+            ]
+            gain = interval(minus(values["subem"], subem), contexts, "+", 100)
+            lines.append(line(f"{arm}, {len(SEEDS)} seeds", str(len(contexts)), *cells, gain))
     return "\n".join(lines)
 
 
-_SHOWN = (("subem", 100), ("em", 100), ("gold_nll", 1))
+def rise(arm: str, what: str, kv: str) -> Values:
+    """What a recipe adds to gold_nll over the own full cache; with the full cache gold_nll itself."""
+    found = over_seeds(arm, what, kv, "gold_nll")
+    return found if kv == "full" else minus(found, over_seeds(arm, what, "full", "gold_nll"))
 
 
-def _mean(rows: Rows, metric: str) -> float:
-    return sum(row[metric] for row in rows.values()) / len(rows)
-
-
-def measured(compress: str) -> bool:
-    """Whether the control's cells are there."""
-    return all((SAMPLES / f"plain-{seed}-{compress}.jsonl").exists() for seed in SEEDS)
-
-
-def cells_table(compress: str) -> str:
-    """The rise of gold_nll over the own full cache: base, plain, each other arm, and their paired difference."""
-    arms = [arm for arm in ARMS if all((SAMPLES / f"{arm}-{seed}-{compress}.jsonl").exists() for seed in SEEDS)]
-    lines = ["| recipe | " + " | ".join([*arms, *(f"{arm} - plain" for arm in arms[1:])]) + " |"]
-    lines.append("| --- |" + " ---: |" * (2 * len(arms) - 1))
+def cells_table(what: str) -> str:
+    """The rise of gold_nll and the share of the gold passages' slots that stay: control, and what other arms add."""
+    control, *others = measured_arms(what)
+    contexts, added = clusters(what), [f"{arm} - {control}" for arm in others]
+    lines = header("recipe", f"rise, {control}", *added, f"kept, {control}", *added)
     for kv in ["full", *CELLS]:
-        found = {arm: mean_over(arm, compress, kv, "gold_nll") for arm in arms}
-        full = {arm: mean_over(arm, compress, "full", "gold_nll") for arm in arms}
+        cells = []
+        for values, scale in ((partial(rise, what=what, kv=kv), 1), (partial(gold_kept, what=what, kv=kv), 100)):
+            own = values(control)
+            cells.append(interval(own, contexts, "", scale))
+            cells += [interval(minus(values(arm), own), contexts, "+", scale) for arm in others]
+        lines.append(line(kv, *cells))
+    return "\n".join(lines)
 
-        def rise(arm: str, key: str, kv: str = kv, found: Any = found, full: Any = full) -> float:
-            return float(found[arm][key]["gold_nll"] - (full[arm][key]["gold_nll"] if kv != "full" else 0))
 
-        own = [interval(found[arm], lambda key, arm=arm: rise(arm, key), "+" if kv != "full" else "") for arm in arms]  # type: ignore[misc]
-        against = [
-            interval(found[arm], lambda key, arm=arm: rise(arm, key) - rise("plain", key), "+")  # type: ignore[misc]
-            for arm in arms[1:]
-        ]
-        lines.append("| " + " | ".join([kv, *own, *against]) + " |")
+def gold_kept(arm: str, what: str, kv: str) -> Values:
+    """The share of a question's gold passages' slots that stay."""
+    return over_seeds(arm, what, kv, "gold_kept")
+
+
+def split_table(what: str) -> str:
+    """What other arms add to the rise, where the control keeps more of the gold passages than of all, and elsewhere."""
+    control, *others = measured_arms(what)
+    contexts, added = clusters(what), [f"{arm} - {control}" for arm in others]
+    lines = header("recipe", "n survived", f"rise, {control}", *added, "n lost", f"rise, {control}", *added)
+    for kv in CELLS:
+        share, own = float(kv.partition(":")[2]), rise(control, what, kv)
+        survived = {key for key, kept in gold_kept(control, what, kv).items() if kept > share}
+        cells = []
+        for some in (survived, own.keys() - survived):
+            part = {key: own[key] for key in own if key in some}
+            cells += [str(len(part)), interval(part, contexts)]
+            cells += [interval(minus(part, rise(arm, what, kv)), contexts, "+", -1) for arm in others]
+        lines.append(line(kv, *cells))
+    return "\n".join(lines)
+
+
+def evicted_table() -> str:
+    """SubEM (%) over a quarter of the cache: control, and what other arms add; whole, and where the gold survived."""
+    control, *others = measured_arms("evicted")
+    contexts, added = clusters("evicted"), [f"{arm} - {control}" for arm in others]
+    lines = header("recipe", control, *added, "n survived", control, *added)
+    for kv in GENERATED:
+        own = over_seeds(control, "evicted", kv, "subem")
+        survived = {
+            key for key, kept in gold_kept(control, "evicted", kv).items() if kept > float(kv.partition(":")[2])
+        }
+        cells = []
+        for part in (own, {key: own[key] for key in own if key in survived}):
+            cells += [interval(part, contexts, "", 100)]
+            cells += [
+                interval(minus(part, over_seeds(arm, "evicted", kv, "subem")), contexts, "+", -100) for arm in others
+            ]
+        cells.insert(len(added) + 1, str(len(survived)))
+        lines.append(line(kv, *cells))
     return "\n".join(lines)
 
 
 def tables() -> str:
     """All tables, as they stand in training.md."""
     found = ["## With the full cache", answers_table()]
-    for compress in filter(measured, COMPRESS):
-        found += [f"## gold_nll under recipes, {compress}", cells_table(compress)]
+    for what in COMPRESS:
+        if len(measured_arms(what)) > 1:
+            found += [f"## gold_nll under recipes, {what}", cells_table(what)]
+            found += [f"## By what became of the gold passages, {what}", split_table(what)]
+    if len(measured_arms("evicted")) > 1:
+        found += ["## Answers over a quarter of the cache", evicted_table()]
     return "\n\n".join(found) + "\n"
 
 
@@ -191,8 +287,11 @@ if __name__ == "__main__":
     elif command == ["answer"] and set(wanted) <= {*names(), *curve()}:
         for name in wanted or [*names(), *curve()]:
             answer(name)
-    elif command == ["cells"] and set(wanted) <= set(names()):
-        for name in wanted or [n for n in names() if n != "base-plain-text"]:
+    elif command == ["evicted"] and set(wanted) <= set(tuned()):
+        for name in wanted or tuned():
+            evicted(name)
+    elif command == ["cells"] and set(wanted) <= set(tuned()):
+        for name in wanted or tuned():
             cells(name)
     elif sys.argv[1:] == ["table"]:
         page = SAMPLES.with_suffix(".md")

@@ -30,7 +30,8 @@ def recipe(
     """Train by a recipe; the same line goes on from the last checkpoint."""
     from lceval.train import tune
 
-    typer.echo(tune.run(name, changes or [], dry_run=dry_run, as_json=as_json))
+    if text := tune.run(name, changes or [], dry_run=dry_run, as_json=as_json):
+        typer.echo(text)
 
 
 @app.command("eval")

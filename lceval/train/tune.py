@@ -8,10 +8,11 @@ from contextlib import nullcontext
 from typing import Any
 
 from lceval.training.config import read
+from lceval.training.trainers import is_lead
 
 
 def run(recipe: str, changes: Sequence[str], *, dry_run: bool, as_json: bool) -> str:
-    """The text for stdout.
+    """The text for stdout; none from a process that does not lead.
 
     Raises:
         UserError: a bad recipe, or one that was begun differently.
@@ -28,6 +29,8 @@ def run(recipe: str, changes: Sequence[str], *, dry_run: bool, as_json: bool) ->
     judged = config.grpo is not None and config.grpo.wanted.judged
     with configured() if judged else nullcontext() as grader:
         record = train(config, grader)
+    if not is_lead():
+        return ""
     return json.dumps({"output": str(config.output), **record}, indent=2) if as_json else render_record(config, record)
 
 

@@ -12,8 +12,6 @@ from lceval.errors import UserError
 from lceval.models import recipe
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS
-from lceval.training import data
-from lceval.training.encode import Encoder
 from lceval.training.packing import IGNORED, Packing, Turn, check_trainable, pack
 
 pytestmark = pytest.mark.model
@@ -33,9 +31,9 @@ def model(lcft_model: Any, smollm2: str) -> Any:
     return LCFT(lcft_model, tokenizer=smollm2)
 
 
-def trained(model: Any, kv: str, turns: list[Turn], *, aware: bool) -> list[float]:
-    """NLL per token of each answer, as training sees it."""
-    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, turns, aware=aware).items()}
+def trained(model: Any, kv: str, turns: list[Turn], *, aware: bool, twin: bool = False) -> list[float]:
+    """NLL per token of each answer, as training sees it, and after them those of their twins."""
+    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, turns, aware=aware, twin=twin).items()}
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse(kv).evictor)
     rows = (packed["labels"][0] != IGNORED).nonzero()[:, 0]
     with torch.no_grad():
@@ -48,7 +46,7 @@ def trained(model: Any, kv: str, turns: list[Turn], *, aware: bool) -> list[floa
         ).logits[0]
     nll = F.cross_entropy(logits, packed["labels"][0][rows], reduction="none")
     block = packed["block"][0][rows]
-    return [float(nll[block == number].mean()) for number in range(len(turns))]
+    return [float(nll[block == number].mean()) for number in range(len(turns) * (2 if twin else 1))]
 
 
 def evaluated(model: Any, kv: str, turn: Turn, *, aware: bool) -> float:
@@ -82,6 +80,14 @@ def test_a_question_is_blind_to_the_others(model: Any) -> None:
     assert together == pytest.approx(alone, abs=5e-5)
 
 
+@pytest.mark.parametrize("aware", [False, True], ids=["agnostic", "aware"])
+def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, aware: bool) -> None:
+    both = trained(model, "snapkv:0.3", TURNS, aware=aware, twin=True)
+    alone = trained(model, "snapkv:0.3", TURNS, aware=aware)
+    assert both == pytest.approx(alone + trained(model, "full", TURNS, aware=False), abs=5e-5)
+    assert alone != pytest.approx(both[len(alone) :], abs=0.01)
+
+
 def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
     packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, TURNS).items()}
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse("knorm:0.25").evictor)
@@ -93,45 +99,6 @@ def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
     assert int(kept.sum()) == 3 * round(0.25 * len(CONTEXT))
     reached = v.grad[:, :, : len(CONTEXT)].abs().sum(-1) > 0
     assert torch.equal(reached, kept)
-
-
-def test_the_gold_loss_is_the_share_of_attention_that_gold_passages_receive(model: Any) -> None:
-    gold = [tuple(range(40, 90)), (), (0, 1, 200)]
-    turns = [Turn(t.question, t.answer, places) for t, places in zip(TURNS, gold, strict=True)]
-    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, turns, aware=True).items()}
-    packing = Packing(packed["block"], packed["kind"], model.engine.geometry, None, packed["gold"])
-    generator = torch.Generator().manual_seed(0)
-    length, s = packed["block"].shape[1], len(CONTEXT)
-    q, k, v = (torch.randn(1, heads, length, 64, generator=generator).requires_grad_() for heads in (9, 3, 3))
-    packing.attend(0, q, k, v, 0.125)
-    missed = []
-    for number, places in enumerate(gold):
-        # Without the sinks; a question's last token stands a second time behind it.
-        inside, asked = [p - 4 for p in places if p >= 4], int((packed["block"][0] < number).sum())
-        for head in range(3 if inside else 0):
-            shares = [
-                (q[0, h, asked + t] @ k[0, head, 4:s].T * 0.125).softmax(-1)[inside].sum()
-                for h in range(3 * head, 3 * head + 3)
-                for t in range(len(turns[number].question))
-            ]
-            missed.append(-torch.stack(shares).mean().log())
-    loss = packing.gold_loss
-    assert loss is not None
-    torch.testing.assert_close(loss, torch.stack(missed).mean())
-    loss.backward()
-    assert k.grad is not None
-    assert k.grad[:, :, 4:s].abs().sum(-1).min() > 0
-    assert k.grad[:, :, :4].abs().max() == k.grad[:, :, s:].abs().max() == 0
-
-
-def test_the_encoder_finds_the_gold_passages_tokens(model: Any) -> None:
-    rows = data.rows(data.Spec(datasets=("filings",), split="all", limit=3, seeds=(1234,)))[0]
-    for row in rows:
-        context, turn = Encoder(model, chat_template=True, gold=True).turn(row, row["target"])
-        shown = model.tok_decode([context[place] for place in turn.gold])
-        (text,) = (d["text"] for d in row["docs"] if d["pid"] in row["gold_pids"])
-        assert shown.strip().startswith(text[:40].strip())
-        assert len(turn.gold) == pytest.approx(len(model.tok_encode(text)), abs=2)
 
 
 @pytest.mark.parametrize("kv", ["kvzip:0.5", "h2o:64:when=always"])

@@ -40,7 +40,6 @@ def test_changes_reach_into_sections() -> None:
         (["data.lenght_k=2"], "did you mean length_k"),
         (["optim.steps=0"], "optim.steps: input should be greater than 0"),
         (["robust.evictors=[snapkv]", "robust.keep=[0.9, 0.2]"], "0 < lower <= upper <= 1"),
-        (["robust.evictors=[snapkv]", "robust.gold=0.1"], "it needs compress: aware"),
         (["optim.lr"], "expected KEY=VALUE"),
         (["longlora.r=8"], "longlora learns from texts"),
         (["texts.files=[a.txt]", "texts.tokens=64", "eval_contexts=2"], "texts go with neither"),

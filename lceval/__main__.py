@@ -1,0 +1,6 @@
+"""`python -m lceval`, and so `accelerate launch -m lceval train RECIPE`."""
+
+from lceval.cli import main
+
+if __name__ == "__main__":
+    main()

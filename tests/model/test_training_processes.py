@@ -1,0 +1,64 @@
+"""`lceval train` started as several processes, as `accelerate launch` does with devices: they learn what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+from lceval.training.config import parse
+from lceval.training.run import train
+
+CONFIGURATIONS = Path(__file__).parents[2] / "training" / "accelerate"
+
+
+def recipe(output: Path) -> dict[str, Any]:
+    """Two steps of two contexts."""
+    return {
+        "output": str(output),
+        "model": {"dtype": "float32"},
+        "data": {"datasets": ["filings"], "split": "all", "limit": 16, "seeds": [1234]},
+        "optim": {"steps": 2, "contexts": 2, "warmup": 0.0},
+        "save_steps": 2,
+    }
+
+
+def launch(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    file = output.parent / f"{output.name}.yaml"
+    file.write_text(json.dumps(recipe(output)))
+    # accelerate starts several processes only where there are devices for them; torchrun starts them anyway.
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    command += ["-m", "lceval", "train", str(file), "--json", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    one = train(parse(recipe(tmp_path / "one"), "test"))
+    ran = launch(tmp_path / "two")
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    two = json.loads(ran.stdout)
+    assert two["losses"] == [[step, pytest.approx(loss, abs=2e-3)] for step, loss in one["losses"]]
+    assert (tmp_path / "two" / "adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "two" / "train.json").read_text())["status"] == "finished"
+
+
+def test_contexts_that_cannot_be_dealt_out_are_refused(tmp_path: Path) -> None:
+    ran = launch(tmp_path / "odd", "optim.contexts=3")
+    assert ran.returncode != 0
+    assert "optim.contexts=3 cannot be dealt out to 2 processes: choose a multiple" in ran.stderr
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
+def test_accelerate_reads_the_configurations(name: str) -> None:
+    found = load_config_from_file(str(CONFIGURATIONS / f"{name}.yaml"))
+    assert found.num_processes == 8
+    assert found.mixed_precision == "no"
