@@ -86,7 +86,7 @@ class Diagnosis:
 
         Args:
             cache: one row a job; each has read its question but for its `last` tokens. It is used up.
-            last: as many tokens in every row.
+            last: as many tokens in every row, padding on the left included.
         """
         found: list[dict[str, Any]] = [{"gold_nll": None} for _ in jobs]
         gold = {row: str((job.doc.get("answers") or [""])[0]) for row, job in enumerate(jobs)}
@@ -99,9 +99,10 @@ class Diagnosis:
         # Padding stands to the right, where no scored token can see it.
         ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids in read], device=engine.device)
         cache.select(rows)
-        logits = engine.forward(cache, ids)
+        first = len(last[0]) - 1  # predicts the reply's first token
+        logits = engine.forward(cache, ids, keep=longest - first)
         for place, (row, (_, answer)) in enumerate(zip(rows, said, strict=True)):
-            predicts = slice(len(read[place]) - len(answer), len(read[place]))
+            predicts = slice(len(read[place]) - first - len(answer), len(read[place]) - first)
             wanted = torch.tensor(answer, device=logits.device)
             nll = torch.nn.functional.cross_entropy(logits[place, predicts].float(), wanted)
             found[row] = {"gold_nll": float(nll)}

@@ -57,6 +57,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         diagnose: `gold` adds gold_kept and gold_nll to every sample, `attention` NDCG@10 of the documents by the
             attention that the question pays them.
         prefix_cache_gib: compressed contexts kept for later requests, at most so much of them.
+        merge: whether the adapter is merged into the weights, in their dtype: faster, and rounded to it.
         context_field: the field of a task's docs that holds the context exactly as it stands in the prompt.
         kwargs: every argument of HFLM, `peft` among them.
 
@@ -74,6 +75,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         attn: str = "auto",
         diagnose: str = "none",
         prefix_cache_gib: float = 1.0,
+        merge: bool = False,
         context_field: str = "context",
         **kwargs: Any,
     ) -> None:
@@ -107,9 +109,18 @@ class LCFT(HFLM):  # type: ignore[misc]
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
                 raise _unknown_argument(unknown[1]) from None
             raise
-        base = self.model.get_base_model() if self.peft else self.model
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters put their own tokens into the cache; use LoRA")
+        if merge and not self.peft:
+            raise UserError("bad model argument merge=True: there is no adapter to merge; name it by peft=")
+        self.merge = merge
+        if merge:
+            self._model = self.model.merge_and_unload()
+        self.base = base = self.model if merge or not self.peft else self.model.get_base_model()
+        head = base.get_output_embeddings()
+        if self.peft and head is not None and head.weight.is_floating_point():
+            # PyTorch multiplies the last rows of a batch by a frozen matrix as a copy of it for every row of the batch.
+            head.weight.requires_grad_()
         self.engine = Engine(
             self.model,
             base,
@@ -245,15 +256,19 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     # Questions --------------------------------------------------------------------------------------------------
 
-    def _open(self, batch: Sequence[Turn]) -> tuple[QuestionCache, Tensor]:
-        """A cache for the batch, and the questions' tokens that it has yet to read: [B, T], padded on the left."""
+    def _open(self, batch: Sequence[Turn], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
+        """A cache for the batch, and the questions' tokens that it has yet to read: [B, T], padded on the left.
+
+        Args:
+            answers: whether the model will answer too, and not be measured alone.
+        """
         room = max(turn.job.answer_tokens for turn in batch)
         ready = batch[0].cache
         if ready is not None:
             return ready, torch.tensor([batch[0].job.question[-1:]], device=self.device)
         questions = [turn.job.question for turn in batch]
         cache = self.engine.batch([turn.context for turn in batch], questions, room)
-        if self.diagnosis.needs_answer:
+        if self.diagnosis.needs_answer and answers:
             # All but the last token, so that the gold answer and the model's own both start from the same cache.
             rest = torch.tensor(_padded([q[:-1] for q in questions], self._pad), device=self.device)
             if rest.shape[1]:
@@ -279,7 +294,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         kwargs = dict(batch[0].job.payload)
         until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
         start = time.perf_counter()
-        cache, ids = self._open(batch)
+        cache, ids = self._open(batch, answers=new_tokens > 0)
         opening_s = time.perf_counter() - start
         self._diagnose(batch, cache, ids)
         if not new_tokens:
@@ -382,6 +397,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             "revision": self.revision,
             "peft": self.peft,
             "delta": self.delta,
+            **({"merge": True} if self.merge else {}),
             "kv": str(self.recipe),
             "compress": self.compress,
             "overlong": self.overlong,

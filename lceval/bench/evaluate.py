@@ -180,13 +180,12 @@ def _contexts_read(model: Any) -> int:
 def _hf_side(task: Any, model: LCFT, requests: list[Any], cluster: str) -> list[Any]:
     from lm_eval.models.huggingface import HFLM
 
-    base = model.model.get_base_model() if model.peft else model.model
-    base.set_attn_implementation("sdpa")
+    model.base.set_attn_implementation("sdpa")
     try:
         hf = HFLM(model.model, tokenizer=model.tokenizer, batch_size=model.batch_size)
         return _side(task, hf, HF, requests, cluster)
     finally:
-        base.set_attn_implementation(attention.NAME)
+        model.base.set_attn_implementation(attention.NAME)
 
 
 def _rows(

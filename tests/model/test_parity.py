@@ -77,3 +77,6 @@ def test_an_adapter_gives_the_answers_and_scores_of_hf(smollm2: str, instances: 
     assert_same_scores(lambda: ours, theirs, choices(requests))
     plain = HFLM(pretrained=smollm2, device="cpu").loglikelihood(choices(requests), disable_tqdm=True)
     assert ours.loglikelihood(choices(requests)) != plain
+    merged = LCFT(pretrained=smollm2, peft=str(tmp_path), device="cpu", merge=True)
+    assert not hasattr(merged.model, "peft_config")
+    assert_same_scores(lambda: merged, theirs, choices(requests))

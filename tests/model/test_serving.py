@@ -106,7 +106,7 @@ def test_gold_nll_is_the_likelihood_that_hf_gives_the_answer(lcft: Any, hf: Any,
     silent = [replace(r, arguments=(r.args[0], {**r.args[1], "max_gen_toks": 0})) for r in few]
     for text, meta in zip(lcft("full", diagnose="gold", batch_size=3).generate_until(silent), metas, strict=True):
         assert text == ""
-        assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-6)
+        assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-4)
 
 
 def test_diagnosis_changes_no_answer(lcft: Any, requests: list[Any]) -> None:
@@ -166,6 +166,7 @@ def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, req
         ({"diagnose": "all"}, "bad model argument diagnose='all'"),
         ({"kv": "tova:0.5:when=always", "compress": "aware"}, "use compress=agnostic"),
         ({"prefix_cache_gib": -1}, "bad model argument prefix_cache_gib=-1"),
+        ({"merge": True}, "bad model argument merge=True: there is no adapter to merge"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),
     ],
 )
