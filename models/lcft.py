@@ -117,10 +117,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         if merge:
             self._model = self.model.merge_and_unload()
         self.base = base = self.model if merge or not self.peft else self.model.get_base_model()
-        head = base.get_output_embeddings()
-        if self.peft and head is not None and head.weight.is_floating_point():
-            # PyTorch multiplies the last rows of a batch by a frozen matrix as a copy of it for every row of the batch.
-            head.weight.requires_grad_()
+        read_in_one_piece(base.get_output_embeddings())
         self.engine = Engine(
             self.model,
             base,
@@ -431,6 +428,20 @@ class LCFT(HFLM):  # type: ignore[misc]
             **self.totals,
         }
         return {**super().get_model_info(), "lcft": ours}
+
+
+def read_in_one_piece(head: torch.nn.Module | None) -> None:
+    """Give an output layer its input contiguous.
+
+    transformers slices the last positions of a batch out of all; PyTorch multiplies such a slice by a frozen matrix as
+    a batched product, with a copy of the matrix for every row of the batch (under an adapter all matrices are frozen).
+    """
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _unknown_argument(name: str) -> UserError:

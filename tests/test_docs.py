@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 from collections import Counter
@@ -271,12 +272,17 @@ def test_the_new_policy_goes_with_the_other_axes_and_inside_adakv(tiny: Any, add
 def study_and_page(name: str) -> tuple[ModuleType, str]:
     """A study's script as a module, and its page."""
     file = ROOT / "docs" / "studies" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_study", file)
+    return module_of(file), file.with_suffix(".md").read_text()
+
+
+def module_of(file: Path) -> ModuleType:
+    """A study's script as a module."""
+    spec = importlib.util.spec_from_file_location(f"{file.stem}_study", file)
     assert spec is not None
     assert spec.loader is not None
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    return study, file.with_suffix(".md").read_text()
+    return study
 
 
 def test_the_tables_on_contexts_are_computed_from_their_samples() -> None:
@@ -301,12 +307,19 @@ def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
         assert len({row["cluster"] for row in rows}) == settings["contexts"]
 
 
-def test_the_table_of_the_mini_sweep_is_computed_from_its_rows() -> None:
-    study, page = study_and_page("mini")
-    assert page.endswith(study.MARK + study.table() + "\n")
-    rows = json.loads((ROOT / "docs" / "studies" / "mini.json").read_text())["rows"]
-    _, grid = read_grid(None, "mini")
-    assert {(row["recipe"], row["task"], row["context"]) for row in rows} == {
-        (recipe, task, context) for recipe in grid.recipes for task in grid.tasks for context in grid.contexts
-    }
+@pytest.mark.parametrize("name", ["mini", "tuned"])
+def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str) -> None:
+    studies = ROOT / "docs" / "studies"
+    study = module_of(studies / "sweeps.py")
+    page = (studies / f"{name}.md").read_text()
+    assert name in study.NAMES
+    assert page.endswith(study.mark(name) + study.table(name) + "\n")
+    rows = json.loads((studies / f"{name}.json").read_text())["rows"]
+    _, grid = read_grid(studies / "tuned.yaml", None) if name == "tuned" else read_grid(None, name)
+    ran = [(row["peft"], row["recipe"], row["task"], row["context"]) for row in rows]
+    assert (
+        len({*ran})
+        == len(ran)
+        == math.prod(len(part) for part in (grid.adapters, grid.recipes, grid.tasks, grid.contexts))
+    )
     assert {row["n"] for row in rows} == {grid.limit}

@@ -192,9 +192,8 @@ def _read(recipe: Config, model: Any, lm: Any, planned: Plan) -> dict[str, Any]:
         return {"parameters": parameters, **_curves(made.state.log_history)}
     folder = recipe.output / "model"
     if is_lead():
-        shutil.rmtree(
-            folder, ignore_errors=True
-        )  # whole, and this recipe's: the run was killed before it said finished
+        # What is there is whole, and this recipe's: the run was killed before it said finished.
+        shutil.rmtree(folder, ignore_errors=True)
         loads = longlora.save(made.model, recipe.longlora, folder, lm.tokenizer)
     else:
         loads = "pretrained" if longlora.needs_model_folder(made.model, recipe.longlora) else "peft"

@@ -80,3 +80,9 @@ def test_an_adapter_gives_the_answers_and_scores_of_hf(smollm2: str, instances: 
     merged = LCFT(pretrained=smollm2, peft=str(tmp_path), device="cpu", merge=True)
     assert not hasattr(merged.model, "peft_config")
     assert_same_scores(lambda: merged, theirs, choices(requests))
+    # The frozen head is read once, not copied for every row.
+    with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as seen:
+        merged.model(torch.tensor([[1, 2, 3], [4, 5, 6]]), logits_to_keep=1)
+    by_head = [e.name for e in seen.events() if any(49152 in shape for shape in e.input_shapes)]
+    assert "aten::mm" in by_head
+    assert "aten::bmm" not in by_head
