@@ -49,6 +49,7 @@ class Engine:
         self.geometry = Geometry.of(base)
         self.kernels = kernels
         self._decoder = base.get_decoder()
+        _read_in_one_piece(base.get_output_embeddings())
         self._chunk = chunk
         self._autocast = autocast
         self._repeat_ids = tuple(repeat_ids)
@@ -131,3 +132,17 @@ class Engine:
             )
         logits: Tensor = out.logits
         return logits
+
+
+def _read_in_one_piece(head: torch.nn.Module | None) -> None:
+    """Give an output layer its input contiguous.
+
+    transformers slices the last positions of a batch out of all; PyTorch multiplies such a slice by a frozen matrix as
+    a batched product, with a copy of the matrix for every row of the batch (under an adapter all matrices are frozen).
+    """
+    if head is not None and _contiguous not in head._forward_pre_hooks.values():
+        head.register_forward_pre_hook(_contiguous)
+
+
+def _contiguous(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (inputs[0].contiguous(), *inputs[1:])

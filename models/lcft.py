@@ -29,7 +29,7 @@ from lceval.models import attention, packaged, recipe
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
-from lceval.models.prefix import Job, cut, find_boundary
+from lceval.models.prefix import Job, find_boundary, fit, padded
 from lceval.models.response import Score, Text, skipped
 from lceval.models.serving import Server, Turn
 
@@ -117,7 +117,6 @@ class LCFT(HFLM):  # type: ignore[misc]
         if merge:
             self._model = self.model.merge_and_unload()
         self.base = base = self.model if merge or not self.peft else self.model.get_base_model()
-        read_in_one_piece(base.get_output_embeddings())
         self.engine = Engine(
             self.model,
             base,
@@ -209,27 +208,8 @@ class LCFT(HFLM):  # type: ignore[misc]
         return Job(index, tuple(ids), boundary, found, payload=payload, prompt=prompt, doc=doc)
 
     def _fit(self, jobs: list[Job], requests: list[Instance]) -> list[Job]:
-        """The jobs that will run, cut to the model's length where `overlong` says so."""
-        fitting, too_long = [], []
-        for job in jobs:
-            excess = job.boundary + job.room - self.max_length
-            if excess <= 0:
-                fitting.append(job)
-            elif self.overlong in ("middle", "end") and excess <= job.boundary:
-                ids, boundary = cut(job.ids, job.boundary, excess, self.overlong)
-                fitting.append(replace(job, ids=ids, boundary=boundary, truncated=True))
-            else:
-                too_long.append((requests[job.index].task_name, job.boundary + job.room))
-        if too_long and self.overlong != "skip":
-            tasks = Counter(name for name, _ in too_long)
-            named = ", ".join(
-                f"{name} ({n}x, longest {max(t for m, t in too_long if m == name)})" for name, n in tasks.items()
-            )
-            raise UserError(
-                f"{len(too_long)} of {len(jobs)} prompts do not fit the model's {self.max_length} tokens: {named}; "
-                "choose a shorter length, or pass overlong=skip, overlong=middle or overlong=end in --model_args"
-            )
-        self.totals["too_long"] += len(too_long)
+        fitting = fit(jobs, self.max_length, self.overlong, [str(request.task_name) for request in requests])
+        self.totals["too_long"] += len(jobs) - len(fitting)
         return fitting
 
     def _batches(self, jobs: Sequence[Job], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Turn]]:
@@ -267,11 +247,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         cache = self.engine.batch([turn.context for turn in batch], questions, room)
         if self.diagnosis.needs_answer and answers:
             # All but the last token, so that the gold answer and the model's own both start from the same cache.
-            rest = torch.tensor(_padded([q[:-1] for q in questions], self._pad), device=self.device)
+            rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
             if rest.shape[1]:
                 self.engine.forward(cache, rest, keep=1)
             return cache, torch.tensor([q[-1:] for q in questions], device=self.device)
-        return cache, torch.tensor(_padded(questions, self._pad), device=self.device)
+        return cache, torch.tensor(padded(questions, self._pad), device=self.device)
 
     def _diagnose(self, batch: Sequence[Turn], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:
@@ -430,28 +410,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         return {**super().get_model_info(), "lcft": ours}
 
 
-def read_in_one_piece(head: torch.nn.Module | None) -> None:
-    """Give an output layer its input contiguous.
-
-    transformers slices the last positions of a batch out of all; PyTorch multiplies such a slice by a frozen matrix as
-    a batched product, with a copy of the matrix for every row of the batch (under an adapter all matrices are frozen).
-    """
-    if head is not None and _contiguous not in head._forward_pre_hooks.values():
-        head.register_forward_pre_hook(_contiguous)
-
-
-def _contiguous(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (inputs[0].contiguous(), *inputs[1:])
-
-
 def _unknown_argument(name: str) -> UserError:
     parameters = {*inspect.signature(LCFT.__init__).parameters, *inspect.signature(HFLM.__init__).parameters}
     known = sorted(parameters - {"self", "kwargs"})
     near = get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
     return UserError(f"unknown model argument {name!r}: {hint}")
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
-    longest = max(len(row) for row in rows)
-    return [[pad] * (longest - len(row)) + list(row) for row in rows]

@@ -1,10 +1,13 @@
-"""Where a prompt's context ends and its question begins, and which prompts share a context."""
+"""Where a prompt's context ends and its question begins, which prompts share a context, and which fit the model."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+from lceval.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,43 @@ def cut(ids: Sequence[int], boundary: int, excess: int, where: str) -> tuple[tup
     assert kept >= 0, "only context tokens may be cut"
     head = kept if where == "end" else kept - kept // 2
     return (*ids[:head], *ids[head + excess :]), kept
+
+
+def fit(jobs: Sequence[Job], max_length: int, overlong: str, names: Sequence[str]) -> list[Job]:
+    """The jobs that will run, cut to `max_length` tokens where `overlong` says so.
+
+    Args:
+        names: the task of each request.
+
+    Raises:
+        UserError: some are too long, and none of `skip`, `middle` and `end` was asked for.
+    """
+    fitting, too_long = [], []
+    for job in jobs:
+        excess = job.boundary + job.room - max_length
+        if excess <= 0:
+            fitting.append(job)
+        elif overlong in ("middle", "end") and excess <= job.boundary:
+            ids, boundary = cut(job.ids, job.boundary, excess, overlong)
+            fitting.append(replace(job, ids=ids, boundary=boundary, truncated=True))
+        else:
+            too_long.append((names[job.index], job.boundary + job.room))
+    if too_long and overlong != "skip":
+        tasks = Counter(name for name, _ in too_long)
+        named = ", ".join(
+            f"{name} ({n}x, longest {max(t for m, t in too_long if m == name)})" for name, n in tasks.items()
+        )
+        raise UserError(
+            f"{len(too_long)} of {len(jobs)} prompts do not fit the model's {max_length} tokens: {named}; "
+            "choose a shorter length, or pass overlong=skip, overlong=middle or overlong=end in --model_args"
+        )
+    return fitting
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
+    """Rows of one length, padded on the left."""
+    longest = max(len(row) for row in rows)
+    return [[pad] * (longest - len(row)) + list(row) for row in rows]
 
 
 def by_context(jobs: Iterable[Job]) -> list[list[Job]]:

@@ -307,7 +307,7 @@ def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
         assert len({row["cluster"] for row in rows}) == settings["contexts"]
 
 
-@pytest.mark.parametrize("name", ["mini", "tuned"])
+@pytest.mark.parametrize("name", ["mini"])
 def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str) -> None:
     studies = ROOT / "docs" / "studies"
     study = module_of(studies / "sweeps.py")
@@ -315,7 +315,7 @@ def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str) -> None:
     assert name in study.NAMES
     assert page.endswith(study.mark(name) + study.table(name) + "\n")
     rows = json.loads((studies / f"{name}.json").read_text())["rows"]
-    _, grid = read_grid(studies / "tuned.yaml", None) if name == "tuned" else read_grid(None, name)
+    _, grid = read_grid(None, name)
     ran = [(row["peft"], row["recipe"], row["task"], row["context"]) for row in rows]
     assert (
         len({*ran})

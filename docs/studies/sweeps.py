@@ -1,4 +1,4 @@
-"""The tables of mini.md and tuned.md from the committed rows.
+"""The tables of sweeps from their committed rows.
 
 python docs/studies/sweeps.py            writes the table of NAME.json anew into NAME.md
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from lceval.table import Table, to_markdown
 
 HERE = Path(__file__).parent
-NAMES = ("mini", "tuned")
+NAMES = ("mini",)
 # Other processes were running at the same time: what a clock said is no measurement.
 TIMES = ("prefill_s", "prefill_tok_s", "decode_tok_s")
 

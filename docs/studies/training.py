@@ -42,6 +42,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "twin": {"robust": {**DRAWN, "full": 0.0, "distill": 1.0}},
 }
 CHECKPOINTS = (20, 40)
+METRICS = ("subem", "em", "gold_nll", "gold_kept")
 # streaming and tova are never used in training.
 MARK = "<!-- tables of the committed samples -->\n"
 CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "streaming", "tova")]
@@ -114,10 +115,23 @@ def measure(name: str, what: str, recipes: Sequence[str], contexts: int | None =
         diagnose="gold",
         metadata=METADATA,
         batch_size=5,
-        output=SAMPLES / f"{name}-{what}.jsonl",
+        output=RUNS / "samples" / f"{name}-{what}.jsonl",
         **options,
         **adapter(name),
     )
+    keep(name, what)
+
+
+def keep(name: str, what: str) -> None:
+    """What is committed of a finished measurement: for every recipe and question the METRICS."""
+    settings, *rows = map(json.loads, (RUNS / "samples" / f"{name}-{what}.jsonl").read_text().splitlines())
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in METRICS]
+    clusters = {row["id"]: row["cluster"] for row in rows}
+    kept = {"settings": settings, "metrics": METRICS, "clusters": clusters, "scores": scores}
+    SAMPLES.mkdir(exist_ok=True)
+    (SAMPLES / f"{name}-{what}.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
 
 
 Rows = dict[str, dict[str, Any]]
@@ -126,12 +140,17 @@ Values = dict[str, float]
 
 def samples(name: str, what: str, kv: str = "full") -> Rows:
     """The committed samples of a cell, by question."""
-    lines = (SAMPLES / f"{name}-{what}.jsonl").read_text().splitlines()[1:]
-    return {row["id"]: row for row in map(json.loads, lines) if row["kv"] == kv}
+    kept = json.loads((SAMPLES / f"{name}-{what}.json").read_text())
+    return {
+        key: {"cluster": kept["clusters"][key], **dict(zip(kept["metrics"], scores, strict=True))}
+        for key, scores in kept["scores"][kv].items()
+    }
 
 
 def interval(values: Values, clusters: dict[str, str], sign: str = "", scale: float = 1.0) -> str:
-    """A mean with its interval, by context."""
+    """A mean with its interval, by context; alone where all values are the same."""
+    if len({*values.values()}) == 1:
+        return f"{scale * next(iter(values.values())):{sign}.3g}"
     middle, low, high = cluster_bootstrap([scale * x for x in values.values()], [clusters[key] for key in values])
     return f"{middle:{sign}.3g} [{low:{sign}.3g}, {high:{sign}.3g}]"
 
@@ -143,7 +162,7 @@ def minus(a: Values, b: Values) -> Values:
 
 def exists(what: str, *names: str) -> bool:
     """Whether all of these models were measured."""
-    return all((SAMPLES / f"{name}-{what}.jsonl").exists() for name in names)
+    return all((SAMPLES / f"{name}-{what}.json").exists() for name in names)
 
 
 def of(arm: str) -> list[str]:
