@@ -2,7 +2,6 @@
 
 python docs/studies/training.py train [ARM …]     trains every seed of an arm; goes on where it stopped
 python docs/studies/training.py answer [NAME …]   answers with the full cache; goes on where it stopped
-python docs/studies/training.py evicted [NAME …]  answers at a quarter of the cache; goes on where it stopped
 python docs/studies/training.py cells [NAME …]    gold_nll under every recipe; goes on where it stopped
 python docs/studies/training.py table             writes the tables of training.md anew from the committed samples
 
@@ -46,7 +45,6 @@ METRICS = ("subem", "em", "gold_nll", "gold_kept")
 # streaming and tova are never used in training.
 MARK = "<!-- tables of the committed samples -->\n"
 CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "streaming", "tova")]
-GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
 # All 64 contexts, or half of them: a question that joins the scores costs a compression of its own.
 COMPRESS = {"agnostic": 64, "aware": 32}
 
@@ -89,11 +87,6 @@ def adapter(name: str) -> dict[str, str]:
 def answer(name: str) -> None:
     """Answers, and gold_nll, over the full cache."""
     measure(name, "full", ["full"], nll_only=False, template=name != "base-plain-text")
-
-
-def evicted(name: str) -> None:
-    """Answers over a quarter of the cache."""
-    measure(name, "evicted", GENERATED, nll_only=False)
 
 
 def cells(wanted: Sequence[str]) -> None:
@@ -249,41 +242,40 @@ def gold_kept(arm: str, what: str, kv: str) -> Values:
     return over_seeds(arm, what, kv, "gold_kept")
 
 
+def survived(what: str, kv: str) -> set[str]:
+    """The questions of whose gold passages the control keeps more than of all slots."""
+    share = float(kv.partition(":")[2])
+    return {key for key, kept in gold_kept("plain", what, kv).items() if kept > share}
+
+
+def only(values: Values, keys: set[str]) -> Values:
+    """Those questions alone."""
+    return {key: value for key, value in values.items() if key in keys}
+
+
 def split_table(what: str) -> str:
-    """What other arms add to the rise, where the control keeps more of the gold passages than of all, and elsewhere."""
+    """What other arms add to the rise, where the gold passages survived and where they are lost."""
     control, *others = measured_arms(what)
     contexts, added = clusters(what), [f"{arm} - {control}" for arm in others]
     lines = header("recipe", "n survived", f"rise, {control}", *added, "n lost", f"rise, {control}", *added)
     for kv in CELLS:
-        share, own = float(kv.partition(":")[2]), rise(control, what, kv)
-        survived = {key for key, kept in gold_kept(control, what, kv).items() if kept > share}
+        own, there = rise(control, what, kv), survived(what, kv)
         cells = []
-        for some in (survived, own.keys() - survived):
-            part = {key: own[key] for key in own if key in some}
-            cells += [str(len(part)), interval(part, contexts)]
-            cells += [interval(minus(part, rise(arm, what, kv)), contexts, "+", -1) for arm in others]
+        for some in (there, own.keys() - there):
+            cells += [str(len(some)), interval(only(own, some), contexts)]
+            cells += [interval(only(minus(rise(arm, what, kv), own), some), contexts, "+") for arm in others]
         lines.append(line(kv, *cells))
     return "\n".join(lines)
 
 
-def evicted_table() -> str:
-    """SubEM (%) over a quarter of the cache: control, and what other arms add; whole, and where the gold survived."""
-    control, *others = measured_arms("evicted")
-    contexts, added = clusters("evicted"), [f"{arm} - {control}" for arm in others]
-    lines = header("recipe", control, *added, "n survived", control, *added)
-    for kv in GENERATED:
-        own = over_seeds(control, "evicted", kv, "subem")
-        survived = {
-            key for key, kept in gold_kept(control, "evicted", kv).items() if kept > float(kv.partition(":")[2])
-        }
-        cells = []
-        for part in (own, {key: own[key] for key in own if key in survived}):
-            cells += [interval(part, contexts, "", 100)]
-            cells += [
-                interval(minus(part, over_seeds(arm, "evicted", kv, "subem")), contexts, "+", -100) for arm in others
-            ]
-        cells.insert(len(added) + 1, str(len(survived)))
-        lines.append(line(kv, *cells))
+def twins_table(what: str) -> str:
+    """What learning from the full cache in the same pass adds to compression-aware training."""
+    contexts = clusters(what)
+    lines = header("recipe", "twin - aware", "where survived", "where lost")
+    for kv in CELLS:
+        added, there = minus(rise("twin", what, kv), rise("aware", what, kv)), survived(what, kv)
+        parts = (added, only(added, there), only(added, added.keys() - there))
+        lines.append(line(kv, *(interval(part, contexts, "+") for part in parts)))
     return "\n".join(lines)
 
 
@@ -294,8 +286,8 @@ def tables() -> str:
         if len(measured_arms(what)) > 1:
             found += [f"## gold_nll under recipes, {what}", cells_table(what)]
             found += [f"## By what became of the gold passages, {what}", split_table(what)]
-    if len(measured_arms("evicted")) > 1:
-        found += ["## Answers over a quarter of the cache", evicted_table()]
+        if "twin" in measured_arms(what):
+            found += [f"## The two compression-aware arms, {what}", twins_table(what)]
     return "\n\n".join(found) + "\n"
 
 
@@ -307,9 +299,6 @@ if __name__ == "__main__":
     elif command == ["answer"] and set(wanted) <= {*names(), *curve()}:
         for name in wanted or [*names(), *curve()]:
             answer(name)
-    elif command == ["evicted"] and set(wanted) <= set(tuned()):
-        for name in wanted or tuned():
-            evicted(name)
     elif command == ["cells"] and set(wanted) <= set(tuned()):
         cells(wanted or tuned())
     elif sys.argv[1:] == ["table"]:

@@ -18,6 +18,7 @@ COMMANDS = [
     line.split()[1:]
     for block in re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
     for line in block.splitlines()
+    if line.startswith("lceval ")
 ]
 
 

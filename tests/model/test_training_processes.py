@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 
-from lceval.training.config import parse
+from lceval.training.config import parse, shipped
 from lceval.training.run import train
 
-CONFIGURATIONS = Path(__file__).parents[2] / "training" / "accelerate"
+ROOT = Path(__file__).parents[2]
+CONFIGURATIONS = ROOT / "training" / "accelerate"
 
 
 def recipe(output: Path) -> dict[str, Any]:
@@ -55,6 +58,16 @@ def test_contexts_that_cannot_be_dealt_out_are_refused(tmp_path: Path) -> None:
     ran = launch(tmp_path / "odd", "optim.contexts=3")
     assert ran.returncode != 0
     assert "optim.contexts=3 cannot be dealt out to 2 processes: choose a multiple" in ran.stderr
+
+
+def test_the_page_starts_several_processes_as_accelerate_understands_it() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    (line,) = re.findall(r"^accelerate launch (.*)$", page, re.MULTILINE)
+    said = launch_command_parser().parse_args(line.split())
+    assert (ROOT / said.config_file).is_file()
+    assert said.module
+    assert [said.training_script, *said.training_script_args[:-1]] == ["lceval", "train"]
+    assert said.training_script_args[-1] in shipped()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero3"])
