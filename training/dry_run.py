@@ -102,9 +102,7 @@ def _read(recipe: Config, model: Any) -> dict[str, Any]:
         "held_out_contexts": len(planned.held_out),
         "tokens_a_context": round(planned.tokens),
         "longest_context_tokens": planned.longest,
-        "answers": max(
-            [sum(len(t.answer) for t in c.turns) for c in planned.contexts] + [len(s) for s in planned.sequences]
-        ),
+        "answers": max([c.predicted for c in planned.contexts] + [len(s) for s in planned.sequences]),
     }
 
 

@@ -33,6 +33,11 @@ class Packed:
         blocks = sum(len(turn.question) + len(turn.answer) - 1 for turn in self.turns)
         return len(self.context) + blocks * (2 if self.twin else 1)
 
+    @property
+    def predicted(self) -> int:
+        """Tokens of answers that training predicts."""
+        return sum(len(turn.answer) for turn in self.turns) * (2 if self.twin else 1)
+
 
 class Encoder:
     """Encodes rows for a model.

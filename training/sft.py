@@ -54,7 +54,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         whole = inputs["kind"][0, rows] == WHOLE
         if self._distill is not None and whole.any():
             # Both halves are means over the answers' tokens, of which the labels hold two copies.
-            learned, known = (logits[rows].log_softmax(-1) for rows in (~whole, whole))
+            learned, known = (logits[half].log_softmax(-1) for half in (~whole, whole))
             divergence = F.kl_div(learned, known.detach(), log_target=True, reduction="sum")
             self._metrics["train"]["divergence"].append(divergence.item() / len(learned))
             loss = loss + 2 * self._distill * divergence

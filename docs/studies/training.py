@@ -194,25 +194,21 @@ def answers_table() -> str:
     """SubEM (%), exact match (%) and gold_nll with the full cache, and the gain over the better base prompt."""
     bases = [name for name in ("base", "base-plain-text") if exists("full", name)]
     base = max((samples(name, "full") for name in bases), key=lambda rows: mean(r["subem"] for r in rows.values()))
-    contexts = {key: row["cluster"] for key, row in base.items()}
-    subem = {key: row["subem"] for key, row in base.items()}
-    lines = header("model", "n", "SubEM %", "EM %", "gold_nll", "SubEM - base")
-    shown: dict[str, Rows] = {name: samples(name, "full") for name in [*names(), *curve()] if exists("full", name)}
-    for name, rows in shown.items():
-        cells = [
-            interval({key: row[metric] for key, row in rows.items()}, contexts, "", scale)
-            for metric, scale in (("subem", 100), ("em", 100), ("gold_nll", 1))
-        ]
-        gain = interval(minus({key: row["subem"] for key, row in rows.items()}, subem), contexts, "+", 100)
-        lines.append(line(name, str(len(rows)), *cells, "-" if rows == base else gain))
+    contexts, scales = {key: row["cluster"] for key, row in base.items()}, {"subem": 100, "em": 100, "gold_nll": 1}
+    shown: dict[str, dict[str, Values]] = {}
+    for name in [*names(), *curve()]:
+        if exists("full", name):
+            rows = samples(name, "full")
+            shown[name] = {metric: {key: row[metric] for key, row in rows.items()} for metric in scales}
     for arm in ARMS:
         if exists("full", *of(arm)):
-            values = {metric: over_seeds(arm, "full", "full", metric) for metric in ("subem", "em", "gold_nll")}
-            cells = [
-                interval(values[m], contexts, "", scale) for m, scale in (("subem", 100), ("em", 100), ("gold_nll", 1))
-            ]
-            gain = interval(minus(values["subem"], subem), contexts, "+", 100)
-            lines.append(line(f"{arm}, {len(SEEDS)} seeds", str(len(contexts)), *cells, gain))
+            shown[f"{arm}, {len(SEEDS)} seeds"] = {m: over_seeds(arm, "full", "full", m) for m in scales}
+    best = {key: row["subem"] for key, row in base.items()}
+    lines = header("model", "n", "SubEM %", "EM %", "gold_nll", "SubEM - base")
+    for name, values in shown.items():
+        cells = [interval(values[metric], contexts, "", scale) for metric, scale in scales.items()]
+        gain = "-" if values["subem"] == best else interval(minus(values["subem"], best), contexts, "+", 100)
+        lines.append(line(name, str(len(values["subem"])), *cells, gain))
     return "\n".join(lines)
 
 

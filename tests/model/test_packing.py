@@ -12,6 +12,7 @@ from lceval.errors import UserError
 from lceval.models import recipe
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS
+from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, Packing, Turn, check_trainable, pack
 
 pytestmark = pytest.mark.model
@@ -86,6 +87,10 @@ def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, awar
     alone = trained(model, "snapkv:0.3", TURNS, aware=aware)
     assert both == pytest.approx(alone + trained(model, "full", TURNS, aware=False), abs=5e-5)
     assert alone != pytest.approx(both[len(alone) :], abs=0.01)
+    packed = pack(CONTEXT, TURNS, twin=True)
+    counted = Packed(CONTEXT, tuple(TURNS), ("a", "b", "c"), twin=True)
+    assert counted.tokens == len(packed["input_ids"])
+    assert counted.predicted == sum(label != IGNORED for label in packed["labels"])
 
 
 def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:

@@ -36,4 +36,6 @@ def test_every_arm_learned_the_same_data_by_the_recipe_of_the_script(study: Modu
         arm, seed, _ = name.split("-")
         assert record["recipe"]["seed"] == int(seed)
         assert record["recipe"]["optim"]["steps"] == study.RECIPE["optim"]["steps"] == len(record["losses"])
-        assert (record["recipe"]["robust"] is not None) == ("robust" in study.ARMS[arm])
+        asked, learned = study.ARMS[arm].get("robust"), record["recipe"]["robust"]
+        assert (learned is not None) == (asked is not None)
+        assert asked is None or asked == {key: learned[key] for key in asked}
