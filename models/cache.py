@@ -24,7 +24,7 @@ from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.observe import Asked, Observer, Repeated
 from lceval.models.policies import Needs, Quantized, StepEvictor
-from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, WindowKV, WindowLayer
+from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 
 
@@ -279,6 +279,20 @@ class QuestionCache(Cache):  # type: ignore[misc]
         other = object.__new__(QuestionCache)
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
+        return other
+
+    @classmethod
+    def joined(cls, caches: Sequence[QuestionCache], capacity: int) -> QuestionCache:
+        """One cache of the rows of several, which hold one row each, with room for `capacity` more tokens."""
+        lengths, tokens = [c.layers[0].length for c in caches], [c.layers[0].rows.tokens[0] for c in caches]
+        pads = tuple(max(lengths) - length for length in lengths)
+        rows = Rows(tuple(range(len(caches))), tuple(tokens), pads if any(pads) else None)
+        other = object.__new__(cls)
+        other.__dict__ |= caches[0].__dict__
+        other.layers = [
+            TailLayer.joined(layers, rows, max(lengths) + capacity)
+            for layers in zip(*(c.layers for c in caches), strict=True)
+        ]
         return other
 
     def select(self, rows: Sequence[int]) -> None:

@@ -240,17 +240,17 @@ class LCFT(HFLM):  # type: ignore[misc]
             answers: whether the model will answer too, and not be measured alone.
         """
         room = max(turn.job.answer_tokens for turn in batch)
-        ready = batch[0].cache
-        if ready is not None:
-            return ready, torch.tensor([batch[0].job.question[-1:]], device=self.device)
         questions = [turn.job.question for turn in batch]
+        last = torch.tensor([q[-1:] for q in questions], device=self.device)
+        if ready := [turn.cache for turn in batch if turn.cache is not None]:
+            return (QuestionCache.joined(ready, 1 + room) if len(ready) > 1 else ready[0]), last
         cache = self.engine.batch([turn.context for turn in batch], questions, room)
         if self.diagnosis.needs_answer and answers:
             # All but the last token, so that the gold answer and the model's own both start from the same cache.
             rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
             if rest.shape[1]:
                 self.engine.forward(cache, rest, keep=1)
-            return cache, torch.tensor([q[-1:] for q in questions], device=self.device)
+            return cache, last
         return cache, torch.tensor(padded(questions, self._pad), device=self.device)
 
     def _diagnose(self, batch: Sequence[Turn], cache: QuestionCache, ids: Tensor) -> None:

@@ -55,8 +55,9 @@ class TailLayer(AttendingLayer):
 
     is_croppable = True
 
-    def __init__(self, rows: Rows, capacity: int) -> None:
+    def __init__(self, contexts: Sequence[Any], rows: Rows, capacity: int) -> None:
         super().__init__()
+        self.contexts = tuple(contexts)
         self.rows = rows
         self.capacity = capacity
         self.length = 0
@@ -104,6 +105,20 @@ class TailLayer(AttendingLayer):
             other.keys, other.values = self.keys.clone(), self.values.clone()
         return other
 
+    @staticmethod
+    def joined(layers: Sequence[TailLayer], rows: Rows, capacity: int) -> TailLayer:
+        """One layer of the rows of several, one row each: tails end together, contexts stay the rows' own."""
+        other = copy.copy(layers[0])
+        other.rows, other.capacity, other.length = rows, capacity, max(layer.length for layer in layers)
+        other.contexts = tuple(context for layer in layers for context in layer.contexts)
+        shape = (len(layers), other.keys.shape[1], capacity, other.keys.shape[3])
+        # Nobody sees the padding, but it has to be finite.
+        other.keys, other.values = other.keys.new_zeros(shape), other.values.new_zeros(shape)
+        for row, layer in enumerate(layers):
+            own = slice(other.length - layer.length, other.length)
+            other.keys[row : row + 1, :, own], other.values[row : row + 1, :, own] = layer.tail
+        return other
+
     @property
     def own_bytes(self) -> int:
         """Bytes that belong to the question alone."""
@@ -114,8 +129,7 @@ class QuestionLayer(TailLayer):
     """A tail after compressed contexts, which every row sees whole."""
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
-        super().__init__(rows, capacity)
-        self.contexts = tuple(contexts)
+        super().__init__(contexts, rows, capacity)
         self.kernels = kernels
         self.watch: Asked | Repeated | None = None
 
@@ -168,10 +182,6 @@ class WindowLayer(TailLayer):
     """A tail in a sliding layer: a query sees the last `window` tokens, be they the context's or the tail's."""
 
     is_sliding = True
-
-    def __init__(self, contexts: Sequence[WindowKV], rows: Rows, capacity: int) -> None:
-        super().__init__(rows, capacity)
-        self.contexts = tuple(contexts)
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         k, v = self.tail

@@ -71,7 +71,7 @@ class Server:
         """
         batch: list[Turn] = []
         for turn in self._turns(jobs, recipe):
-            if batch and not self._together(batch[0].job, turn.job):
+            if batch and not self._together(batch[0], turn):
                 yield batch
                 batch.clear()
             batch.append(turn)
@@ -84,11 +84,13 @@ class Server:
             yield batch
             batch.clear()
 
-    def _together(self, a: Job, b: Job) -> bool:
-        if self.aware or not a.context or not b.context:
+    @staticmethod
+    def _together(a: Turn, b: Turn) -> bool:
+        if (a.cache is None) != (b.cache is None) or not a.job.context or not b.job.context:
             return False
         # Payloads of generation are its arguments; those of scoring are choices, which any question may have.
-        return not isinstance(a.payload, dict) or (a.payload == b.payload and {*a.payload} <= BATCHED)
+        ours, theirs = a.job.payload, b.job.payload
+        return not isinstance(ours, dict) or (ours == theirs and {*ours} <= BATCHED)
 
     def _turns(self, jobs: Sequence[Job], recipe: Recipe) -> Iterator[Turn]:
         for group in by_context(jobs):

@@ -2,10 +2,12 @@
 
 python docs/studies/training.py train [ARM …]     trains every seed of an arm; goes on where it stopped
 python docs/studies/training.py answer [NAME …]   answers with the full cache; goes on where it stopped
+python docs/studies/training.py longer [NAME …]   the same at twice the length
+python docs/studies/training.py evicted [NAME …]  answers from a quarter of the cache; goes on where it stopped
 python docs/studies/training.py cells [NAME …]    gold_nll under every recipe; goes on where it stopped
 python docs/studies/training.py table             writes the tables of training.md anew from the committed samples
 
-A NAME is `base`, `base-plain-text`, or an arm and a seed, as `plain-0`; adapters go to runs/studies/training.
+A NAME is one of BASES, or an arm and a seed, as `plain-0`; adapters go to runs/studies/training.
 """
 
 from __future__ import annotations
@@ -24,6 +26,14 @@ from lceval.stats import cluster_bootstrap
 SAMPLES = Path(__file__).parent / "training"
 RUNS = Path("runs/studies/training")
 TASK, METADATA = "lc_squad_ao_1k", {"split": "test", "questions": 5}
+LONGER = "lc_squad_ao_2k"
+# The base and how it is asked: with its chat template or without, the reply its own or begun for it.
+BASES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "base-begun": {"begin": "Answer:"},
+    "base-plain-text": {"template": False},
+    "base-plain-text-begun": {"template": False, "begin": "Answer:"},
+}
 SEEDS = (0, 1, 2)
 RECIPE: dict[str, Any] = {
     "model": {"pretrained": "smollm2-135m", "dtype": "bfloat16"},
@@ -45,6 +55,9 @@ METRICS = ("subem", "em", "gold_nll", "gold_kept")
 # streaming and tova are never used in training.
 MARK = "<!-- tables of the committed samples -->\n"
 CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "streaming", "tova")]
+GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
+# Several recipes or lengths take long in float32; models are compared with each other, and all are in bfloat16.
+FAST: dict[str, Any] = {"dtype": "bfloat16", "merge": True}
 # All 64 contexts, or half of them: a question that joins the scores costs a compression of its own.
 COMPRESS = {"agnostic": 64, "aware": 32}
 
@@ -63,7 +76,7 @@ def train(arm: str) -> None:
 
 def names() -> list[str]:
     """All models, in the order of the tables."""
-    return ["base", "base-plain-text", *tuned()]
+    return [*BASES, *tuned()]
 
 
 def tuned() -> list[str]:
@@ -78,7 +91,7 @@ def curve() -> list[str]:
 
 def adapter(name: str) -> dict[str, str]:
     """The model argument that loads a model of the study."""
-    if name.startswith("base"):
+    if name in BASES:
         return {}
     run, _, step = name.partition("-step-")
     return {"peft": str(RUNS / run / f"checkpoints/checkpoint-{step}" if step else RUNS / run)}
@@ -86,21 +99,33 @@ def adapter(name: str) -> dict[str, str]:
 
 def answer(name: str) -> None:
     """Answers, and gold_nll, over the full cache."""
-    measure(name, "full", ["full"], nll_only=False, template=name != "base-plain-text")
+    measure(name, "full", ["full"], **BASES.get(name, {}))
+
+
+def longer(name: str) -> None:
+    """The same of contexts twice as long as those trained on."""
+    measure(name, "longer", ["full"], task=LONGER, dtype="bfloat16", merge=name not in BASES, **BASES.get(name, {}))
+
+
+def evicted(name: str) -> None:
+    """Answers from a quarter of the cache, and from all of it."""
+    measure(name, "evicted", ["full", *GENERATED], **FAST)
 
 
 def cells(wanted: Sequence[str]) -> None:
     """gold_nll under every recipe: of all these models without the question first."""
     for (compress, contexts), name in product(COMPRESS.items(), wanted):
-        measure(name, compress, CELLS, contexts, nll_only=True, compress=compress, dtype="bfloat16", merge=True)
+        measure(name, compress, CELLS, contexts, nll_only=True, compress=compress, **FAST)
 
 
-def measure(name: str, what: str, recipes: Sequence[str], contexts: int | None = None, **options: Any) -> None:
+def measure(
+    name: str, what: str, recipes: Sequence[str], contexts: int | None = None, task: str = TASK, **options: Any
+) -> None:
     """Run what is missing of a file of samples."""
     from lceval.bench.evaluate import bench
 
     bench(
-        TASK,
+        task,
         recipes,
         pretrained="smollm2-135m",
         contexts=contexts,
@@ -295,6 +320,12 @@ if __name__ == "__main__":
     elif command == ["answer"] and set(wanted) <= {*names(), *curve()}:
         for name in wanted or [*names(), *curve()]:
             answer(name)
+    elif command == ["longer"] and set(wanted) <= {*names()}:
+        for name in wanted or [*BASES, *of("plain")]:
+            longer(name)
+    elif command == ["evicted"] and set(wanted) <= {*tuned()}:
+        for name in wanted or tuned():
+            evicted(name)
     elif command == ["cells"] and set(wanted) <= set(tuned()):
         cells(wanted or tuned())
     elif sys.argv[1:] == ["table"]:

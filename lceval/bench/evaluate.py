@@ -38,6 +38,7 @@ def bench(
     output: Path | None,
     nll_only: bool = False,
     template: bool = True,
+    begin: str = "",
     metadata: Mapping[str, Any] | None = None,
     **model_args: Any,
 ) -> dict[str, Any]:
@@ -49,6 +50,8 @@ def bench(
         against_hf: whether `--model hf` answers too, which reads the context anew for every request.
         output: jsonl of per-sample results; what it holds is not run again.
         nll_only: only predict the gold answer (`diagnose=gold`), and generate nothing.
+        template: whether the prompt is put into the model's chat template.
+        begin: how the reply begins, given with the prompt; empty keeps what the task has.
         metadata: what lm_eval's `--metadata` takes: `context`, `data_seed`, ...
 
     Raises:
@@ -60,7 +63,7 @@ def bench(
     if Recipe() not in hows:
         hows.insert(0, Recipe())
     model = LCFT(pretrained, device=device(), diagnose=diagnose, **model_args)
-    loaded, groups = requests_of(task, pretrained, model, template, metadata)
+    loaded, groups = requests_of(task, pretrained, model, template, metadata, begin)
     if nll_only and loaded.OUTPUT_TYPE != "generate_until":
         raise UserError(f"{task} generates nothing: leave --nll-only out")
     chosen = list(groups)[:contexts]
@@ -71,6 +74,7 @@ def bench(
         "template": template,
         "diagnose": diagnose,
         "nll_only": nll_only,
+        **({"begin": begin} if begin else {}),
         **({"metadata": dict(metadata)} if metadata else {}),
         **{k: str(v) for k, v in sorted(model_args.items())},
     }
@@ -139,7 +143,12 @@ class _Results:
 
 
 def requests_of(
-    task: str, pretrained: str, model: LCFT, template: bool, metadata: Mapping[str, Any] | None = None
+    task: str,
+    pretrained: str,
+    model: LCFT,
+    template: bool,
+    metadata: Mapping[str, Any] | None = None,
+    begin: str = "",
 ) -> tuple[Any, dict[str, list[Any]]]:
     """The task, and its requests by context."""
     from lm_eval.tasks import TaskManager
@@ -149,6 +158,8 @@ def requests_of(
         loaded = manager.load([task])["tasks"][task]
     except KeyError:
         raise UserError(f"no task {task!r} (a group is not one task): see lm_eval ls tasks") from None
+    if begin:
+        loaded.set_config("gen_prefix", begin)
     loaded.build_all_requests(
         apply_chat_template=template, chat_template=model.apply_chat_template, tokenizer_name=model.tokenizer_name
     )

@@ -38,11 +38,29 @@ def test_a_batch_of_eight_gives_the_answers_of_hf(lcft: Any, hf: Any, requests: 
     assert [str(text) for text in ours] == hf.generate_until(order, disable_tqdm=True)
 
 
-@pytest.mark.parametrize("recipe", ["snapkv:0.5", "adakv:0.5+int8", "quest:0.5", "h2o:0.5:when=always"])
-def test_a_batch_gives_the_answers_and_scores_of_single_questions(lcft: Any, requests: list[Any], recipe: str) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "compress"),
+    [
+        ("snapkv:0.5", "agnostic"),
+        ("adakv:0.5+int8", "agnostic"),
+        ("quest:0.5", "agnostic"),
+        ("h2o:0.5:when=always", "agnostic"),
+        ("snapkv:0.5", "aware"),
+        ("adakv:0.5+int8", "aware"),
+        ("tova:0.5+quest:0.5", "aware"),
+    ],
+)
+def test_a_batch_gives_the_answers_and_scores_of_single_questions(
+    lcft: Any, requests: list[Any], recipe: str, compress: str
+) -> None:
     few = [requests[i] for i in (0, 4, 1, 5)]
-    alone, together = lcft(recipe), lcft(recipe, batch_size=4)
-    assert alone.generate_until(few) == together.generate_until(few)
+    alone, together = (lcft(recipe, compress=compress, batch_size=n, diagnose="gold") for n in (1, 4))
+    expected, texts = alone.generate_until(few), together.generate_until(few)
+    assert texts == expected
+    assert len({text.meta["kv"]["question_s"] for text in texts}) == 1
+    for text, other in zip(texts, expected, strict=True):
+        assert text.meta["gold_nll"] == pytest.approx(other.meta["gold_nll"], abs=1e-3)
+        assert text.meta["gold_kept"] == other.meta["gold_kept"]
     ours, theirs = together.loglikelihood(pairs(few)), alone.loglikelihood(pairs(few))
     for (score, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
         assert score == pytest.approx(expected, abs=1e-3)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lceval.errors import UserError
 from lceval.models import attention
-from lceval.models.cache import Context
+from lceval.models.cache import Context, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.geometry import Geometry
 from lceval.models.policies import LayerView
@@ -159,6 +159,21 @@ def test_a_question_that_is_seen_scores_as_if_it_stood_in_the_context(model: Any
     cache.rollback(1)
     assert runs.forward(cache, torch.tensor([ids[69:]])).isfinite().all()
     assert cache.get_seq_length() == 70
+
+
+@torch.inference_mode()
+def test_questions_that_were_seen_go_on_together_as_they_do_alone(model: Any, engine: Any) -> None:
+    recipe, runs, caches = parse("tova:0.4"), engine(), []
+    for tokens, asked in [(70, 9), (70, 4), (33, 1)]:
+        prefill = runs.read(torch.randint(0, 99, (tokens,)).tolist(), recipe.needs)
+        cache = runs.ask(prefill, torch.randint(0, 99, (asked,)).tolist(), 0)
+        cache.over(prefill.compress(recipe, consume=False, asked=cache))
+        cache.rollback(1)
+        caches.append(cache)
+    together, following = QuestionCache.joined(caches, 5), torch.randint(0, 99, (3, 5))
+    for part in following.split([4, 1], 1):
+        expected = torch.cat([runs.forward(cache, part[row : row + 1]) for row, cache in enumerate(caches)])
+        torch.testing.assert_close(runs.forward(together, part), expected, rtol=1e-4, atol=2e-5)
 
 
 @torch.inference_mode()
