@@ -253,16 +253,21 @@ def evaluate(found: Opened, load: Callable[[Any], Any], *, spent_s: float = 0.0)
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
+def own_tasks(metadata: dict[str, Any] | None) -> Any:
+    """lm-eval's task manager of our tasks alone: indexing lm-eval's own takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    folder = str(Path(__file__).parent / "tasks")
+    return TaskManager(include_path=folder, include_defaults=False, metadata=metadata)
+
+
 def _task_manager(config: Any) -> Any:
     """lm-eval's task manager, with the names in `config.tasks` resolved."""
     from lm_eval.tasks import TaskManager
 
     asked = [name for text in config.tasks for name in text.split(",")]
-    ours = TaskManager(
-        include_path=str(Path(__file__).parent / "tasks"), include_defaults=False, metadata=config.metadata
-    )
+    ours = own_tasks(config.metadata)
     if not config.include_path and all(ours.match_tasks([name]) for name in asked):
-        # Indexing lm-eval's own tasks takes seconds, and none of them is asked for.
         config.tasks = ours.match_tasks(asked)
         return ours
     try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +24,22 @@ def data_folder() -> Path:
     if not value or not Path(value).is_dir():
         pytest.skip("LCEVAL_DATA names no folder with benchmark samples")
     return Path(value)
+
+
+@pytest.fixture(scope="session")
+def study_of() -> Callable[[str], ModuleType]:
+    """A function that gives a script of docs/studies as a module."""
+
+    def load(name: str) -> ModuleType:
+        file = Path(__file__).parent.parent / "docs" / "studies" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"{name}_study", file)
+        assert spec is not None
+        assert spec.loader is not None
+        study = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(study)
+        return study
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ import math
 import re
 import sys
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,7 @@ from lceval.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+STUDIES = DOCS / "studies"
 METHODS, ADDING, REFERENCE = (DOCS / f"{name}.md" for name in ("methods", "adding-a-policy", "reference"))
 LAYERS, HEADS, KV_HEADS, TOKENS = 3, 6, 2, 101
 
@@ -269,24 +271,8 @@ def test_the_new_policy_goes_with_the_other_axes_and_inside_adakv(tiny: Any, add
         assert logits.isfinite().all()
 
 
-def study_and_page(name: str) -> tuple[ModuleType, str]:
-    """A study's script as a module, and its page."""
-    file = ROOT / "docs" / "studies" / f"{name}.py"
-    return module_of(file), file.with_suffix(".md").read_text()
-
-
-def module_of(file: Path) -> ModuleType:
-    """A study's script as a module."""
-    spec = importlib.util.spec_from_file_location(f"{file.stem}_study", file)
-    assert spec is not None
-    assert spec.loader is not None
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
-    return study
-
-
-def test_the_tables_on_contexts_are_computed_from_their_samples() -> None:
-    study, page = study_and_page("contexts")
+def test_the_tables_on_contexts_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
+    study, page = study_of("contexts"), (STUDIES / "contexts.md").read_text()
     for name, (task, contexts, shown, _) in study.STUDIES.items():
         assert f"`{task}`" in page
         assert study.table(name) in page
@@ -296,8 +282,8 @@ def test_the_tables_on_contexts_are_computed_from_their_samples() -> None:
             assert len({row["cluster"] for row in rows}) == contexts
 
 
-def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
-    study, page = study_and_page("recipes")
+def test_the_tables_on_recipes_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
+    study, page = study_of("recipes"), (STUDIES / "recipes.md").read_text()
     for name, settings in study.STUDIES.items():
         assert study.table(name) in page
         rows = study.samples(name)
@@ -308,13 +294,12 @@ def test_the_tables_on_recipes_are_computed_from_their_samples() -> None:
 
 
 @pytest.mark.parametrize("name", ["mini"])
-def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str) -> None:
-    studies = ROOT / "docs" / "studies"
-    study = module_of(studies / "sweeps.py")
-    page = (studies / f"{name}.md").read_text()
+def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: Callable[[str], ModuleType]) -> None:
+    study = study_of("sweeps")
+    page = (STUDIES / f"{name}.md").read_text()
     assert name in study.NAMES
     assert page.endswith(study.mark(name) + study.table(name) + "\n")
-    rows = json.loads((studies / f"{name}.json").read_text())["rows"]
+    rows = json.loads((STUDIES / f"{name}.json").read_text())["rows"]
     _, grid = read_grid(None, name)
     ran = [(row["peft"], row["recipe"], row["task"], row["context"]) for row in rows]
     assert (

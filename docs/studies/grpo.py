@@ -71,7 +71,6 @@ def model(step: int) -> tuple[Any, Any]:
 
     from lceval.models import packaged
 
-    torch.set_num_threads(2)
     folder = packaged.folder()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     found = PeftModel.from_pretrained(base, str(OUTPUT / f"step-{step}")) if step else base

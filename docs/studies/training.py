@@ -58,8 +58,8 @@ CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "strea
 GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
 # Several recipes or lengths take long in float32; models are compared with each other, and all are in bfloat16.
 FAST: dict[str, Any] = {"dtype": "bfloat16", "merge": True}
-# All 64 contexts, or half of them: a question that joins the scores costs a compression of its own.
-COMPRESS = {"agnostic": 64, "aware": 32}
+# All 64 contexts, or a quarter of them: a question that joins the scores costs a compression of its own.
+COMPRESS = {"agnostic": 64, "aware": 16}
 
 
 def train(arm: str) -> None:
@@ -215,25 +215,48 @@ def line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def answers_table() -> str:
-    """SubEM (%), exact match (%) and gold_nll with the full cache, and the gain over the better base prompt."""
-    bases = [name for name in ("base", "base-plain-text") if exists("full", name)]
-    base = max((samples(name, "full") for name in bases), key=lambda rows: mean(r["subem"] for r in rows.values()))
+def answers_table(what: str) -> str:
+    """SubEM (%), exact match (%) and gold_nll with the full cache, and the gain over the best base."""
+    bases = [samples(name, what) for name in BASES if exists(what, name)]
+    base = max(bases, key=lambda rows: mean(r["subem"] for r in rows.values()))
     contexts, scales = {key: row["cluster"] for key, row in base.items()}, {"subem": 100, "em": 100, "gold_nll": 1}
     shown: dict[str, dict[str, Values]] = {}
     for name in [*names(), *curve()]:
-        if exists("full", name):
-            rows = samples(name, "full")
+        if exists(what, name):
+            rows = samples(name, what)
             shown[name] = {metric: {key: row[metric] for key, row in rows.items()} for metric in scales}
     for arm in ARMS:
-        if exists("full", *of(arm)):
-            shown[f"{arm}, {len(SEEDS)} seeds"] = {m: over_seeds(arm, "full", "full", m) for m in scales}
+        if exists(what, *of(arm)):
+            shown[f"{arm}, {len(SEEDS)} seeds"] = {m: over_seeds(arm, what, "full", m) for m in scales}
     best = {key: row["subem"] for key, row in base.items()}
-    lines = header("model", "n", "SubEM %", "EM %", "gold_nll", "SubEM - base")
+    lines = header("model", "n", "SubEM %", "EM %", "gold_nll", "SubEM - best base")
     for name, values in shown.items():
         cells = [interval(values[metric], contexts, "", scale) for metric, scale in scales.items()]
         gain = "-" if values["subem"] == best else interval(minus(values["subem"], best), contexts, "+", 100)
         lines.append(line(name, str(len(values["subem"])), *cells, gain))
+    return "\n".join(lines)
+
+
+def evicted_table() -> str:
+    """SubEM (%) from a quarter of the cache: control, and what other arms add; of all questions, and of two parts."""
+    control, *others = measured_arms("evicted")
+    contexts, added = clusters("evicted"), [f"{arm} - {control}" for arm in others]
+    parts = [[control, *added], ["n survived", control, *added], ["n lost", control, *added]]
+    lines = header("recipe", *(column for part in parts for column in part))
+    for kv in ["full", *GENERATED]:
+        own = over_seeds(control, "evicted", kv, "subem")
+        there = survived("evicted", kv) if kv != "full" else {*own}
+        cells = []
+        for some in ({*own}, there, own.keys() - there):
+            if cells and kv == "full":
+                cells += ["-"] * len(parts[1])
+                continue
+            cells += [str(len(some))] if cells else []
+            cells.append(interval(only(own, some), contexts, "", 100))
+            for arm in others:
+                gain = minus(over_seeds(arm, "evicted", kv, "subem"), own)
+                cells.append(interval(only(gain, some), contexts, "+", 100))
+        lines.append(line(kv, *cells))
     return "\n".join(lines)
 
 
@@ -302,7 +325,11 @@ def twins_table(what: str) -> str:
 
 def tables() -> str:
     """All tables, as they stand in training.md."""
-    found = ["## With the full cache", answers_table()]
+    found = ["## With the full cache", answers_table("full")]
+    if exists("longer", "base", "plain-0"):
+        found += ["## With the full cache, at 2k", answers_table("longer")]
+    if len(measured_arms("evicted")) > 1:
+        found += ["## Answers from a quarter of the cache, SubEM in %", evicted_table()]
     for what in COMPRESS:
         if len(measured_arms(what)) > 1:
             found += [f"## gold_nll under recipes, {what}", cells_table(what)]

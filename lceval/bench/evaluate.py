@@ -19,6 +19,7 @@ from lceval.errors import UserError
 from lceval.models import attention
 from lceval.models.lcft import LCFT
 from lceval.models.recipe import Recipe, parse
+from lceval.run import own_tasks
 from lceval.stats import cluster_bootstrap
 
 HF = "hf"
@@ -153,7 +154,10 @@ def requests_of(
     """The task, and its requests by context."""
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(metadata={**(metadata or {}), "pretrained": pretrained})
+    chosen = {**(metadata or {}), "pretrained": pretrained}
+    manager = own_tasks(chosen)
+    if task not in manager.all_tasks:
+        manager = TaskManager(metadata=chosen)
     try:
         loaded = manager.load([task])["tasks"][task]
     except KeyError:

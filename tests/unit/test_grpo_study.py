@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,13 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("grpo_study", ROOT / "docs" / "studies" / "grpo.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("grpo")
 
 
 def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:

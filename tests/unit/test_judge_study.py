@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,13 +25,8 @@ KEYS = {"row": int, "id": str, "human": str, "judge": str, "reason": str, "log_l
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("judge_study", ROOT / "docs" / "studies" / "judge.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("judge")
 
 
 def test_the_tables_are_computed_from_the_committed_verdicts(study: ModuleType) -> None:

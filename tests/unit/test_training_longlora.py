@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -183,12 +184,8 @@ def test_the_documented_line_gives_an_adapter_its_positions(
     assert "16384" in json.dumps(said_by_run)
 
 
-def test_the_table_of_the_study_is_computed_from_its_samples() -> None:
-    spec = importlib.util.spec_from_file_location("study", DOCUMENTATION.parent / "studies" / "longlora.py")
-    assert spec is not None
-    assert spec.loader is not None
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+def test_the_table_of_the_study_is_computed_from_its_samples(study_of: Callable[[str], ModuleType]) -> None:
+    study = study_of("longlora")
     page = DOCUMENTATION.read_text()
     assert study.table() in page
     rows = study.rows()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,14 +13,8 @@ STUDIES = Path(__file__).parents[2] / "docs" / "studies"
 
 
 @pytest.fixture(scope="module")
-def study() -> ModuleType:
-    """The study's script, as a module."""
-    spec = importlib.util.spec_from_file_location("training_study", STUDIES / "training.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("training")
 
 
 def test_the_tables_are_computed_from_the_samples(study: ModuleType) -> None:
