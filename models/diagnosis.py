@@ -109,7 +109,8 @@ class Diagnosis:
         return found
 
     def _continuation(self, prompt: str, begin: str, answer: str) -> tuple[list[int], list[int]]:
-        """Tokens of the reply's beginning, and of the answer after it."""
+        """Tokens of the reply's beginning, none where the prompt has it already, and of the answer after it."""
+        begin = "" if prompt.endswith(begin) else begin
         asked, led = self._encode(prompt), self._encode(prompt + begin)
         space = "" if (prompt + begin)[-1:].isspace() else " "
         whole = self._encode(f"{prompt}{begin}{space}{answer}")

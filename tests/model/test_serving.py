@@ -121,10 +121,12 @@ def test_gold_nll_is_the_likelihood_that_hf_gives_the_answer(lcft: Any, hf: Any,
         tokens = len(hf._encode_pair(prompt, answer)[1])
         assert meta["gold_kept"] == 1.0
         assert meta["gold_nll"] == pytest.approx(-score / tokens, abs=1e-4)
-    silent = [replace(r, arguments=(r.args[0], {**r.args[1], "max_gen_toks": 0})) for r in few]
-    for text, meta in zip(lcft("full", diagnose="gold", batch_size=3).generate_until(silent), metas, strict=True):
-        assert text == ""
-        assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-4)
+    # Nothing is generated; and where the prompt begins the reply, it is not begun again.
+    for begun in ("", "Answer:"):
+        silent = [replace(r, arguments=(r.args[0] + begun, {**r.args[1], "max_gen_toks": 0})) for r in few]
+        for text, meta in zip(lcft("full", diagnose="gold", batch_size=3).generate_until(silent), metas, strict=True):
+            assert text == ""
+            assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-4)
 
 
 def test_diagnosis_changes_no_answer(lcft: Any, requests: list[Any]) -> None:
