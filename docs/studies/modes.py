@@ -25,7 +25,10 @@ MODES = ("id", "idc", "idq", "rj")
 LIMIT, METADATA = 80, {"split": "test", "questions": 5}
 # At most; ids have less room by themselves.
 NEW_TOKENS, ROOM = 256, {"id": 96}
-METRICS = ("subem", "ids_f1", "ids_exact", "content", "quotes", "parse_rate", "ids_rate")
+# Thousands of tokens; copies of whole documents take their room from the context's.
+LENGTH = {"idc": 2}
+JUDGED = ("judge_reasoning", "judge_grounding", "judge_correct")
+METRICS = ("subem", "ids_f1", "ids_exact", "content", "quotes", *JUDGED, "parse_rate", "ids_rate")
 MARK = "<!-- the table of the committed samples -->\n"
 
 
@@ -37,7 +40,7 @@ def recipe(mode: str) -> dict[str, Any]:
         "data": {
             "datasets": ["squad"],
             "modes": [mode],
-            "length_k": 1,
+            "length_k": LENGTH.get(mode, 1),
             "split": "train",
             "questions": 4,
             "seeds": [1, 2],
@@ -64,8 +67,9 @@ def answer(mode: str) -> None:
         folder = RUNS / f"{mode}-{name}"
         adapter = f",peft={RUNS / mode},merge=True" if name == "tuned" else ""
         line = ["run", "--model", "lcft", f"--model_args=pretrained=smollm2-135m,dtype=bfloat16{adapter}"]
-        line += [f"--tasks=lc_squad_{mode}_1k", f"--metadata={json.dumps(METADATA)}", f"--limit={LIMIT}"]
-        line += ["--batch_size=5", f"--gen_kwargs=max_gen_toks={ROOM.get(mode, NEW_TOKENS)}", f"--output_path={folder}"]
+        line += [f"--tasks=lc_squad_{mode}_{LENGTH.get(mode, 1)}k", f"--metadata={json.dumps(METADATA)}"]
+        line += [f"--limit={LIMIT}", "--batch_size=5", f"--gen_kwargs=max_gen_toks={ROOM.get(mode, NEW_TOKENS)}"]
+        line += [f"--output_path={folder}"]
         subprocess.run([sys.executable, "-m", "lceval", *line], check=True, env={**os.environ, "LCEVAL_JUDGE": "rule"})
         (samples,) = folder.glob("samples_*.jsonl")
         rows = []

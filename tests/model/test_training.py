@@ -16,7 +16,7 @@ import torch
 
 from lceval.errors import UserError
 from lceval.training import dry_run
-from lceval.training.config import Config, parse
+from lceval.training.config import Config, parse, read
 from lceval.training.packing import Packing, Turn, pack
 from lceval.training.run import train
 
@@ -101,6 +101,17 @@ def test_lcft_loads_the_adapter_and_answers_otherwise(whole: tuple[Path, dict[st
         with tuned.model.disable_adapter():
             theirs = tuned.model(input_ids=ids).logits
     assert (ours - theirs).abs().max() > 0.1
+
+
+def test_a_tables_neighbourhoods_are_learned(tmp_path: Path) -> None:
+    """The shipped recipe, smaller: one local set with two queries, until it is known."""
+    small = ["neighbourhoods.datasets=[cancer]", "neighbourhoods.sets=1", "neighbourhoods.context_rows=4"]
+    few = ["neighbourhoods.queries=2", "optim.steps=4", "optim.contexts=1", "optim.lr=1e-3", "optim.warmup=0"]
+    record = train(read("tabular_sft", [*small, *few, f"output={tmp_path / 'run'}"]))
+    losses = [loss for _, loss in record["losses"]]
+    assert record["data"]["questions"] == 2
+    assert min(losses) < losses[0] / 2
+    assert "cancer" in (tmp_path / "run" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
