@@ -293,14 +293,15 @@ def test_the_tables_on_recipes_are_computed_from_their_samples(study_of: Callabl
         assert len({row["cluster"] for row in rows}) == settings["contexts"]
 
 
-@pytest.mark.parametrize("name", ["mini"])
+@pytest.mark.parametrize("name", ["mini", "tuned"])
 def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: Callable[[str], ModuleType]) -> None:
     study = study_of("sweeps")
     page = (STUDIES / f"{name}.md").read_text()
     assert name in study.NAMES
     assert page.endswith(study.mark(name) + study.table(name) + "\n")
     rows = json.loads((STUDIES / f"{name}.json").read_text())["rows"]
-    _, grid = read_grid(None, name)
+    own = STUDIES / f"{name}.yaml"
+    _, grid = read_grid(own, None) if own.exists() else read_grid(None, name)
     ran = [(row["peft"], row["recipe"], row["task"], row["context"]) for row in rows]
     assert (
         len({*ran})
@@ -308,3 +309,12 @@ def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: 
         == math.prod(len(part) for part in (grid.adapters, grid.recipes, grid.tasks, grid.contexts))
     )
     assert {row["n"] for row in rows} == {grid.limit}
+
+
+def test_the_differences_between_adapters_are_computed_from_their_scores(study_of: Callable[[str], ModuleType]) -> None:
+    study = study_of("tuned")
+    assert study.table() in (STUDIES / "tuned.md").read_text()
+    kept = json.loads(study.KEPT.read_text())
+    for recipes in kept["scores"].values():
+        for scores in recipes.values():
+            assert all(answered.keys() == kept["clusters"].keys() for answered in scores.values())

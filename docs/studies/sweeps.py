@@ -11,7 +11,7 @@ from pathlib import Path
 from lceval.table import Table, to_markdown
 
 HERE = Path(__file__).parent
-NAMES = ("mini",)
+NAMES = ("mini", "tuned")
 # Other processes were running at the same time: what a clock said is no measurement.
 TIMES = ("prefill_s", "prefill_tok_s", "decode_tok_s")
 
