@@ -313,8 +313,10 @@ def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: 
 
 def test_the_differences_between_adapters_are_computed_from_their_scores(study_of: Callable[[str], ModuleType]) -> None:
     study = study_of("tuned")
-    assert study.table() in (STUDIES / "tuned.md").read_text()
-    kept = json.loads(study.KEPT.read_text())
-    for recipes in kept["scores"].values():
-        for scores in recipes.values():
-            assert all(answered.keys() == kept["clusters"].keys() for answered in scores.values())
+    page, kept = (STUDIES / "tuned.md").read_text(), json.loads(study.KEPT.read_text())
+    assert study.table() in page
+    assert study.split() in page
+    for metric in study.METRICS:
+        for recipes in kept[metric].values():
+            for scores in recipes.values():
+                assert all(answered.keys() == kept["clusters"].keys() for answered in scores.values())
