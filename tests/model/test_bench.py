@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from lceval.bench.evaluate import requests_of
 from lceval.cli import invoke
+from lceval.models import packaged
 
 pytestmark = pytest.mark.model
 
@@ -95,3 +97,9 @@ def test_bad_input_gets_one_line(lceval: Any, line: tuple[str, ...], said: str) 
     assert code == 2
     assert out == ""
     assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("template", "said"), [(True, "assistant\nAnswer:"), (False, "? Answer:")])
+def test_a_reply_may_be_begun(lcft: Any, template: bool, said: str) -> None:
+    _, groups = requests_of("lc_filings_ao_1k", packaged.NAME, lcft(), template, None, "Answer:")
+    assert all(request.args[0].endswith(said) for requests in groups.values() for request in requests)
