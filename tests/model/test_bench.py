@@ -102,4 +102,5 @@ def test_bad_input_gets_one_line(lceval: Any, line: tuple[str, ...], said: str) 
 @pytest.mark.parametrize(("template", "said"), [(True, "assistant\nAnswer:"), (False, "? Answer:")])
 def test_a_reply_may_be_begun(lcft: Any, template: bool, said: str) -> None:
     _, groups = requests_of("lc_filings_ao_1k", packaged.NAME, lcft(), template, None, "Answer:")
+    assert groups
     assert all(request.args[0].endswith(said) for requests in groups.values() for request in requests)
