@@ -241,23 +241,19 @@ def answers_table(what: str) -> str:
 def evicted_table() -> str:
     """SubEM (%) from a quarter of the cache: control, and what other arms add; of all questions, and of two parts."""
     control, *others = measured_arms("evicted")
-    contexts, added = clusters("evicted"), [f"{arm} - {control}" for arm in others]
-    parts = [[control, *added], ["n survived", control, *added], ["n lost", control, *added]]
-    lines = header("recipe", *(column for part in parts for column in part))
+    contexts = clusters("evicted")
+    columns = [control, *(f"{arm} - {control}" for arm in others)]
+    lines = header("recipe", *columns, "n survived", *columns, "n lost", *columns)
     for kv in ["full", *GENERATED]:
         own = over_seeds(control, "evicted", kv, "subem")
-        there = survived("evicted", kv) if kv != "full" else {*own}
+        gains = [minus(over_seeds(arm, "evicted", kv, "subem"), own) for arm in others]
+        there = survived("evicted", kv) if kv in GENERATED else set()
         cells = []
-        for some in ({*own}, there, own.keys() - there):
-            if cells and kv == "full":
-                cells += ["-"] * len(parts[1])
-                continue
-            cells += [str(len(some))] if cells else []
-            cells.append(interval(only(own, some), contexts, "", 100))
-            for arm in others:
-                gain = minus(over_seeds(arm, "evicted", kv, "subem"), own)
-                cells.append(interval(only(gain, some), contexts, "+", 100))
-        lines.append(line(kv, *cells))
+        for some in ({*own}, there, own.keys() - there) if there else ({*own},):
+            cells += [str(len(some)), interval(only(own, some), contexts, "", 100)]
+            cells += [interval(only(gain, some), contexts, "+", 100) for gain in gains]
+        cells += ["-"] * (3 * (1 + len(columns)) - len(cells))
+        lines.append(line(kv, *cells[1:]))
     return "\n".join(lines)
 
 
