@@ -58,8 +58,7 @@ CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "strea
 GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
 # Several recipes or lengths take long in float32; models are compared with each other, and all are in bfloat16.
 FAST: dict[str, Any] = {"dtype": "bfloat16", "merge": True}
-# All 64 contexts, or a quarter of them: a question that joins the scores costs a compression of its own.
-COMPRESS = {"agnostic": 64, "aware": 16}
+COMPRESS = ("agnostic", "aware")
 
 
 def train(arm: str) -> None:
@@ -114,13 +113,11 @@ def evicted(name: str) -> None:
 
 def cells(wanted: Sequence[str]) -> None:
     """gold_nll under every recipe: of all these models without the question first."""
-    for (compress, contexts), name in product(COMPRESS.items(), wanted):
-        measure(name, compress, CELLS, contexts, nll_only=True, compress=compress, **FAST)
+    for compress, name in product(COMPRESS, wanted):
+        measure(name, compress, CELLS, nll_only=True, compress=compress, **FAST)
 
 
-def measure(
-    name: str, what: str, recipes: Sequence[str], contexts: int | None = None, task: str = TASK, **options: Any
-) -> None:
+def measure(name: str, what: str, recipes: Sequence[str], task: str = TASK, **options: Any) -> None:
     """Run what is missing of a file of samples."""
     from lceval.bench.evaluate import bench
 
@@ -128,7 +125,7 @@ def measure(
         task,
         recipes,
         pretrained="smollm2-135m",
-        contexts=contexts,
+        contexts=None,
         against_hf=False,
         diagnose="gold",
         metadata=METADATA,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -11,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file
 
 from lceval.training.config import parse, shipped
 from lceval.training.run import train
@@ -32,26 +34,41 @@ def recipe(output: Path) -> dict[str, Any]:
     }
 
 
-def launch(output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def launch(output: Path, *options: str, configuration: str = "ddp") -> subprocess.CompletedProcess[str]:
     file = output.parent / f"{output.name}.yaml"
     file.write_text(json.dumps(recipe(output)))
+    said = launch_command_parser().parse_args(["--config_file", str(CONFIGURATIONS / f"{configuration}.yaml"), ""])
     # accelerate starts several processes only where there are devices for them; torchrun starts them anyway.
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    command += ["-m", "lceval", "train", str(file), "--json", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command += ["-m", "lceval"] if configuration == "ddp" else [str(Path(__file__).with_name("sharded.py"))]
+    command += ["train", str(file), "--json", *options]
+    environment = prepare_multi_gpu_env(_validate_launch_command(said)[0])
+    environment |= {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of what one process learns."""
+    output = tmp_path_factory.mktemp("one") / "run"
+    train(parse(recipe(output), "test"))
+    return output
 
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
-    one = train(parse(recipe(tmp_path / "one"), "test"))
-    ran = launch(tmp_path / "two")
+@pytest.mark.parametrize(("configuration", "saved"), [("ddp", "optimizer.pt"), ("fsdp2", "pytorch_model_fsdp.bin")])
+def test_two_processes_learn_what_one_does(one: Path, tmp_path: Path, configuration: str, saved: str) -> None:
+    output = tmp_path / "two"
+    ran = launch(output, configuration=configuration)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    two = json.loads(ran.stdout)
-    assert two["losses"] == [[step, pytest.approx(loss, abs=2e-3)] for step, loss in one["losses"]]
-    assert (tmp_path / "two" / "adapter_model.safetensors").is_file()
-    assert json.loads((tmp_path / "two" / "train.json").read_text())["status"] == "finished"
+    losses = json.loads((one / "train.json").read_text())["losses"]
+    assert json.loads(ran.stdout)["losses"] == [[step, pytest.approx(loss, abs=2e-3)] for step, loss in losses]
+    weights = load_file(output / "adapter_model.safetensors")
+    for name, weight in load_file(one / "adapter_model.safetensors").items():
+        torch.testing.assert_close(weights[name], weight, atol=1e-4, rtol=0)
+    assert (output / "checkpoints" / "checkpoint-2" / saved).is_file()
+    assert json.loads((output / "train.json").read_text())["status"] == "finished"
 
 
 def test_contexts_that_cannot_be_dealt_out_are_refused(tmp_path: Path) -> None:
