@@ -99,17 +99,16 @@ def rows(spec: Spec, judge: Judge | None = None) -> tuple[list[TrainingRow], Pro
         UserError: a dataset, mode, length or split that there is not, or no data.
     """
     made: list[TrainingRow] = []
-    counts = [0, 0, 0]
+    total = Promotion(0, 0, 0)
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     for task in (_task(spec, name, mode) for name in spec.datasets for mode in spec.modes):
         for seed in spec.seeds:
             drawn = rows_of(task, _metadata(spec, task, seed), limit_tokens=_limit(spec, task))
             if spec.promote is not None:
-                drawn, promotion = promote(drawn, spec.promote, judge)
-                found = promotion.compared, promotion.matched, promotion.refused
-                counts = [count + more for count, more in zip(counts, found, strict=True)]
+                drawn, found = promote(drawn, spec.promote, judge)
+                total += found
             made += [_training_row(row, task, seed, meter) for row in drawn]
-    return _some_contexts(made, spec), Promotion(*counts)
+    return _some_contexts(made, spec), total
 
 
 def _task(spec: Spec, name: str, mode: str) -> Task:

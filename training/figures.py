@@ -13,8 +13,10 @@ from lceval.training.promotion import Promotion
 DEPTHS = 10
 
 
-def report(spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter: TokenMeter) -> dict[str, Any]:
-    """All that `lceval train data` says.
+def report(
+    spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter: TokenMeter, judge: str | None = None
+) -> dict[str, Any]:
+    """All that `lceval train data` says; `judge` is who was asked about the promotion.
 
     `tokens.packed` reads a context once with all its questions and replies, `tokens.one_by_one` once a question;
     neither counts a chat template. `depth` is the share of gold documents in each tenth of the context. `lengths` sets
@@ -40,7 +42,9 @@ def report(spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter:
         "promotion": {
             "compared": promotion.compared,
             "matched": promotion.matched,
+            "judge": judge,
             "refused": promotion.refused,
+            "unjudged": promotion.unjudged,
             "promoted": promotion.promoted,
         },
         "leaks": {"kept_out": kept_out(spec, rows), "left": sum(_leaking(row) for row in rows)},
@@ -135,9 +139,12 @@ def text(found: Mapping[str, Any]) -> str:
             f"{lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
         )
     promotion = found["promotion"]
+    judged = "no judge"
+    if promotion["judge"]:
+        judged = f"{promotion['judge']}: {promotion['refused']} refused, {promotion['unjudged']} unjudged"
     lines.append(
         f"promoted   {promotion['promoted']} of {promotion['compared']:,} negatives "
-        f"({promotion['matched']} matched, {promotion['refused']} refused by a judge)"
+        f"({promotion['matched']} matched; {judged})"
     )
     if leaks["kept_out"] is not None:
         lines.append(f"leaks      {leaks['kept_out']:.1f} passages a context kept out; {leaks['left']} left")

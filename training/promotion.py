@@ -6,8 +6,9 @@ common), character F1 (characters in the same order) and n-gram (the shorter one
 Stage two, where there is one, asks a judge whether such a passage really bears on the question.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from difflib import SequenceMatcher
 
 from lceval.tasks.parsing import normalize
@@ -16,22 +17,40 @@ from lceval.tasks.rows import Row
 THRESHOLD = 0.6
 _WORTH_ALIGNING = 0.2  # of words in common; below that no alignment of characters reaches the threshold
 
-Judge = Callable[[str, Sequence[str], str], bool]
-"""Whether a passage bears on a question: (question, answers, passage)."""
+
+@dataclass(frozen=True)
+class Match:
+    """A passage that is like a question's gold."""
+
+    question: str
+    answers: tuple[str, ...]
+    passage: str
+
+
+Judge = Callable[[Sequence[Match]], Sequence[bool | None]]
+"""Whether passages bear on their questions; None where there is no verdict."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of the negatives: pairs of question and passage."""
+    """What became of the negatives: pairs of question and passage.
+
+    Attributes:
+        matched: like a gold passage; of these `refused` by a judge, and left as they were for want of a verdict.
+    """
 
     compared: int
     matched: int
     refused: int
+    unjudged: int = 0
 
     @property
     def promoted(self) -> int:
         """Passages that are gold now."""
-        return self.matched - self.refused
+        return self.matched - self.refused - self.unjudged
+
+    def __add__(self, other: "Promotion") -> "Promotion":
+        return Promotion(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
 def likeness(one: str, other: str) -> float:
@@ -62,14 +81,15 @@ def promote(
     Args:
         rows: Of any task; those without a gold document in sight stay as they are.
         threshold: Least likeness to a gold passage.
-        judge: Removes false positives; without one every match is promoted.
+        judge: Removes false positives; without one every match is promoted. What it gives no verdict on stays a
+            negative.
     """
     known: dict[tuple[str, str], float] = {}
-    made: list[Row] = []
-    compared = matched = refused = 0
-    for row in rows:
+    compared = 0
+    places: list[tuple[int, str]] = []
+    matches: list[Match] = []
+    for at, row in enumerate(rows):
         golds = [document["text"] for document in row["docs"] if document["pid"] in row["gold_pids"]]
-        more = []
         for document in row["docs"]:
             if document["pid"] in row["gold_pids"]:
                 continue
@@ -78,12 +98,16 @@ def promote(
             for gold in golds:
                 if (gold, text) not in known:
                     known[gold, text] = likeness(gold, text)
-            if max((known[gold, text] for gold in golds), default=0.0) < threshold:
-                continue
-            matched += 1
-            if judge is None or judge(row["question"], row["answers"], text):
-                more.append(document["pid"])
-            else:
-                refused += 1
-        made.append({**row, "gold_pids": [*row["gold_pids"], *more]} if more else row)
-    return made, Promotion(compared, matched, refused)
+            if max((known[gold, text] for gold in golds), default=0.0) >= threshold:
+                places.append((at, document["pid"]))
+                matches.append(Match(row["question"], tuple(row["answers"]), text))
+    verdicts = [True] * len(matches) if judge is None else judge(matches)
+    more: dict[int, list[str]] = defaultdict(list)
+    for (at, pid), verdict in zip(places, verdicts, strict=True):
+        if verdict:
+            more[at].append(pid)
+    made: list[Row] = list(rows)
+    for at, pids in more.items():
+        made[at] = {**rows[at], "gold_pids": [*rows[at]["gold_pids"], *pids]}
+    refused, unjudged = (sum(verdict is what for verdict in verdicts) for what in (False, None))
+    return made, Promotion(compared, len(matches), refused, unjudged)

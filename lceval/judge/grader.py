@@ -1,4 +1,4 @@
-"""A judge as the reward of R+Judge wants it: rows and outputs in, the sum of the three grades out."""
+"""A judge as training wants it: the reward of R+Judge, and the second stage of the promotion of negatives."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lceval.judge import rubrics
 from lceval.judge.client import Client
 from lceval.judge.rubrics import Case
 from lceval.tasks.scoring import gold_places
+from lceval.training.promotion import Judge, Match
 
 RUBRIC = "rj"
 
@@ -49,6 +50,26 @@ def configured() -> Iterator[Grader]:
 
     with asking(None, None, wait=True) as (_, client):
         yield Grader(client)
+
+
+@contextmanager
+def of_passages(judge: str) -> Iterator[Judge]:
+    """Tells whether passages bear on their questions, by the rubric `relevance`; replies are filed as all are.
+
+    Raises:
+        UserError: there is no such judge, or (when asked) no call can succeed.
+    """
+    from lceval.judge.asking import asking
+
+    rubric = rubrics.load("relevance")
+    with asking(judge, "passages", wait=True) as (_, client):
+
+        def bear(matches: Sequence[Match]) -> list[bool | None]:
+            cases = [Case(match.question, match.answers, "", (match.passage,)) for match in matches]
+            found = client.judge_all(rubric, cases)
+            return [None if verdict.grades is None else verdict.grades["relevant"] == 1 for verdict in found]
+
+        yield bear
 
 
 def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:

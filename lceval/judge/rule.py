@@ -58,7 +58,7 @@ class RuleJudge:
         said = without_thinking(case.solution)
         if rubric.rubric == "loong":
             return Reply(f"{LABEL}: token overlap with the reference. Rating: [[{_rating(said, case)}]]")
-        rules = {"financebench": _financebench, "rj": _criteria, "choice": _choice}
+        rules = {"financebench": _financebench, "rj": _criteria, "choice": _choice, "relevance": _relevance}
         if rubric.rubric not in rules:
             raise RefusedError(f"no rule for the rubric {rubric.rubric}")
         return Reply(json.dumps(rules[rubric.rubric](said, case)))
@@ -126,6 +126,13 @@ def _choice(said: str, case: Case) -> dict[str, Label]:
         held = [mark for mark, text in zip("ABCD", case.choices, strict=False) if subem(said, [text])]
         letter = held[0] if len(held) == 1 else None
     return {"letter": letter or "none"}
+
+
+def _relevance(said: str, case: Case) -> dict[str, Label]:
+    """A document that holds an answer, or half of the question's words, is evidence to this judge."""
+    text = "\n".join(case.documents)
+    asked, told = set(normalize(case.question).split()), set(normalize(text).split())
+    return {"relevant": int(bool(subem(text, case.gold)) or len(asked & told) >= _WORDS_AGREE * len(asked))}
 
 
 def _rating(said: str, case: Case) -> int:

@@ -38,7 +38,7 @@ def log_likelihood(judge: Any, prompt: rubrics.Prompt, before: str, label: str) 
     return float(sum(logits[place - 1, whole[place]] for place in range(len(head), len(whole))))
 
 
-@pytest.mark.parametrize("name", ["financebench", "rj"])
+@pytest.mark.parametrize("name", ["financebench", "rj", "relevance"])
 def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
     rubric = rubrics.load(name)
     prompt = SHORT

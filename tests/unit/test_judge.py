@@ -58,6 +58,7 @@ PINNED = {
     "choice": (1, "4a682c996e7e98ea"),
     "financebench": (1, "1ca1db2ab9fc4694"),
     "loong": (1, "be29f69ac56fdd19"),
+    "relevance": (1, "bcb2a36f90bb470c"),
     "rj": (1, "d5cd5b47cb8f5e86"),
 }
 
@@ -356,6 +357,20 @@ def test_the_rule_grades_citations_answer_and_whether_there_is_reasoning() -> No
     assert grades(full) == {"reasoning": 1, "grounding": 1, "answer": 1}
     assert grades(full.replace("DOC 2", "DOC 1"))["grounding"] == 0
     assert grades("The answer is: Rome") == {"reasoning": 0, "grounding": 0, "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("passage", "relevant"),
+    [
+        ("Paris lies on the Seine.", 1),  # an answer
+        ("A capital is a city; of France there is one.", 1),  # half of the words
+        ("Rome lies on the Tiber.", 0),
+    ],
+)
+def test_the_rule_finds_evidence_by_the_answer_or_the_words_of_the_question(passage: str, relevant: int) -> None:
+    case = Case("What is the capital of France?", ("Paris",), "", (passage,))
+    reply = rule.RuleJudge().ask(rubrics.load("relevance"), case, Prompt("", ""))
+    assert verdicts.parse(rubrics.load("relevance"), reply.text) == {"relevant": relevant}
 
 
 @pytest.fixture

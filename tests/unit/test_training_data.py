@@ -16,7 +16,7 @@ from lceval.cli import invoke
 from lceval.errors import UserError
 from lceval.tasks import tokens
 from lceval.training import data, figures
-from lceval.training.promotion import Promotion, likeness, promote
+from lceval.training.promotion import Match, Promotion, likeness, promote
 
 
 @pytest.fixture(autouse=True)
@@ -194,11 +194,11 @@ def test_near_copies_of_gold_become_gold_and_a_judge_removes_false_ones(pool: Pa
     plain, nothing = data.rows(data.spec(**fields, promote=None))
     assert nothing == Promotion(0, 0, 0)
     assert {len(row["gold_pids"]) for row in plain} == {1}
-    asked: list[tuple[str, Sequence[str]]] = []
+    asked: list[Match] = []
 
-    def judge(question: str, answers: Sequence[str], passage: str) -> bool:
-        asked.append((question, answers))
-        return question.split()[2] in passage
+    def judge(matches: Sequence[Match]) -> list[bool | None]:
+        asked.extend(matches)
+        return [match.question.split()[2] in match.passage for match in matches]
 
     rows, promotion = data.rows(data.spec(**fields, promote=0.8), judge)
     assert promotion.matched == len(asked)
@@ -209,6 +209,35 @@ def test_near_copies_of_gold_become_gold_and_a_judge_removes_false_ones(pool: Pa
         assert set(row["gold_pids"][1:]) <= {f"q{number}"}
         named = [f"[DOC {n}]" for n, doc in enumerate(row["docs"]) if doc["pid"] in row["gold_pids"]]
         assert row["target"].startswith(f"Relevant documents: {', '.join(named)}\n")
+
+
+def test_what_a_judge_gives_no_verdict_on_stays_a_negative(pool: Path, smollm2: str) -> None:
+    spec = data.spec(datasets=["squad"], split="all", tokenizer=smollm2, promote=0.8)
+    rows, promotion = data.rows(spec, lambda matches: [(False, None, True)[at % 3] for at in range(len(matches))])
+    assert promotion.refused > 0 < promotion.unjudged
+    assert promotion.refused + promotion.unjudged + promotion.promoted == promotion.matched
+    assert sum(len(row["gold_pids"]) - 1 for row in rows) == promotion.promoted
+
+
+def test_the_command_asks_the_judge_that_it_names(
+    pool: Path, smollm2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "data", str(tmp_path / "rows.jsonl"), "--dataset", "squad", "--split", "all"]
+    line += ["--tokenizer", smollm2, "--promote", "0.8"]
+    assert invoke([*line, "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)["promotion"]
+    assert (alone["judge"], alone["refused"], alone["unjudged"]) == (None, 0, 0)
+    assert invoke([*line, "--judge", "rule", "--json"]) == 0
+    judged = json.loads(capsys.readouterr().out)["promotion"]
+    assert (judged["judge"], judged["matched"]) == ("rule", alone["matched"])
+    # Another town's passage, in the same words, says nothing of what was asked.
+    assert 0 < judged["promoted"] == judged["matched"] - judged["refused"] < alone["promoted"]
+    assert invoke([*line, "--judge", "rule"]) == 0
+    assert f"rule: {judged['refused']} refused, 0 unjudged" in capsys.readouterr().out
+    assert invoke([*line, "--judge", "oracle"]) == 2
+    assert "cannot read the judge's name" in capsys.readouterr().err
+    assert invoke([*line[:-1], "0", "--judge", "rule"]) == 2
+    assert "--judge confirms what --promote finds" in capsys.readouterr().err
 
 
 def test_negatives_come_from_the_ranking_that_is_asked_for(pool: Path, smollm2: str) -> None:
