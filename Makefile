@@ -24,9 +24,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A worker a core, files whole: a file's fixtures are made once, and no two tests wait for each other's threads.
+# A worker a core, files whole: a file's fixtures are made once, and no two tests wait for each other's threads. In their
+# own order, and not by how many tests they have: those that run the model have few, and are not to be left for the end.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 clean:
 	rm -rf $(VENV) build *.egg-info
