@@ -56,6 +56,7 @@ METRICS = ("subem", "em", "gold_nll", "gold_kept")
 MARK = "<!-- tables of the committed samples -->\n"
 CELLS = [f"{name}:{keep}" for keep in (0.5, 0.25) for name in (*EVICTORS, "streaming", "tova")]
 GENERATED = ["snapkv:0.25", "expected_attention:0.25", "tova:0.25"]
+ASKED = ["tova:0.25"]  # with the question in the scores
 # Several recipes or lengths take long in float32; models are compared with each other, and all are in bfloat16.
 FAST: dict[str, Any] = {"dtype": "bfloat16", "merge": True}
 COMPRESS = ("agnostic", "aware")
@@ -109,6 +110,7 @@ def longer(name: str) -> None:
 def evicted(name: str) -> None:
     """Answers from a quarter of the cache, and from all of it."""
     measure(name, "evicted", ["full", *GENERATED], **FAST)
+    measure(name, "asked", ASKED, compress="aware", **FAST)
 
 
 def cells(wanted: Sequence[str]) -> None:
@@ -232,6 +234,10 @@ def answers_table(what: str) -> str:
         cells = [interval(values[metric], contexts, "", scale) for metric, scale in scales.items()]
         gain = "-" if values["subem"] == best else interval(minus(values["subem"], best), contexts, "+", 100)
         lines.append(line(name, str(len(values["subem"])), *cells, gain))
+    for arm in measured_arms(what)[1:]:
+        one, other = (shown[f"{name}, {len(SEEDS)} seeds"] for name in (arm, "plain"))
+        gains = [interval(minus(one[metric], other[metric]), contexts, "+", scale) for metric, scale in scales.items()]
+        lines.append(line(f"{arm} - plain", str(len(best)), *gains, "-"))
     return "\n".join(lines)
 
 
@@ -241,16 +247,17 @@ def evicted_table() -> str:
     contexts = clusters("evicted")
     columns = [control, *(f"{arm} - {control}" for arm in others)]
     lines = header("recipe", *columns, "n survived", *columns, "n lost", *columns)
-    for kv in ["full", *GENERATED]:
-        own = over_seeds(control, "evicted", kv, "subem")
-        gains = [minus(over_seeds(arm, "evicted", kv, "subem"), own) for arm in others]
-        there = survived("evicted", kv) if kv in GENERATED else set()
+    asked = [("asked", kv) for kv in ASKED] if measured_arms("asked") == [control, *others] else []
+    for what, kv in [("evicted", "full"), *(("evicted", kv) for kv in GENERATED), *asked]:
+        own = over_seeds(control, what, kv, "subem")
+        gains = [minus(over_seeds(arm, what, kv, "subem"), own) for arm in others]
+        there = survived(what, kv) if kv != "full" else set()
         cells = []
         for some in ({*own}, there, own.keys() - there) if there else ({*own},):
             cells += [str(len(some)), interval(only(own, some), contexts, "", 100)]
             cells += [interval(only(gain, some), contexts, "+", 100) for gain in gains]
         cells += ["-"] * (3 * (1 + len(columns)) - len(cells))
-        lines.append(line(kv, *cells[1:]))
+        lines.append(line(f"{kv}, question in the scores" if what == "asked" else kv, *cells[1:]))
     return "\n".join(lines)
 
 
@@ -342,7 +349,7 @@ if __name__ == "__main__":
         for name in wanted or [*names(), *curve()]:
             answer(name)
     elif command == ["longer"] and set(wanted) <= {*names()}:
-        for name in wanted or [*BASES, *of("plain")]:
+        for name in wanted or tuned():
             longer(name)
     elif command == ["evicted"] and set(wanted) <= {*tuned()}:
         for name in wanted or tuned():
