@@ -39,7 +39,6 @@ def graded(user: str) -> str:
 @pytest.fixture
 def run(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str], Path]:
     monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(inrun, "LIMITS", Limits(retries=0))
 
     def made(judge: str | None, name: str = "run") -> Path:
@@ -176,7 +175,7 @@ cli_evaluate()
 
 
 def plain(judge: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "LCEVAL_JUDGE": judge, "LCEVAL_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    env = {**os.environ, "LCEVAL_JUDGE": judge, "LCEVAL_CACHE": str(folder / "cache")}
     env |= {"LCEVAL_JUDGE_KEY": KEY, "OPENAI_LOG": "debug", "LCEVAL_DEBUG": "1"}
     line = [sys.executable, "-c", PLAIN, "run", *COMMON, "--output_path", str(folder / "out"), *more]
     return subprocess.run(line, capture_output=True, text=True, env=env, check=False)
@@ -210,7 +209,6 @@ def test_a_wrong_judge_is_refused_before_any_model_is_loaded(
     import lceval.run
 
     monkeypatch.setenv("LCEVAL_JUDGE", judge)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(lceval.run, "load_model", lambda config: pytest.fail("a model was loaded"))
     assert invoke(["run", *COMMON, "--output_path", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -78,7 +78,6 @@ def test_every_command_of_the_page_on_runs_works_in_order(
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
     monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     for name in "ab":

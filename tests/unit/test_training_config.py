@@ -85,13 +85,6 @@ def test_the_full_cache_is_drawn_as_often_as_said() -> None:
     assert abs(sum(d is None for d in drawn) / 2000 - 0.3) < 0.031
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No hub is asked: on a machine without one, its client tries again and again."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
-@pytest.mark.usefixtures("offline")
 def test_the_plan_of_the_papers_setting_fits_a_gpu_of_80_gb(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["train", "paper_ao_sft", "--dry-run", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -113,7 +106,6 @@ def test_the_model_of_a_recipe_without_shape_must_be_at_hand(tmp_path: Path) -> 
 DOC = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
 
 
-@pytest.mark.usefixtures("offline")
 def test_the_page_on_training_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     for name in config.shipped():
         assert f"`{name}`" in DOC
