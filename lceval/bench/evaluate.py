@@ -158,10 +158,9 @@ def requests_of(
     manager = own_tasks(chosen)
     if task not in manager.all_tasks:
         manager = TaskManager(metadata=chosen)
-    try:
-        loaded = manager.load([task])["tasks"][task]
-    except KeyError:
-        raise UserError(f"no task {task!r} (a group is not one task): see lm_eval ls tasks") from None
+    if task not in manager.all_subtasks:
+        raise UserError(f"no task {task!r} (a group is not one task): see lm_eval ls tasks")
+    loaded = manager.load([task])["tasks"][task]
     if begin:
         loaded.set_config("gen_prefix", begin)
     loaded.build_all_requests(
