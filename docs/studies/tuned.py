@@ -77,7 +77,7 @@ def table() -> str:
         rows = {**recipes, "mean of those that evict": means}
         later = {name: scores for name, scores in means.items() if not name.endswith("-0")}
         if seeds(later, CONTROL):
-            rows["the same, seeds 1 and 2"] = later
+            rows[f"the same, seeds {' and '.join(seeds(later, CONTROL))}"] = later
         for recipe, scores in rows.items():
             own = [scores[f"{CONTROL}-{seed}"] for seed in seeds(scores, CONTROL)]
             cells = [str(len(own)), interval(mean_of(own), kept["clusters"])]

@@ -1,23 +1,20 @@
-"""Rubrics, readings, replies on file, budgets, agreement and the rule: what a judged figure rests on."""
+"""Rubrics, readings, replies on file, budgets and calibration: what a judged figure rests on."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-import random
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.cli import invoke
 from lceval.errors import UserError
-from lceval.judge import agreement, calibrate, judges, probes, rubrics, rule, verdicts
+from lceval.judge import calibrate, judges, probes, rubrics, verdicts
 from lceval.judge.client import Client, Limits
 from lceval.judge.judges import RefusedError, TryAgainError
 from lceval.judge.rubrics import Case, Prompt, Rubric
@@ -275,102 +272,6 @@ def test_a_limit_on_tokens_is_never_passed(store: Store) -> None:
 def test_impossible_limits_are_refused(limits: dict[str, int]) -> None:
     with pytest.raises(UserError, match="or more"):
         Limits(**limits)
-
-
-LABELS = st.sampled_from(["correct", "incorrect", "refusal"])
-
-
-@settings(deadline=None)
-@given(st.lists(st.tuples(LABELS, LABELS), min_size=2, max_size=40))
-def test_kappa_is_scikit_learns(pairs: list[tuple[str, str]]) -> None:
-    import warnings
-
-    from sklearn.metrics import cohen_kappa_score
-
-    ours, theirs = zip(*pairs, strict=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        expected = cohen_kappa_score(ours, theirs)
-    assert agreement.kappa(ours, theirs) == pytest.approx(expected, nan_ok=True, abs=1e-12)
-
-
-def test_the_interval_of_kappa_resamples_questions_and_holds_the_estimate() -> None:
-    rng = random.Random(1)
-    human = [rng.choice(["correct", "incorrect"]) for _ in range(200)]
-    ours = [label if rng.random() < 0.8 else "refusal" for label in human]
-    clusters = [number // 4 for number in range(200)]
-    low, high = agreement.kappa_interval(ours, human, clusters)
-    assert low < agreement.kappa(ours, human) < high
-    # Copies of a row in its own cluster are no further evidence; as clusters of their own they would be.
-    copied = agreement.kappa_interval(ours * 4, human * 4, clusters * 4)
-    assert copied == pytest.approx((low, high))
-    apart = agreement.kappa_interval(ours * 4, human * 4, range(800))
-    assert apart[1] - apart[0] < (high - low) * 0.7
-
-
-def test_the_interval_is_undefined_where_a_bootstrap_knows_nothing() -> None:
-    assert math.isnan(agreement.kappa_interval(["a", "b"], ["a", "b"], ["c", "c"])[0])
-    assert math.isnan(agreement.kappa_interval(["a", "a"], ["a", "b"], ["c", "d"])[0])
-
-
-def test_unjudged_rows_are_counted_and_in_no_figure() -> None:
-    found = agreement.agreement(["a", None, "b", "a"], ["a", "a", "b", "b"], range(4), ["a", "b"])
-    assert (found["n"], found["judged"], found["unjudged"], found["coverage"]) == (4, 3, 1, 0.75)
-    assert found["accuracy"] == 2 / 3
-    assert found["confusion"] == {"a": {"a": 1, "b": 0}, "b": {"a": 1, "b": 1}}
-    nothing = agreement.agreement([None], ["a"], [0], ["a"])
-    assert (nothing["accuracy"], nothing["kappa"], nothing["kappa_interval"]) == (None, None, None)
-
-
-def test_consistency_is_over_cases_that_were_judged_more_than_once() -> None:
-    found = agreement.consistency([["a", "b", "a", "a"], ["a", "a", None, "a"], ["a", "b", None, None]])
-    assert found == {"repeats": 3, "cases": 3, "unanimous": 2 / 3, "pairs_agree": 5 / 7}
-    assert agreement.consistency([["a", "b"]]) is None
-
-
-@pytest.mark.parametrize(
-    ("said", "gold", "right"),
-    [
-        ("It was $1,577 million.", "1577", True),
-        ("It was $1,580 million, about.", "1577", True),
-        ("It was $1,677 million.", "1577", False),
-        ("Capex was $8.70 billion", "8.7", True),
-        ("The margin is 6.24%.", "0.062", True),
-        ("Yes, it did.", "Yes. It grew by 3%.", True),
-        ("No.", "Yes. It grew by 3%.", False),
-        ("Ulta made no acquisitions then", "Ulta made no acquisitions", True),
-        ("Nike opened shops", "Ulta made no acquisitions", False),
-    ],
-)
-def test_the_rule_compares_figures_yes_or_no_and_words(said: str, gold: str, right: bool) -> None:
-    assert rule.agrees(said, gold) == right
-
-
-def test_the_rule_grades_citations_answer_and_whether_there_is_reasoning() -> None:
-    prompt, rj = Prompt("", ""), rubrics.load("rj")
-
-    def grades(solution: str) -> Any:
-        case = Case("Q?", ("Paris",), solution, gold_ids=(2,))
-        return verdicts.parse(rj, rule.RuleJudge().ask(rj, case, prompt).text)
-
-    full = "Document review: [DOC 2] names the capital of the country.\nThe answer is: Paris"
-    assert grades(full) == {"reasoning": 1, "grounding": 1, "answer": 1}
-    assert grades(full.replace("DOC 2", "DOC 1"))["grounding"] == 0
-    assert grades("The answer is: Rome") == {"reasoning": 0, "grounding": 0, "answer": 0}
-
-
-@pytest.mark.parametrize(
-    ("passage", "relevant"),
-    [
-        ("Paris lies on the Seine.", 1),  # an answer
-        ("A capital is a city; of France there is one.", 1),  # half of the words
-        ("Rome lies on the Tiber.", 0),
-    ],
-)
-def test_the_rule_finds_evidence_by_the_answer_or_the_words_of_the_question(passage: str, relevant: int) -> None:
-    case = Case("What is the capital of France?", ("Paris",), "", (passage,))
-    reply = rule.RuleJudge().ask(rubrics.load("relevance"), case, Prompt("", ""))
-    assert verdicts.parse(rubrics.load("relevance"), reply.text) == {"relevant": relevant}
 
 
 @pytest.fixture
