@@ -12,6 +12,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     """Write `README.md`, with the front matter that hubs read."""
     recipe, optim, grpo = record["recipe"], record["recipe"]["optim"], record["recipe"]["grpo"]
     first, last = record["losses"][:10], record["losses"][-10:]
+    dtype, minutes = recipe["model"]["dtype"], record["wall_s"] / 60
     steps = f"{grpo['steps']} steps of {grpo['prompts_per_step']} prompts" if grpo else f"{optim['steps']} steps"
     lines = [
         "---",
@@ -23,7 +24,7 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
         f"{recipe['model']['pretrained']}, fine-tuned by `lceval train`.",
         "",
         f"- Data: {_data(recipe, record['data'])}",
-        f"- Trained: {record['parameters']:,} parameters, {steps}, {record['wall_s'] / 60:.1f} minutes.",
+        f"- Trained: {record['parameters']:,} parameters, {steps}, {minutes:.1f} minutes; weights in {dtype}.",
         f"- Loss: {_mean(first):.3f} over the first {len(first)} steps, {_mean(last):.3f} over the last {len(last)}.",
     ]
     if rewards := record.get("rewards"):

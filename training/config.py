@@ -27,9 +27,11 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    """The model that is tuned: `pretrained` as for lm_eval, in `dtype`.
+    """The model that is tuned: `pretrained` as for lm_eval.
 
     Attributes:
+        dtype: of the weights. `auto` is bfloat16 where the device computes fast in it (`lceval.training.precision`),
+            else float32; the card and `train.json` state the one that was used.
         chat_template: whether prompts go through the tokenizer's template, as `lceval run` does; None: if it has one.
         shape: fields of its configuration, `model_type` among them: what `--dry-run` counts where the model itself is
             not at hand.
@@ -37,7 +39,7 @@ class Model(Section):
 
     pretrained: str = "smollm2-135m"
     revision: str = "main"
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     chat_template: bool | None = None
     shape: dict[str, str | int | float | bool] | None = None
 

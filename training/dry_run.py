@@ -30,11 +30,12 @@ def estimate(recipe: Config) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lceval.training import longlora, robust
+    from lceval.training import longlora, precision, robust
     from lceval.training.sft import with_lora
 
     if recipe.robust is not None:
         robust.check(recipe.robust)
+    recipe = precision.resolve(recipe)
     config, at_hand = _config(recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
@@ -60,6 +61,7 @@ def estimate(recipe: Config) -> dict[str, Any]:
     }
     return {
         "output": str(recipe.output),
+        "dtype": recipe.model.dtype,
         **data,
         "steps": steps,
         "tokens": round(seen * data["tokens_a_context"]),
@@ -165,7 +167,8 @@ def render(report: dict[str, Any]) -> str:
         [
             what,
             f"{report['steps']} steps, {report['tokens']:,} tokens{epochs}",
-            f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained",
+            f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained "
+            f"(weights in {report['dtype']})",
             f"about {report['total_gib']:.1f} GiB on one device: {memory}",
         ]
     )

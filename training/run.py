@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.training import data, robust, tabular, texts
+from lceval.training import data, precision, robust, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
@@ -124,6 +124,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
             raise UserError(f"lceval train needs the package {package}: run `pip install 'lceval[train]'`")
     if recipe.robust is not None:
         robust.check(recipe.robust)
+    recipe = precision.resolve(recipe)
     before = _record(recipe.output)
     if before is not None and before["recipe"] != _plain(recipe):
         changed = sorted(key for key, value in _plain(recipe).items() if before["recipe"].get(key) != value)

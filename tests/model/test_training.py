@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from lceval.errors import UserError
-from lceval.training import dry_run
+from lceval.training import dry_run, precision
 from lceval.training.config import Config, parse, read
 from lceval.training.packing import Packing, Turn, pack
 from lceval.training.run import train
@@ -28,6 +28,7 @@ def recipe(output: Path, **more: Any) -> dict[str, Any]:
     """Four steps of one context on the shipped filings, seen through evictors."""
     return {
         "output": str(output),
+        "model": {"dtype": "float32"},
         "data": {"datasets": ["filings"], "split": "all", "limit": 9, "seeds": [1234]},
         "optim": {"lr": 1e-3, "steps": STEPS, "contexts": 1, "warmup": 0.0, "schedule": "constant"},
         "robust": {"evictors": ["snapkv", "random"], "full": 0.2, "distill": 1.0},
@@ -106,7 +107,8 @@ def test_lcft_loads_the_adapter_and_answers_otherwise(whole: tuple[Path, dict[st
 def test_a_tables_neighbourhoods_are_learned(tmp_path: Path) -> None:
     """The shipped recipe, smaller: one local set with two queries, until it is known."""
     small = ["neighbourhoods.datasets=[cancer]", "neighbourhoods.sets=1", "neighbourhoods.context_rows=4"]
-    few = ["neighbourhoods.queries=2", "optim.steps=4", "optim.contexts=1", "optim.lr=1e-3", "optim.warmup=0"]
+    small += ["model.dtype=float32", "neighbourhoods.queries=2"]
+    few = ["optim.steps=4", "optim.contexts=1", "optim.lr=1e-3", "optim.warmup=0"]
     record = train(read("tabular_sft", [*small, *few, f"output={tmp_path / 'run'}"]))
     losses = [loss for _, loss in record["losses"]]
     assert record["data"]["questions"] == 2
@@ -117,7 +119,7 @@ def test_a_tables_neighbourhoods_are_learned(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("dtype", "lora"), [("bfloat16", True), ("bfloat16", False), ("float32", False)])
 def test_the_plan_counts_what_backward_remembers(smollm2: str, dtype: str, lora: bool) -> None:
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from lceval.models import attention
     from lceval.models.geometry import Geometry
@@ -125,7 +127,9 @@ def test_the_plan_counts_what_backward_remembers(smollm2: str, dtype: str, lora:
 
     said: dict[str, Any] = {"output": "unused", "model": {"dtype": dtype}}
     made: Config = parse(said if lora else {**said, "lora": None}, "test")
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=getattr(torch, dtype))
+    config = AutoConfig.from_pretrained(smollm2)
+    config.num_hidden_layers = 4  # bfloat16 products take a second each on a CPU that has no instructions for them
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model.set_attn_implementation(attention.register())
     geometry = Geometry.of(model)
     tuned = get_peft_model(model, sft.lora(made)) if lora else model
@@ -176,3 +180,29 @@ def test_texts_are_learned_with_shifted_attention_for_a_longer_window(tmp_path: 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "long" / "model")
     assert model.config.max_position_embeddings == 16384
     assert f"pretrained={tmp_path / 'long' / 'model'}" in (tmp_path / "long" / "README.md").read_text()
+
+
+def test_bfloat16_weights_are_trained_and_recorded(tmp_path: Path) -> None:
+    """Two steps of 16 tokens: a CPU without bfloat16 instructions computes about a token a second."""
+    file = tmp_path / "text.txt"
+    file.write_text("The ledger of the harbour was kept in ink. " * 8)
+    small = ["texts.tokens=16", "optim.steps=2", "optim.contexts=1", "optim.warmup=0", "optim.lr=1e-3"]
+    output = tmp_path / "run"
+    record = train(read("ao_sft", ["model.dtype=bfloat16", f"texts.files=[{file}]", f"output={output}", *small]))
+    losses = [loss for _, loss in record["losses"]]
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
+    assert "weights in bfloat16" in (output / "README.md").read_text()
+    assert json.loads((output / "train.json").read_text())["recipe"]["model"]["dtype"] == "bfloat16"
+
+
+def test_auto_is_recorded_as_the_dtype_that_was_used(whole: tuple[Path, dict[str, Any]]) -> None:
+    """A finished run in the machine's own dtype is found again under `auto`, and only there."""
+    output, record = whole
+    spelled = recipe(output)
+    del spelled["model"]
+    if precision.fast_dtype() == "float32":
+        assert train(parse(spelled, "test")) == record
+    else:
+        with pytest.raises(UserError, match="other model"):
+            train(parse(spelled, "test"))

@@ -7,12 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.cli import invoke
 from lceval.errors import UserError
-from lceval.training import config, robust
+from lceval.training import config, precision, robust
 from lceval.training.config import Robust, parse, read
 
 
@@ -51,6 +52,27 @@ def test_a_bad_recipe_is_refused_in_one_line(changes: list[str], said: str) -> N
         read("ao_sft", changes)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("avx512_bf16", "amx", "onednn", "expected"),
+    [
+        (True, False, True, "bfloat16"),
+        (False, True, True, "bfloat16"),
+        (False, False, True, "float32"),  # AVX-512 alone: oneDNN accepts bfloat16 and is slower at it
+        (True, True, False, "float32"),  # forbidden by ONEDNN_MAX_CPU_ISA
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_in_it(
+    monkeypatch: pytest.MonkeyPatch, avx512_bf16: bool, amx: bool, onednn: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(precision, "_onednn_multiplies_bfloat16", lambda: onednn)
+    assert precision.fast_dtype() == expected
+    assert precision.resolve(read("ao_sft")).model.dtype == expected
+    assert precision.resolve(read("ao_sft", ["model.dtype=float16"])).model.dtype == "float16"
 
 
 def test_an_unknown_recipe_names_those_there_are() -> None:
