@@ -311,10 +311,10 @@ class QuantKV:
 
     def _heads(self) -> Iterator[tuple[slice, Pool, Pool]]:
         """Rows and their pages: all at once where every head has as many, else one head at a time."""
-        alike = len(set(self.pages)) == 1
-        rows = len(self.pages) if alike else 1
+        length_matched = len(set(self.pages)) == 1
+        rows = len(self.pages) if length_matched else 1
         for row, first in enumerate(accumulate(self.pages[:-1], initial=0)):
-            if (pages := self.pages[row]) and not (alike and row):
+            if (pages := self.pages[row]) and not (length_matched and row):
                 yield slice(row, row + rows), self.k.heads(first, rows, pages), self.v.heads(first, rows, pages)
 
 

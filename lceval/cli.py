@@ -148,13 +148,13 @@ def check(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
-    html: Annotated[Path, typer.Option("--html", help="The file; replaced if it is an earlier report.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write (an earlier report is replaced).")],
     as_json: Json = False,
 ) -> None:
     """One HTML page of runs: leaderboard, plots and every sample; opens offline."""
     from lceval.report.page import write
 
-    made = write(runs, html)
+    made = write(runs, output)
     if as_json:
         typer.echo(json.dumps({**vars(made), "html": str(made.html)}))
     else:
@@ -285,7 +285,9 @@ def bench_eval(
     contexts: Annotated[int | None, typer.Option(help="Contexts, each with all its questions; default all.")] = None,
     hf: Annotated[bool, typer.Option(help="Let --model hf answer too.")] = True,
     diagnose: Annotated[str, typer.Option(help="none, gold or attention.")] = "none",
-    compress: Annotated[str, typer.Option(help="agnostic or aware.")] = "agnostic",
+    query_aware: Annotated[
+        bool, typer.Option("--query-aware", help="Let the question's tokens take part in the eviction scores.")
+    ] = False,
     batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Questions at a time.")] = 1,
     metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of lm_eval's --metadata; repeatable.")] = None,
     nll_only: Annotated[bool, typer.Option("--nll-only", help="Generate nothing; predict the gold answer.")] = False,
@@ -305,7 +307,7 @@ def bench_eval(
         diagnose=diagnose,
         output=output,
         nll_only=nll_only,
-        compress=compress,
+        query_aware=query_aware,
         batch_size=batch_size,
         metadata=_pairs(metadata or []),
     )

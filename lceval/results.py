@@ -9,6 +9,7 @@ interval needs every sample with its cluster.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -202,7 +203,8 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
     template = {"chat_template_sha": results.get("chat_template_sha")} if results else {}
     config = {**_mapping(results.get("config")), **template, **run_json}
     model = str(config.get("model", "-"))
-    arguments = model_args(config.get("model_args"))
+    arguments = _current_names(model_args(config.get("model_args")))
+    config["model_args"] = arguments
     recipe = config.get("recipe") or arguments.get("kv") or ("full" if model == "lcft" else "-")
     if results_file:
         tasks = tuple(_read_tasks(results_file, results, finished))
@@ -260,7 +262,7 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
         higher_is_better=better.get(headline or "") is not False,
         filters=tuple(filters),
         expected=expected if isinstance(expected, int) else None,
-        context=str(shown) if (shown := _mapping(rows[0].get("doc")).get("shown")) else None,
+        context=_context_setting(_mapping(rows[0].get("doc"))),
         file=file,
         samples=tuple(_sample(row, headline, index) for index, row in enumerate(rows)),
         lower_is_better=frozenset(metric for metric, higher in better.items() if higher is False),
@@ -340,6 +342,20 @@ def model_args(value: object) -> Mapping[str, Any]:
     if isinstance(value, str):
         return {key.strip(): text for key, _, text in (part.partition("=") for part in value.split(","))}
     return _mapping(value)
+
+
+def _current_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Model arguments under the names of today: versions before 0.2 said `compress=agnostic|aware`."""
+    if "compress" not in arguments:
+        return arguments
+    others = {name: value for name, value in arguments.items() if name != "compress"}
+    return {**others, "query_aware": arguments["compress"] == "aware"}
+
+
+def _context_setting(doc: Mapping[str, Any]) -> str | None:
+    """The context setting of a row of ours: `shown` in versions before 0.2, which also said `alike`."""
+    setting = doc.get("context_setting") or doc.get("shown")
+    return re.sub(r":alike$", ":length_matched", str(setting)) if setting else None
 
 
 def _results_files(folder: Path) -> list[Path]:

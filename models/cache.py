@@ -22,8 +22,8 @@ from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
-from lceval.models.observe import Asked, Observer, Repeated
-from lceval.models.policies import Needs, Quantized, StepEvictor
+from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
+from lceval.models.prefill_stats import PrefillStats, QueryAwareStats, ReconstructionStats
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 
@@ -38,25 +38,25 @@ class Prefill(Cache):  # type: ignore[misc]
             by whoever runs the model.
     """
 
-    def __init__(self, geometry: Geometry, tokens: int, needs: Needs, *, kernels: bool = False) -> None:
+    def __init__(self, geometry: Geometry, tokens: int, stats_spec: StatsSpec, *, kernels: bool = False) -> None:
         super().__init__(
             layers=[
-                PrefillLayer(tokens, Observer(needs, geometry.rotary, kernels=kernels))
+                PrefillLayer(tokens, PrefillStats(stats_spec, geometry.rotary, kernels=kernels))
                 if window is None
-                else SlidingPrefillLayer(tokens, Observer(Needs(), None), window)
+                else SlidingPrefillLayer(tokens, PrefillStats(StatsSpec(), None), window)
                 for window in geometry.windows
             ]
         )
         self.tokens = tokens
-        self.needs = needs
+        self.stats_spec = stats_spec
         self.kernels = kernels
-        self.read_s = 0.0
-        self.rereads: list[Tensor] | None = None
+        self.prefill_s = 0.0
+        self.reconstruction_attention: list[Tensor] | None = None
 
     @classmethod
-    def for_model(cls, model: Any, tokens: int, needs: Needs) -> Prefill:
+    def for_model(cls, model: Any, tokens: int, stats_spec: StatsSpec) -> Prefill:
         """For a causal LM of transformers."""
-        return cls(Geometry.of(model), tokens, needs)
+        return cls(Geometry.of(model), tokens, stats_spec)
 
     @property
     def keys(self) -> list[Tensor | None]:
@@ -68,19 +68,22 @@ class Prefill(Cache):  # type: ignore[misc]
         """Bytes of the keys and values that a cache without compression holds: sliding layers hold their window."""
         return sum(layer.kv_bytes for layer in self.layers)
 
-    def compress(self, recipe: Recipe, *, consume: bool, asked: QuestionCache | None = None) -> Context:
+    def compress(
+        self, recipe: Recipe, *, consume: bool, question_cache: QuestionCache | None = None
+    ) -> CompressedContext:
         """The context under a recipe.
 
         Args:
             consume: free each layer's dense keys and values as soon as it is compressed. The prefill can then serve
                 no other recipe.
-            asked: a question already read over this whole context (`fork`): its tokens join the scores.
+            question_cache: a question already prefilled over the whole context (`Engine.ask`): its tokens join the
+                scores (query-aware).
         """
         start, full_bytes = time.perf_counter(), self.kv_bytes
         device, dtype = self.layers[0].keys.device, self.layers[0].keys.dtype
         held = peak = sum(layer.held_bytes for layer in self.layers)
-        deep = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
-        masks = dict(zip(deep, _counted(self._select(recipe, deep, asked)), strict=True))
+        full_attention = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
+        masks = dict(zip(full_attention, _counted(self._select(recipe, full_attention, question_cache)), strict=True))
         compressed: list[PagedKV | Any] = []
         for index, layer in enumerate(self.layers):
             if layer.is_sliding:
@@ -89,41 +92,51 @@ class Prefill(Cache):  # type: ignore[misc]
                 continue
             mask, counts = masks[index]
             kv: Any
-            if self.kernels and isinstance(recipe.store, Quantized):
+            if self.kernels and isinstance(recipe.quantizer, Quantizer):
                 # In one pass: the full-precision pages of what is kept never exist.
-                kv, pages, copied = self._quantised(layer, mask, counts, recipe.store), 0, 0
+                kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
             else:
                 kept = self._kept(layer, mask, counts)
                 in_place = kept.k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
                 copied = 0 if in_place else kept.allocated_bytes
                 # Bytes that are counted with the pages already, be they the prefill's own or copies.
-                pages = 0 if recipe.store else kept.allocated_bytes
-                kv = recipe.store.store(kept) if recipe.store else kept
-            stored = self._stored(kv, recipe, deep.index(index), len(deep), layer)
+                pages = 0 if recipe.quantizer else kept.allocated_bytes
+                kv = recipe.quantizer.quantize(kept) if recipe.quantizer else kept
+            stored = self._stored(kv, recipe, full_attention.index(index), len(full_attention), layer)
             compressed.append(stored)
             peak = max(peak, held + copied + stored.allocated_bytes - pages)
             held += stored.allocated_bytes - (0 if copied else pages)
-            if consume and (recipe.store or copied):
+            if consume and (recipe.quantizer or copied):
                 held -= layer.held_bytes
                 layer.release()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return Context(tuple(compressed), self.tokens, dtype, full_bytes, peak, time.perf_counter() - start)
+        return CompressedContext(tuple(compressed), self.tokens, dtype, full_bytes, peak, time.perf_counter() - start)
 
-    def _select(self, recipe: Recipe, deep: list[int], asked: QuestionCache | None) -> Sequence[Tensor | None]:
+    def _select(
+        self, recipe: Recipe, full_attention: list[int], question_cache: QuestionCache | None
+    ) -> Sequence[Tensor | None]:
         """What stays of each layer that sees all, as a mask [B, Hkv, S]; None where everything does."""
         evictor = recipe.evictor
         if evictor is None or evictor.amount.tokens(self.tokens) >= self.tokens:
-            return [None] * len(deep)
+            return [None] * len(full_attention)
         scores = []
-        for place, index in enumerate(deep):
-            layer, observer = self.layers[index], self.layers[index].observer
+        for place, index in enumerate(full_attention):
+            layer, stats = self.layers[index], self.layers[index].stats
             keys, values = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
-            if asked is not None:
-                tail, observer = asked.layers[index].tail, asked.layers[index].watch.observer
+            if question_cache is not None:
+                tail, stats = question_cache.layers[index].tail, question_cache.layers[index].collector.stats
                 keys, values = (torch.cat(x, 2) for x in zip((keys, values), tail, strict=True))
-            reread = None if self.rereads is None else self.rereads[place]
-            view = observer.view(keys, values, layer.scaling, place, len(deep), kernels=self.kernels, reread=reread)
+            reconstruction = None if self.reconstruction_attention is None else self.reconstruction_attention[place]
+            view = stats.view(
+                keys,
+                values,
+                layer.scaling,
+                place,
+                len(full_attention),
+                kernels=self.kernels,
+                reconstruction=reconstruction,
+            )
             scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)
 
@@ -134,7 +147,7 @@ class Prefill(Cache):  # type: ignore[misc]
         return compact.gather(k, v, mask, counts) if self.kernels else PagedKV.gather(k, v, mask)
 
     @staticmethod
-    def _quantised(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], store: Quantized) -> QuantKV:
+    def _quantize(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], store: Quantizer) -> QuantKV:
         k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
         counts = counts or (layer.seen,) * (k.shape[0] * k.shape[1])
         return compact.quantize(k, v, mask, counts, store.k_bits, store.v_bits, store.residual)
@@ -142,13 +155,13 @@ class Prefill(Cache):  # type: ignore[misc]
     def _stored(self, kv: Any, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
         evictor = recipe.evictor
         if isinstance(evictor, StepEvictor) and evictor.when == "always":
-            sums = layer.observer.column_sums
+            sums = layer.stats.column_sums
             if sums is None:
                 sums = torch.zeros(kv.lens.shape[0], kv.lens.shape[1], self.tokens, device=kv.k.device)
             kept = torch.stack([kv.kept_positions(0, head) for head in range(kv.lens.shape[1])])[None]
             budget = evictor.amount.tokens(self.tokens) if evictor.amount.is_share else int(evictor.amount.value)
             return BoundedKV(kv, evictor, sums.gather(2, kept), budget, place, layers, self.tokens)
-        return kv if recipe.reader is None else recipe.reader.read(kv, place, self.tokens)
+        return kv if recipe.sparse_attention is None else recipe.sparse_attention.wrap(kv, place, self.tokens)
 
 
 def _counted(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
@@ -159,7 +172,7 @@ def _counted(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[
 
 
 @dataclass(frozen=True)
-class Context:
+class CompressedContext:
     """A compressed context, shared by every question about it.
 
     Attributes:
@@ -179,7 +192,7 @@ class Context:
     compress_s: float
 
     @classmethod
-    def empty(cls, layers: int, dtype: torch.dtype, device: torch.device) -> Context:
+    def empty(cls, layers: int, dtype: torch.dtype, device: torch.device) -> CompressedContext:
         """No context at all: a prompt of one token is all question."""
         none = torch.empty(0, PAGE, 0, dtype=dtype, device=device)
         table, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((1, 0, 0), (1, 0)))
@@ -201,20 +214,20 @@ class Context:
         return sum(layer.read_bytes for layer in self.layers)
 
     @property
-    def deep(self) -> list[Any]:
+    def full_attention_layers(self) -> list[Any]:
         """The layers that see all tokens."""
         return [layer for layer in self.layers if not isinstance(layer, WindowKV)]
 
     def kept_tokens(self) -> list[dict[str, float]]:
         """Per layer that sees all, the fewest, mean and most tokens that a KV head kept."""
-        counts = [layer.counts for layer in self.deep if layer.counts]
+        counts = [layer.counts for layer in self.full_attention_layers if layer.counts]
         return [{"min": min(c), "mean": sum(c) / len(c), "max": max(c)} for c in counts]
 
     def kept_of(self, tokens: Tensor) -> float:
         """The share of `tokens` (bool [S], not all False) whose slots survived, over all layers and KV heads."""
         shares = [
             tokens[layer.kept_positions(0, head)].sum().item() / tokens.sum().item()
-            for layer in self.deep
+            for layer in self.full_attention_layers
             for head in range(len(layer.counts))
         ]
         return sum(shares) / len(shares)
@@ -231,7 +244,7 @@ class Context:
 class QuestionCache(Cache):  # type: ignore[misc]
     """Rows of tokens after compressed contexts: one or more rows over each."""
 
-    def __init__(self, contexts: Sequence[Context], rows: Rows, capacity: int, kernels: bool) -> None:
+    def __init__(self, contexts: Sequence[CompressedContext], rows: Rows, capacity: int, kernels: bool) -> None:
         layers: list[Any] = []
         for kvs in zip(*(context.layers for context in contexts), strict=True):
             if isinstance(kvs[0], WindowKV):
@@ -256,17 +269,17 @@ class QuestionCache(Cache):  # type: ignore[misc]
                 self.first_step = time.perf_counter()
         return super().update(k, v, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def watch(self, see: Sequence[Asked | Repeated | None]) -> None:
-        """Let each layer's queries be seen as they come: one watcher a layer, None where the model slides."""
-        for layer, watcher in zip(self.layers, see, strict=True):
-            if watcher is not None:
-                layer.watch = watcher
+    def collect(self, collectors: Sequence[QueryAwareStats | ReconstructionStats | None]) -> None:
+        """Collect statistics of the queries to come: one collector a layer, None for sliding layers."""
+        for layer, collector in zip(self.layers, collectors, strict=True):
+            if collector is not None:
+                layer.collector = collector
 
-    def over(self, context: Context) -> None:
+    def over(self, context: CompressedContext) -> None:
         """Continue over another compression of the same context; what was read stays in the tail."""
         for layer, kv in zip(self.layers, context.layers, strict=True):
             layer.contexts = (kv,)
-            layer.watch = None
+            layer.collector = None
 
     def next_positions(self, tokens: int) -> Tensor:
         """[B, T] int64, the positions of each row's next tokens."""

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lceval.models.policies import LayerView, Needs
+from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
-    from lceval.models.cache import Context, Prefill, QuestionCache
+    from lceval.models.cache import CompressedContext, Prefill, QuestionCache
     from lceval.models.engine import Engine
     from lceval.models.prefix import Job
 
@@ -49,9 +49,9 @@ class Diagnosis:
         self._context_field = context_field
 
     @property
-    def needs(self) -> Needs:
+    def stats_spec(self) -> StatsSpec:
         """What the prefill must observe for it."""
-        return Needs(queries=WINDOW) if self.needs_prefill else Needs()
+        return StatsSpec(queries=WINDOW) if self.needs_prefill else StatsSpec()
 
     @property
     def needs_prefill(self) -> bool:
@@ -64,7 +64,7 @@ class Diagnosis:
         return self.kind == "gold"
 
     def of_context(
-        self, job: Job, context: Context, prefill: Prefill | None, asked: QuestionCache | None
+        self, job: Job, context: CompressedContext, prefill: Prefill | None, question_cache: QuestionCache | None
     ) -> dict[str, Any]:
         """`gold_kept`: the share of the gold passages' slots that survived, over layers and KV heads. Or `ndcg10`:
         of the documents, ranked by the attention that the question's last tokens pay to the whole context."""
@@ -73,10 +73,14 @@ class Diagnosis:
         documents = self._documents(job)
         gold = [tokens for is_gold, tokens in documents if is_gold]
         if self.kind == "gold":
-            return {"gold_kept": context.kept_of(torch.stack(gold).any(0)) if gold and context.deep else None}
-        if not gold or not context.deep or prefill is None or asked is None:
+            return {
+                "gold_kept": context.kept_of(torch.stack(gold).any(0))
+                if gold and context.full_attention_layers
+                else None
+            }
+        if not gold or not context.full_attention_layers or prefill is None or question_cache is None:
             return {"ndcg10": None}
-        received = attention_paid(prefill, asked, min(WINDOW, len(job.question)))
+        received = attention_paid(prefill, question_cache, min(WINDOW, len(job.question)))
         return {"ndcg10": ndcg([float(received[tokens].sum()) for _, tokens in documents], [g for g, _ in documents])}
 
     def of_answers(
@@ -111,10 +115,10 @@ class Diagnosis:
     def _continuation(self, prompt: str, begin: str, answer: str) -> tuple[list[int], list[int]]:
         """Tokens of the reply's beginning, none where the prompt has it already, and of the answer after it."""
         begin = "" if prompt.endswith(begin) else begin
-        asked, led = self._encode(prompt), self._encode(prompt + begin)
+        question_cache, led = self._encode(prompt), self._encode(prompt + begin)
         space = "" if (prompt + begin)[-1:].isspace() else " "
         whole = self._encode(f"{prompt}{begin}{space}{answer}")
-        return list(led[len(asked) :]), list(whole[len(led) :])
+        return list(led[len(question_cache) :]), list(whole[len(led) :])
 
     def _documents(self, job: Job) -> list[tuple[bool, Tensor]]:
         """For each document whether it is gold, and which of the context's tokens are its text."""
@@ -129,7 +133,7 @@ class Diagnosis:
         return []
 
 
-def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tensor:
+def attention_paid(prefill: Prefill, question_cache: QuestionCache, window: int) -> Tensor:
     """Attention of a question's last `window` tokens to every token of its context: [S], the mean over rows, heads and
     layers.
 
@@ -137,10 +141,10 @@ def attention_paid(prefill: Prefill, asked: QuestionCache, window: int) -> Tenso
         asked: the question, read over all of `prefill` by `Engine.ask` with at least `window` queries observed.
     """
     total, layers = torch.zeros(prefill.tokens), 0
-    for layer, keys, tail in zip(prefill.layers, prefill.keys, asked.layers, strict=True):
+    for layer, keys, tail in zip(prefill.layers, prefill.keys, question_cache.layers, strict=True):
         if keys is not None:
             k, v = (torch.cat(x, 2) for x in zip((keys, layer.values[:, :, : layer.seen]), tail.tail, strict=True))
-            view = LayerView(k, v, tail.watch.observer.queries, layer.scaling, 0, 1, kernels=prefill.kernels)
+            view = LayerView(k, v, tail.collector.stats.queries, layer.scaling, 0, 1, kernels=prefill.kernels)
             total += view.window_scores(window).mean((0, 1))[: prefill.tokens].cpu()
             layers += 1
     return total / layers

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.models.cache import Context, Prefill, QuestionCache
+from lceval.models.cache import CompressedContext, Prefill, QuestionCache
 from lceval.models.geometry import Geometry
-from lceval.models.observe import Asked, Repeated
-from lceval.models.policies import Needs
+from lceval.models.policies import StatsSpec
+from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
 
 # Tokens of the context that are repeated in one pass (KVzip, section 3.3).
-REREAD_CHUNK = 2048
+RECONSTRUCTION_CHUNK = 2048
 # How many tokens before the chunk lead into it.
-REREAD_LEAD = 8
+RECONSTRUCTION_LEAD = 8
 
 
 class Engine:
@@ -57,56 +57,61 @@ class Engine:
         self._dtype = base.dtype
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[int], needs: Needs) -> Prefill:
+    def prefill(self, ids: Sequence[int], stats_spec: StatsSpec) -> Prefill:
         """Read a context of at least one token and observe what `needs` says."""
         began = time.perf_counter()
-        prefill = Prefill(self.geometry, len(ids), needs, kernels=self.kernels)
+        prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
         step = self._chunk or len(ids)
         for start in range(0, len(ids), step):
             self._decode(prefill, [ids[start : start + step]])
-        if needs.reread:
-            prefill.rereads = self._reread(prefill, ids)
+        if stats_spec.reconstruction:
+            prefill.reconstruction_attention = self._reconstruct(prefill, ids)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        prefill.read_s = time.perf_counter() - began
+        prefill.prefill_s = time.perf_counter() - began
         return prefill
 
-    def nothing(self) -> Context:
+    def nothing(self) -> CompressedContext:
         """The context of a prompt that is all question."""
-        return Context.empty(len(self.geometry.windows), self._dtype, self.device)
+        return CompressedContext.empty(len(self.geometry.windows), self._dtype, self.device)
 
     def _decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
         with self._autocast():
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
-    def _reread(self, prefill: Prefill, ids: Sequence[int]) -> list[Tensor]:
+    def _reconstruct(self, prefill: Prefill, ids: Sequence[int]) -> list[Tensor]:
         """The most attention that each token received while the model repeated the context, chunk by chunk."""
         whole = prefill.compress(Recipe(), consume=False)
         received = []
-        for start in range(0, len(ids), REREAD_CHUNK):
-            chunk = ids[start : start + REREAD_CHUNK]
-            said = [*self._repeat_ids, *ids[max(0, start - REREAD_LEAD) : start], *chunk]
+        for start in range(0, len(ids), RECONSTRUCTION_CHUNK):
+            chunk = ids[start : start + RECONSTRUCTION_CHUNK]
+            said = [*self._repeat_ids, *ids[max(0, start - RECONSTRUCTION_LEAD) : start], *chunk]
             cache = whole.fork(len(said))
-            watchers = [Repeated(k, slice(start, start + len(chunk))) if k is not None else None for k in prefill.keys]
-            cache.watch(watchers)
+            collectors = [
+                ReconstructionStats(k, slice(start, start + len(chunk))) if k is not None else None
+                for k in prefill.keys
+            ]
+            cache.collect(collectors)
             self._decode(cache, [said])
-            received.append([w.received for w in watchers if w is not None])
+            received.append([w.received for w in collectors if w is not None])
         return [torch.cat(parts, -1) for parts in zip(*received, strict=True)]
 
     @torch.inference_mode()
     def ask(self, prefill: Prefill, question: Sequence[int], capacity: int) -> QuestionCache:
         """A question read over the whole, uncompressed context, observed as the context was."""
         cache = prefill.compress(Recipe(), consume=False).fork(capacity, kernels=self.kernels)
-        cache.watch(
+        cache.collect(
             [
-                None if k is None else Asked(layer.observer, k)
+                None if k is None else QueryAwareStats(layer.stats, k)
                 for layer, k in zip(prefill.layers, prefill.keys, strict=True)
             ]
         )
         self._decode(cache, [question])
         return cache
 
-    def batch(self, contexts: Sequence[Context], questions: Sequence[Sequence[int]], capacity: int) -> QuestionCache:
+    def batch(
+        self, contexts: Sequence[CompressedContext], questions: Sequence[Sequence[int]], capacity: int
+    ) -> QuestionCache:
         """A cache for one row a question, over its context; rows of the same context stand side by side.
 
         Args:

@@ -47,15 +47,15 @@ class Geometry:
             raise UserError(f"{config.model_type} learns attention sinks, which lcft does not compute")
         if getattr(config, "num_kv_shared_layers", None):
             raise UserError(f"{config.model_type} shares keys between layers, which lcft does not compute")
-        turn = getattr(model.get_decoder(), "rotary_emb", None)
-        typed = isinstance(getattr(turn, "rope_type", None), dict)
+        question = getattr(model.get_decoder(), "rotary_emb", None)
+        typed = isinstance(getattr(question, "rope_type", None), dict)
         return cls(
             windows=tuple(window if kind == SLIDING else None for kind in kinds),
-            rotary=None if turn is None else partial(_rotary, turn, {"layer_type": FULL} if typed else {}),
+            rotary=None if question is None else partial(_rotary, question, {"layer_type": FULL} if typed else {}),
         )
 
 
-def _rotary(turn: Any, kwargs: dict[str, str], positions: Tensor) -> tuple[Tensor, Tensor]:
+def _rotary(question: Any, kwargs: dict[str, str], positions: Tensor) -> tuple[Tensor, Tensor]:
     like = torch.empty(0, dtype=torch.float32, device=positions.device)
-    cos, sin = turn(like, positions[None], **kwargs)
+    cos, sin = question(like, positions[None], **kwargs)
     return cos[0], sin[0]

@@ -11,7 +11,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import CacheLayerMixin
 
 from lceval.kernels.paged import PAGE
-from lceval.models.observe import Observer
+from lceval.models.prefill_stats import PrefillStats
 
 # Rows of queries that a sliding layer reads at once: their keys are a band, not the whole context.
 BAND_ROWS = 512
@@ -48,10 +48,10 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
 class PrefillLayer(AttendingLayer):
     """Dense keys and values of a context, in a buffer allocated once, and what its policies asked to observe."""
 
-    def __init__(self, tokens: int, observer: Observer) -> None:
+    def __init__(self, tokens: int, stats: PrefillStats) -> None:
         super().__init__()
         self.tokens = tokens
-        self.observer = observer
+        self.stats = stats
         self.scaling = 0.0
         self.seen = 0
 
@@ -70,7 +70,7 @@ class PrefillLayer(AttendingLayer):
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         self.scaling = scaling
         k, v = self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
-        self.observer.see(q, k, scaling)
+        self.stats.update(q, k, scaling)
         if q.shape[2] == self.seen:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         mask = causal_lower_right(q.shape[2], self.seen)
@@ -99,8 +99,8 @@ class SlidingPrefillLayer(PrefillLayer):
 
     is_sliding = True
 
-    def __init__(self, tokens: int, observer: Observer, window: int) -> None:
-        super().__init__(tokens, observer)
+    def __init__(self, tokens: int, stats: PrefillStats, window: int) -> None:
+        super().__init__(tokens, stats)
         self.window = window
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:

@@ -31,12 +31,11 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.prefix import Job, find_boundary, fit, padded
 from lceval.models.response import Score, Text, skipped
-from lceval.models.serving import Server, Turn
+from lceval.models.scheduler import ContextScheduler, Question
 
 logger = logging.getLogger(__name__)
 
 OVERLONG = ("error", "middle", "end", "skip")
-COMPRESS = ("agnostic", "aware")
 # Rows of choices that are scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
@@ -48,8 +47,8 @@ class LCFT(HFLM):  # type: ignore[misc]
     Args:
         pretrained: a name, folder or loaded model, as for HFLM; `smollm2-135m` names the packaged model.
         kv: the KV recipe (`lceval.models.recipe`).
-        compress: `agnostic` compresses a context before its question is seen; `aware` lets the question's tokens join
-            the scores, and answers one question at a time.
+        query_aware: whether the question's tokens join the scores that decide what stays of its context. By default
+            a context is compressed before any question is seen (query-agnostic).
         overlong: what happens to a prompt that does not fit the model: `error` stops before the first prefill,
             `middle` and `end` cut the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass while reading a context; 0 reads it in one pass.
@@ -69,7 +68,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         self,
         pretrained: str | PreTrainedModel,
         kv: str = recipe.FULL,
-        compress: str = "agnostic",
+        query_aware: bool = False,
         overlong: str = "error",
         prefill_chunk: int = 0,
         attn: str = "auto",
@@ -81,24 +80,25 @@ class LCFT(HFLM):  # type: ignore[misc]
     ) -> None:
         self.recipe = recipe.parse(str(kv))
         for name, value, allowed in (
-            ("compress", compress, COMPRESS),
             ("overlong", overlong, OVERLONG),
             ("attn", attn, attention.CHOICES),
             ("diagnose", diagnose, Diagnosis.KINDS),
         ):
             if value not in allowed:
                 raise UserError(f"bad model argument {name}={value!r}: one of {', '.join(allowed)}")
+        if not isinstance(query_aware, bool):
+            raise UserError(f"bad model argument query_aware={query_aware!r}: true or false")
         if not isinstance(prefill_chunk, int) or prefill_chunk < 0:
             raise UserError(f"bad model argument prefill_chunk={prefill_chunk!r}: a number of tokens, or 0")
         if not isinstance(prefix_cache_gib, int | float) or prefix_cache_gib < 0:
             raise UserError(f"bad model argument prefix_cache_gib={prefix_cache_gib!r}: a number of GiB, or 0")
-        if compress == "aware" and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(f"kv={self.recipe} goes on evicting while it answers: use compress=agnostic")
+        if query_aware and getattr(self.recipe.evictor, "when", "") == "always":
+            raise UserError(f"kv={self.recipe} goes on evicting while it answers: use query_aware=false")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UserError("lcft does not size batches by itself: pass a number as --batch_size")
         if "attn_implementation" in kwargs:
             raise UserError("lcft brings its own attention: leave attn_implementation out of --model_args")
-        self.compress = compress
+        self.query_aware = query_aware
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
@@ -127,11 +127,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         )
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
         self._pad = self.tokenizer.pad_token_id
-        self.server = Server(
+        self.scheduler = ContextScheduler(
             self.engine,
             self.diagnosis,
-            aware=compress == "aware",
-            shelf_bytes=int(prefix_cache_gib * 2**30),
+            query_aware=query_aware,
+            context_cache_bytes=int(prefix_cache_gib * 2**30),
             totals=self.totals,
         )
         base.set_attn_implementation(attention.register())
@@ -212,7 +212,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         self.totals["too_long"] += len(jobs) - len(fitting)
         return fitting
 
-    def _batches(self, jobs: Sequence[Job], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Turn]]:
+    def _batches(self, jobs: Sequence[Job], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Question]]:
         """Jobs with their contexts, those that are answered together side by side."""
         if self.totals["no_boundary"] and self.recipe != recipe.Recipe():
             logger.warning(
@@ -221,7 +221,7 @@ class LCFT(HFLM):  # type: ignore[misc]
                 self.context_field,
             )
         bar = tqdm(total=total, initial=total - len(jobs), disable=disable_tqdm or self.rank != 0, desc=what)
-        for batch in self.server.batches(jobs, self.recipe, int(self.batch_size)):
+        for batch in self.scheduler.batches(jobs, self.recipe, int(self.batch_size)):
             answered = len(batch)
             yield batch
             bar.update(answered)
@@ -233,18 +233,18 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     # Questions --------------------------------------------------------------------------------------------------
 
-    def _open(self, batch: Sequence[Turn], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
+    def _open(self, batch: Sequence[Question], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
         """A cache for the batch, and the questions' tokens that it has yet to read: [B, T], padded on the left.
 
         Args:
             answers: whether the model will answer too, and not be measured alone.
         """
-        room = max(turn.job.answer_tokens for turn in batch)
-        questions = [turn.job.question for turn in batch]
+        room = max(question.job.answer_tokens for question in batch)
+        questions = [question.job.question for question in batch]
         last = torch.tensor([q[-1:] for q in questions], device=self.device)
-        if ready := [turn.cache for turn in batch if turn.cache is not None]:
+        if ready := [question.cache for question in batch if question.cache is not None]:
             return (QuestionCache.joined(ready, 1 + room) if len(ready) > 1 else ready[0]), last
-        cache = self.engine.batch([turn.context for turn in batch], questions, room)
+        cache = self.engine.batch([question.context for question in batch], questions, room)
         if self.diagnosis.needs_answer and answers:
             # All but the last token, so that the gold answer and the model's own both start from the same cache.
             rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
@@ -253,20 +253,20 @@ class LCFT(HFLM):  # type: ignore[misc]
             return cache, last
         return cache, torch.tensor(padded(questions, self._pad), device=self.device)
 
-    def _diagnose(self, batch: Sequence[Turn], cache: QuestionCache, ids: Tensor) -> None:
+    def _diagnose(self, batch: Sequence[Question], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:
             for at in range(0, len(batch), CHOICE_ROWS):
                 some = batch[at : at + CHOICE_ROWS]
                 rows = range(at, at + len(some))
                 probe = cache.fork()
                 probe.select(rows)
-                jobs = [turn.job for turn in some]
+                jobs = [question.job for question in some]
                 found = self.diagnosis.of_answers(jobs, self.engine, probe, ids[rows.start : rows.stop].tolist())
-                for turn, measured in zip(some, found, strict=True):
-                    turn.meta |= measured
+                for question, measured in zip(some, found, strict=True):
+                    question.meta |= measured
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[Turn]) -> list[tuple[int, Text]]:
+    def _generate(self, batch: Sequence[Question]) -> list[tuple[int, Text]]:
         """Each question's place among the requests, and its answer."""
         kwargs = dict(batch[0].job.payload)
         until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
@@ -276,13 +276,13 @@ class LCFT(HFLM):  # type: ignore[misc]
         self._diagnose(batch, cache, ids)
         if not new_tokens:
             self._account(batch, cache, question_s=opening_s, decode_s=0.0)
-            return [(turn.job.index, Text("", turn.meta)) for turn in batch]
+            return [(question.job.index, Text("", question.meta)) for question in batch]
         # generate() counts positions by the attention mask and skips what the cache has seen: each row is its
         # context, padding, and its question, as long as the longest of each.
         past, longest = cache.get_seq_length(), ids.shape[1]
         whole = torch.full((len(batch), past + longest), self._pad, device=self.device)
         mask = torch.zeros_like(whole)
-        for row, job in enumerate(turn.job for turn in batch):
+        for row, job in enumerate(question.job for question in batch):
             whole[row, : job.boundary] = torch.tensor(job.context)
             whole[row, whole.shape[1] - len(job.question) :] = torch.tensor(job.question)
             mask[row, : job.boundary] = 1
@@ -301,10 +301,10 @@ class LCFT(HFLM):  # type: ignore[misc]
         first_token = cache.first_step or end
         self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
         texts = []
-        for turn, row in zip(batch, out[:, whole.shape[1] :].tolist(), strict=True):
+        for question, row in zip(batch, out[:, whole.shape[1] :].tolist(), strict=True):
             tokens = self._own(row)
-            turn.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
-            texts.append((turn.job.index, Text(self._text(tokens, until), turn.meta)))
+            question.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
+            texts.append((question.job.index, Text(self._text(tokens, until), question.meta)))
         return texts
 
     def _own(self, tokens: list[int]) -> list[int]:
@@ -328,7 +328,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         return str(postprocess_generated_text(text, until, end if isinstance(end, str) else None))
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[Turn]) -> list[tuple[int, Score]]:
+    def _score(self, batch: Sequence[Question]) -> list[tuple[int, Score]]:
         """Log-likelihoods of the questions' continuations: the questions are read once, then all choices as rows."""
         start = time.perf_counter()
         cache, ids = self._open(batch)
@@ -357,12 +357,15 @@ class LCFT(HFLM):  # type: ignore[misc]
         self._account(batch, cache, question_s=time.perf_counter() - start, decode_s=0.0)
         return scores
 
-    def _account(self, batch: Sequence[Turn], cache: QuestionCache, **seconds: float) -> None:
+    def _account(self, batch: Sequence[Question], cache: QuestionCache, **seconds: float) -> None:
         """Charge a batch's time to its questions in equal parts, and record the most bytes it held."""
-        held = sum({id(turn.context): turn.context.allocated_bytes for turn in batch}.values()) + cache.own_bytes
-        for turn in batch:
-            turn.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
-            turn.meta["kv"]["peak_bytes"] = max(turn.meta["kv"]["peak_bytes"], held)
+        held = (
+            sum({id(question.context): question.context.allocated_bytes for question in batch}.values())
+            + cache.own_bytes
+        )
+        for question in batch:
+            question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
+            question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], held)
 
     # Records ----------------------------------------------------------------------------------------------------
 
@@ -376,7 +379,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             "delta": self.delta,
             **({"merge": True} if self.merge else {}),
             "kv": str(self.recipe),
-            "compress": self.compress,
+            "query_aware": self.query_aware,
             "overlong": self.overlong,
             "context_field": self.context_field,
             "prefill_chunk": self.prefill_chunk,

@@ -17,8 +17,8 @@ from lceval.kernels import dispatch, paged
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.select import top
 from lceval.models.layers import AttendingLayer
-from lceval.models.observe import Asked, Repeated
 from lceval.models.policies import StepEvictor, StepView
+from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
 
 
 @dataclass(frozen=True)
@@ -131,11 +131,11 @@ class QuestionLayer(TailLayer):
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
         super().__init__(contexts, rows, capacity)
         self.kernels = kernels
-        self.watch: Asked | Repeated | None = None
+        self.collector: QueryAwareStats | ReconstructionStats | None = None
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
-        if self.watch is not None:
-            self.watch.see(q, self.tail[0], scaling)
+        if self.collector is not None:
+            self.collector.update(q, self.tail[0], scaling)
             return self._whole(q, scaling)
         own = paged.attend_causal(q, *self.tail, scaling, self.rows.pads)
         if not any(self.rows.tokens):

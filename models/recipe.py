@@ -2,8 +2,8 @@
 
     recipe = part { "+" part }          part = name [ ":" amount ] { ":" key "=" value }
 
-A part is an evictor, a store or a reader, at most one of each; `full` keeps everything. An amount with a decimal
-point is a share of the context's tokens, an integer is tokens.
+A part is an evictor, a quantization or a sparse attention, at most one of each; `full` keeps everything. An amount with
+a decimal point is a share of the context's tokens, an integer is tokens.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from typing import Any
 from lceval.errors import UserError
 from lceval.models.policies import (
     EVICTORS,
-    READERS,
-    STORES,
+    QUANTIZERS,
+    SPARSE_ATTENTION,
     AdaKV,
     Amount,
     Evictor,
-    Needs,
-    Quantized,
-    Reader,
+    Quantizer,
+    SparseAttention,
+    StatsSpec,
     StepEvictor,
-    Store,
 )
 
 FULL = "full"
 ADAKV_OF = "snapkv"
 # Those that give every head of a layer the same budget, so that it can be given differently.
 INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
-NAMES = [FULL, *EVICTORS, *STORES, *READERS]
+AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
+NAMES = [FULL, *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,18 @@ class Recipe:
     """A parsed recipe. `str` is its canonical form (defaults left out): `parse(str(r)) == r`."""
 
     evictor: Evictor | None = None
-    store: Store | None = None
-    reader: Reader | None = None
+    quantizer: Quantizer | None = None
+    sparse_attention: SparseAttention | None = None
 
     @property
-    def needs(self) -> Needs:
-        """What the prefill must observe."""
-        return self.evictor.needs if self.evictor else Needs()
+    def stats_spec(self) -> StatsSpec:
+        """The prefill statistics that the recipe requires."""
+        return self.evictor.stats_spec if self.evictor else StatsSpec()
 
     @property
     def parts(self) -> dict[str, Any]:
         """The policies by axis, those that are there."""
-        axes = {"evict": self.evictor, "store": self.store, "read": self.reader}
+        axes = {"evict": self.evictor, "store": self.quantizer, "read": self.sparse_attention}
         return {axis: policy for axis, policy in axes.items() if policy is not None}
 
     def expanded(self) -> dict[str, Any]:
@@ -81,26 +81,26 @@ def parse(text: str) -> Recipe:
             if arguments:
                 raise _bad(text, f"full takes no argument (got {':'.join(arguments)!r})")
             continue
-        axis = "evictor" if name in EVICTORS else "store" if name in STORES else "reader"
+        axis = "evictor" if name in EVICTORS else "quantizer" if name in QUANTIZERS else "sparse_attention"
         if axis in parts:
-            raise _bad(text, f"at most one {axis}, got {_name(parts[axis])} and {name}")
+            raise _bad(text, f"at most one {AXES[axis]}, got {_name(parts[axis])} and {name}")
         parts[axis] = _build(name, arguments, text)
     evictor = parts.get("evictor")
     if isinstance(evictor, StepEvictor) and evictor.when == "always" and len(parts) > 1:
-        raise _bad(text, "when=always moves slots at every step, which goes with neither a store nor a reader")
+        raise _bad(text, "when=always evicts at every step, which excludes quantization and sparse attention")
     return Recipe(**parts)
 
 
 def _build(name: str, arguments: list[str], text: str) -> Any:
-    keys = dict(_key_values(arguments[name not in STORES :], text))
-    if name in STORES:
-        k_bits, v_bits = STORES[name]
-        return _make(Quantized, name, keys, text, k_bits=k_bits, v_bits=v_bits)
+    keys = dict(_key_values(arguments[name not in QUANTIZERS :], text))
+    if name in QUANTIZERS:
+        k_bits, v_bits = QUANTIZERS[name]
+        return _make(Quantizer, name, keys, text, k_bits=k_bits, v_bits=v_bits)
     if not arguments or "=" in arguments[0]:
         raise _bad(text, f"{name} needs an amount, as in {name}:0.25 or {name}:2048")
     amount = _amount(arguments[0], text)
     if name != "adakv":
-        return _make(EVICTORS.get(name) or READERS[name], name, keys, text, amount=amount)
+        return _make(EVICTORS.get(name) or SPARSE_ATTENTION[name], name, keys, text, amount=amount)
     of = keys.pop("of", ADAKV_OF)
     if of not in INSIDE_ADAKV:
         raise _unknown("evictor of adakv", of, INSIDE_ADAKV, text)
@@ -164,9 +164,9 @@ def _types(cls: Any) -> dict[str, type]:
 
 
 def _name(policy: Any) -> str:
-    if isinstance(policy, Quantized):
-        return next(name for name, bits in STORES.items() if bits == (policy.k_bits, policy.v_bits))
-    return next(name for name, cls in {**EVICTORS, **READERS}.items() if cls is type(policy))
+    if isinstance(policy, Quantizer):
+        return next(name for name, bits in QUANTIZERS.items() if bits == (policy.k_bits, policy.v_bits))
+    return next(name for name, cls in {**EVICTORS, **SPARSE_ATTENTION}.items() if cls is type(policy))
 
 
 def _parameters(policy: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lceval.models.cache import Context
+    from lceval.models.cache import CompressedContext
     from lceval.models.prefix import Job
 
 
@@ -42,7 +42,7 @@ class Score(tuple[float, bool]):
         return Score, (tuple(self), self.meta)
 
 
-def telemetry(job: Job, context: Context, *, shared: bool, prefill_s: float) -> dict[str, Any]:
+def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: float) -> dict[str, Any]:
     """A sample's `meta`, as far as its context determines it; what answering costs is added afterwards.
 
     Args:

@@ -28,17 +28,17 @@ class Request:
 
     task: str
     dataset: Dataset
-    form: str
+    output_format: str
     meter: TokenMeter | None
     limit: int | None
     seed: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    choice: contexts.Choice = field(default_factory=contexts.Choice)
+    setting: contexts.ContextSetting = field(default_factory=contexts.ContextSetting)
 
     @property
     def questions(self) -> int:
         """How many questions a context is to have, where that is not the source's to say."""
-        return self.choice.questions or self.dataset.per_context
+        return self.setting.questions or self.dataset.per_context
 
     @property
     def fitted(self) -> tuple[TokenMeter, int]:
@@ -62,7 +62,7 @@ class Request:
         **more: Any,
     ) -> Row:
         """A row with its prompt. `more` holds fields of the dataset's own that its scorer or a reader wants."""
-        form, layout = self.form, self.dataset.layout
+        output_format, layout = self.output_format, self.dataset.layout
         made: dict[str, Any] = {
             "id": id,
             "question": question,
@@ -70,14 +70,14 @@ class Request:
             "docs": list(docs),
             "gold_pids": list(gold_pids),
             "cluster": cluster,
-            "shown": str(self.choice),
+            "context_setting": str(self.setting),
             "length_tokens": length_tokens,
             "source": source,
             "licence": self.dataset.licence,
-            "instruction": prompts.instruction(layout, form),
+            "instruction": prompts.instruction(layout, output_format),
             "context": prompts.block(layout, [document["text"] for document in docs]),
-            "ask": prompts.ask(form, question, choices or ()),
-            "reply_prefix": prompts.reply_prefix(form),
+            "ask": prompts.ask(output_format, question, choices or ()),
+            "reply_prefix": prompts.reply_prefix(output_format),
             **more,
         }
         if choices is not None:
@@ -91,12 +91,12 @@ class Request:
         their ends is added instead of counting the context again.
         """
         meter, _ = self.fitted
-        layout, form = self.dataset.layout, self.form
-        ends = meter.pieces([prompts.render(layout, form, "", question) for question in questions])
+        layout, output_format = self.dataset.layout, self.output_format
+        ends = meter.pieces([prompts.render(layout, output_format, "", question) for question in questions])
         longest = max(range(len(questions)), key=ends.__getitem__)
         context = prompts.block(layout, [document["text"] for document in docs])
-        (total,) = meter.prompts([prompts.render(layout, form, context, questions[longest])])
-        return [total + catalogue.new_tokens(form) + end - ends[longest] for end in ends]
+        (total,) = meter.prompts([prompts.render(layout, output_format, context, questions[longest])])
+        return [total + catalogue.new_tokens(output_format) + end - ends[longest] for end in ends]
 
 
 @dataclass(frozen=True)
@@ -135,18 +135,18 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
         metadata: As for `dataset`.
         limit_tokens: In place of the length of a task that has one, for rows that no task is made of (training).
     """
-    choice = contexts.choice(task, metadata)
-    needs_meter = task.length_k is not None or choice.needs_meter
+    setting = contexts.setting(task, metadata)
+    needs_meter = task.length_k is not None or setting.needs_meter
     meter = meter_for(task.name, metadata) if needs_meter or names_tokenizer(metadata) else None
     request = Request(
         task=task.name,
         dataset=task.dataset,
-        form=task.form,
+        output_format=task.output_format,
         meter=meter,
         limit=(limit_tokens or task.length_k * 1024) if task.length_k else None,
         seed=checked_seed(task.name, metadata.get("data_seed", DEFAULT_SEED)),
         metadata=metadata,
-        choice=choice,
+        setting=setting,
     )
     plan = task.dataset.plan(request)
     inputs = {
@@ -154,29 +154,33 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
         "tokenizer": meter.fingerprint if meter is not None else None,
         "limit_tokens": request.limit,
         "data_seed": request.seed,
-        "context": str(choice),
+        "context": str(setting),
     }
-    return cached_rows(task.name, inputs, lambda: _build(request, plan, choice))
+    return cached_rows(task.name, inputs, lambda: _build(request, plan, setting))
 
 
-def _build(request: Request, plan: Plan, choice: "contexts.Choice") -> list[Row]:
+def _build(request: Request, plan: Plan, setting: "contexts.ContextSetting") -> list[Row]:
     rows = plan.build()
     if not rows:
         raise UserError(f"{request.task} has no rows: its source ({plan.inputs}) holds none that can be asked.")
-    rows = contexts.apply(rows, request, choice)
+    rows = contexts.apply(rows, request, setting)
     if request.meter is not None:
-        _measure(rows, request.meter, request.form)
+        _measure(rows, request.meter, request.output_format)
     return rows
 
 
-def _measure(rows: list[Row], meter: TokenMeter, form: str) -> None:
+def _measure(rows: list[Row], meter: TokenMeter, output_format: str) -> None:
     """Set `length_tokens` where it is not known yet: the rendered prompt and the room for the reply."""
-    config = catalogue.form_config(form)
+    config = catalogue.output_format_config(output_format)
     begin = config.get("gen_prefix", "")
     unknown = [row for row in rows if row["length_tokens"] is None]
     prompts_of = (prompts.prompt(row) for row in unknown)
     for row, text in zip(unknown, prompts_of, strict=True):
         (total,) = meter.prompts([text], begin)
         choices = row.get("choices") if config["output_type"] == "multiple_choice" else None
-        reply = max(meter.pieces([f" {choice}" for choice in choices])) if choices else catalogue.new_tokens(form)
+        reply = (
+            max(meter.pieces([f" {setting}" for setting in choices]))
+            if choices
+            else catalogue.new_tokens(output_format)
+        )
         row["length_tokens"] = total + reply

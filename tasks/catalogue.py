@@ -105,7 +105,7 @@ class Task:
         return group_name(self.dataset, self.mode) + (f"_{self.length_k}k" if self.length_k else "")
 
     @property
-    def form(self) -> str:
+    def output_format(self) -> str:
         return self.dataset.modes[self.mode]
 
 
@@ -182,16 +182,16 @@ def groups() -> dict[str, list[str]]:
 
 
 @cache
-def form_config(form: str) -> dict[str, Any]:
+def output_format_config(output_format: str) -> dict[str, Any]:
     """A template of `modes/` with its includes, functions left as their dotted names."""
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))  # type: ignore[arg-type]
-    said: dict[str, Any] = yaml.load((FOLDER / "modes" / f"{form}.yaml").read_text(encoding="utf-8"), Loader)
+    said: dict[str, Any] = yaml.load((FOLDER / "modes" / f"{output_format}.yaml").read_text(encoding="utf-8"), Loader)
     included = said.pop("include", None)
-    return {**form_config(included.removesuffix(".yaml")), **said} if included else said
+    return {**output_format_config(included.removesuffix(".yaml")), **said} if included else said
 
 
 class _Function(str):
@@ -210,18 +210,18 @@ def _resolved(value: Any) -> Any:
     return [_resolved(item) for item in value] if isinstance(value, list) else value
 
 
-def new_tokens(form: str) -> int:
+def new_tokens(output_format: str) -> int:
     """Room for the reply; part of the length contract. 0 for forms whose promise is the prompt alone."""
-    config = form_config(form)
+    config = output_format_config(output_format)
     alone = config["metadata"].get("length_of") == "prompt"
     return 0 if alone else int(config.get("generation_kwargs", {}).get("max_gen_toks", 0))
 
 
 def task_config(task: Task) -> dict[str, Any]:
     """lm-eval's configuration of a task."""
-    config: dict[str, Any] = _resolved(form_config(task.form))
+    config: dict[str, Any] = _resolved(output_format_config(task.output_format))
     metadata = config["metadata"]
-    metrics = [*config["metric_list"], *_resolved(form_config("_telemetry"))["metric_list"]]
+    metrics = [*config["metric_list"], *_resolved(output_format_config("_telemetry"))["metric_list"]]
     return {
         **config,
         "metric_list": [{**_METRIC, **metric} for metric in metrics],

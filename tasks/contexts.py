@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 2048
 BUDGET_TOKENS = 4096
-POOL_KEYS = ("split", "questions", "negatives", "alike")
+POOL_KEYS = ("split", "questions", "negatives", "length_matched")
 _MOST_QUESTIONS = 64  # on a context
 
 
 @dataclass(frozen=True)
-class Choice:
+class ContextSetting:
     """A context, as `--metadata` names it; its text is part of a row's identity.
 
     Attributes:
@@ -44,7 +44,7 @@ class Choice:
     split: str = ""
     questions: int = 0
     negatives: str = ""
-    alike: bool = False
+    length_matched: bool = False
 
     @property
     def needs_meter(self) -> bool:
@@ -54,10 +54,10 @@ class Choice:
     def __str__(self) -> str:
         parts = [f"rag:{self.retriever}:chunk={self.chunk}:budget={self.budget}" if self.kind == "rag" else self.kind]
         parts += [f"{key}={value}" for key in ("split", "questions", "negatives") if (value := getattr(self, key))]
-        return ":".join([*parts, *(["alike"] if self.alike else [])])
+        return ":".join([*parts, *(["length_matched"] if self.length_matched else [])])
 
 
-def choice(task: Task, metadata: Mapping[str, Any]) -> Choice:
+def setting(task: Task, metadata: Mapping[str, Any]) -> ContextSetting:
     """What the run's metadata ask for.
 
     Raises:
@@ -73,7 +73,7 @@ def choice(task: Task, metadata: Mapping[str, Any]) -> Choice:
         given = [key for key in ("chunk", "budget") if key in metadata]
         if given or ("retriever" in metadata and "rag" in allowed):
             raise UserError(f"{task.name}: {(given or ['retriever'])[0]}= goes with context=rag; here context={kind}.")
-        return Choice(kind, **pool)
+        return ContextSetting(kind, **pool)
     retriever = metadata.get("retriever", task.dataset.retrievers[0])
     if retriever not in task.dataset.retrievers:
         raise UserError(f"{task.name} has no retriever={retriever!r}: it has {', '.join(task.dataset.retrievers)}.")
@@ -81,7 +81,7 @@ def choice(task: Task, metadata: Mapping[str, Any]) -> Choice:
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{task.name} has {key}={value!r}: expected a positive number of tokens.")
-    return Choice(kind, retriever, **sizes, **pool)
+    return ContextSetting(kind, retriever, **sizes, **pool)
 
 
 def _pool(task: Task, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,46 +93,51 @@ def _pool(task: Task, metadata: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{task.name} has no {next(iter(asked))}=: only {', '.join(having)} are drawn from a pool.")
     if not asked:
         return {}
-    usual = {"split": "all", "questions": dataset.per_context, "negatives": dataset.retrievers[0], "alike": False}
+    usual = {
+        "split": "all",
+        "questions": dataset.per_context,
+        "negatives": dataset.retrievers[0],
+        "length_matched": False,
+    }
     for key, allowed in (("split", ("all", *dataset.splits)), ("negatives", (*dataset.retrievers, "random"))):
         if key in asked and asked[key] not in allowed:
             raise UserError(f"{task.name} has no {key}={asked[key]!r}: it has {', '.join(allowed)}.")
-    questions, alike = asked.get("questions", 1), asked.get("alike", False)
+    questions, length_matched = asked.get("questions", 1), asked.get("length_matched", False)
     if isinstance(questions, bool) or not isinstance(questions, int) or not 1 <= questions <= _MOST_QUESTIONS:
         raise UserError(f"{task.name} has questions={questions!r}: expected a number from 1 to {_MOST_QUESTIONS}.")
-    if not isinstance(alike, bool):
-        raise UserError(f"{task.name} has alike={alike!r}: expected true or false.")
+    if not isinstance(length_matched, bool):
+        raise UserError(f"{task.name} has length_matched={length_matched!r}: expected true or false.")
     return {key: value for key, value in asked.items() if value != usual[key]}
 
 
-def apply(rows: Sequence[Row], request: "Request", choice: Choice) -> list[Row]:
+def apply(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
     """The rows with the documents that the choice shows; they were built with all of theirs."""
-    if choice.kind == "full":
+    if setting.kind == "full":
         return list(rows)
-    if choice.kind == "rag":
-        return _retrieved(rows, request, choice)
-    return [_shown(row, request, choice, _gold(row) if choice.kind == "gold" else []) for row in rows]
+    if setting.kind == "rag":
+        return _retrieved(rows, request, setting)
+    return [_shown(row, request, setting, _gold(row) if setting.kind == "gold" else []) for row in rows]
 
 
 def _gold(row: Row) -> list[Document]:
     return [document for document in row["docs"] if document["pid"] in row["gold_pids"]]
 
 
-def _shown(row: Row, request: "Request", choice: Choice, docs: Sequence[Document]) -> Row:
+def _shown(row: Row, request: "Request", setting: ContextSetting, docs: Sequence[Document]) -> Row:
     """The row with other documents; its length is measured anew."""
     layout = request.dataset.layout
     made: Row = {
         **row,
-        "shown": str(choice),
+        "context_setting": str(setting),
         "docs": list(docs),
         "context": prompts.block(layout, [document["text"] for document in docs]),
-        "instruction": row["instruction"] if docs else prompts.instruction("none", request.form),
+        "instruction": row["instruction"] if docs else prompts.instruction("none", request.output_format),
         "length_tokens": None,
     }
     return made
 
 
-def _retrieved(rows: Sequence[Row], request: "Request", choice: Choice) -> list[Row]:
+def _retrieved(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
     from lceval.tasks.retrieval import Collection, chunked
 
     assert request.meter is not None
@@ -141,17 +146,17 @@ def _retrieved(rows: Sequence[Row], request: "Request", choice: Choice) -> list[
     for row in rows:
         known = collections.get(row["cluster"])
         if known is None or known[0] != row["docs"]:
-            chunks = chunked(row["docs"], choice.chunk, request.meter)
+            chunks = chunked(row["docs"], setting.chunk, request.meter)
             costs = request.meter.pieces([chunk.text for chunk in chunks])
-            known = row["docs"], Collection(chunks, choice.retriever), costs
+            known = row["docs"], Collection(chunks, setting.retriever), costs
             collections = {row["cluster"]: known}  # the questions on a context stand together
         _, collection, costs = known
-        chosen, left = [], choice.budget
+        chosen, left = [], setting.budget
         for index in collection.ranked(row["question"]):
             if costs[index] <= left:
                 chosen.append(index)
                 left -= costs[index]
         chunks = [collection.chunks[index] for index in sorted(chosen)]
         docs = [Document(pid=chunk.pid, title=chunk.title, text=chunk.text) for chunk in chunks]
-        made.append(_shown(row, request, choice, docs))
+        made.append(_shown(row, request, setting, docs))
     return made

@@ -34,7 +34,7 @@ LAYOUTS: dict[str, tuple[str, str]] = {
 """By layout: what to do, and how the texts of the documents are joined."""
 
 _THEN_ANSWER = f'Then give the answer alone, on a line of its own that begins with "{FINAL_PREFIX}".'
-FORMS: dict[str, str] = {
+OUTPUT_FORMATS: dict[str, str] = {
     "ao": 'Give only the answer, on one line that begins with "Answer:".',
     "pair": 'Give only the value, on one line that begins with "Answer:".',
     "short": 'Give a short answer, a few words or one sentence, on one line that begins with "Answer:".',
@@ -96,23 +96,23 @@ _SUMMARY_WORDS = {"sum": 250, "infinite_sum": 850}  # what the references have i
 LETTERS = "ABCD"
 
 
-def instruction(layout: str, form: str) -> str:
+def instruction(layout: str, output_format: str) -> str:
     """What stands before the context."""
-    if follows := _WHAT_FOLLOWS.get(form):
+    if follows := _WHAT_FOLLOWS.get(output_format):
         return follows.replace(" about it", "") if layout == "none" else f"Read the text below. {follows}"
-    return f"{LAYOUTS[layout][0]} {FORMS[form]}"
+    return f"{LAYOUTS[layout][0]} {OUTPUT_FORMATS[output_format]}"
 
 
-def ask(form: str, question: str, choices: Sequence[str] = ()) -> str:
+def ask(output_format: str, question: str, choices: Sequence[str] = ()) -> str:
     """What stands after the context."""
-    if form == "options":
-        options = "\n".join(f"- {choice}" for choice in choices)
+    if output_format == "options":
+        options = "\n".join(f"- {setting}" for setting in choices)
         return f"Question: {question}\nOptions:\n{options}\nReply with the text of the correct option.\n"
-    if form in _LETTER_CLOSINGS:
-        options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
-        return f"Question: {question}\n{options}\n{_LETTER_CLOSINGS[form]}"
-    if form in _SUMMARY_WORDS:
-        return f"{question}\nReply with a summary of about {_SUMMARY_WORDS[form]} words, and nothing else."
+    if output_format in _LETTER_CLOSINGS:
+        options = "\n".join(f"({letter}) {setting}" for letter, setting in zip(LETTERS, choices, strict=True))
+        return f"Question: {question}\n{options}\n{_LETTER_CLOSINGS[output_format]}"
+    if output_format in _SUMMARY_WORDS:
+        return f"{question}\nReply with a summary of about {_SUMMARY_WORDS[output_format]} words, and nothing else."
     return f"Question: {question}"
 
 
@@ -127,9 +127,9 @@ def block(layout: str, texts: Sequence[str]) -> str:
     return ("\n" if how == "lines" else "\n\n").join(texts)
 
 
-def render(layout: str, form: str, context: str, question: str, choices: Sequence[str] = ()) -> str:
+def render(layout: str, output_format: str, context: str, question: str, choices: Sequence[str] = ()) -> str:
     """A whole prompt."""
-    return join(instruction(layout, form), context, ask(form, question, choices))
+    return join(instruction(layout, output_format), context, ask(output_format, question, choices))
 
 
 def join(before: str, context: str, after: str) -> str:
@@ -151,9 +151,9 @@ _REPLY_PREFIXES = {
 }
 
 
-def reply_prefix(form: str) -> str:
+def reply_prefix(output_format: str) -> str:
     """How the reply begins right before the answer itself."""
-    return _REPLY_PREFIXES.get(form, ANSWER_PREFIX)
+    return _REPLY_PREFIXES.get(output_format, ANSWER_PREFIX)
 
 
 def pair_line(key: str, value: str) -> str:

@@ -38,7 +38,7 @@ class Row(TypedDict):
     """One question on one context.
 
     The prompt is `instruction`, `context` and `ask`, a blank line between; `context` holds the texts of `docs`
-    exactly as the prompt shows them (empty without any) and `shown` says which were chosen (contexts.Choice);
+    exactly as the prompt shows them (empty without any) and `context_setting` is the `contexts.ContextSetting`;
     `cluster` names the full context that several rows share; `length_tokens` is the rendered prompt plus the
     room for the answer, in the tokens of the model (None where no tokenizer is named and the task's length
     does not depend on one); `reply_prefix` is how a reply in the required form begins, before the answer.
@@ -50,7 +50,7 @@ class Row(TypedDict):
     docs: list[Document]
     gold_pids: list[str]
     cluster: str
-    shown: str
+    context_setting: str
     length_tokens: int | None
     source: str
     licence: str

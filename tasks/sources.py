@@ -86,8 +86,8 @@ _FORMS = {list: "a list of one or more strings", str: "a string", int: "a whole 
 def _checked(record: dict[str, Any], where: str, fields: Mapping[str, type]) -> dict[str, Any]:
     for field, kind in fields.items():
         if not _fits(record.get(field), kind):
-            form = _FORMS[kind]
-            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {form}.")
+            output_format = _FORMS[kind]
+            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {output_format}.")
     return record
 
 

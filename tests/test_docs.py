@@ -26,8 +26,8 @@ from lceval.models import attention, policies, recipe
 from lceval.models.cache import Context
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
-from lceval.models.policies import EVICTORS, READERS, STORES, LayerView, Needs, Quantized
-from lceval.models.policies.quantized import BITS
+from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec
+from lceval.models.policies.quantizer import BITS
 from lceval.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,9 @@ def keys(cls: Any) -> dict[str, Any]:
 def wrong(text: str) -> list[str]:
     """What the tables of methods.md leave out, or say that is not so."""
     rows, found = table(text), []
-    methods: dict[str, Any] = {**EVICTORS, **READERS}
-    for name, bits in STORES.items():
-        methods[f"int{bits[0]}" if bits[0] == bits[1] else "kvAvB"] = Quantized
+    methods: dict[str, Any] = {**EVICTORS, **SPARSE_ATTENTION}
+    for name, bits in QUANTIZERS.items():
+        methods[f"int{bits[0]}" if bits[0] == bits[1] else "kvAvB"] = Quantizer
         if not all(re.search(rf"\b{b}\b", rows.get("kvAvB", "")) for b in bits):
             found.append(f"{name}: its bits")
     for name, cls in methods.items():
@@ -106,7 +106,7 @@ def test_every_recipe_shown_is_in_canonical_form(document: Path, added: Added) -
 
 def test_the_reference_names_every_method() -> None:
     text = REFERENCE.read_text()
-    for name in (*EVICTORS, *READERS, *(f"int{b}" for b in BITS if b != 16), "kvAvB"):
+    for name in (*EVICTORS, *SPARSE_ATTENTION, *(f"int{b}" for b in BITS if b != 16), "kvAvB"):
         assert f"`{name}`" in text, name
 
 
@@ -126,14 +126,14 @@ def test_every_model_argument_is_in_the_reference_with_its_default_and_its_choic
             assert len(choices) > 1
             assert all(f"`{choice}`" in rows[name] for choice in choices), name
             refused.add(name)
-    assert refused == {"compress", "overlong", "attn", "diagnose"}
+    assert refused == {"overlong", "attn", "diagnose"}
 
 
 def test_the_page_names_all_that_a_policy_may_look_at() -> None:
     text = ADDING.read_text()
     for field in dataclasses.fields(LayerView):
         assert f"`{field.name}`" in text, field.name
-    for field in dataclasses.fields(Needs):
+    for field in dataclasses.fields(StatsSpec):
         assert f"`{field.name}=" in text, field.name
 
 
@@ -239,7 +239,7 @@ def definition(model: Any, ids: Tensor, layer: int) -> list[list[float]]:
 def read(model: Any, ids: Tensor, how: Any, chunk: int = 0) -> Context:
     model.set_attn_implementation(attention.register())
     engine = Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repeat_ids=[5, 7, 11])
-    return engine.read(ids[0].tolist(), how.needs).compress(how, consume=True)
+    return engine.prefill(ids[0].tolist(), how.stats_spec).compress(how, consume=True)
 
 
 @torch.inference_mode()

@@ -13,7 +13,9 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     recipe, optim, grpo = record["recipe"], record["recipe"]["optim"], record["recipe"]["grpo"]
     first, last = record["losses"][:10], record["losses"][-10:]
     dtype, minutes = recipe["model"]["dtype"], record["wall_s"] / 60
-    steps = f"{grpo['steps']} steps of {grpo['prompts_per_step']} prompts" if grpo else f"{optim['steps']} steps"
+    steps = (
+        f"{grpo['max_steps']} steps of {grpo['prompts_per_step']} prompts" if grpo else f"{optim['max_steps']} steps"
+    )
     lines = [
         "---",
         f"base_model: {recipe['model']['pretrained']}",

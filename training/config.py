@@ -54,26 +54,27 @@ class Lora(Section):
 
 
 class Optim(Section):
-    """AdamW over `steps` steps of `contexts` packed contexts each, on all devices together.
+    """AdamW over `max_steps` steps of `contexts_per_step` packed contexts each, on all devices together.
 
     Attributes:
-        warmup: share of the steps over which the rate rises to `lr`; `schedule` says how it falls after that.
+        warmup: share of the steps over which the rate rises to `learning_rate`.
+        schedule: how the learning rate falls after that.
         bf16: compute in bfloat16 (autocast), whatever the weights are kept in.
-        checkpointing: forget activations and compute them again: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
     """
 
-    lr: float = Field(default=5e-4, gt=0)
-    steps: int = Field(default=100, gt=0)
-    contexts: int = Field(default=2, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0)
+    max_steps: int = Field(default=100, gt=0)
+    contexts_per_step: int = Field(default=2, gt=0)
     warmup: float = Field(default=0.05, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(default=0.0, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     bf16: bool = False
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
 
 
-class Robust(Section):
+class CompressionAware(Section):
     """Compression-aware fine-tuning: questions and answers see the context through an evictor drawn for each context.
 
     Attributes:
@@ -81,18 +82,18 @@ class Robust(Section):
         keep: the share that stays is drawn uniformly between these two.
         curriculum: draw from the upper end at first: the lower bound falls to `keep[0]` over the first half.
         full: how often nothing is evicted instead.
-        compress: agnostic or aware, as lcft's.
-        distill: weight of what is learned from the full cache, in the same pass: every question is also answered from
-            all of its context, both answers are learned, and where it sees less it shall predict what it does where it
-            sees all, by its KL divergence from that. None leaves this out.
+        query_aware: whether questions take part in the scores, as lcft's.
+        self_distillation: weight of self-distillation from the full cache, in the same forward pass: every question is
+            also answered from the whole context, both answers are learned, and the KL divergence of the prediction
+            under compression from that under the full cache joins the loss. None disables it.
     """
 
     evictors: list[str] = Field(min_length=1)
     keep: tuple[float, float] = (0.15, 1.0)
     curriculum: bool = False
     full: float = Field(default=0.3, ge=0, le=1)
-    compress: Literal["agnostic", "aware"] = "agnostic"
-    distill: float | None = Field(default=None, ge=0)
+    query_aware: bool = False
+    self_distillation: float | None = Field(default=None, ge=0)
 
     @field_validator("keep")
     @classmethod
@@ -112,8 +113,9 @@ class Config(Section):
         neighbourhoods: rows of tables, instead of `data`.
         texts: plain text, instead of questions. longlora: learned with shifted sparse attention, for a longer window;
             its own LoRA takes the place of `lora`.
-        robust: fine-tuning under compression. grpo: reinforcement by a reward in place of supervised fine-tuning; its
-            steps and rates are its own, and `optim` says only what is not about them (`bf16`).
+        compression_aware: fine-tuning under KV compression.
+        grpo: reinforcement by a reward in place of supervised fine-tuning; it has steps and rates of its own, and
+            `optim` gives the rest (`bf16`).
         save_steps: steps between checkpoints; the same line goes on from the last one.
         keep_checkpoints: how many of them stay, the newest; None keeps all. Each is an adapter that lcft loads.
         eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
@@ -128,7 +130,7 @@ class Config(Section):
     neighbourhoods: Neighbourhoods | None = None
     texts: Texts | None = None
     longlora: LongLora | None = None
-    robust: Robust | None = None
+    compression_aware: CompressionAware | None = None
     grpo: Grpo | None = None
     seed: int = Field(default=0, ge=0)
     save_steps: int = Field(default=50, gt=0)
@@ -141,12 +143,12 @@ class Config(Section):
         sources = [name for name in ("rows", "neighbourhoods", "texts") if getattr(self, name) is not None]
         if len(sources) > 1:
             raise ValueError(f"{' and '.join(sources)} exclude each other")
-        if self.grpo is not None and self.robust is not None:
-            raise ValueError("robust goes with supervised fine-tuning, not with grpo")
+        if self.grpo is not None and self.compression_aware is not None:
+            raise ValueError("compression_aware goes with supervised fine-tuning, not with grpo")
         if self.longlora is not None and self.texts is None:
             raise ValueError("longlora learns from texts: name texts.files and texts.tokens")
-        if self.texts is not None and (self.robust or self.grpo or self.eval_contexts):
-            raise ValueError("texts go with neither robust, grpo nor eval_contexts, which need questions")
+        if self.texts is not None and (self.compression_aware or self.grpo or self.eval_contexts):
+            raise ValueError("texts go with neither compression_aware, grpo nor eval_contexts, which need questions")
         return self
 
 
@@ -161,7 +163,7 @@ def read(recipe: str, changes: Sequence[str] = ()) -> Config:
     """A recipe from a file, or by the name of a shipped one.
 
     Args:
-        changes: KEY=VALUE with dots between sections, as `optim.lr=1e-4`; VALUE as in YAML.
+        changes: KEY=VALUE with dots between sections, as `optim.learning_rate=1e-4`; VALUE as in YAML.
 
     Raises:
         UserError: no such recipe, not YAML, or what is wrong with its first bad key.
@@ -187,7 +189,7 @@ def read(recipe: str, changes: Sequence[str] = ()) -> Config:
 def _change(said: dict[str, Any], change: str) -> None:
     path, separator, value = change.partition("=")
     if not separator:
-        raise UserError(f"{change!r}: expected KEY=VALUE, as optim.lr=1e-4")
+        raise UserError(f"{change!r}: expected KEY=VALUE, as optim.learning_rate=1e-4")
     *sections, key = path.split(".")
     for section in sections:
         if not isinstance(said.get(section), dict):

@@ -22,7 +22,7 @@ from lceval.tasks.build import Request, rows_of
 from lceval.tasks.catalogue import Task
 from lceval.tasks.rows import Row, code_digest
 from lceval.tasks.tokens import TokenMeter, meter_for
-from lceval.training.formats import FORMS, target
+from lceval.training.formats import OUTPUT_FORMATS, target
 from lceval.training.promotion import THRESHOLD, Judge, Promotion, promote
 
 FORMAT = "lceval training rows 1"
@@ -36,7 +36,7 @@ class TrainingRow(Row):
     """
 
     dataset: str
-    form: str
+    output_format: str
     data_seed: int
     target: str
 
@@ -68,7 +68,7 @@ class Spec(BaseModel):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1234,)
     questions: int | None = None
     negatives: str | None = None
-    alike: bool | None = None
+    length_matched: bool | None = None
     promote: Annotated[float, Field(gt=0, le=1)] | None = THRESHOLD
     limit: Annotated[int, Field(ge=1)] | None = None
     tokenizer: str = "smollm2-135m"
@@ -116,9 +116,9 @@ def _task(spec: Spec, name: str, mode: str) -> Task:
     dataset = catalogue.datasets().get(name)
     if dataset is None:
         raise UserError(f"training data: no dataset {name!r}; see `lceval tasks`.")
-    form = dataset.modes.get(mode)
-    fitting = {mode: form for mode, form in dataset.modes.items() if form in FORMS}
-    if form not in FORMS or not ("gold" in dataset.contexts or form in ("label", "target")):
+    output_format = dataset.modes.get(mode)
+    fitting = {mode: output_format for mode, output_format in dataset.modes.items() if output_format in OUTPUT_FORMATS}
+    if output_format not in OUTPUT_FORMATS or not ("gold" in dataset.contexts or output_format in ("label", "target")):
         raise UserError(f"training data: {name} has no mode {mode!r} to learn: it has {', '.join(fitting) or 'none'}.")
     length = next((k for k in dataset.lengths if k == spec.length_k), None)
     if length is None and dataset.lengths:
@@ -135,9 +135,9 @@ def _limit(spec: Spec, task: Task) -> int | None:
 
 def _metadata(spec: Spec, task: Task, seed: int) -> dict[str, Any]:
     """What `lm_eval --metadata` would be given."""
-    asked = {"questions": spec.questions, "negatives": spec.negatives, "alike": spec.alike}
-    if task.dataset.splits and spec.alike is None:
-        asked["alike"] = True
+    asked = {"questions": spec.questions, "negatives": spec.negatives, "length_matched": spec.length_matched}
+    if task.dataset.splits and spec.length_matched is None:
+        asked["length_matched"] = True
     if task.dataset.splits or spec.split != "all":
         asked["split"] = spec.split
     given = {key: value for key, value in asked.items() if value is not None}
@@ -149,9 +149,9 @@ def _training_row(row: Row, task: Task, seed: int, meter: TokenMeter) -> Trainin
         **row,
         "cluster": f"{row['cluster']}-{task.mode}-{seed}",
         "dataset": task.dataset.dataset,
-        "form": task.form,
+        "output_format": task.output_format,
         "data_seed": seed,
-        "target": target(row, task.form, lambda text: meter.pieces([text])[0]),
+        "target": target(row, task.output_format, lambda text: meter.pieces([text])[0]),
     }
 
 
@@ -164,8 +164,8 @@ def kept_out(spec: Spec, made: Sequence[TrainingRow]) -> float | None:
         if dataset.splits:
             task = _task(spec, dataset.dataset, spec.modes[0])
             metadata = _metadata(spec, task, spec.seeds[0])
-            choice = contexts.choice(task, metadata)
-            request = Request("training data", dataset, task.form, None, None, spec.seeds[0], metadata, choice)
+            choice = contexts.setting(task, metadata)
+            request = Request("training data", dataset, task.output_format, None, None, spec.seeds[0], metadata, choice)
             found += pools.kept_out(request, [row for row in made if row["dataset"] == dataset.dataset])
     return fmean(found) if found else None
 

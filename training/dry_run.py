@@ -30,11 +30,11 @@ def estimate(recipe: Config) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lceval.training import longlora, precision, robust
+    from lceval.training import compression_aware, longlora, precision
     from lceval.training.sft import with_lora
 
-    if recipe.robust is not None:
-        robust.check(recipe.robust)
+    if recipe.compression_aware is not None:
+        compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
     config, at_hand = _config(recipe)
     with torch.device("meta"):
@@ -45,11 +45,11 @@ def estimate(recipe: Config) -> dict[str, Any]:
         tuned = longlora.prepare(model, recipe.longlora) if recipe.longlora else with_lora(recipe, model)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
-    answers, steps = data.pop("answers"), recipe.optim.steps
-    seen = steps * recipe.optim.contexts
+    answers, steps = data.pop("answers"), recipe.optim.max_steps
+    seen = steps * recipe.optim.contexts_per_step
     epochs = seen / data["contexts"] if data["contexts"] else None
     if grpo is not None:  # every sample is a sequence of its own
-        answers, steps = grpo.completions_per_device * grpo.max_new_tokens, grpo.steps
+        answers, steps = grpo.completions_per_device * grpo.max_new_tokens, grpo.max_steps
         tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
         seen = steps * grpo.prompts_per_step * grpo.num_generations
         epochs = steps * grpo.prompts_per_step / data["questions"] if data["questions"] else None
@@ -144,7 +144,7 @@ def activations(config: Any, recipe: Config, tokens: int) -> int:
     if recipe.lora is not None and size < 4:
         layer += 4 * (5 * d + f) - size * (3 * d + f)
     layers = text.num_hidden_layers
-    per_token = layers * d * size + layer if recipe.optim.checkpointing else layers * layer
+    per_token = layers * d * size + layer if recipe.optim.gradient_checkpointing else layers * layer
     return int(tokens * per_token)
 
 

@@ -10,7 +10,7 @@ from lceval.models.prefix import find_boundary
 from lceval.tasks import prompts
 from lceval.tasks.rows import Row
 from lceval.training.data import TrainingRow
-from lceval.training.packing import Turn
+from lceval.training.packing import QAPair
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,20 @@ class Packed:
     """
 
     context: tuple[int, ...]
-    turns: tuple[Turn, ...]
+    pairs: tuple[QAPair, ...]
     ids: tuple[str, ...]
-    twin: bool = False
+    self_distillation: bool = False
 
     @property
     def tokens(self) -> int:
         """Tokens that training reads."""
-        blocks = sum(len(turn.question) + len(turn.answer) - 1 for turn in self.turns)
-        return len(self.context) + blocks * (2 if self.twin else 1)
+        blocks = sum(len(pair.question) + len(pair.answer) - 1 for pair in self.pairs)
+        return len(self.context) + blocks * (2 if self.self_distillation else 1)
 
     @property
     def predicted(self) -> int:
         """Tokens of answers that training predicts."""
-        return sum(len(turn.answer) for turn in self.turns) * (2 if self.twin else 1)
+        return sum(len(pair.answer) for pair in self.pairs) * (2 if self.self_distillation else 1)
 
 
 class Encoder:
@@ -51,18 +51,18 @@ class Encoder:
         self._lm = lm
         self._template = chat_template
 
-    def encode(self, rows: Iterable[TrainingRow], *, twin: bool = False) -> list[Packed]:
+    def encode(self, rows: Iterable[TrainingRow], *, self_distillation: bool = False) -> list[Packed]:
         """The rows, those on one context together, in order of first appearance."""
-        groups: dict[tuple[int, ...], list[tuple[Turn, str]]] = {}
+        groups: dict[tuple[int, ...], list[tuple[QAPair, str]]] = {}
         for row in rows:
-            context, turn = self.turn(row, row["target"])
-            groups.setdefault(context, []).append((turn, row["id"]))
+            context, pair = self.pair(row, row["target"])
+            groups.setdefault(context, []).append((pair, row["id"]))
         return [
-            Packed(context, tuple(turn for turn, _ in found), tuple(name for _, name in found), twin)
+            Packed(context, tuple(pair for pair, _ in found), tuple(name for _, name in found), self_distillation)
             for context, found in groups.items()
         ]
 
-    def turn(self, row: Row, target: str) -> tuple[tuple[int, ...], Turn]:
+    def pair(self, row: Row, target: str) -> tuple[tuple[int, ...], QAPair]:
         """The tokens of a row's context, and of its question and answer; an answer ends as the model's replies do."""
         text = prompts.prompt(row)
         if self._template:
@@ -71,7 +71,7 @@ class Encoder:
         boundary = find_boundary(text, ids, row["context"], self._lm.tok_encode)
         boundary = len(ids) - 1 if boundary is None else boundary
         answer = [*self._after(text, ids, target), self._lm.eot_token_id]
-        return tuple(ids[:boundary]), Turn(tuple(ids[boundary:]), tuple(answer))
+        return tuple(ids[:boundary]), QAPair(tuple(ids[boundary:]), tuple(answer))
 
     def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
         whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)

@@ -54,7 +54,7 @@ def report(
 def _counts(rows: Sequence[TrainingRow]) -> dict[str, int]:
     found: dict[str, int] = {}
     for row in rows:
-        key = f"{row['dataset']} {row['form']}"
+        key = f"{row['dataset']} {row['output_format']}"
         found[key] = found.get(key, 0) + 1
     return found
 

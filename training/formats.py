@@ -17,7 +17,7 @@ from lceval.tasks.scoring import em, gold_places
 QUOTE_TOKENS = 30
 SHORT_FORMS = ("ao", "pair", "short", "number", "label", "target")
 CITED_FORMS = ("id", "docid", "idc", "idq", "rj")
-FORMS = (*SHORT_FORMS, "list", *CITED_FORMS)
+OUTPUT_FORMATS = (*SHORT_FORMS, "list", *CITED_FORMS)
 
 _CHARACTERS_PER_TOKEN = 3  # fewer than any tokenizer has on English text
 _SEGMENT = re.compile(r"[^“”«»\n]+")  # what can stand between quotation marks
@@ -43,7 +43,7 @@ def estimated_tokens(text: str) -> int:
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def target(row: Row, form: str, count: Callable[[str], int] = estimated_tokens) -> str:
+def target(row: Row, output_format: str, count: Callable[[str], int] = estimated_tokens) -> str:
     """The reply to be learned.
 
     Args:
@@ -54,23 +54,25 @@ def target(row: Row, form: str, count: Callable[[str], int] = estimated_tokens) 
     Raises:
         UserError: a form that has no reply to be learned.
     """
-    if form in SHORT_FORMS:
+    if output_format in SHORT_FORMS:
         return f"{ANSWER_PREFIX} {_answer(row)}"
-    if form == "list":
+    if output_format == "list":
         return f"{ANSWER_PREFIX} {', '.join(' '.join(answer.split()) for answer in row['answers'])}"
-    if form not in CITED_FORMS:
-        raise UserError(f"no reply can be made for the form {form!r}: training rows have {', '.join(FORMS)}.")
+    if output_format not in CITED_FORMS:
+        raise UserError(
+            f"no reply can be made for the form {output_format!r}: training rows have {', '.join(OUTPUT_FORMATS)}."
+        )
     places = sorted(gold_places(row))
-    if form in ("id", "docid"):
+    if output_format in ("id", "docid"):
         body = f"Relevant documents: {_tags(places)}"
-    elif form == "idc":
+    elif output_format == "idc":
         body = "\n".join(f"[DOC {place}] {' '.join(row['docs'][place]['text'].split())}" for place in places)
-    elif form == "idq":
+    elif output_format == "idq":
         quoted = [(place, _quote(row, place, count)) for place in places]
         body = "\n".join(f'[DOC {place}] "{words}"' for place, words in quoted)
     else:
         body = _steps(row, places, count)
-    return (body or _tags([])) + ("" if form == "docid" else f"\n{FINAL_PREFIX} {_answer(row)}")
+    return (body or _tags([])) + ("" if output_format == "docid" else f"\n{FINAL_PREFIX} {_answer(row)}")
 
 
 def _answer(row: Row) -> str:

@@ -34,7 +34,7 @@ class Grpo(BaseModel):
 
     Attributes:
         reward, variant, answer: as `rewards.Reward`.
-        steps: updates of the weights.
+        max_steps: updates of the weights.
         num_generations: samples of a prompt, G.
         prompts_per_step: prompts whose samples make an update, over all processes.
         updates_per_generation: updates made from one round of sampling, each on its own prompts (paper: 256 / 64 = 4).
@@ -50,7 +50,7 @@ class Grpo(BaseModel):
         scale_rewards: whose standard deviation the rewards are divided by.
         use_vllm: who samples: the model itself, vLLM on the same devices, or a server (`trl vllm-serve`) at `vllm_url`.
         vllm_memory: share of a device's memory for vLLM where it is on the same.
-        checkpointing: forget activations and compute them again: less memory, about a third more time.
+        gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         save_steps: steps between checkpoints.
         eval_steps: steps between evaluations on held-out rows, one sample a prompt; 0 for none.
     """
@@ -60,7 +60,7 @@ class Grpo(BaseModel):
     reward: rewards.Name = "ao"
     variant: rewards.Variant = "paper"
     answer: rewards.Answer = "extracted"
-    steps: int = Field(default=100, gt=0)
+    max_steps: int = Field(default=100, gt=0)
     num_generations: int = Field(default=5, ge=2)
     prompts_per_step: int = Field(default=64, gt=0)
     updates_per_generation: int = Field(default=1, gt=0)
@@ -83,7 +83,7 @@ class Grpo(BaseModel):
     use_vllm: Literal["none", "colocate", "server"] = "none"
     vllm_memory: float = Field(default=0.3, gt=0, lt=1)
     vllm_url: str | None = None
-    checkpointing: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int = Field(default=50, gt=0)
     eval_steps: int = Field(default=0, ge=0)
 
@@ -110,7 +110,7 @@ class Trained:
     Attributes:
         adapter: the folder of the adapter, or of the model where all weights were trained.
         parameters: how many were trained.
-        steps: updates made, earlier ones included.
+        max_steps: updates made, earlier ones included.
         history: what the trainer logged, in order; `reward`, `kl`, `loss` and `parts/…` by `step`.
         unjudged: samples without a verdict, in this process since it began.
     """
@@ -204,7 +204,7 @@ def _order(count: int, grpo: Grpo, seed: int) -> list[int]:
     It depends on the seed alone and is one epoch to the trainer, so that a resumed run draws what an unbroken one does.
     """
     a_round = grpo.prompts_per_step * grpo.updates_per_generation
-    rounds = -(-grpo.steps // (grpo.updates_per_generation * grpo.iterations))
+    rounds = -(-grpo.max_steps // (grpo.updates_per_generation * grpo.iterations))
     order: list[int] = []
     while len(order) < rounds * a_round:
         epoch = random.Random(f"{seed} {len(order)}")
@@ -237,7 +237,7 @@ def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, r
     accumulated = samples // at_once
     return GRPOConfig(
         output_dir=str(output / "checkpoints"),
-        max_steps=grpo.steps,
+        max_steps=grpo.max_steps,
         per_device_train_batch_size=grpo.completions_per_device,
         per_device_eval_batch_size=grpo.completions_per_device,
         gradient_accumulation_steps=accumulated,
@@ -263,7 +263,7 @@ def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, r
         vllm_mode="server" if grpo.use_vllm == "server" else "colocate",
         vllm_gpu_memory_utilization=grpo.vllm_memory,
         vllm_server_base_url=grpo.vllm_url,
-        activation_checkpointing=grpo.checkpointing,
+        activation_checkpointing=grpo.gradient_checkpointing,
         bf16=bf16,
         seed=seed,
         data_seed=seed,

@@ -129,8 +129,8 @@ def extend(model: Any, window_tokens: int, rope: str = "linear") -> None:
         scaled["original_max_position_embeddings"] = own
     text.rope_parameters = scaled
     text.max_position_embeddings = window_tokens
-    turn = decoder.rotary_emb
-    decoder.rotary_emb = type(turn)(config=text).to(turn.inv_freq.device)
+    pair = decoder.rotary_emb
+    decoder.rotary_emb = type(pair)(config=text).to(pair.inv_freq.device)
 
 
 def needs_model_folder(model: Any, config: LongLora) -> bool:

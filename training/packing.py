@@ -27,8 +27,8 @@ from torch.nn import functional as F  # noqa: N812
 
 from lceval.errors import UserError
 from lceval.models.geometry import Geometry
-from lceval.models.observe import Observer
 from lceval.models.policies import Evictor
+from lceval.models.prefill_stats import PrefillStats
 from lceval.models.recipe import Recipe
 
 IGNORED = -100
@@ -37,7 +37,7 @@ CONTEXT, ASKS, REPLIES, WHOLE = range(4)
 
 
 @dataclass(frozen=True)
-class Turn:
+class QAPair:
     """A question about a context, and what is to be learned as its answer: tokens."""
 
     question: tuple[int, ...]
@@ -45,7 +45,7 @@ class Turn:
 
 
 def pack(
-    context: Sequence[int], turns: Sequence[Turn], *, aware: bool = False, twin: bool = False
+    context: Sequence[int], pairs: Sequence[QAPair], *, query_aware: bool = False, self_distillation: bool = False
 ) -> dict[str, list[int]]:
     """One sequence of L tokens.
 
@@ -57,16 +57,16 @@ def pack(
     start = len(context)
     ids, positions, labels = [*context], [*range(start)], [IGNORED] * start
     block, kind = [-1] * start, [CONTEXT] * start
-    for number, turn in enumerate([*turns, *turns] if twin else turns):
-        n, answered = start + len(turn.question), len(turn.answer)
-        asks, reads = (aware, REPLIES) if number < len(turns) else (False, WHOLE)
+    for number, pair in enumerate([*pairs, *pairs] if self_distillation else pairs):
+        n, answered = start + len(pair.question), len(pair.answer)
+        asks, reads = (query_aware, REPLIES) if number < len(pairs) else (False, WHOLE)
         again = 1 if asks else 0
         # The last token of an answer is predicted, never read.
-        ids += [*turn.question, *turn.question[len(turn.question) - again :], *turn.answer[:-1]]
+        ids += [*pair.question, *pair.question[len(pair.question) - again :], *pair.answer[:-1]]
         positions += [*range(start, n), *range(n - again, n + answered - 1)]
-        labels += [*[IGNORED] * (len(turn.question) - 1 + again), *turn.answer]
+        labels += [*[IGNORED] * (len(pair.question) - 1 + again), *pair.answer]
         block += [number] * (len(ids) - len(block))
-        kind += [ASKS if asks else reads] * len(turn.question) + [reads] * (again + answered - 1)
+        kind += [ASKS if asks else reads] * len(pair.question) + [reads] * (again + answered - 1)
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
 
 
@@ -153,23 +153,23 @@ class Packing:
             return []
         if layer not in self.kept:
             s = self.context
-            observer = Observer(self._evictor.needs, self._geometry.rotary)
-            observer.see(q[:, :, :s].float(), k[:, :, :s].float(), scaling)
+            stats = PrefillStats(self._evictor.stats_spec, self._geometry.rotary)
+            stats.update(q[:, :, :s].float(), k[:, :, :s].float(), scaling)
             if self._asks is None:
-                self.kept[layer] = [self._mask(layer, observer, k[:, :, :s], v[:, :, :s], scaling)]
+                self.kept[layer] = [self._mask(layer, stats, k[:, :, :s], v[:, :, :s], scaling)]
             else:
                 self.kept[layer] = []
                 for question in self._questions:
                     keys, values = (torch.cat([x[:, :, :s], x[:, :, s + question]], 2) for x in (k, v))
-                    asked = observer.fork()
-                    asked.see(q[:, :, s + question].float(), keys.float(), scaling)
+                    asked = stats.fork()
+                    asked.update(q[:, :, s + question].float(), keys.float(), scaling)
                     self.kept[layer].append(self._mask(layer, asked, keys, values, scaling))
         return self.kept[layer]
 
-    def _mask(self, layer: int, observer: Observer, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def _mask(self, layer: int, stats: PrefillStats, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         assert self._evictor is not None
         layers = len(self._geometry.windows)
-        scores = self._evictor.scores(observer.view(k.float(), v.float(), scaling, layer, layers))
+        scores = self._evictor.scores(stats.view(k.float(), v.float(), scaling, layer, layers))
         return self._evictor.keep(scores[..., : self.context], layer, layers)
 
 
@@ -182,7 +182,7 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
     if evictor is None:
         return None
     name = str(Recipe(evictor=evictor))
-    if evictor.needs.reread or type(evictor).select is not Evictor.select:
+    if evictor.stats_spec.reconstruction or type(evictor).select is not Evictor.select:
         raise UserError(f"{name} chooses across layers, after the model has read the context: not in training")
     if getattr(evictor, "when", "prefill") == "always":
         raise UserError(f"{name} goes on evicting while it answers: leave when=always out in training")

@@ -131,11 +131,11 @@ def _idq(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
     found = parsing.quotes(parsing.before_answer(output))
     short = all(len(_TOKEN.findall(quote.text)) <= QUOTE_TOKENS for quote in found)
     quotes = quotes_f1(row, output) if reward._graded() else float(short and scores["quotes"] == 1)
-    return _cited(reward, row, output, scores, {"quotes": quotes}, form=short)
+    return _cited(reward, row, output, scores, {"quotes": quotes}, output_format=short)
 
 
 def _cited(
-    reward: Reward, row: Row, output: str, scores: Mapping[str, float], evidence: Parts, *, form: bool = True
+    reward: Reward, row: Row, output: str, scores: Mapping[str, float], evidence: Parts, *, output_format: bool = True
 ) -> Parts:
     """The parts that every form has which names documents."""
     ids = scores["ids_f1"] if reward._graded() else scores["ids_exact"]
@@ -145,7 +145,7 @@ def _cited(
         **evidence,
         "ids": ids,
         "answer": reward._answer(row, output),
-        **reward._form(form and once and bool(scores["ids_rate"])),
+        **reward._form(output_format and once and bool(scores["ids_rate"])),
     }
 
 
@@ -206,7 +206,7 @@ def copies_f1(row: Row, output: str) -> float:
     """F1 of the documents that an output copies: a copy counts once, if it is like a gold document by FUZZY."""
     texts, gold = [normalize(document["text"]).split() for document in row["docs"]], gold_places(row)
     found = parsing.passages(parsing.before_answer(output))
-    good = {place for place, text in found if place in gold and _alike(normalize(text).split(), texts[place])}
+    good = {place for place, text in found if place in gold and _length_matched(normalize(text).split(), texts[place])}
     return _f1(len(good), len(found), len(gold))
 
 
@@ -229,10 +229,10 @@ def _quotes(text: str, document: Sequence[str]) -> bool:
     if len(words) < QUOTE_WORDS or len(_TOKEN.findall(text)) > QUOTE_TOKENS:
         return False
     windows = range(max(1, len(document) - len(words) + 1))
-    return any(_alike(words, document[start : start + len(words)]) for start in windows)
+    return any(_length_matched(words, document[start : start + len(words)]) for start in windows)
 
 
-def _alike(one: Sequence[str], other: Sequence[str]) -> bool:
+def _length_matched(one: Sequence[str], other: Sequence[str]) -> bool:
     if one == other:
         return True
     matcher = SequenceMatcher(None, one, other, autojunk=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.training import data, precision, robust, tabular, texts
+from lceval.training import compression_aware, data, precision, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def questions(self) -> int:
-        return sum(len(c.turns) for c in self.contexts)
+        return sum(len(c.pairs) for c in self.contexts)
 
     @property
     def tokens(self) -> float:
@@ -60,7 +60,7 @@ class Plan:
         """Of everything that is learned: tokens of contexts, questions and answers."""
         digest = hashlib.sha256()
         for packed in self.contexts:
-            digest.update(repr((packed.context, [(t.question, t.answer) for t in packed.turns])).encode())
+            digest.update(repr((packed.context, [(t.question, t.answer) for t in packed.pairs])).encode())
         for ids in self.sequences:
             digest.update(repr(ids).encode())
         return digest.hexdigest()[:16]
@@ -106,8 +106,10 @@ def plan(recipe: Config, lm: Any) -> Plan:
         held_out = encoder.encode(aside)[: recipe.eval_contexts]
         kept = {name for packed in held_out for name in packed.ids}
         aside = [row for row in aside if row["id"] in kept]
-    twin = recipe.robust is not None and recipe.robust.distill is not None
-    return Plan(tuple(encoder.encode(rows, twin=twin)), tuple(held_out), tuple(rows), tuple(aside))
+    self_distillation = recipe.compression_aware is not None and recipe.compression_aware.self_distillation is not None
+    return Plan(
+        tuple(encoder.encode(rows, self_distillation=self_distillation)), tuple(held_out), tuple(rows), tuple(aside)
+    )
 
 
 def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
@@ -122,8 +124,8 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     for package in ("trl", *recipe.report_to):
         if find_spec(package) is None:
             raise UserError(f"lceval train needs the package {package}: run `pip install 'lceval[train]'`")
-    if recipe.robust is not None:
-        robust.check(recipe.robust)
+    if recipe.compression_aware is not None:
+        compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
     before = _record(recipe.output)
     if before is not None and before["recipe"] != _plain(recipe):

@@ -17,7 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lceval.errors import UserError
 from lceval.models.geometry import Geometry
-from lceval.training import robust, texts
+from lceval.training import compression_aware, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, WHOLE, Packing, pack
@@ -33,7 +33,7 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._recipe = recipe
         self._geometry = geometry
         self._micro = (-1, 0)  # step, and place in it
-        self._distill = recipe.robust.distill if recipe.robust else None
+        self._self_distillation = recipe.compression_aware.self_distillation if recipe.compression_aware else None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -52,12 +52,12 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         logits = out.logits[0].float()
         loss = F.cross_entropy(logits, labels[rows], reduction="sum")
         whole = inputs["kind"][0, rows] == WHOLE
-        if self._distill is not None and whole.any():
+        if self._self_distillation is not None and whole.any():
             # Both halves are means over the answers' tokens, of which the labels hold two copies.
             learned, known = (logits[half].log_softmax(-1) for half in (~whole, whole))
             divergence = F.kl_div(learned, known.detach(), log_target=True, reduction="sum")
             self._metrics["train"]["divergence"].append(divergence.item() / len(learned))
-            loss = loss + 2 * self._distill * divergence
+            loss = loss + 2 * self._self_distillation * divergence
         loss = loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes what is a sum over them
@@ -68,26 +68,26 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _draw(self) -> Any:
         """By seed, step, and place in the step alone, so that a resumed run draws what an unbroken one does."""
-        if self._recipe.robust is None:
+        if self._recipe.compression_aware is None:
             return None
         step = self.state.global_step
         self._micro = (step, self._micro[1] + 1 if self._micro[0] == step else 0)
         rng = random.Random(f"{self._recipe.seed} {step} {self._micro[1]} {self.args.process_index}")
-        return robust.draw(self._recipe.robust, rng, step / self.args.max_steps)
+        return compression_aware.draw(self._recipe.compression_aware, rng, step / self.args.max_steps)
 
 
 def trainer(
     recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
 ) -> PackedTrainer:
     """What trains `model` on `contexts`; checkpoints go to `output/checkpoints`."""
-    aware = recipe.robust is not None and recipe.robust.compress == "aware"
+    query_aware = recipe.compression_aware is not None and recipe.compression_aware.query_aware
     return PackedTrainer(
         recipe,
         Geometry.of(model),
         model=model,
         processing_class=tokenizer,
-        train_dataset=_dataset(contexts, aware),
-        eval_dataset=_dataset(held_out, aware) if held_out else None,
+        train_dataset=_dataset(contexts, query_aware),
+        eval_dataset=_dataset(held_out, query_aware) if held_out else None,
         peft_config=lora(recipe),
         args=settings(recipe, evaluate=bool(held_out)),
     )
@@ -114,23 +114,24 @@ def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
         UserError: a step's contexts cannot be dealt out evenly to the processes.
     """
     optim = recipe.optim
-    if optim.contexts % processes():
+    if optim.contexts_per_step % processes():
         raise UserError(
-            f"optim.contexts={optim.contexts} cannot be dealt out to {processes()} processes: choose a multiple"
+            f"optim.contexts_per_step={optim.contexts_per_step} cannot be dealt out to {processes()} processes: "
+            "choose a multiple"
         )
     return SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
-        max_steps=optim.steps,
+        max_steps=optim.max_steps,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
-        gradient_accumulation_steps=optim.contexts // processes(),
-        learning_rate=optim.lr,
+        gradient_accumulation_steps=optim.contexts_per_step // processes(),
+        learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.schedule,
-        warmup_steps=round(optim.warmup * optim.steps),
+        warmup_steps=round(optim.warmup * optim.max_steps),
         weight_decay=optim.weight_decay,
         max_grad_norm=optim.max_grad_norm,
         bf16=optim.bf16,
-        activation_checkpointing=optim.checkpointing,
+        activation_checkpointing=optim.gradient_checkpointing,
         seed=recipe.seed,
         data_seed=recipe.seed,
         logging_steps=1,
@@ -173,8 +174,10 @@ def with_lora(recipe: Config, model: Any) -> Any:
     return model if how is None else get_peft_model(model, how)
 
 
-def _dataset(contexts: Sequence[Packed], aware: bool) -> Dataset:
-    return Dataset.from_list([pack(c.context, c.turns, aware=aware, twin=c.twin) for c in contexts])
+def _dataset(contexts: Sequence[Packed], query_aware: bool) -> Dataset:
+    return Dataset.from_list(
+        [pack(c.context, c.pairs, query_aware=query_aware, self_distillation=c.self_distillation) for c in contexts]
+    )
 
 
 def _collate(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

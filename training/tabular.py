@@ -54,7 +54,7 @@ class TabularRow(Row):
     """A task's row, and what training needs besides: `target` is the reply to be learned, in the form `form`."""
 
     dataset: str
-    form: str
+    output_format: str
     data_seed: int
     target: str
 
@@ -80,9 +80,9 @@ def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
             f"{name} has {len(table.training)} training rows, fewer than context_rows={config.context_rows} and "
             f"queries={config.queries} together: ask for fewer"
         )
-    form = dataset.modes[MODE]
+    output_format = dataset.modes[MODE]
     scored: dict[str, Any] = {"classes": list(table.classes)} if table.classes else {}
-    request = Request(f"lc_{name}_{MODE}", dataset, form, None, None, config.data_seed)
+    request = Request(f"lc_{name}_{MODE}", dataset, output_format, None, None, config.data_seed)
     rng = random.Random(f"{name} {config.data_seed} {config.retriever} {config.seed}")
     for place, local in enumerate(_sets(table, size, config, rng)):
         asked = set(rng.sample(local, config.queries))
@@ -102,7 +102,9 @@ def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
                 **scored,
             )
             target = f"{prompts.ANSWER_PREFIX} {table.target(number)}"
-            yield TabularRow(**made, dataset=name, form=form, data_seed=config.data_seed, target=target)
+            yield TabularRow(
+                **made, dataset=name, output_format=output_format, data_seed=config.data_seed, target=target
+            )
 
 
 def _sets(table: tables.Table, size: int, config: Neighbourhoods, rng: random.Random) -> Iterator[list[int]]:

@@ -119,7 +119,7 @@ def learn() -> None:
         model=base,
         tokenizer=tokenizer,
         rows=rows()[0],
-        grpo=Grpo(**SETTINGS, steps=STEPS),
+        grpo=Grpo(**SETTINGS, max_steps=STEPS),
         output=OUTPUT,
         lora=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         resume=True,

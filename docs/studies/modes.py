@@ -45,7 +45,7 @@ def recipe(mode: str) -> dict[str, Any]:
             "questions": 4,
             "seeds": [1, 2],
         },
-        "optim": {"lr": 5e-4, "steps": 40, "contexts": 2},
+        "optim": {"learning_rate": 5e-4, "max_steps": 40, "contexts_per_step": 2},
         "save_steps": 10,
     }
 

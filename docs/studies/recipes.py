@@ -76,10 +76,10 @@ def mean(rows: dict[str, dict[str, Any]], field: str) -> float:
     return sum(row[field] for row in rows.values()) / len(rows)
 
 
-def interval(rows: dict[str, dict[str, Any]], value: Callable[[str], float], form: str = "{:.3f}") -> str:
+def interval(rows: dict[str, dict[str, Any]], value: Callable[[str], float], output_format: str = "{:.3f}") -> str:
     """A mean with its interval."""
     numbers = cluster_bootstrap([value(key) for key in rows], [row["cluster"] for row in rows.values()])
-    middle, low, high = (form.format(number) for number in numbers)
+    middle, low, high = (output_format.format(number) for number in numbers)
     return f"{middle} [{low}, {high}]"
 
 

@@ -38,7 +38,7 @@ SEEDS = (0, 1, 2)
 RECIPE: dict[str, Any] = {
     "model": {"pretrained": "smollm2-135m", "dtype": "bfloat16"},
     "data": {"datasets": ["squad"], "length_k": 1, "split": "train", "questions": 8, "seeds": [1, 2, 3]},
-    "optim": {"lr": 5e-4, "steps": 60, "contexts": 2},
+    "optim": {"learning_rate": 5e-4, "max_steps": 60, "contexts_per_step": 2},
     "save_steps": 20,
     "keep_checkpoints": None,
 }

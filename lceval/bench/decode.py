@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from lceval.bench.machine import device, machine
 from lceval.errors import UserError
 from lceval.models import attention
-from lceval.models.cache import Context, Prefill
+from lceval.models.cache import CompressedContext, Prefill
 from lceval.models.lcft import LCFT
 from lceval.models.recipe import Recipe, parse
 
@@ -44,16 +44,16 @@ def bench(
     model = LCFT(pretrained, device=device(), **model_args)
     if tokens + new_tokens > model.max_length:
         raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: --tokens fewer")
-    needs = Recipe().needs
+    stats_spec = Recipe().stats_spec
     for how in hows:
-        needs |= how.needs
+        stats_spec |= how.stats_spec
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    prefill = model.engine.read(ids, needs)
+    prefill = model.engine.prefill(ids, stats_spec)
     contexts = {"full": prefill.compress(Recipe(), consume=False)}
     contexts |= {str(how): prefill.compress(how, consume=False) for how in hows}
     steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
 
-    def ours(context: Context) -> list[float]:
+    def ours(context: CompressedContext) -> list[float]:
         return _decode(model, attention.NAME, context.fork(new_tokens, kernels=model.engine.kernels), steps)
 
     sides: dict[str, Callable[[], list[float]]] = {"hf": lambda: _decode(model, "sdpa", _copied(model, prefill), steps)}

@@ -80,11 +80,11 @@ def bench(
         **{k: str(v) for k, v in sorted(model_args.items())},
     }
     results = _Results(output, identity)
-    needs = Recipe().needs
+    stats_spec = Recipe().stats_spec
     for how in hows:
         if not all(results.has(cluster, str(how)) for cluster in chosen):
-            needs |= how.needs
-    model.server.kept_for = needs
+            stats_spec |= how.stats_spec
+    model.scheduler.keep_for = stats_spec
     for cluster in chosen:
         for how in hows:
             if not results.has(cluster, str(how)):

@@ -22,12 +22,12 @@ from lceval.bench.machine import machine
 from lceval.errors import InfrastructureError, UserError
 from lceval.kernels import compact, dispatch
 from lceval.kernels.paged import KV, PAGE, PagedKV
-from lceval.models.policies import Quantized
+from lceval.models.policies import Quantizer
 from lceval.models.recipe import parse
 
 LENGTHS, BATCHES, KEEPS = (8192, 32768, 131072), (1, 8, 32), (1.0, 0.5, 0.25, 0.1)
 # What is kept is stored so; the readers choose a tenth of everything.
-STORES = ("full", "int8", "int4", "int2", "fier:0.1", "quest:0.1")
+QUANTIZERS = ("full", "int8", "int4", "int2", "fier:0.1", "quest:0.1")
 # A reader's first layers read everything (fier), so the layer that is timed is a later one.
 LAYER = 2
 # Rotated copies together outgrow the L2 cache (50 MB on an H100) four times.
@@ -97,9 +97,9 @@ def cases(
     """Every store at every share kept; readers over everything."""
     for length in lengths:
         for batch in batches:
-            for store in STORES:
+            for store in QUANTIZERS:
                 for keep in keeps:
-                    if keep == 1.0 or parse(store).reader is None:
+                    if keep == 1.0 or parse(store).sparse_attention is None:
                         yield Case(store, length, batch, keep)
 
 
@@ -123,8 +123,8 @@ def build(case: Case, shape: Shape, device: str, dtype: torch.dtype, seed: int =
         order = torch.rand(size[:3], generator=rng, device=device)[..., : case.length].argsort(-1).argsort(-1)
         keep = order < torch.tensor(counts, device=device)[:, None]
     k_seen, v_seen = k[:, :, : case.length], v[:, :, : case.length]
-    if isinstance(recipe.store, Quantized):
-        store = recipe.store
+    if isinstance(recipe.quantizer, Quantizer):
+        store = recipe.quantizer
         kept: Any = compact.quantize(
             k_seen, v_seen, keep, counts * case.batch, store.k_bits, store.v_bits, store.residual
         )
@@ -132,7 +132,7 @@ def build(case: Case, shape: Shape, device: str, dtype: torch.dtype, seed: int =
         kept = PagedKV.full(k, v, case.length)
     else:
         kept = compact.gather(k_seen, v_seen, keep, counts * case.batch)
-    return kept if recipe.reader is None else recipe.reader.read(kept, LAYER, case.length)
+    return kept if recipe.sparse_attention is None else recipe.sparse_attention.wrap(kept, LAYER, case.length)
 
 
 def measure(

@@ -81,8 +81,8 @@ class EndpointJudge:
         # Newer endpoints of the vendor know the limit by the second name alone, most servers by the first.
         arguments["max_completion_tokens" if "max_tokens" in dropped else "max_tokens"] = tokens
         if schema is not None and "response_format" not in dropped:
-            form = {"name": rubric.rubric, "strict": True, "schema": schema}
-            arguments["response_format"] = {"type": "json_schema", "json_schema": form}
+            output_format = {"name": rubric.rubric, "strict": True, "schema": schema}
+            arguments["response_format"] = {"type": "json_schema", "json_schema": output_format}
         errors = self._errors
         try:
             made = self._client.chat.completions.create(**arguments)

@@ -12,7 +12,7 @@ from lceval.judge.rubrics import Case, Prompt, Rubric
 from lceval.judge.store import Reply
 
 VARIABLE = "LCEVAL_JUDGE"
-FORMS = "openai:MODEL@BASE_URL, hf:NAME or rule"
+OUTPUT_FORMATS = "openai:MODEL@BASE_URL, hf:NAME or rule"
 
 
 class TryAgainError(Exception):
@@ -97,7 +97,7 @@ def parse(text: str) -> Spec:
             return Spec("openai", model, revision, f"http{url}".rstrip("/"))
     # What was given may be a key in the wrong place: it is not repeated.
     known = f"{kind}:…" if kind in ("openai", "hf", "rule") else "what was given"
-    raise UserError(f"cannot read the judge's name ({known}): expected {FORMS}")
+    raise UserError(f"cannot read the judge's name ({known}): expected {OUTPUT_FORMATS}")
 
 
 def chosen(spec: str | None) -> str:
@@ -108,7 +108,7 @@ def chosen(spec: str | None) -> str:
     """
     if found := spec or os.environ.get(VARIABLE):
         return found
-    raise UserError(f"no judge: pass --judge or set {VARIABLE} ({FORMS})")
+    raise UserError(f"no judge: pass --judge or set {VARIABLE} ({OUTPUT_FORMATS})")
 
 
 def make(spec: str, *, timeout: float, max_tokens: int | None = None) -> Judge:

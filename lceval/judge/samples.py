@@ -49,7 +49,7 @@ def rubric_of(task: str) -> str | None:
     known = catalogue.tasks().get(task)
     if known is None:
         return None
-    return _FORMS.get(known.form) or _DATASETS.get(known.dataset.dataset)
+    return _FORMS.get(known.output_format) or _DATASETS.get(known.dataset.dataset)
 
 
 def _rj(grades: Grades, sample: Sample) -> dict[str, float]:

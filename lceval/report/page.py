@@ -45,7 +45,7 @@ def write(paths: Sequence[Path], html: Path) -> Report:
         InfrastructureError: The file could not be written.
     """
     if not paths:
-        raise UserError("no runs given; name one or more run folders, as in: lceval report runs/a --html report.html")
+        raise UserError("no runs given; name one or more run folders, as in: lceval report runs/a --output report.html")
     _may_write(html)
     runs = read_runs(paths)
     data = collect(runs)
@@ -81,13 +81,13 @@ def _hash(script: str) -> str:
 
 def _may_write(html: Path) -> None:
     if html.is_dir():
-        raise UserError(f"--html {html}: is a folder; name a file, as in {html / 'report.html'}")
+        raise UserError(f"--output {html}: is a folder; name a file, as in {html / 'report.html'}")
     if not html.parent.is_dir():
-        raise UserError(f"--html {html}: no folder {html.parent}; make it first")
+        raise UserError(f"--output {html}: no folder {html.parent}; make it first")
     if html.exists():
         with html.open("rb") as file:
             if file.readline().strip() != MARKER.encode():
-                raise UserError(f"--html {html}: holds something that lceval report did not make; choose another name")
+                raise UserError(f"--output {html}: not a report of lceval; choose another name")
 
 
 def _replace(html: Path, content: bytes) -> None:

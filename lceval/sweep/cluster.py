@@ -20,7 +20,7 @@ from lceval.errors import InfrastructureError, UserError
 from lceval.sweep.plan import Cell
 from lceval.sweep.processes import Runs, died, visible_gpus
 from lceval.sweep.share import Queue, split, threads
-from lceval.sweep.worker import Became, Worker
+from lceval.sweep.worker import CellResult, Worker
 
 RETRIES = 1
 # Of the environment here, what workers elsewhere need to find the same data.
@@ -29,7 +29,7 @@ STORE_BYTES = 100 * 2**20  # Ray's object store: only outcomes pass through it
 PATIENCE_S = 60
 
 
-class Hand:
+class WorkerHandle:
     """A worker's process on the cluster."""
 
     def __init__(self, make: Callable[[], Runs], folder: str, variables: dict[str, str]) -> None:
@@ -40,7 +40,7 @@ class Hand:
     def ready(self) -> None:
         """Answers once the process has its place."""
 
-    def run(self, group: Sequence[Cell], root: Path) -> list[Became]:
+    def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         """What became of the group's cells."""
         return self._worker.run(group, root)
 
@@ -70,7 +70,7 @@ def run(
     workers: int | None,
     address: str | None,
     make: Callable[[], Runs] = Worker,
-) -> Iterator[list[Became]]:
+) -> Iterator[list[CellResult]]:
     """What became of each group's cells, as groups come to their end.
 
     Args:
@@ -88,43 +88,43 @@ def run(
         gpus = int(sum(node.get("GPU", 0) for node in nodes))
         groups = split(groups, workers or gpus or len(nodes))
         workers = min(workers or gpus or len(nodes), len(groups))
-        actor = ray.remote(Hand).options(
+        actor = ray.remote(WorkerHandle).options(
             **_share(workers, gpus, [int(node["CPU"]) for node in nodes]),
             max_restarts=len(groups) * (1 + RETRIES),  # each group may take it down so often
             max_task_retries=RETRIES,
         )
         variables = {name: os.environ[name] for name in PASSED if name in os.environ}
-        hands = [actor.remote(make, os.getcwd(), variables) for _ in range(workers)]
-        yield from _run(ray, hands, Queue(groups), root.resolve())
+        handles = [actor.remote(make, os.getcwd(), variables) for _ in range(workers)]
+        yield from _run(ray, handles, Queue(groups), root.resolve())
 
 
-def _run(ray: Any, hands: Sequence[Any], queue: Queue, root: Path) -> Iterator[list[Became]]:
+def _run(ray: Any, handles: Sequence[Any], queue: Queue, root: Path) -> Iterator[list[CellResult]]:
     """A group goes to a worker that has its place: one that waits for it keeps no group from the others."""
-    doing: dict[Any, tuple[Any, Sequence[Cell]]] = {hand.ready.remote(): (hand, ()) for hand in hands}
+    doing: dict[Any, tuple[Any, Sequence[Cell]]] = {handle.ready.remote(): (handle, ()) for handle in handles}
     while queue or any(group for _, group in doing.values()):
         ended: list[Any] = []
         while not ended:
             ended, _ = ray.wait(list(doing), timeout=PATIENCE_S)
             if not ended and not any(group for _, group in doing.values()):
                 print("waiting for the cluster to give a worker its place", file=sys.stderr)
-        hand, group = doing.pop(ended[0])
+        handle, group = doing.pop(ended[0])
         try:
-            became = ray.get(ended[0])
+            results = ray.get(ended[0])
         except ray.exceptions.RayError as error:
             if not group:
                 print(f"a worker could not be started: {_line(error)}", file=sys.stderr)
                 if not doing:
                     raise InfrastructureError(f"no worker could be started: {_line(error)}") from None
                 continue
-            became = died(
+            results = died(
                 group, root, f"the worker process ended {1 + RETRIES} times ({_line(error)}); the same line goes on"
             )
         if group:
-            yield became
+            yield results
         if (following := queue.take(group[0].owner if group else None)) is not None:
-            doing[hand.run.remote(following, root)] = (hand, following)
+            doing[handle.run.remote(following, root)] = (handle, following)
         else:
-            ray.kill(hand)
+            ray.kill(handle)
 
 
 def _share(workers: int, gpus: int, cpus: Sequence[int]) -> dict[str, float]:

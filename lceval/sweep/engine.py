@@ -11,10 +11,10 @@ from functools import partial
 from pathlib import Path
 
 from lceval.sweep.plan import Cell, Plan
-from lceval.sweep.worker import Became, Worker
+from lceval.sweep.worker import CellResult, Worker
 
 STATUS = "sweep.json"
-Engine = Callable[[Sequence[Sequence[Cell]], Path], Iterator[list[Became]]]
+Engine = Callable[[Sequence[Sequence[Cell]], Path], Iterator[list[CellResult]]]
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Outcome:
     contexts: int = 0
 
 
-def here(groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[list[Became]]:
+def here(groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[list[CellResult]]:
     """One group after the other, in this process."""
     worker = Worker()
     for group in groups:
@@ -62,23 +62,23 @@ def sweep(plan: Plan, root: Path, engine: Engine = here) -> Outcome:
     done = set(plan.finished(root))
     # What is finished is only looked at, which needs no model and no worker.
     looked = here([some for group in plan.groups() if (some := [cell for cell in group if cell in done])], root)
-    for became in looked:
-        _record(became, root, outcome)
+    for results in looked:
+        _record(results, root, outcome)
     left = [some for group in plan.groups() if (some := [cell for cell in group if cell not in done])]
     cells, ended = sum(map(len, left)), 0
     _write(root, plan, outcome)
-    for became in engine(left, root) if left else ():
-        _record(became, root, outcome)
+    for results in engine(left, root) if left else ():
+        _record(results, root, outcome)
         _write(root, plan, outcome)
-        ended += len(became)
-        print(f"[{ended}/{cells}] {became[0].cell}: {len(became)} cells", file=sys.stderr)
+        ended += len(results)
+        print(f"[{ended}/{cells}] {results[0].cell}: {len(results)} cells", file=sys.stderr)
     outcome.folders = [root / cell.name for cell in plan.finished(root) if cell.name not in outcome.failed]
     return outcome
 
 
-def _record(became: Sequence[Became], root: Path, outcome: Outcome) -> None:
+def _record(results: Sequence[CellResult], root: Path, outcome: Outcome) -> None:
     """A failed cell leaves a line on stderr and a file with its traceback, which goes when it is finished."""
-    for cell in became:
+    for cell in results:
         outcome.contexts += cell.contexts
         file = root / _error_file(cell.cell)
         if not cell.error:

@@ -39,7 +39,7 @@ class Grid(BaseModel):
     seeds: list[int | None] = [None]
     limit: int | None = Field(default=None, gt=0)
     batch_size: int = Field(default=1, gt=0)
-    model_args: dict[str, str | int | float] = {}
+    model_args: dict[str, bool | str | int | float] = {}
     gen_kwargs: dict[str, bool | int | float | str | list[str]] = {}
 
 

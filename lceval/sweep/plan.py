@@ -25,7 +25,7 @@ class Cell:
     metadata: tuple[tuple[str, str | int], ...]
     limit: int | None
     batch_size: int
-    model_args: tuple[tuple[str, str | int | float], ...]
+    model_args: tuple[tuple[str, bool | str | int | float], ...]
     gen_kwargs: str = ""
     """JSON, empty for none."""
 
@@ -103,7 +103,7 @@ def plan(grid: Grid) -> Plan:
         metadata: Mapping[str, str | int] = {"context": context} if isinstance(context, str) else context
         metadata = {key: value for key, value in metadata.items() if (key, value) != ("context", "full")}
         try:
-            contexts.choice(catalogue.find(name), metadata)
+            contexts.setting(catalogue.find(name), metadata)
         except UserError as error:
             na.append((f"{name} {json.dumps(metadata)}", str(error)))
             continue

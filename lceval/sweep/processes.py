@@ -18,13 +18,13 @@ from typing import Any, Protocol
 
 from lceval.sweep.plan import Cell, is_finished
 from lceval.sweep.share import Queue, split, threads
-from lceval.sweep.worker import Became, Worker
+from lceval.sweep.worker import CellResult, Worker
 
 
 class Runs(Protocol):
     """What a process does to a group."""
 
-    def run(self, group: Sequence[Cell], root: Path) -> list[Became]: ...
+    def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]: ...
 
 
 @dataclass
@@ -39,41 +39,46 @@ class _Hand:
 
 def run(
     groups: Sequence[Sequence[Cell]], root: Path, workers: int, make: Callable[[], Runs] = Worker
-) -> Iterator[list[Became]]:
+) -> Iterator[list[CellResult]]:
     """What became of each group's cells, as groups come to their end."""
     groups = split(groups, workers)
-    queue, hands = Queue(groups), dict[Any, _Hand]()
+    queue, handles = Queue(groups), dict[Any, _Hand]()
     workers = min(workers, len(groups))
     environments = [environment(place, workers) for place in range(workers)]
     try:
         for place in range(workers):
-            _give(hands, _start(place, environments[place], make), queue.take(), root)
-        while hands:
-            for pipe in connection.wait(list(hands)):
-                hand = hands.pop(pipe)
+            _give(handles, _start(place, environments[place], make), queue.take(), root)
+        while handles:
+            for pipe in connection.wait(list(handles)):
+                handle = handles.pop(pipe)
                 try:
-                    became = hand.pipe.recv()
+                    results = handle.pipe.recv()
                 except (EOFError, OSError):
-                    hand.pipe.close()
-                    hand.process.join()
-                    became = died(hand.group, root, _death(hand.process.exitcode))
-                yield became
-                if (group := queue.take(hand.group[0].owner)) is not None:
-                    alive = hand.process.exitcode is None
-                    _give(hands, hand if alive else _start(hand.place, environments[hand.place], make), group, root)
+                    handle.pipe.close()
+                    handle.process.join()
+                    results = died(handle.group, root, _death(handle.process.exitcode))
+                yield results
+                if (group := queue.take(handle.group[0].owner)) is not None:
+                    alive = handle.process.exitcode is None
+                    _give(
+                        handles,
+                        handle if alive else _start(handle.place, environments[handle.place], make),
+                        group,
+                        root,
+                    )
                 else:
-                    hand.pipe.close()
-                    hand.process.join()
+                    handle.pipe.close()
+                    handle.process.join()
     finally:
-        for hand in hands.values():
-            hand.process.terminate()
-            hand.process.join()
+        for handle in handles.values():
+            handle.process.terminate()
+            handle.process.join()
 
 
-def died(group: Sequence[Cell], root: Path, why: str) -> list[Became]:
+def died(group: Sequence[Cell], root: Path, why: str) -> list[CellResult]:
     """What became of the cells of a worker that can no longer say it."""
     lost = {cell.name for cell in group if not is_finished(root / cell.name)}
-    return [Became(cell.name, why, why) if cell.name in lost else Became(cell.name) for cell in group]
+    return [CellResult(cell.name, why, why) if cell.name in lost else CellResult(cell.name) for cell in group]
 
 
 def visible_gpus() -> list[str]:
@@ -102,12 +107,12 @@ def _start(place: int, variables: dict[str, str], make: Callable[[], Runs]) -> _
     return _Hand(process, ours, place, [])
 
 
-def _give(hands: dict[Any, _Hand], hand: _Hand, group: Sequence[Cell] | None, root: Path) -> None:
+def _give(handles: dict[Any, _Hand], handle: _Hand, group: Sequence[Cell] | None, root: Path) -> None:
     assert group is not None
-    hand.group = group
-    hands[hand.pipe] = hand
+    handle.group = group
+    handles[handle.pipe] = handle
     with suppress(OSError):  # it died: reading from it will say so
-        hand.pipe.send((group, root))
+        handle.pipe.send((group, root))
 
 
 def _death(code: int | None) -> str:

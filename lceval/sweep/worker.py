@@ -31,7 +31,7 @@ LOOKS = re.compile(r"\b(?:hf_|sk-)[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+|(?<=://)[^/\
 
 
 @dataclass(frozen=True)
-class Became:
+class CellResult:
     """What became of a cell: it is finished, unless there is an error, one line of it and its traceback.
 
     contexts: how many were read for it, and not for another recipe before.
@@ -44,7 +44,7 @@ class Became:
 
 
 @dataclass
-class _Going:
+class ActiveCell:
     """A cell that is being answered: with what the model counted, and seconds that were this cell's alone."""
 
     cell: Cell
@@ -61,25 +61,25 @@ class Worker:
         self._model: Any = None
         self._owner: object = None
 
-    def run(self, group: Sequence[Cell], root: Path) -> list[Became]:
+    def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         """What became of each cell; one that fails stops no other."""
-        became: dict[str, Became] = {}
+        results: dict[str, CellResult] = {}
         with ExitStack() as folders:
-            begun = self._begin(group, root, folders, became)
+            begun = self._begin(group, root, folders, results)
             if begun:
                 try:
-                    answered = self._answer(self._load(begun[0]), begun, became)
+                    answered = self._answer(self._load(begun[0]), begun, results)
                 except Exception as error:
-                    became |= {cell.name: failed(cell, error) for cell, _ in begun}
+                    results |= {cell.name: failed(cell, error) for cell, _ in begun}
                     self._model, self._owner = None, None
                     answered = []
                 for one in answered:
-                    became[one.cell.name] = self._finish(one)
-        return [became[cell.name] for cell in group]
+                    results[one.cell.name] = self._finish(one)
+        return [results[cell.name] for cell in group]
 
     @staticmethod
     def _begin(
-        group: Sequence[Cell], root: Path, folders: ExitStack, became: dict[str, Became]
+        group: Sequence[Cell], root: Path, folders: ExitStack, results: dict[str, CellResult]
     ) -> list[tuple[Cell, Opened]]:
         """The cells with something left to do, their folders locked until the group is done.
 
@@ -90,9 +90,9 @@ class Worker:
             try:
                 found = folders.enter_context(opened(cell.argv(root / cell.name)))
             except Exception as error:
-                became[cell.name] = failed(cell, error)
+                results[cell.name] = failed(cell, error)
                 continue
-            became[cell.name] = Became(cell.name)
+            results[cell.name] = CellResult(cell.name)
             if found.finished is None:
                 begun.append((cell, found))
         return begun
@@ -107,7 +107,7 @@ class Worker:
         return self._model
 
     @staticmethod
-    def _answer(model: Any, begun: Sequence[tuple[Cell, Opened]], became: dict[str, Became]) -> list[_Going]:
+    def _answer(model: Any, begun: Sequence[tuple[Cell, Opened]], results: dict[str, CellResult]) -> list[ActiveCell]:
         """Answer all questions of a group, context by context; the cells that went through.
 
         A recipe that fails is out; the others go on. Reading a context is charged to all of them in equal parts.
@@ -115,49 +115,49 @@ class Worker:
         from lceval.models.recipe import parse
 
         recipes = [parse(found.config.model_args["kv"]) for _, found in begun]
-        needs = recipes[0].needs
+        stats_spec = recipes[0].stats_spec
         for recipe in recipes[1:]:
-            needs |= recipe.needs
-        going: list[_Going] = []
+            stats_spec |= recipe.stats_spec
+        active: list[ActiveCell] = []
         with ExitStack() as stores:
-            stores.callback(setattr, model.server, "kept_for", None)
+            stores.callback(setattr, model.scheduler, "keep_for", None)
             for cell, found in begun:
                 begin(found)
-                going.append(_Going(cell, found, Responses(found.folder / "responses.sqlite")))
-                stores.callback(going[-1].store.close)
-            model.server.kept_for = needs
+                active.append(ActiveCell(cell, found, Responses(found.folder / "responses.sqlite")))
+                stores.callback(active[-1].store.close)
+            model.scheduler.keep_for = stats_spec
             for method, requests in _requests(begun[0][1].config, model):
-                read_s = model.server.read_s
-                for one in list(going):
+                prefill_s = model.scheduler.prefill_s
+                for one in list(active):
                     _under(model, one.found.config, counts=Counter())
                     model.set_cache_hook(one.store)
                     _seed(one.found.config)
-                    start, before_s = time.monotonic(), model.server.read_s
+                    start, before_s = time.monotonic(), model.scheduler.prefill_s
                     try:
                         one.store.serve(method, getattr(model, method), requests)
                     except Exception as error:
-                        became[one.cell.name] = failed(one.cell, error)
-                        going.remove(one)
-                    one.spent_s += time.monotonic() - start - (model.server.read_s - before_s)
+                        results[one.cell.name] = failed(one.cell, error)
+                        active.remove(one)
+                    one.spent_s += time.monotonic() - start - (model.scheduler.prefill_s - before_s)
                     one.counts.update(model.totals)
-                for one in going:
-                    one.spent_s += (model.server.read_s - read_s) / len(going)
-        return going
+                for one in active:
+                    one.spent_s += (model.scheduler.prefill_s - prefill_s) / len(active)
+        return active
 
-    def _finish(self, one: _Going) -> Became:
+    def _finish(self, one: ActiveCell) -> CellResult:
         contexts = one.counts["contexts"]
         try:
             evaluate(one.found, partial(_under, self._model, counts=one.counts), spent_s=one.spent_s)
         except Exception as error:
             return failed(one.cell, error, contexts)
-        return Became(one.cell.name, contexts=contexts)
+        return CellResult(one.cell.name, contexts=contexts)
 
 
-def failed(cell: Cell, error: BaseException, contexts: int = 0) -> Became:
+def failed(cell: Cell, error: BaseException, contexts: int = 0) -> CellResult:
     """A cell with its error, in which nothing that is secret here is left."""
     text = (str(error).strip() or "no message").splitlines()[0]
     said = text if isinstance(error, LcevalError) else f"{type(error).__name__}: {text}"
-    return Became(
+    return CellResult(
         cell.name, without_secrets(said), without_secrets("".join(traceback.format_exception(error))), contexts
     )
 

@@ -54,7 +54,7 @@ def _wants_judge(name: str) -> bool:
     from lceval.tasks import catalogue
 
     task = catalogue.tasks().get(name) if name.startswith("lc_") else None
-    return task is not None and task.form in _WANT_A_JUDGE
+    return task is not None and task.output_format in _WANT_A_JUDGE
 
 
 def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:

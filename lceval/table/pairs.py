@@ -12,7 +12,7 @@ from lceval.table.intervals import Stratum
 
 FULL = "full"
 # What may differ between a recipe and `full`: it says how the cache is compressed or read, or what is measured besides.
-_OF_THE_RECIPE = frozenset({"kv", "compress", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
+_RECIPE_SETTINGS = frozenset({"kv", "query_aware", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _differences(run: Run, other: Run) -> int:
 
 def _settings(run: Run) -> Mapping[str, Any]:
     arguments = {name: str(value) for name, value in model_args(run.config.get("model_args")).items()}
-    kept = {name: value for name, value in arguments.items() if name not in _OF_THE_RECIPE}
+    kept = {name: value for name, value in arguments.items() if name not in _RECIPE_SETTINGS}
     return {**kept, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
 
 

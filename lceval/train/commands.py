@@ -1,4 +1,4 @@
-"""The command line of training: `lceval train RECIPE key=value`, `lceval train eval` and `lceval train data`."""
+"""The command line of training: `lceval train RECIPE`, `lceval train eval` and `lceval train data`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lceval.verbs import group_or
 
 app = typer.Typer(
     cls=group_or("recipe"),
-    help="Tune an adapter by a recipe (lceval train RECIPE key=value …), and say what it is worth (eval).",
+    help="Tune an adapter by a recipe (lceval train RECIPE), and say what it is worth (eval).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -23,14 +23,18 @@ app.command("data")(data)
 @app.command("recipe", hidden=True)
 def recipe(
     name: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="As optim.lr=1e-4.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. optim.max_steps=50 (repeatable)."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Output folder (default runs/RECIPE).")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, steps and memory; train nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Train by a recipe; the same line goes on from the last checkpoint."""
     from lceval.train import tune
 
-    if text := tune.run(name, changes or [], dry_run=dry_run, as_json=as_json):
+    if text := tune.run(name, changes or [], output, dry_run=dry_run, as_json=as_json):
         typer.echo(text)
 
 

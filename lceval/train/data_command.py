@@ -19,7 +19,7 @@ def data(
     seed: Annotated[list[int], typer.Option(help="Each draws other contexts; repeatable.")] = [1234],  # noqa: B006
     questions: Annotated[int | None, typer.Option(help="On a context; default the dataset's.")] = None,
     negatives: Annotated[str | None, typer.Option(help="bm25, dense, hybrid or random.")] = None,
-    alike: Annotated[
+    length_matched: Annotated[
         bool | None, typer.Option(help="Negatives as long as gold documents; default where it can be.")
     ] = None,
     promote: Annotated[float, typer.Option(help="Least likeness to gold of what counts as gold; 0: none does.")] = 0.6,
@@ -47,7 +47,7 @@ def data(
         seeds=seed,
         questions=questions,
         negatives=negatives,
-        alike=alike,
+        length_matched=length_matched,
         promote=promote or None,
         limit=limit,
         tokenizer=tokenizer,

@@ -1,23 +1,24 @@
-"""What `lceval train RECIPE key=value` does: show what it will take, train or go on, say what came of it."""
+"""What `lceval train RECIPE` does: show what it will take, train or go on, say what came of it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from lceval.training.config import read
 from lceval.training.trainers import is_lead
 
 
-def run(recipe: str, changes: Sequence[str], *, dry_run: bool, as_json: bool) -> str:
+def run(recipe: str, changes: Sequence[str], output: Path | None, *, dry_run: bool, as_json: bool) -> str:
     """The text for stdout; none from a process that does not lead.
 
     Raises:
         UserError: a bad recipe, or one that was begun differently.
     """
-    config = read(recipe, changes)
+    config = read(recipe, [*changes, *([f"output={output}"] if output else [])])
     if dry_run:
         from lceval.training.dry_run import estimate, render
 

@@ -5,11 +5,10 @@ from lceval.models.policies.base import (
     Amount,
     Evictor,
     LayerView,
-    Needs,
-    Reader,
+    SparseAttention,
+    StatsSpec,
     StepEvictor,
     StepView,
-    Store,
 )
 from lceval.models.policies.expected_attention import ExpectedAttention
 from lceval.models.policies.fier import Fier
@@ -19,7 +18,7 @@ from lceval.models.policies.knorm import KNorm
 from lceval.models.policies.kvzip import KVzip
 from lceval.models.policies.lacache import LaCache
 from lceval.models.policies.pyramidkv import PyramidKV
-from lceval.models.policies.quantized import NAMES, Quantized
+from lceval.models.policies.quantizer import NAMES, Quantizer
 from lceval.models.policies.quest import Quest
 from lceval.models.policies.random_control import Random
 from lceval.models.policies.retrieval import Retrieval
@@ -41,21 +40,20 @@ EVICTORS: dict[str, type[Evictor]] = {
     "kvzip": KVzip,
     "random": Random,
 }
-STORES: dict[str, tuple[int, int]] = NAMES
-READERS: dict[str, type[Reader]] = {"fier": Fier, "quest": Quest, "retrieval": Retrieval}
+QUANTIZERS: dict[str, tuple[int, int]] = NAMES
+SPARSE_ATTENTION: dict[str, type[SparseAttention]] = {"fier": Fier, "quest": Quest, "retrieval": Retrieval}
 
 __all__ = [
     "EVICTORS",
-    "READERS",
-    "STORES",
+    "QUANTIZERS",
+    "SPARSE_ATTENTION",
     "AdaKV",
     "Amount",
     "Evictor",
     "LayerView",
-    "Needs",
-    "Quantized",
-    "Reader",
+    "Quantizer",
+    "SparseAttention",
+    "StatsSpec",
     "StepEvictor",
     "StepView",
-    "Store",
 ]

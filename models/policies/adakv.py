@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels.select import top
-from lceval.models.policies.base import Evictor, LayerView, Needs, StepEvictor
+from lceval.models.policies.base import Evictor, LayerView, StatsSpec, StepEvictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +34,8 @@ class AdaKV(Evictor):
             raise ValueError("adakv acts at the end of prefill alone, so when=always has no meaning inside it")
 
     @property
-    def needs(self) -> Needs:
-        return self.inner.needs
+    def stats_spec(self) -> StatsSpec:
+        return self.inner.stats_spec
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: those of `inner`, which must be comparable between heads."""

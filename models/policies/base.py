@@ -1,7 +1,8 @@
 """What every policy is: a value (a frozen dataclass) on one of three axes.
 
-An `Evictor` decides which slots of a prefilled context stay, a `Store` in what precision they are kept, a `Reader`
-which of them a decoding step attends to. Policies look at tensors and return tensors; the cache does the rest.
+An `Evictor` decides which slots of a prefilled context stay, a `Quantizer` in what precision they are kept,
+`SparseAttention` which of them a decoding step attends to. Policies take tensors and return tensors; the cache does
+the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import window as scoring
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.paged import KV
 from lceval.kernels.select import top
 
 # Tokens at the beginning that attract attention whatever they say; statistics of queries leave them out.
@@ -56,27 +57,27 @@ class Amount:
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a policy asks the prefill to observe, beyond keys and values. `a | b` serves both.
+class StatsSpec:
+    """The prefill statistics that a policy requires, beyond keys and values. `a | b` covers both.
 
     Attributes:
-        queries: how many of the last queries to remember.
+        queries: number of last queries to keep.
         column_sums: the attention that every token received from all queries.
         query_moments: mean and covariance of the queries before RoPE.
-        reread: a second pass over the context that repeats it, and the attention it pays.
+        reconstruction: the attention of a second pass, in which the model repeats the context (KVzip).
     """
 
     queries: int = 0
     column_sums: bool = False
     query_moments: bool = False
-    reread: bool = False
+    reconstruction: bool = False
 
-    def __or__(self, other: Needs) -> Needs:
-        return Needs(
+    def __or__(self, other: StatsSpec) -> StatsSpec:
+        return StatsSpec(
             max(self.queries, other.queries),
             self.column_sums or other.column_sums,
             self.query_moments or other.query_moments,
-            self.reread or other.reread,
+            self.reconstruction or other.reconstruction,
         )
 
 
@@ -84,18 +85,18 @@ class Needs:
 class LayerView:
     """What a policy may look at, for one layer of one prefilled context.
 
-    Under `compress=aware` the question's tokens stand at the end of keys, values, queries and sums; the scores that
+    Under `query_aware=true` the question's tokens stand at the end of keys, values, queries and sums; the scores that
     a policy gives them are left unused.
 
     Attributes:
         keys, values: [B, Hkv, S, D], keys after RoPE.
-        queries: [B, H, W, D], the queries of the last W tokens, after RoPE; W as large as any policy asked for.
+        queries: [B, H, W, D], the queries of the last W tokens, after RoPE; W is the largest window required.
         scaling: factor of the attention logits, usually 1 / sqrt(D).
         layer: index of the layer; `layers`, how many there are.
         column_sums: [B, Hkv, S] float32, causal attention received from all queries, the mean over the G query heads.
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
-        reread: [B, Hkv, S] float32, the most attention a token received while the context was repeated.
+        reconstruction: [B, Hkv, S] float32, the most attention a token received while the model repeated the context.
         kernels: whether `window_scores` goes through the Triton kernels.
     """
 
@@ -109,7 +110,7 @@ class LayerView:
     query_mean: Tensor | None = None
     query_cov: Tensor | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
-    reread: Tensor | None = None
+    reconstruction: Tensor | None = None
     kernels: bool = False
 
     def window_attention(self, window: int) -> Tensor:
@@ -135,9 +136,9 @@ class Evictor:
     amount: Amount
 
     @property
-    def needs(self) -> Needs:
-        """What `scores` wants observed during prefill."""
-        return Needs()
+    def stats_spec(self) -> StatsSpec:
+        """The prefill statistics that `scores` requires."""
+        return StatsSpec()
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32; higher stays. Ties keep the earlier token."""
@@ -200,17 +201,9 @@ class StepEvictor(Evictor):
         raise NotImplementedError
 
 
-class Store(Protocol):
-    """In what precision a context's kept slots are stored."""
+class SparseAttention(Protocol):
+    """Attention of a decoding step to a selection of the stored slots."""
 
-    def store(self, kv: PagedKV) -> KV:
-        """One layer's slots, stored."""
-        ...
-
-
-class Reader(Protocol):
-    """Which of the stored slots a decoding step attends to."""
-
-    def read(self, kv: KV, layer: int, context_tokens: int) -> KV:
-        """One layer's slots, read selectively."""
+    def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
+        """One layer's slots, attended to sparsely."""
         ...

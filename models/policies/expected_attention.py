@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lceval.models.policies.base import SINKS, Evictor, LayerView, Needs
+from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +31,8 @@ class ExpectedAttention(Evictor):
             raise ValueError("future is at least 1")
 
     @property
-    def needs(self) -> Needs:
-        return Needs(query_moments=True)
+    def stats_spec(self) -> StatsSpec:
+        return StatsSpec(query_moments=True)
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: expected attention times the norm of the value; the first SINKS above all."""

@@ -25,6 +25,6 @@ class Fier:
         if self.skip < 0:
             raise ValueError("skip is at least 0")
 
-    def read(self, kv: KV, layer: int, context_tokens: int) -> KV:
+    def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
         """One layer's slots, read selectively; the amount is of the context's tokens, not of the kept ones."""
         return kv if layer < self.skip else selective(kv, self.amount.tokens(context_tokens), Bits.build)

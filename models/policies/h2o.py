@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lceval.models.policies.base import LayerView, Needs, StepEvictor, StepView
+from lceval.models.policies.base import LayerView, StatsSpec, StepEvictor, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class H2O(StepEvictor):
             raise ValueError("recent is a share of the budget, between 0.0 and 1.0")
 
     @property
-    def needs(self) -> Needs:
-        return Needs(column_sums=True)
+    def stats_spec(self) -> StatsSpec:
+        return StatsSpec(column_sums=True)
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: attention sums, the recent tokens above all, their latest first."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels.select import top
-from lceval.models.policies.base import SINKS, Evictor, LayerView, Needs
+from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +22,13 @@ class KVzip(Evictor):
     """
 
     @property
-    def needs(self) -> Needs:
-        return Needs(reread=True)
+    def stats_spec(self) -> StatsSpec:
+        return StatsSpec(reconstruction=True)
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: the attention received in the second pass."""
-        assert layer.reread is not None
-        return layer.reread
+        assert layer.reconstruction is not None
+        return layer.reconstruction
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """Masks [B, Hkv, S] of what stays; ties keep the earlier token, then the lower layer, then the lower head."""

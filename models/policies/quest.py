@@ -28,7 +28,7 @@ class Quest:
         if self.page < 1 or self.skip < 0:
             raise ValueError("page is at least 1, skip at least 0")
 
-    def read(self, kv: KV, layer: int, context_tokens: int) -> KV:
+    def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
         """One layer's slots, read selectively; the amount is of the context's tokens, not of the kept ones."""
         if layer < self.skip:
             return kv

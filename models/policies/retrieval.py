@@ -56,7 +56,7 @@ class Retrieval:
         if min(self.sinks, self.recent, self.nprobe, self.skip) < 0:
             raise ValueError("sinks, recent, nprobe and skip are at least 0")
 
-    def read(self, kv: KV, layer: int, context_tokens: int) -> KV:
+    def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
         """One layer's slots, read selectively; the amount is of the context's tokens, not of the kept ones."""
         if layer < self.skip:
             return kv

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.models.policies.base import Evictor, LayerView, Needs
+from lceval.models.policies.base import Evictor, LayerView, StatsSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,8 @@ class SnapKV(Evictor):
             raise ValueError("window is at least 1, pool an odd number")
 
     @property
-    def needs(self) -> Needs:
-        return Needs(queries=self.window)
+    def stats_spec(self) -> StatsSpec:
+        return StatsSpec(queries=self.window)
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: pooled attention; the window above all, its latest token first."""

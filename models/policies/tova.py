@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lceval.models.policies.base import LayerView, Needs, StepEvictor, StepView
+from lceval.models.policies.base import LayerView, StatsSpec, StepEvictor, StepView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +19,8 @@ class TOVA(StepEvictor):
     """
 
     @property
-    def needs(self) -> Needs:
-        return Needs(queries=1)
+    def stats_spec(self) -> StatsSpec:
+        return StatsSpec(queries=1)
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32, the same for every head: attention of the last query, the last token above all."""

@@ -122,10 +122,10 @@ def fit(
     known: dict[tuple[int, ...], list[int]] = {}  # a fitter that cannot do better makes the same choice again
 
     def totals(chosen: list[int]) -> list[int]:
-        if (choice := tuple(chosen)) not in known:
+        if (setting := tuple(chosen)) not in known:
             arranged = shown(documents, gold, [others[index]["pid"] for index in chosen])
-            known[choice] = request.totals(arranged, [question])
-        return known[choice]
+            known[setting] = request.totals(arranged, [question])
+        return known[setting]
 
     estimates = [costs[document["pid"]] for document in others]
     limit = request.fitted[1]

@@ -101,9 +101,9 @@ def checked(line: bytes, where: str) -> dict[str, Any]:
             lambda of: _list_of(of, lambda one: isinstance(one, dict) and bool(pid_of(one))),
             "a list of passages with psg_id or id",
         )
-    for field, (fits, form) in rules.items():
+    for field, (fits, output_format) in rules.items():
         if not fits(record.get(field)):
-            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {form}.")
+            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {output_format}.")
     return record
 
 

@@ -43,7 +43,7 @@ def rows(request: Request) -> Plan:
 def _build(request: Request, questions: SourceFile, pools: Sequence[SourceFile], source: str) -> list[Row]:
     meter, limit = request.fitted
     name, size = request.dataset.dataset, request.questions
-    elsewhere = _elsewhere(request.choice.split, questions, pools)
+    elsewhere = _elsewhere(request.setting.split, questions, pools)
     pool = _Pool(request, pools, elsewhere)
     asked = askable(name, questions, {d["pid"]: n for n, d in enumerate(pool.documents)}, pool.leaks, elsewhere)
     groups = _groups(asked, pool.leaks, random.Random(f"{name} {request.seed}"), size, limit)
@@ -106,7 +106,7 @@ def kept_out(request: Request, rows: Sequence[Row]) -> list[int]:
     """For each context of the rows, how many passages of the pool it could not have: no gold, and with an answer in."""
     questions, own, fill = read_pool(request)
     pools = [own, *fill]
-    elsewhere = _elsewhere(request.choice.split, questions, pools)
+    elsewhere = _elsewhere(request.setting.split, questions, pools)
     passages = [record for pool in pools for record in pool.records if record["pid"] not in elsewhere]
     leaks = LeakIndex([passage["text"] for passage in passages])
     contexts: dict[str, list[Row]] = {}
@@ -134,7 +134,7 @@ class _Pool:
         layout = request.dataset.layout
         self.leaks = LeakIndex(texts)
         self._costs = request.fitted[0].pieces([f"{block(layout, [text])}\n\n" for text in texts])
-        self._alike, ranker = request.choice.alike, request.choice.negatives or "bm25"
+        self._length_matched, ranker = request.setting.length_matched, request.setting.negatives or "bm25"
         self._order = None if ranker == "random" else order_by(ranker, texts)
 
     def context(
@@ -156,14 +156,14 @@ class _Pool:
             order.shuffle(fillers)
             return [self.documents[passage] for passage in spread(golds, fillers, order)]
 
-        def alike(capacity: int, costs: Sequence[int]) -> list[int]:
+        def length_matched(capacity: int, costs: Sequence[int]) -> list[int]:
             like = [self._costs[gold] for gold in golds]
             return fill_alike(capacity, costs, like, len(hard), random.Random(order_seed))
 
         fitted = fitter.fit(
             [self._costs[passage] for passage in candidates],
             lambda chosen: request.totals(arrange(chosen), [question.text for question in group]),
-            alike if self._alike else None,
+            length_matched if self._length_matched else None,
         )
         return None if fitted is None else (arrange(fitted[0]), fitted[1])
 
@@ -172,7 +172,7 @@ class _Pool:
         if self._order is None:
             return
         found = []
-        most = HARD_PER_QUESTION * (_WIDER if self._alike else 1)
+        most = HARD_PER_QUESTION * (_WIDER if self._length_matched else 1)
         for question in group:
             ranked = self._order(question.text)[: 4 * most]
             wrong = [n for n in dict.fromkeys([*question.negatives, *ranked]) if n not in question.gold]

@@ -27,7 +27,7 @@ _SUMMARIZE = "Summarize the book."  # the benchmark gives no question here
 def rows(request: Request) -> Plan:
     """One row a record; the questions on a book stand together."""
     assert request.dataset.hub is not None
-    split, fields = _SPLITS[request.form]
+    split, fields = _SPLITS[request.output_format]
     source = read_hub(request.task, request.dataset.hub, split, fields)
     return Plan(
         {"source": source.identity},
@@ -48,13 +48,13 @@ def _row(request: Request, source: SourceFile, record: Mapping[str, Any]) -> Row
     book = hashlib.sha256(text.encode()).hexdigest()[:12]
     more: dict[str, Any] = {}
     answers = record["answer"]
-    if request.form == "infinite_letter":
+    if request.output_format == "infinite_letter":
         gold = _gold(source, record)
         answers = [LETTERS[gold], record["options"][gold]]
         more = {"choices": record["options"], "gold": gold}
     return request.row(
         id=str(record["id"]),
-        question=_SUMMARIZE if request.form == "infinite_sum" else record["input"].strip(),
+        question=_SUMMARIZE if request.output_format == "infinite_sum" else record["input"].strip(),
         answers=answers,
         docs=[Document(pid=book, title="", text=text)],
         gold_pids=[book],

@@ -67,7 +67,7 @@ def test_eval_answers_under_each_recipe_and_goes_on_from_its_file(lceval: Any, t
     assert resumed["full"] == sides["full"]
     assert resumed["int8"]["gold_nll"]["mean"] == pytest.approx(sides["int8"]["gold_nll"]["mean"], abs=1e-4)
     # Another question's results are not mixed in.
-    code, _, err = lceval(*line[:-2], str(file), "--compress", "aware")
+    code, _, err = lceval(*line[:-2], str(file), "--query-aware")
     assert code == 2
     assert "name another --output" in err
 

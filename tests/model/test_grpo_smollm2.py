@@ -34,18 +34,18 @@ FILLER = (
 )
 
 
-def row(form: str, fillers: int = 0) -> dict[str, Any]:
+def row(output_format: str, fillers: int = 0) -> dict[str, Any]:
     texts = [text + FILLER * fillers for text in TEXTS]
     question = "Who built the Lindmark bridge?"
     return {
-        "id": form,
+        "id": output_format,
         "question": question,
         "answers": ["Ole Vinter"],
         "docs": [{"pid": str(place), "title": "", "text": text} for place, text in enumerate(texts)],
         "gold_pids": ["1"],
-        "instruction": prompts.instruction("documents", form),
+        "instruction": prompts.instruction("documents", output_format),
         "context": prompts.block("documents", texts),
-        "ask": prompts.ask(form, question),
+        "ask": prompts.ask(output_format, question),
     }
 
 
@@ -53,7 +53,7 @@ def learn(model: Any, smollm2: str, output: Path, steps: int, shown: dict[str, A
     """A step is 3 samples of one prompt, 24 tokens at most."""
     grader = more.pop("grader", None)
     settings = Grpo(
-        steps=steps,
+        max_steps=steps,
         num_generations=3,
         prompts_per_step=1,
         completions_per_device=3,
@@ -71,7 +71,7 @@ def learn(model: Any, smollm2: str, output: Path, steps: int, shown: dict[str, A
 
 @pytest.mark.parametrize("name", rewards.NAMES)
 def test_a_step_by_each_reward(name: Any, lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
-    shown = row(name if name in prompts.FORMS else "id")
+    shown = row(name if name in prompts.OUTPUT_FORMATS else "id")
     with Store(tmp_path / "replies.sqlite") as store:
         grader = Grader(Client(RuleJudge(), store)) if name == "rj" else None
         made = learn(lcft_model, smollm2, tmp_path, 1, shown, reward=name, grader=grader)

@@ -13,7 +13,7 @@ from lceval.models import recipe
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS
 from lceval.training.encode import Packed
-from lceval.training.packing import IGNORED, Packing, Turn, check_trainable, pack
+from lceval.training.packing import IGNORED, Packing, QAPair, check_trainable, pack
 
 pytestmark = pytest.mark.model
 RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name != "kvzip"), "adakv:0.3:of=knorm"]
@@ -24,7 +24,7 @@ def tokens(count: int, seed: int) -> tuple[int, ...]:
 
 
 CONTEXT = tokens(211, 0)
-TURNS = [Turn(tokens(20, 1), tokens(5, 2)), Turn(tokens(1, 3), tokens(1, 4)), Turn(tokens(33, 5), tokens(7, 6))]
+PAIRS = [QAPair(tokens(20, 1), tokens(5, 2)), QAPair(tokens(1, 3), tokens(1, 4)), QAPair(tokens(33, 5), tokens(7, 6))]
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,14 @@ def model(lcft_model: Any, smollm2: str) -> Any:
     return LCFT(lcft_model, tokenizer=smollm2)
 
 
-def trained(model: Any, kv: str, turns: list[Turn], *, aware: bool, twin: bool = False) -> list[float]:
+def trained(
+    model: Any, kv: str, pairs: list[QAPair], *, query_aware: bool, self_distillation: bool = False
+) -> list[float]:
     """NLL per token of each answer, as training sees it, and after them those of their twins."""
-    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, turns, aware=aware, twin=twin).items()}
+    packed = {
+        key: torch.tensor([row])
+        for key, row in pack(CONTEXT, pairs, query_aware=query_aware, self_distillation=self_distillation).items()
+    }
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse(kv).evictor)
     rows = (packed["labels"][0] != IGNORED).nonzero()[:, 0]
     with torch.no_grad():
@@ -47,54 +52,54 @@ def trained(model: Any, kv: str, turns: list[Turn], *, aware: bool, twin: bool =
         ).logits[0]
     nll = F.cross_entropy(logits, packed["labels"][0][rows], reduction="none")
     block = packed["block"][0][rows]
-    return [float(nll[block == number].mean()) for number in range(len(turns) * (2 if twin else 1))]
+    return [float(nll[block == number].mean()) for number in range(len(pairs) * (2 if self_distillation else 1))]
 
 
-def evaluated(model: Any, kv: str, turn: Turn, *, aware: bool) -> float:
+def evaluated(model: Any, kv: str, pair: QAPair, *, query_aware: bool) -> float:
     """The same of one answer, through the compressed cache."""
     how, engine = recipe.parse(kv), model.engine
-    prefill = engine.read(CONTEXT, how.needs)
-    if aware and how.evictor:
-        cache = engine.ask(prefill, turn.question, 64)
-        cache.over(prefill.compress(how, consume=False, asked=cache))
+    prefill = engine.prefill(CONTEXT, how.stats_spec)
+    if query_aware and how.evictor:
+        cache = engine.ask(prefill, pair.question, 64)
+        cache.over(prefill.compress(how, consume=False, question_cache=cache))
         cache.rollback(1)
-        ids = [*turn.question[-1:], *turn.answer[:-1]]
+        ids = [*pair.question[-1:], *pair.answer[:-1]]
     else:
-        cache = engine.batch([prefill.compress(how, consume=False)], [turn.question], 64)
-        ids = [*turn.question, *turn.answer[:-1]]
-    logits = engine.forward(cache, torch.tensor([ids]))[0, -len(turn.answer) :]
-    return float(F.cross_entropy(logits, torch.tensor(turn.answer)))
+        cache = engine.batch([prefill.compress(how, consume=False)], [pair.question], 64)
+        ids = [*pair.question, *pair.answer[:-1]]
+    logits = engine.forward(cache, torch.tensor([ids]))[0, -len(pair.answer) :]
+    return float(F.cross_entropy(logits, torch.tensor(pair.answer)))
 
 
-@pytest.mark.parametrize("aware", [False, True], ids=["agnostic", "aware"])
+@pytest.mark.parametrize("query_aware", [False, True], ids=["query-agnostic", "query-aware"])
 @pytest.mark.parametrize("kv", RECIPES)
-def test_training_sees_the_loss_that_the_compressed_cache_gives(model: Any, kv: str, aware: bool) -> None:
-    seen = trained(model, kv, TURNS, aware=aware)
+def test_training_sees_the_loss_that_the_compressed_cache_gives(model: Any, kv: str, query_aware: bool) -> None:
+    seen = trained(model, kv, PAIRS, query_aware=query_aware)
     # Measured: 8e-6 at most, but for random, which drops the sinks: 2.4e-4 of 27.9.
-    for turn, nll in zip(TURNS, seen, strict=True):
-        assert nll == pytest.approx(evaluated(model, kv, turn, aware=aware), abs=5e-5, rel=2e-5)
+    for pair, nll in zip(PAIRS, seen, strict=True):
+        assert nll == pytest.approx(evaluated(model, kv, pair, query_aware=query_aware), abs=5e-5, rel=2e-5)
 
 
 def test_a_question_is_blind_to_the_others(model: Any) -> None:
-    together = trained(model, "snapkv:0.3", TURNS, aware=False)
-    alone = [trained(model, "snapkv:0.3", [turn], aware=False)[0] for turn in TURNS]
+    together = trained(model, "snapkv:0.3", PAIRS, query_aware=False)
+    alone = [trained(model, "snapkv:0.3", [pair], query_aware=False)[0] for pair in PAIRS]
     assert together == pytest.approx(alone, abs=5e-5)
 
 
-@pytest.mark.parametrize("aware", [False, True], ids=["agnostic", "aware"])
-def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, aware: bool) -> None:
-    both = trained(model, "snapkv:0.3", TURNS, aware=aware, twin=True)
-    alone = trained(model, "snapkv:0.3", TURNS, aware=aware)
-    assert both == pytest.approx(alone + trained(model, "full", TURNS, aware=False), abs=5e-5)
+@pytest.mark.parametrize("query_aware", [False, True], ids=["query-agnostic", "query-aware"])
+def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, query_aware: bool) -> None:
+    both = trained(model, "snapkv:0.3", PAIRS, query_aware=query_aware, self_distillation=True)
+    alone = trained(model, "snapkv:0.3", PAIRS, query_aware=query_aware)
+    assert both == pytest.approx(alone + trained(model, "full", PAIRS, query_aware=False), abs=5e-5)
     assert alone != pytest.approx(both[len(alone) :], abs=0.01)
-    packed = pack(CONTEXT, TURNS, twin=True)
-    counted = Packed(CONTEXT, tuple(TURNS), ("a", "b", "c"), twin=True)
+    packed = pack(CONTEXT, PAIRS, self_distillation=True)
+    counted = Packed(CONTEXT, tuple(PAIRS), ("a", "b", "c"), self_distillation=True)
     assert counted.tokens == len(packed["input_ids"])
     assert counted.predicted == sum(label != IGNORED for label in packed["labels"])
 
 
 def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
-    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, TURNS).items()}
+    packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, PAIRS).items()}
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse("knorm:0.25").evictor)
     length = packed["block"].shape[1]
     q, k, v = (torch.randn(1, heads, length, 64, requires_grad=True) for heads in (9, 3, 3))

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lceval.models import attention
-from lceval.models.cache import Context, Prefill
+from lceval.models.cache import CompressedContext, Prefill
 from lceval.models.recipe import parse
 
 pytestmark = pytest.mark.model
@@ -29,15 +29,15 @@ CASES = FIXTURE["cases"]
 # order (the context read in chunks of 307) scores there moved by 1.1e-5 at most, and two of them decide.
 TIE = 3e-5
 
-Compress = Callable[[str], Context]
+Compress = Callable[[str], CompressedContext]
 
 
 @pytest.fixture(scope="module")
 def compressed(lcft_model: Any) -> Compress:
     """A function from a recipe to the fixture's context under it; the context is read once for all recipes."""
     ids = torch.tensor([FIXTURE["ids"]])
-    needs = reduce(or_, (parse(recipe).needs for recipe in CASES))
-    prefill = Prefill.for_model(lcft_model, ids.shape[1], needs)
+    stats_spec = reduce(or_, (parse(recipe).stats_spec for recipe in CASES))
+    prefill = Prefill.for_model(lcft_model, ids.shape[1], stats_spec)
     before = lcft_model.config._attn_implementation
     lcft_model.set_attn_implementation(attention.register())
     with torch.inference_mode():
@@ -45,14 +45,14 @@ def compressed(lcft_model: Any) -> Compress:
     lcft_model.set_attn_implementation(before)
 
     @cache
-    def compress(recipe: str) -> Context:
+    def compress(recipe: str) -> CompressedContext:
         with torch.inference_mode():
             return prefill.compress(parse(recipe), consume=False)
 
     return compress
 
 
-def disagreements(context: Context, case: dict[str, Any]) -> list[str]:
+def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]:
     """Heads that kept other tokens than kvpress, ties at the cut aside."""
     found = []
     for layer, record in case["layers"].items():

@@ -131,7 +131,7 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
     class Broken:
         def __init__(self) -> None:
             self.totals: Counter[str] = Counter()
-            self.server = SimpleNamespace(kept_for=None, read_s=0.0)
+            self.scheduler = SimpleNamespace(keep_for=None, prefill_s=0.0)
             self.recipe: Any = None
 
         def set_cache_hook(self, store: Any) -> None: ...
@@ -149,7 +149,7 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
         (cell, Opened(SimpleNamespace(model_args={"kv": cell.recipe}, seed=None), tmp_path / cell.name, {}, None))
         for cell in cells
     ]
-    became: dict[str, worker.Became] = {}
+    became: dict[str, worker.CellResult] = {}
     answered = worker.Worker._answer(Broken(), begun, became)
     assert [one.cell.recipe for one in answered] == ["full", "int8"]
     assert {name: one.error for name, one in became.items()} == {cells[1].name: "MemoryError: no room"}

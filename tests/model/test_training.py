@@ -17,7 +17,7 @@ import torch
 from lceval.errors import UserError
 from lceval.training import dry_run, precision
 from lceval.training.config import Config, parse, read
-from lceval.training.packing import Packing, Turn, pack
+from lceval.training.packing import Packing, QAPair, pack
 from lceval.training.run import train
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
@@ -30,8 +30,14 @@ def recipe(output: Path, **more: Any) -> dict[str, Any]:
         "output": str(output),
         "model": {"dtype": "float32"},
         "data": {"datasets": ["filings"], "split": "all", "limit": 9, "seeds": [1234]},
-        "optim": {"lr": 1e-3, "steps": STEPS, "contexts": 1, "warmup": 0.0, "schedule": "constant"},
-        "robust": {"evictors": ["snapkv", "random"], "full": 0.2, "distill": 1.0},
+        "optim": {
+            "learning_rate": 1e-3,
+            "max_steps": STEPS,
+            "contexts_per_step": 1,
+            "warmup": 0.0,
+            "schedule": "constant",
+        },
+        "compression_aware": {"evictors": ["snapkv", "random"], "full": 0.2, "self_distillation": 1.0},
         "save_steps": 1,
         **more,
     }
@@ -108,7 +114,7 @@ def test_a_tables_neighbourhoods_are_learned(tmp_path: Path) -> None:
     """The shipped recipe, smaller: one local set with two queries, until it is known."""
     small = ["neighbourhoods.datasets=[cancer]", "neighbourhoods.sets=1", "neighbourhoods.context_rows=4"]
     small += ["model.dtype=float32", "neighbourhoods.queries=2"]
-    few = ["optim.steps=4", "optim.contexts=1", "optim.lr=1e-3", "optim.warmup=0"]
+    few = ["optim.max_steps=4", "optim.contexts_per_step=1", "optim.learning_rate=1e-3", "optim.warmup=0"]
     record = train(read("tabular_sft", [*small, *few, f"output={tmp_path / 'run'}"]))
     losses = [loss for _, loss in record["losses"]]
     assert record["data"]["questions"] == 2
@@ -134,7 +140,7 @@ def test_the_plan_counts_what_backward_remembers(smollm2: str, dtype: str, lora:
     geometry = Geometry.of(model)
     tuned = get_peft_model(model, sft.lora(made)) if lora else model
     weights = {p.untyped_storage().data_ptr() for p in tuned.parameters()}
-    packed = {key: torch.tensor([row]) for key, row in pack(range(10, 410), [Turn((5, 6, 7), (8, 9))]).items()}
+    packed = {key: torch.tensor([row]) for key, row in pack(range(10, 410), [QAPair((5, 6, 7), (8, 9))]).items()}
     saved: dict[int, int] = {}
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -169,7 +175,7 @@ def test_texts_are_learned_with_shifted_attention_for_a_longer_window(tmp_path: 
         "output": str(tmp_path / "long"),
         "texts": {"files": [str(file)], "group": "book", "tokens": 256},
         "longlora": {"window_tokens": 16384},
-        "optim": {"steps": 2, "contexts": 1, "lr": 1e-3, "warmup": 0.0},
+        "optim": {"max_steps": 2, "contexts_per_step": 1, "learning_rate": 1e-3, "warmup": 0.0},
         "model": {"dtype": "float32"},
     }
     record = train(parse(said, "test"))
@@ -186,7 +192,13 @@ def test_bfloat16_weights_are_trained_and_recorded(tmp_path: Path) -> None:
     """Two steps of 16 tokens: a CPU without bfloat16 instructions computes about a token a second."""
     file = tmp_path / "text.txt"
     file.write_text("The ledger of the harbour was kept in ink. " * 8)
-    small = ["texts.tokens=16", "optim.steps=2", "optim.contexts=1", "optim.warmup=0", "optim.lr=1e-3"]
+    small = [
+        "texts.tokens=16",
+        "optim.max_steps=2",
+        "optim.contexts_per_step=1",
+        "optim.warmup=0",
+        "optim.learning_rate=1e-3",
+    ]
     output = tmp_path / "run"
     record = train(read("ao_sft", ["model.dtype=bfloat16", f"texts.files=[{file}]", f"output={output}", *small]))
     losses = [loss for _, loss in record["losses"]]

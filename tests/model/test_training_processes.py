@@ -29,7 +29,7 @@ def recipe(output: Path) -> dict[str, Any]:
         "output": str(output),
         "model": {"dtype": "float32"},
         "data": {"datasets": ["filings"], "split": "all", "limit": 16, "seeds": [1234]},
-        "optim": {"steps": 2, "contexts": 2, "warmup": 0.0},
+        "optim": {"max_steps": 2, "contexts_per_step": 2, "warmup": 0.0},
         "save_steps": 2,
     }
 
@@ -72,9 +72,9 @@ def test_two_processes_learn_what_one_does(one: Path, tmp_path: Path, configurat
 
 
 def test_contexts_that_cannot_be_dealt_out_are_refused(tmp_path: Path) -> None:
-    ran = launch(tmp_path / "odd", "optim.contexts=3")
+    ran = launch(tmp_path / "odd", "--set", "optim.contexts_per_step=3")
     assert ran.returncode != 0
-    assert "optim.contexts=3 cannot be dealt out to 2 processes: choose a multiple" in ran.stderr
+    assert "optim.contexts_per_step=3 cannot be dealt out to 2 processes: choose a multiple" in ran.stderr
 
 
 def test_the_page_starts_several_processes_as_accelerate_understands_it() -> None:

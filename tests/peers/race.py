@@ -42,7 +42,7 @@ def ours(model: LCFT, kv: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     answers, stored = [], 0
     start = time.perf_counter()
     for job in jobs:
-        context = model.engine.read(job["context"], recipe.needs).compress(recipe, consume=True)
+        context = model.engine.prefill(job["context"], recipe.stats_spec).compress(recipe, consume=True)
         stored = max(stored, context.allocated_bytes)
         for question in job["questions"]:
             cache = context.fork(len(question) + job["max_new_tokens"], kernels=model.engine.kernels)

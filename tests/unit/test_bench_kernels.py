@@ -26,7 +26,7 @@ def test_a_case_keeps_and_attends_to_what_it_says(case: Case) -> None:
     kv = build(case, SMALL, "cpu", torch.float32)
     assert kv.counts == tuple(kernels.ragged(500, keep, 2)) * 2
     assert sum(kv.counts) == pytest.approx(4 * 500 * keep, rel=0.01)
-    if parse(case.store).reader is not None:
+    if parse(case.store).sparse_attention is not None:
         # A tenth of the slots, and an index of at most a fifth of the bytes.
         assert kv.read_bytes < 0.35 * kv.kept_bytes
         return
@@ -101,7 +101,7 @@ def test_the_command_predicts_plots_and_refuses(tmp_path: Path, capsys: pytest.C
 def test_the_predictions_in_the_documentation_are_the_commands() -> None:
     rows = kernels.bench("h100", [131072], [8], [1.0, 0.25, 0.1])["rows"]
     text = (ROOT / "docs" / "kernels.md").read_text()
-    for store in kernels.STORES:
+    for store in kernels.QUANTIZERS:
         cells = [f"{row['us']:.0f} | {row['speedup_vs_sdpa']:.1f}" for row in rows if row["store"] == store]
         assert f"| `{store}` | {' | '.join(cells)}" in text
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from lceval.kernels import decode, gather_decode, launch, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
 from lceval.models import attention
-from lceval.models.cache import Context
+from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
 from lceval.models.question import QuestionLayer
@@ -79,18 +79,18 @@ def recipe(text: str) -> Recipe:
     if not text.startswith("ragged"):
         return parse(text)
     rest = parse(text.removeprefix("ragged").removeprefix("+") or "full")
-    return Recipe(Ragged(amount=Amount(1)), rest.store, rest.reader)
+    return Recipe(Ragged(amount=Amount(1)), rest.quantizer, rest.sparse_attention)
 
 
 def engine(model: Any, chunk: int = 0) -> Engine:
     return Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
 
 
-def read(model: Any, ids: Tensor, how: Recipe, chunk: int = 0) -> Context:
-    return engine(model, chunk).read(ids[0].tolist(), how.needs).compress(how, consume=True)
+def read(model: Any, ids: Tensor, how: Recipe, chunk: int = 0) -> CompressedContext:
+    return engine(model, chunk).prefill(ids[0].tolist(), how.stats_spec).compress(how, consume=True)
 
 
-def oracle(model: Any, ids: Tensor, context: Context) -> Tensor:
+def oracle(model: Any, ids: Tensor, context: CompressedContext) -> Tensor:
     """Logits of one plain forward pass in which the question cannot see what the context dropped.
 
     Written without the cache: eager attention, K and V repeated, dropped positions at -inf for question rows.
@@ -142,12 +142,12 @@ def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: 
     ids = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(3))
     questions = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(4))
     context = read(tiny, ids, recipe(how))
-    answers, asked = [], []
+    answers, question_cache = [], []
     for kernels in (False, True):
         for kind in {type(layer) for layer in context.layers} if kernels else ():
             # What no kernel reads is read by this.
             def attend(kv: Any, q: Tensor, scaling: float, was: Any = kind.attend) -> Any:
-                asked.append(q.shape[2])
+                question_cache.append(q.shape[2])
                 return was(kv, q, scaling)
 
             monkeypatch.setattr(kind, "attend", attend)
@@ -156,7 +156,7 @@ def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: 
         tiny(questions[:, :5], cache=cache)
         answers.append(tiny(questions[:, 5:], cache=cache).logits)
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
-    assert set(asked) == {5}
+    assert set(question_cache) == {5}
 
 
 class Waits(TorchDispatchMode):
@@ -329,12 +329,12 @@ def test_a_stored_context_is_read_as_its_codes_say(tiny: Any, how: str, length: 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "reader", ["fier:1.0:skip=0", "quest:1.0:skip=0", "retrieval:1.0", "retrieval:1.0:index=exact"]
+    "sparse_attention", ["fier:1.0:skip=0", "quest:1.0:skip=0", "retrieval:1.0", "retrieval:1.0:index=exact"]
 )
-def test_a_reader_with_the_whole_budget_is_dense(tiny: Any, reader: str) -> None:
+def test_a_reader_with_the_whole_budget_is_dense(tiny: Any, sparse_attention: str) -> None:
     ids = torch.randint(0, 99, (1, 150))
     for stored in ("full", "knorm:0.5", "ragged", "int4:residual=32"):
-        with_reader, without = recipe(f"{stored}+{reader}"), recipe(stored)
+        with_reader, without = recipe(f"{stored}+{sparse_attention}"), recipe(stored)
         logits = [
             tiny(ids[:, 140:], cache=read(tiny, ids[:, :140], how).fork(10)).logits for how in (with_reader, without)
         ]

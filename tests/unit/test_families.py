@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lceval.errors import UserError
 from lceval.models import attention
-from lceval.models.cache import Context, QuestionCache
+from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.geometry import Geometry
 from lceval.models.policies import LayerView
@@ -57,9 +57,9 @@ def engine(model: Any) -> Any:
     return make
 
 
-def read(engine: Engine, ids: torch.Tensor, how: str) -> Context:
+def read(engine: Engine, ids: torch.Tensor, how: str) -> CompressedContext:
     recipe = parse(how)
-    return engine.read(ids.tolist(), recipe.needs).compress(recipe, consume=True)
+    return engine.prefill(ids.tolist(), recipe.stats_spec).compress(recipe, consume=True)
 
 
 @torch.inference_mode()
@@ -130,14 +130,14 @@ def test_a_question_that_is_seen_scores_as_if_it_stood_in_the_context(model: Any
     recipe, runs = parse(how), engine()
     assert recipe.evictor is not None
     ids = torch.randint(0, 99, (70,), generator=torch.Generator().manual_seed(6)).tolist()
-    prefill = runs.read(ids[:60], recipe.needs)
+    prefill = runs.prefill(ids[:60], recipe.stats_spec)
     cache = runs.ask(prefill, ids[60:], 0)
-    context = prefill.compress(recipe, consume=False, asked=cache)
-    both = runs.read(ids, recipe.needs)
+    context = prefill.compress(recipe, consume=False, question_cache=cache)
+    both = runs.prefill(ids, recipe.stats_spec)
     scores = []
     for layer, keys in zip(both.layers, both.keys, strict=True):
         if keys is not None:
-            seen = layer.observer
+            seen = layer.stats
             view = LayerView(
                 keys,
                 layer.values[:, :, :70],
@@ -151,7 +151,7 @@ def test_a_question_that_is_seen_scores_as_if_it_stood_in_the_context(model: Any
                 seen.rotary,
             )
             scores.append(recipe.evictor.scores(view)[..., :60])
-    for layer, mask in zip(context.deep, recipe.evictor.select(scores), strict=True):
+    for layer, mask in zip(context.full_attention_layers, recipe.evictor.select(scores), strict=True):
         for head in range(2):
             assert torch.equal(layer.kept_positions(0, head), mask[0, head].nonzero().squeeze(-1))
     # Nothing of the question leaves, and the last of its tokens may be read again.
@@ -164,10 +164,10 @@ def test_a_question_that_is_seen_scores_as_if_it_stood_in_the_context(model: Any
 @torch.inference_mode()
 def test_questions_that_were_seen_go_on_together_as_they_do_alone(model: Any, engine: Any) -> None:
     recipe, runs, caches = parse("tova:0.4"), engine(), []
-    for tokens, asked in [(70, 9), (70, 4), (33, 1)]:
-        prefill = runs.read(torch.randint(0, 99, (tokens,)).tolist(), recipe.needs)
-        cache = runs.ask(prefill, torch.randint(0, 99, (asked,)).tolist(), 0)
-        cache.over(prefill.compress(recipe, consume=False, asked=cache))
+    for tokens, question_cache in [(70, 9), (70, 4), (33, 1)]:
+        prefill = runs.prefill(torch.randint(0, 99, (tokens,)).tolist(), recipe.stats_spec)
+        cache = runs.ask(prefill, torch.randint(0, 99, (question_cache,)).tolist(), 0)
+        cache.over(prefill.compress(recipe, consume=False, question_cache=cache))
         cache.rollback(1)
         caches.append(cache)
     together, following = QuestionCache.joined(caches, 5), torch.randint(0, 99, (3, 5))
@@ -198,7 +198,7 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
     if None not in runs.geometry.windows:
         pytest.skip("every layer slides: there is nothing to compress")
     ids = torch.randint(0, 99, (80,)).tolist()
-    prefill = runs.read(ids, recipe.needs)
+    prefill = runs.prefill(ids, recipe.stats_spec)
     index = runs.geometry.windows.index(None)
     attn = model.model.layers[index].self_attn
     seen = {}
@@ -211,10 +211,10 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
         hook.remove()
     q = seen["q"].view(1, 80, 6, 16) if seen["q"].dim() == 3 else seen["q"]
     q = (q.transpose(1, 2) if q.shape[1] == 80 else q)[:, :, 4:]
-    observer = prefill.layers[index].observer
-    torch.testing.assert_close(observer.query_mean, q.mean(2), rtol=1e-4, atol=1e-5)
+    stats = prefill.layers[index].stats
+    torch.testing.assert_close(stats.query_mean, q.mean(2), rtol=1e-4, atol=1e-5)
     centred = q - q.mean(2, keepdim=True)
-    torch.testing.assert_close(observer.query_cov, centred.transpose(2, 3) @ centred / 76, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.query_cov, centred.transpose(2, 3) @ centred / 76, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

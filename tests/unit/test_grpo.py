@@ -26,7 +26,7 @@ from lceval.training import rewards
 from lceval.training.grpo import Grpo, Trained, train
 from lceval.training.samples import COMPLETIONS
 
-FORMS = ("ao", "id", "idc", "idq", "rj")
+OUTPUT_FORMATS = ("ao", "id", "idc", "idq", "rj")
 SMALL: dict[str, Any] = {
     "num_generations": 2,
     "prompts_per_step": 2,
@@ -37,7 +37,7 @@ SMALL: dict[str, Any] = {
 }
 
 
-def row(number: int, form: str = "ao") -> dict[str, Any]:
+def row(number: int, output_format: str = "ao") -> dict[str, Any]:
     texts = [f"The harbour was dredged in {1900 + number}.", f"Builder{number} built the bridge."]
     question = "Who built the bridge?"
     return {
@@ -46,9 +46,9 @@ def row(number: int, form: str = "ao") -> dict[str, Any]:
         "answers": [f"Builder{number}"],
         "docs": [{"pid": f"{number}-{place}", "title": "", "text": text} for place, text in enumerate(texts)],
         "gold_pids": [f"{number}-1"],
-        "instruction": prompts.instruction("documents", form),
+        "instruction": prompts.instruction("documents", output_format),
         "context": prompts.block("documents", texts),
-        "ask": prompts.ask(form, question),
+        "ask": prompts.ask(output_format, question),
     }
 
 
@@ -65,7 +65,10 @@ TEMPLATE = (
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A token a word of the prompts: what is sampled has documents and builders in it, though little sense."""
     said = re.findall(
-        r"\w+|[^\w\s]", " ".join(prompts.prompt(row(number, form)) for form in FORMS for number in range(12))
+        r"\w+|[^\w\s]",
+        " ".join(
+            prompts.prompt(row(number, output_format)) for output_format in OUTPUT_FORMATS for number in range(12)
+        ),
     )
     words = ["<unk>", "<start>", "<end>", "user", "assistant", *dict.fromkeys(word for word in said)]
     made = Tokenizer(WordLevel({word: place for place, word in enumerate(dict.fromkeys(words))}, unk_token="<unk>"))
@@ -125,7 +128,7 @@ def vowels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_rewarded_is_said_more_often(tmp_path: Path, tokenizer: Any, vowels: None) -> None:
-    settings = {"steps": 20, "num_generations": 16, "completions_per_device": 32, "save_steps": 20, "beta": 0.0}
+    settings = {"max_steps": 20, "num_generations": 16, "completions_per_device": 32, "save_steps": 20, "beta": 0.0}
     made = run(tmp_path, tokenizer, lora=None, grpo=settings)
     values = [line["reward"] for line in steps(made)]
     assert sum(values[-5:]) / 5 > 2 * sum(values[:5]) / 5
@@ -134,9 +137,9 @@ def test_what_is_rewarded_is_said_more_often(tmp_path: Path, tokenizer: Any, vow
 def test_scoring_the_samples_alone_is_what_trl_computes(
     tmp_path: Path, tokenizer: Any, vowels: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours = run(tmp_path / "ours", tokenizer, grpo={"steps": 3, "temperature": 0.7, "max_new_tokens": 9})
+    ours = run(tmp_path / "ours", tokenizer, grpo={"max_steps": 3, "temperature": 0.7, "max_new_tokens": 9})
     monkeypatch.setattr(grpo_module, "trainer_class", lambda device: GRPOTrainer)
-    theirs = run(tmp_path / "theirs", tokenizer, grpo={"steps": 3, "temperature": 0.7, "max_new_tokens": 9})
+    theirs = run(tmp_path / "theirs", tokenizer, grpo={"max_steps": 3, "temperature": 0.7, "max_new_tokens": 9})
     assert samples(tmp_path / "ours") == samples(tmp_path / "theirs")
     for one, other in zip(steps(ours), steps(theirs), strict=True):
         for name in ("loss", "kl", "entropy", "grad_norm"):
@@ -155,7 +158,7 @@ def test_the_prompt_is_the_one_that_an_evaluation_shows(tmp_path: Path, tokenize
             return made
 
     watched = Watched.from_pretrained(tokenizer.name_or_path)
-    run(tmp_path, watched, grpo={"steps": 1})
+    run(tmp_path, watched, grpo={"max_steps": 1})
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompts.prompt(r)}], tokenize=False, add_generation_prompt=True
@@ -169,15 +172,17 @@ def test_the_prompt_is_the_one_that_an_evaluation_shows(tmp_path: Path, tokenize
 
 
 def test_without_a_template_the_prompt_is_plain(tmp_path: Path, tokenizer: Any) -> None:
-    run(tmp_path, tokenizer, grpo={"steps": 1}, chat_template=False)
+    run(tmp_path, tokenizer, grpo={"max_steps": 1}, chat_template=False)
     assert len(samples(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("name", rewards.NAMES)
 def test_the_reward_column_is_our_function_of_the_logged_completions(name: str, tmp_path: Path, tokenizer: Any) -> None:
-    rows = [row(number, name if name in prompts.FORMS else "id") for number in range(3)]
+    rows = [row(number, name if name in prompts.OUTPUT_FORMATS else "id") for number in range(3)]
     grader = (lambda rows, outputs: [len(output) % 4 / 1 for output in outputs]) if name == "rj" else None
-    made = run(tmp_path, tokenizer, rows=rows, grpo={"steps": 1, "reward": name, "variant": "graded"}, grader=grader)
+    made = run(
+        tmp_path, tokenizer, rows=rows, grpo={"max_steps": 1, "reward": name, "variant": "graded"}, grader=grader
+    )
     reward = rewards.Reward(name=name, variant="graded")  # type: ignore[arg-type]
     logged, by_id = samples(tmp_path), {r["id"]: r for r in rows}
     assert len(logged) == 4
@@ -194,13 +199,13 @@ def test_the_reward_column_is_our_function_of_the_logged_completions(name: str, 
 
 def test_a_resumed_run_draws_and_learns_what_an_unbroken_one_does(tmp_path: Path, tokenizer: Any, vowels: None) -> None:
     """The rows are used up and shuffled anew twice on the way."""
-    whole = run(tmp_path / "whole", tokenizer, grpo={"steps": 4})
-    assert run(tmp_path / "broken", tokenizer, grpo={"steps": 4, "save_steps": 9}, minutes=0).steps == 1
-    half = run(tmp_path / "broken", tokenizer, grpo={"steps": 2}, resume=True)
+    whole = run(tmp_path / "whole", tokenizer, grpo={"max_steps": 4})
+    assert run(tmp_path / "broken", tokenizer, grpo={"max_steps": 4, "save_steps": 9}, minutes=0).steps == 1
+    half = run(tmp_path / "broken", tokenizer, grpo={"max_steps": 2}, resume=True)
     assert half.steps == 2
     log = tmp_path / "broken" / COMPLETIONS
     log.write_text(log.read_text() + samples_of_a_step_that_was_lost() + '{"step": 2, "cut of')
-    again = run(tmp_path / "broken", tokenizer, grpo={"steps": 4}, resume=True)
+    again = run(tmp_path / "broken", tokenizer, grpo={"max_steps": 4}, resume=True)
     assert samples(tmp_path / "broken") == samples(tmp_path / "whole")
     for one, other in zip(steps(again), steps(whole), strict=True):
         for name in ("loss", "reward", "kl", "grad_norm", "entropy"):
@@ -213,7 +218,7 @@ def samples_of_a_step_that_was_lost() -> str:
 
 
 def test_several_updates_and_passes_from_one_round_of_sampling(tmp_path: Path, tokenizer: Any) -> None:
-    settings = {"steps": 4, "updates_per_generation": 2, "iterations": 2, "save_steps": 4}
+    settings = {"max_steps": 4, "updates_per_generation": 2, "iterations": 2, "save_steps": 4}
     made = run(tmp_path, tokenizer, grpo=settings)
     drawn = samples(tmp_path)
     assert [line["step"] for line in drawn] == [0] * 8  # one round: 2 updates of 2 prompts with 2 samples each
@@ -223,7 +228,7 @@ def test_several_updates_and_passes_from_one_round_of_sampling(tmp_path: Path, t
 def test_the_adapter_is_one_that_peft_loads_and_only_it_was_trained(tmp_path: Path, tokenizer: Any) -> None:
     model = tiny()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    made = run(tmp_path, tokenizer, model, grpo={"steps": 1, "reward": "id"}, rows=ROWS)
+    made = run(tmp_path, tokenizer, model, grpo={"max_steps": 1, "reward": "id"}, rows=ROWS)
     loaded = PeftModel.from_pretrained(tiny(), str(made.adapter))
     assert made.parameters == sum(p.numel() for name, p in loaded.named_parameters() if "lora" in name)
     fresh = tiny().state_dict()
@@ -233,21 +238,21 @@ def test_the_adapter_is_one_that_peft_loads_and_only_it_was_trained(tmp_path: Pa
 def test_an_adapter_that_was_there_is_trained_on_and_measured_against(tmp_path: Path, tokenizer: Any) -> None:
     started = get_peft_model(tiny(), lora())
     torch.nn.init.normal_(next(p for name, p in started.named_parameters() if "lora_B" in name), std=0.1)
-    made = run(tmp_path, tokenizer, started, lora=None, grpo={"steps": 1, "beta": 0.1})
+    made = run(tmp_path, tokenizer, started, lora=None, grpo={"max_steps": 1, "beta": 0.1})
     assert steps(made)[0]["kl"] == pytest.approx(0, abs=1e-6)  # against itself, not against the bare model
     assert not (tmp_path / "ref").exists()
     assert set(PeftModel.from_pretrained(tiny(), str(tmp_path)).peft_config) == {"default"}
 
 
 def test_all_weights_are_trained_without_lora(tmp_path: Path, tokenizer: Any) -> None:
-    made = run(tmp_path, tokenizer, lora=None, grpo={"steps": 1, "beta": 0.0})
+    made = run(tmp_path, tokenizer, lora=None, grpo={"max_steps": 1, "beta": 0.0})
     assert made.parameters == sum(p.numel() for p in tiny().parameters())
     assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_held_out_rows_are_measured_and_never_trained_on(tmp_path: Path, tokenizer: Any) -> None:
     held_out = [row(number) for number in range(10, 12)]
-    made = run(tmp_path, tokenizer, grpo={"steps": 2, "eval_steps": 1}, held_out=held_out)
+    made = run(tmp_path, tokenizer, grpo={"max_steps": 2, "eval_steps": 1}, held_out=held_out)
     split = {
         name: {line["id"] for line in samples(tmp_path) if line["split"] == name} for name in ("train", "held_out")
     }
@@ -259,12 +264,14 @@ def test_an_unjudged_sample_is_counted_and_worth_its_groups_mean(tmp_path: Path,
     def grader(rows: Any, outputs: Any) -> list[float | None]:
         return [None if place % 2 else 2.0 for place in range(len(outputs))]
 
-    made = run(tmp_path, tokenizer, grpo={"steps": 1, "reward": "rj"}, grader=grader)
+    made = run(tmp_path, tokenizer, grpo={"max_steps": 1, "reward": "rj"}, grader=grader)
     assert made.unjudged == 2
     assert steps(made)[0]["unjudged"] == 0.5
     assert [line["reward"] for line in samples(tmp_path)] == [2, 2, 2, 2]
     assert [line["parts"]["judge"] for line in samples(tmp_path)] == [2, None, 2, None]
-    alone = run(tmp_path / "alone", tokenizer, grpo={"steps": 1, "reward": "rj", "variant": "graded"}, grader=grader)
+    alone = run(
+        tmp_path / "alone", tokenizer, grpo={"max_steps": 1, "reward": "rj", "variant": "graded"}, grader=grader
+    )
     assert [line["reward"] for line in samples(tmp_path / "alone")] == [2, None, 2, None]
     assert steps(alone)[0]["reward"] == 2  # and no mean of twos and zeros
 
@@ -281,7 +288,7 @@ def test_rewards_reach_the_log_that_was_asked_for(
         monkeypatch.setattr(trackio, "log", lambda line, **_: logged.append(line))
         monkeypatch.setattr(trackio, "finish", lambda: None)
         monkeypatch.setattr(trackio, "config", {})
-    run(tmp_path, tokenizer, grpo={"steps": 1}, report_to=[where])
+    run(tmp_path, tokenizer, grpo={"max_steps": 1}, report_to=[where])
     if where == "trackio":
         assert (logged[0]["project"], logged[0]["space_id"]) == ("lceval", None)
         assert any("train/parts/answer" in line for line in logged)
@@ -295,7 +302,7 @@ def test_rewards_reach_the_log_that_was_asked_for(
 
 
 def test_stdout_is_left_to_results(tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    run(tmp_path, tokenizer, grpo={"steps": 1})
+    run(tmp_path, tokenizer, grpo={"max_steps": 1})
     said = capsys.readouterr()
     assert said.out == ""
     assert "step 1 of 1: reward" in said.err
@@ -327,10 +334,10 @@ def test_a_bad_section_is_refused(given: dict[str, Any], match: str) -> None:
 
 
 def test_every_prompt_is_drawn_once_before_any_is_drawn_again() -> None:
-    order = grpo_module._order(5, Grpo(steps=7, prompts_per_step=3), seed=1)
+    order = grpo_module._order(5, Grpo(max_steps=7, prompts_per_step=3), seed=1)
     assert len(order) == 21
     assert all(sorted(order[start : start + 5]) == [*range(5)] for start in range(0, 20, 5))
-    assert order == grpo_module._order(5, Grpo(steps=7, prompts_per_step=3), seed=1)
+    assert order == grpo_module._order(5, Grpo(max_steps=7, prompts_per_step=3), seed=1)
     assert order[:5] != order[5:10]
 
 

@@ -13,7 +13,7 @@ from test_judge_runs import financebench, made_run
 from lceval.cli import invoke
 from lceval.judge import calibrations
 
-FORMS = ("terminal", "markdown", "latex", "csv", "html", "json")
+OUTPUT_FORMATS = ("terminal", "markdown", "latex", "csv", "html", "json")
 
 
 @pytest.fixture
@@ -32,35 +32,35 @@ def report(kappa: float | None, judged: int, **more: Any) -> Mapping[str, Any]:
     return {**given, "kappa": kappa, "kappa_interval": bounds, "accuracy": 0.8, "clusters": 65, **more}
 
 
-def shown(folder: Path, capsys: pytest.CaptureFixture[str], form: str, *more: str) -> str:
+def shown(folder: Path, capsys: pytest.CaptureFixture[str], output_format: str, *more: str) -> str:
     capsys.readouterr()
-    assert invoke(["table", str(folder), "--format", form, *more]) == 0
+    assert invoke(["table", str(folder), "--format", output_format, *more]) == 0
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
 def test_every_form_prints_kappa_with_its_interval_beside_the_judge_or_uncalibrated(
-    run: Path, capsys: pytest.CaptureFixture[str], form: str
+    run: Path, capsys: pytest.CaptureFixture[str], output_format: str
 ) -> None:
-    before = shown(run, capsys, form)
+    before = shown(run, capsys, output_format)
     calibrations.keep(report(0.67, 1040))
-    after = shown(run, capsys, form)
-    if form == "json":
+    after = shown(run, capsys, output_format)
+    if output_format == "json":
         (row,) = json.loads(after)["rows"]
         assert (row["judge_kappa"], row["judge_kappa_n"]) == (0.67, 1040)
         assert (row["judge_kappa_lo"], row["judge_kappa_hi"]) == pytest.approx((0.59, 0.75))
         assert json.loads(before)["rows"][0]["judge_kappa"] is None
-    elif form == "csv":
+    elif output_format == "csv":
         assert "judge_kappa" in before
         assert "0.67" in after
         assert "0.67" not in before
     else:
         assert "uncalibrated" in before
         assert "uncalibrated" not in after
-        spelled = "0.67 {[}0.59, 0.75{]}" if form == "latex" else "0.67 [0.59, 0.75]"
+        spelled = "0.67 {[}0.59, 0.75{]}" if output_format == "latex" else "0.67 [0.59, 0.75]"
         assert spelled in after
         assert "1040 FinanceBench answers" in " ".join(after.split())
-    assert shown(run, capsys, form, "--require-kappa", "0.6") == after
+    assert shown(run, capsys, output_format, "--require-kappa", "0.6") == after
 
 
 def test_means_over_tasks_keep_the_kappa_of_their_judge(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -108,7 +108,7 @@ def test_calibrate_files_what_the_table_and_the_report_show(
         measured["kappa"],
         *measured["kappa_interval"],
     ]
-    assert invoke(["report", str(run), "--html", str(tmp_path / "page.html")]) == 0
+    assert invoke(["report", str(run), "--output", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "judge's kappa" in page
     assert f'"judge_kappa":{measured["kappa"]}'.replace(" ", "") in page.replace(" ", "")

@@ -250,7 +250,7 @@ def test_financebench_has_three_shares_and_letters_are_read_from_prose(data_fold
     scores = judge(run, replies)["tasks"]["lc_financebench_ao"]["scores"]
     assert scores == {"judge_correct": 0.5, "judge_incorrect": 0.25, "judge_refusal": 0.25}
 
-    letters = [{**doc, "choices": ["w", "x", "y", "z"], "gold": 1, "shown": "full"} for doc in docs]
+    letters = [{**doc, "choices": ["w", "x", "y", "z"], "gold": 1, "context_setting": "full"} for doc in docs]
     run = made_run(tmp_path / "c", "lc_lbv2_mc", letters, ["I would say the second."] * 4)
     replies = {f"Q{i}?": f'{{"letter": "{letter}"}}' for i, letter in enumerate(["B", "A", "none", "b"])}
     scores = judge(run, replies)["tasks"]["lc_lbv2_mc"]["scores"]
@@ -316,8 +316,10 @@ def test_runs_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path) -> N
 
 
 def test_what_is_judged_follows_from_the_form_and_the_dataset() -> None:
-    forms = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+    output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")
-        assert afterwards.rubric_of(name) == ("financebench" if finance else forms.get(task.form)), name
+        assert afterwards.rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), (
+            name
+        )
     assert afterwards.rubric_of("lc_no_such_task") is None

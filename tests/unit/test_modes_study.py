@@ -33,4 +33,4 @@ def test_every_mode_learned_by_the_recipe_of_the_script(study: ModuleType) -> No
         record = json.loads((study.SAMPLES / f"{mode}-train.json").read_text())
         asked = study.recipe(mode)
         assert record["recipe"]["data"]["modes"] == [mode]
-        assert record["recipe"]["optim"]["steps"] == asked["optim"]["steps"] == len(record["losses"])
+        assert record["recipe"]["optim"]["max_steps"] == asked["optim"]["max_steps"] == len(record["losses"])

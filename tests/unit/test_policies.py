@@ -49,7 +49,7 @@ def view(length: int, layer: int = 0, batch: int = 1) -> LayerView:
         query_mean=raw.mean(2),
         query_cov=centred.transpose(2, 3) @ centred / raw.shape[2],
         rotary=rotary,
-        reread=torch.rand(batch, KV_HEADS, length, generator=generator),
+        reconstruction=torch.rand(batch, KV_HEADS, length, generator=generator),
     )
 
 
@@ -237,7 +237,7 @@ def test_the_order_of_the_heads_decides_nothing(cls: type[Evictor], length: int,
         assert x is not None
         return x.unflatten(1, (KV_HEADS, -1)).flip(1).flatten(1, 2)
 
-    names = ("keys", "values", "queries", "column_sums", "query_mean", "query_cov", "reread")
+    names = ("keys", "values", "queries", "column_sums", "query_mean", "query_cov", "reconstruction")
     swapped = replace(layer, **{name: swap(getattr(layer, name)) for name in names})
     assert torch.equal(keep(policy, swapped), keep(policy, layer).flip(1))
 
@@ -279,17 +279,17 @@ def test_a_policy_is_a_value(cls: type[Evictor]) -> None:
 
 def test_what_each_policy_asks_the_prefill_to_observe() -> None:
     def asks(cls: type[Evictor]) -> set[str]:
-        needs = vars(cls(amount=Amount(5)).needs)
-        return {name for name, value in needs.items() if value}
+        stats_spec = vars(cls(amount=Amount(5)).stats_spec)
+        return {name for name, value in stats_spec.items() if value}
 
     assert asks(SnapKV) == asks(PyramidKV) == asks(TOVA) == {"queries"}
     assert asks(H2O) == {"column_sums"}
     assert asks(ExpectedAttention) == {"query_moments"}
-    assert asks(KVzip) == {"reread"}
+    assert asks(KVzip) == {"reconstruction"}
     for cls in (Streaming, KNorm, KeyDiff, LaCache, Random):
         assert not asks(cls)
-    assert TOVA(amount=Amount(5)).needs.queries == 1
-    assert AdaKV(amount=Amount(5), inner=SnapKV(amount=Amount(5), window=9)).needs.queries == 9
+    assert TOVA(amount=Amount(5)).stats_spec.queries == 1
+    assert AdaKV(amount=Amount(5), inner=SnapKV(amount=Amount(5), window=9)).stats_spec.queries == 9
 
 
 @pytest.mark.parametrize(

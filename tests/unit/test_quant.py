@@ -14,7 +14,7 @@ from torch import Tensor
 from lceval.kernels import paged, quant
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import GROUP, QuantKV, ceil16, pack, reference, unpack
-from lceval.models.policies.quantized import NAMES, Quantized
+from lceval.models.policies.quantizer import NAMES, Quantizer
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 191, 192, 193, 1000]
 BITS = [(8, 8), (4, 4), (2, 2), (8, 4), (4, 2), (16, 4), (4, 16)]
@@ -219,9 +219,9 @@ def test_two_sequences_and_rows_that_share_one(counts: list[list[int]]) -> None:
                 torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["alike", "ragged"])
+@pytest.mark.parametrize("kind", ["length_matched", "ragged"])
 def test_blocks_of_pages_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    kv = uniform(1, 2, 1000, 16) if kind == "alike" else ragged([[1000, 200]], 16)
+    kv = uniform(1, 2, 1000, 16) if kind == "length_matched" else ragged([[1000, 200]], 16)
     q = torch.randn(1, 4, 7, 16)
     whole = QuantKV.quantize(kv, 4, 2)
     want = whole.attend(q, 0.25)
@@ -261,10 +261,10 @@ def test_taken_slots_are_those_of_the_head(dtype: str, bits: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", ["alike", "ragged"])
+@pytest.mark.parametrize("kind", ["length_matched", "ragged"])
 def test_bytes_are_those_of_the_tensors(kind: str, bits: tuple[int, int]) -> None:
-    dim, counts = 20, (300, 300) if kind == "alike" else (300, 65)
-    kv = uniform(1, 2, 300, dim) if kind == "alike" else ragged([list(counts)], dim)
+    dim, counts = 20, (300, 300) if kind == "length_matched" else (300, 65)
+    kv = uniform(1, 2, 300, dim) if kind == "length_matched" else ragged([list(counts)], dim)
     ours = QuantKV.quantize(kv, *bits)
     rest = ours.residual
     tensors = [*ours.k.tensors, *ours.v.tensors, ours.table, ours.lens, ours.positions]
@@ -272,13 +272,13 @@ def test_bytes_are_those_of_the_tensors(kind: str, bits: tuple[int, int]) -> Non
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     assert ours.allocated_bytes == sum(storages.values())
     old = sum(ours.pages) * PAGE
-    assert old == 2 * 128 if kind == "alike" else old == 128
+    assert old == 2 * 128 if kind == "length_matched" else old == 128
     # A slot of keys: its codes, and a 32nd of a 2-byte scale and zero a channel; of values: whole words, one group.
     k_slot = dim * 4 if bits[0] == 16 else dim * bits[0] / 8 + dim * 4 / GROUP
     v_slot = dim * 4 if bits[1] == 16 else math.ceil(dim * bits[1] / 32) * 4 + 4
     new = (sum(counts) - old) * 2 * dim * 4
     assert ours.read_bytes == old * (k_slot + v_slot) + new
-    assert ours.kept_bytes == ours.read_bytes + (0 if kind == "alike" else 4 * sum(counts))
+    assert ours.kept_bytes == ours.read_bytes + (0 if kind == "length_matched" else 4 * sum(counts))
     assert ours.kept_bytes < kv.kept_bytes
     assert ours.kept_bytes <= ours.allocated_bytes
 
@@ -294,10 +294,10 @@ def test_no_heads_and_no_slots_are_legal() -> None:
 def test_names_and_what_they_refuse() -> None:
     assert len(NAMES) == 3 + 12
     assert (NAMES["int4"], NAMES["kv8v4"], NAMES["kv16v2"]) == ((4, 4), (8, 4), (16, 2))
-    stored = Quantized(8, 4).store(uniform(1, 1, 200, 16))
+    stored = Quantizer(8, 4).store(uniform(1, 1, 200, 16))
     assert (stored.k.bits, stored.v.bits, stored.pages) == (8, 4, (1,))
     for k_bits, v_bits, residual in ((3, 4, 128), (8, 1, 128), (16, 16, 128), (4, 4, -1)):
         with pytest.raises(ValueError, match=r"bits|residual"):
-            Quantized(k_bits, v_bits, residual)
+            Quantizer(k_bits, v_bits, residual)
     with pytest.raises(ValueError, match="bits are one of"):
         QuantKV.quantize(uniform(1, 1, 200, 16), 4, 5)

@@ -22,18 +22,18 @@ def run_folder(tmp_path):
 
 def test_the_same_runs_give_the_same_bytes_and_an_earlier_report_is_replaced(tmp_path, run_folder, capsys):
     html = tmp_path / "r.html"
-    assert invoke(["report", str(run_folder), "--html", str(html), "--json"]) == 0
+    assert invoke(["report", str(run_folder), "--output", str(html), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["samples"] == 7
     first = html.read_bytes()
-    assert invoke(["report", str(run_folder), "--html", str(html)]) == 0
+    assert invoke(["report", str(run_folder), "--output", str(html)]) == 0
     assert html.read_bytes() == first
 
 
 def test_a_file_of_another_make_is_never_replaced(tmp_path, run_folder, capsys):
     html = tmp_path / "notes.html"
     html.write_text("mine")
-    assert invoke(["report", str(run_folder), "--html", str(html)]) == 2
-    assert "did not make" in capsys.readouterr().err
+    assert invoke(["report", str(run_folder), "--output", str(html)]) == 2
+    assert "not a report of lceval" in capsys.readouterr().err
     assert html.read_text() == "mine"
 
 

@@ -134,9 +134,9 @@ def test_documents_named_after_the_answer_or_none_at_all_are_not_named() -> None
 
 def test_minus_one_names_no_document_and_is_right_where_there_is_none() -> None:
     none = f"Relevant documents: [DOC -1]\n{ANSWER}"
-    for variant, form in (("paper", 0.0), ("graded", rewards.FORM)):
-        assert worth("id", none, variant, NO_GOLD) == pytest.approx(2 + form)  # type: ignore[arg-type]
-        assert worth("id", none, variant) == pytest.approx(1 + form)  # type: ignore[arg-type]
+    for variant, output_format in (("paper", 0.0), ("graded", rewards.FORM)):
+        assert worth("id", none, variant, NO_GOLD) == pytest.approx(2 + output_format)  # type: ignore[arg-type]
+        assert worth("id", none, variant) == pytest.approx(1 + output_format)  # type: ignore[arg-type]
     assert worth("longrlvr", none, row=NO_GOLD) == 2
     assert worth("id", f"[DOC -1], [DOC 1]\n{ANSWER}") == 2  # what is named counts
     assert worth("id", f"[DOC 99]\n{ANSWER}") == 1

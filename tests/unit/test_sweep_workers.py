@@ -23,7 +23,7 @@ from lceval.sweep.engine import sweep
 from lceval.sweep.grid import Grid
 from lceval.sweep.plan import Cell, Plan, plan
 from lceval.sweep.share import Queue, split
-from lceval.sweep.worker import Became, failed, without_secrets
+from lceval.sweep.worker import CellResult, failed, without_secrets
 
 ALL = ["full", "int8", "int4", "snapkv:0.5"]
 
@@ -39,7 +39,7 @@ class Files:
     """Instead of a model: finishes a cell by its run.json. `int4` of the first task kills its process, each time;
     `int8` does so the first time, and is found finished by half after that."""
 
-    def run(self, group: Sequence[Cell], root: Path) -> list[Became]:
+    def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         for cell in group:
             folder = root / cell.name
             again = folder.is_dir()
@@ -48,7 +48,7 @@ class Files:
                 os.kill(os.getpid(), 9)
             record = {"status": "finished", "pid": os.getpid(), "threads": os.environ.get("OMP_NUM_THREADS")}
             (folder / "run.json").write_text(json.dumps(record))
-        return [Became(cell.name, contexts=1) for cell in group]
+        return [CellResult(cell.name, contexts=1) for cell in group]
 
 
 def test_a_worker_takes_the_groups_of_the_model_it_has_and_helps_where_most_is_left() -> None:
@@ -109,7 +109,7 @@ def test_a_worker_that_dies_fails_its_cells_and_the_others_go_on_and_the_same_li
 class Holds:
     """Locks a folder as a run does, says so, and is never done."""
 
-    def run(self, group: Sequence[Cell], root: Path) -> list[Became]:
+    def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         with (root / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             print("locked", flush=True)

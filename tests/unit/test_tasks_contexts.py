@@ -92,14 +92,14 @@ def test_rag_shows_what_full_shows_in_its_order_within_the_budget(words: str, ch
 )
 def test_what_makes_no_sense_is_refused_by_name(task: str, metadata: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        contexts.choice(catalogue.find(task), metadata)
+        contexts.setting(catalogue.find(task), metadata)
     assert "\n" not in str(caught.value)
 
 
 @given(st.sampled_from(["bm25", "dense", "hybrid"]), st.integers(1, 4096), st.integers(1, 9999))
 def test_a_choice_is_named_by_everything_that_decides_it(retriever: str, chunk: int, budget: int) -> None:
     task = catalogue.find(TASK)
-    made = contexts.choice(task, {"context": "rag", "retriever": retriever, "chunk": chunk, "budget": budget})
+    made = contexts.setting(task, {"context": "rag", "retriever": retriever, "chunk": chunk, "budget": budget})
     assert str(made) == f"rag:{retriever}:chunk={chunk}:budget={budget}"
-    assert str(contexts.choice(task, {})) == "full"
+    assert str(contexts.setting(task, {})) == "full"
     assert made.needs_meter

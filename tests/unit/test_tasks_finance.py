@@ -249,7 +249,7 @@ def test_finqa_reads_the_hubs_records(hub: Path) -> None:
         "context": "interest rates rose .\n\n|  | 2009 | 2008 |\n| sales | $ 193 | 200 |\n\nall in millions .",
         "ask": "Question: what was the change in sales?",
         "reply_prefix": "Answer:",
-        "shown": "full",
+        "context_setting": "full",
     }
     assert rows[0]["source"].startswith("dreamerdeo/finqa/default/finqa-test.parquet sha256:")
 
@@ -473,7 +473,7 @@ def test_loong_reads_the_hubs_records(hub: Path) -> None:
         "context": "[DOC 0]\nWidget Corp.\nSales: 7.\n\nNotes.\n\n[DOC 1]\nAcme, Inc.\nSales: 3.",
         "ask": "Question: Group the companies by sales.",
         "reply_prefix": "",
-        "shown": "full",
+        "context_setting": "full",
         "level": 3,
         "set": 1,
     }

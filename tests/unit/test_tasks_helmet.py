@@ -84,7 +84,7 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def request(name: str, meter: str = "plain", seed: int = 1234) -> build.Request:
     task = catalogue.find(name)
     assert task.length_k is not None
-    return build.Request(name, task.dataset, task.form, METERS[meter], task.length_k * 1024, seed)
+    return build.Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
 
 
 def built(name: str, meter: str = "plain", seed: int = 1234) -> list[Any]:
@@ -128,7 +128,7 @@ def test_a_record_of_each_file_becomes_a_row(dataset: str, put: Callable[..., Pa
     assert row["id"] == f"{row['cluster']}-0"
     assert row["cluster"].startswith(f"{dataset}-")
     assert row["source"].startswith(f"princeton-nlp/HELMET/{catalogue.datasets()[dataset].hub.files['20']} sha256:")  # type: ignore[union-attr]
-    assert row["shown"] == "full"
+    assert row["context_setting"] == "full"
     assert row["reply_prefix"] == prompts.FINAL_PREFIX
     assert "MIT" in row["licence"]
     assert row["context"].startswith("[DOC 0]\np3x1 ")

@@ -144,7 +144,7 @@ def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> No
     assert callable(config["process_results"])
     assert (
         config["metadata"]["version"]
-        == f"{task.dataset.version}.{catalogue.form_config(task.form)['metadata']['version']}"
+        == f"{task.dataset.version}.{catalogue.output_format_config(task.output_format)['metadata']['version']}"
     )
     if config["output_type"] == "generate_until":
         assert config["generation_kwargs"]["do_sample"] is False
@@ -152,7 +152,7 @@ def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> No
     else:
         # The prompt ends with it, so the row's own prefix must not say it again.
         assert config["gen_prefix"] == prompts.ANSWER_PREFIX
-        assert prompts.reply_prefix(task.form) == ""
+        assert prompts.reply_prefix(task.output_format) == ""
 
 
 @pytest.mark.parametrize("dataset", catalogue.datasets().values(), ids=lambda dataset: dataset.dataset)
@@ -215,7 +215,9 @@ def test_a_model_without_telemetry_runs_every_task(
     with caplog.at_level(logging.WARNING):
         results = run(DummyLM(), task, tokenizer)
     scored = {key.split(",")[0] for key in results["results"][task] if "," in key and "_stderr" not in key}
-    declared = {metric["metric"] for metric in catalogue.form_config(catalogue.find(task).form)["metric_list"]}
+    declared = {
+        metric["metric"] for metric in catalogue.output_format_config(catalogue.find(task).output_format)["metric_list"]
+    }
     assert scored == declared
     # lm-eval itself always says that custom datasets take --metadata; nothing else may be said
     said = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]

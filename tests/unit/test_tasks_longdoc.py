@@ -225,7 +225,7 @@ def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkey
         "source": row["source"],
         "licence": "MIT",
         "context": "Book 0.",
-        "shown": "full",
+        "context_setting": "full",
         **EXPECTED[task],
     }
     assert row["source"].startswith(f"xinrongzhang2022/InfiniteBench/{split}.jsonl sha256:")

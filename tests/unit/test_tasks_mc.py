@@ -219,7 +219,7 @@ def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeyp
         "licence": catalogue.datasets()["lbv2"].licence,
         "instruction": ("Read the text below. A question about it follows, with four options of which one is correct."),
         "context": "Another one.",
-        "shown": "full",
+        "context_setting": "full",
         "ask": (
             f"Question: What does section 1 say?\n(A) nothing 1\n(B) something 1\n(C) little 1\n(D) much 1\n{closing}"
         ),

@@ -89,7 +89,7 @@ def write(file: Path, records: list[Any]) -> None:
 def request(name: str, meter: str = "words", seed: int = 1234) -> build.Request:
     task = catalogue.find(name)
     assert task.length_k is not None
-    return build.Request(name, task.dataset, task.form, METERS[meter], task.length_k * 1024, seed)
+    return build.Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
 
 
 def built(name: str, meter: str = "words", seed: int = 1234) -> list[Any]:

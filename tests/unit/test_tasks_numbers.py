@@ -67,8 +67,8 @@ def test_where_there_is_no_number_none_is_read(text: str) -> None:
 
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{:,}", "${:,}", "about {}", "{} .", "it was {} then"]))
-def test_any_amount_is_read_back_as_it_is_printed(amount: Any, form: str) -> None:
-    text = form.format(amount)
+def test_any_amount_is_read_back_as_it_is_printed(amount: Any, output_format: str) -> None:
+    text = output_format.format(amount)
     assert numbers.parse_number(text) == float(amount)
     assert numbers.number_match(text, f"{amount:,}") == 1.0
 

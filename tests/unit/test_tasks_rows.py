@@ -78,7 +78,7 @@ def request_for(task: str, tokenizer: str, seed: int = 1234) -> build.Request:
     found = catalogue.find(task)
     assert found.length_k is not None
     meter = tokens.meter_for(task, {"pretrained": tokenizer})
-    return build.Request(task, found.dataset, found.form, meter, found.length_k * 1024, seed)
+    return build.Request(task, found.dataset, found.output_format, meter, found.length_k * 1024, seed)
 
 
 def check_lengths(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:

@@ -35,7 +35,7 @@ def test_train_and_test_share_no_source_document_no_passage_and_no_question(
     seen = []
     for split in ("train", "test"):
         made = rows(task, smollm2, split=split)
-        assert {row["shown"] for row in made} == {f"full:split={split}"}
+        assert {row["context_setting"] for row in made} == {f"full:split={split}"}
         docs = {document["pid"]: document for row in made for document in row["docs"]}.values()
         seen.append(
             {
@@ -130,9 +130,9 @@ def test_at_1k_eight_questions_share_a_context(smollm2: str, data_folder: Path) 
 
 
 def test_the_usual_draw_may_be_named_and_is_the_same(smollm2: str, data_folder: Path) -> None:
-    named = rows("lc_musique_ao_2k", smollm2, split="all", questions=4, negatives="bm25", alike=False)
+    named = rows("lc_musique_ao_2k", smollm2, split="all", questions=4, negatives="bm25", length_matched=False)
     assert named == rows("lc_musique_ao_2k", smollm2)
-    assert named[0]["shown"] == "full"
+    assert named[0]["context_setting"] == "full"
     for more in ({"split": "train"}, {"questions": 3}):
         assert rows("lc_musique_ao_2k", smollm2, **more) != named
 
@@ -146,23 +146,23 @@ def test_the_usual_draw_may_be_named_and_is_the_same(smollm2: str, data_folder: 
             r"lc_filings_ao_1k has no split=: only hotpotpool, musique, nqopen, squ",
         ),
         ("lc_quality_mc", {"questions": 2}, r"lc_quality_mc has no questions=: only"),
-        ("lc_iris_ao_2k", {"alike": True}, r"lc_iris_ao_2k has no alike=: only"),
+        ("lc_iris_ao_2k", {"length_matched": True}, r"lc_iris_ao_2k has no length_matched=: only"),
         ("lc_squad_ao_2k", {"split": "dev"}, r"has no split='dev': it has all, train, test"),
         ("lc_squad_ao_2k", {"questions": 0}, r"questions=0: expected a number from 1 to 64"),
         ("lc_squad_ao_2k", {"questions": True}, r"questions=True: expected a number"),
         ("lc_squad_ao_2k", {"negatives": "worst"}, r"no negatives='worst': it has bm25, dense, hybrid, random"),
-        ("lc_squad_ao_2k", {"alike": "yes"}, r"alike='yes': expected true or false"),
+        ("lc_squad_ao_2k", {"length_matched": "yes"}, r"length_matched='yes': expected true or false"),
     ],
 )
 def test_a_draw_that_makes_no_sense_is_refused_by_name(task: str, metadata: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        contexts.choice(catalogue.find(task), metadata)
+        contexts.setting(catalogue.find(task), metadata)
     assert "\n" not in str(caught.value)
 
 
 def test_the_draw_is_part_of_what_a_table_calls_the_context(smollm2: str, data_folder: Path) -> None:
     task = catalogue.find("lc_squad_ao_2k")
-    chosen = contexts.choice(task, {"context": "rag", "chunk": 64, "budget": 256, "split": "test", "questions": 8})
+    chosen = contexts.setting(task, {"context": "rag", "chunk": 64, "budget": 256, "split": "test", "questions": 8})
     assert str(chosen) == "rag:bm25:chunk=64:budget=256:split=test:questions=8"
-    made = rows("lc_squad_ao_2k", smollm2, context="gold", split="test", alike=True)
-    assert {row["shown"] for row in made} == {"gold:split=test:alike"}
+    made = rows("lc_squad_ao_2k", smollm2, context="gold", split="test", length_matched=True)
+    assert {row["context_setting"] for row in made} == {"gold:split=test:length_matched"}

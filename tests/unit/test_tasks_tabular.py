@@ -50,7 +50,7 @@ def request_for(task: str, meter: str = "words", seed: int = 1234, **metadata: A
     found = catalogue.find(task)
     assert found.length_k is not None
     limit = found.length_k * 1024
-    return build.Request(task, found.dataset, found.form, METERS[meter], limit, seed, metadata)
+    return build.Request(task, found.dataset, found.output_format, METERS[meter], limit, seed, metadata)
 
 
 def built(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> list[Any]:
@@ -165,7 +165,7 @@ def test_every_row_keeps_the_length(task: str, meter: str, retriever: str) -> No
     request = request_for(task, meter, retriever=retriever)
     _, limit = request.fitted
     made = tables.rows(request).build()
-    reply = catalogue.new_tokens(request.form)
+    reply = catalogue.new_tokens(request.output_format)
     assert reply > 0
     counted = METERS[meter].prompts([prompts.prompt(row) for row in made])
     assert [row["length_tokens"] for row in made] == [count + reply for count in counted]
@@ -368,6 +368,6 @@ def test_a_sample_that_failed_has_the_worst_score_not_the_best() -> None:
     ],
 )
 def test_every_metric_is_declared_by_the_tasks_template(task: str, made: dict[str, float]) -> None:
-    form = catalogue.form_config(catalogue.find(task).form)
-    assert list(made) == [metric["metric"] for metric in form["metric_list"]]
-    assert form["metadata"]["headline"] in made
+    output_format = catalogue.output_format_config(catalogue.find(task).output_format)
+    assert list(made) == [metric["metric"] for metric in output_format["metric_list"]]
+    assert output_format["metadata"]["headline"] in made

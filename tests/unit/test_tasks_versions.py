@@ -30,15 +30,15 @@ def digest(text: str) -> str:
 
 
 def version(dataset: catalogue.Dataset, mode: str) -> str:
-    form = catalogue.form_config(dataset.modes[mode])
-    return f"{dataset.version}.{form['metadata']['version']}"
+    output_format = catalogue.output_format_config(dataset.modes[mode])
+    return f"{dataset.version}.{output_format['metadata']['version']}"
 
 
 def around_fixed_documents(dataset: catalogue.Dataset, mode: str) -> str:
-    form, layout = dataset.modes[mode], dataset.layout
+    output_format, layout = dataset.modes[mode], dataset.layout
     context = prompts.block(layout, ["One.", "Two."])
-    config = catalogue.form_config(form)
-    parts = [prompts.render(layout, form, context, "Which?", list("wxyz")), config.get("gen_prefix", "")]
+    config = catalogue.output_format_config(output_format)
+    parts = [prompts.render(layout, output_format, context, "Which?", list("wxyz")), config.get("gen_prefix", "")]
     return "\n".join([*parts, json.dumps(config.get("generation_kwargs"), sort_keys=True)])
 
 

@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 
 from lceval.cli import invoke
 from lceval.errors import UserError
-from lceval.training import config, precision, robust
-from lceval.training.config import Robust, parse, read
+from lceval.training import compression_aware, config, precision
+from lceval.training.config import CompressionAware, parse, read
 
 
 @pytest.mark.parametrize("name", config.shipped())
 def test_a_shipped_recipe_is_whole(name: str) -> None:
     made = read(name)
     assert made.output == Path("runs") / name
-    if made.robust is not None:
-        robust.check(made.robust)
+    if made.compression_aware is not None:
+        compression_aware.check(made.compression_aware)
 
 
 def test_changes_reach_into_sections() -> None:
-    made = read("ao_sft", ["optim.lr=1e-4", "lora=null", "data.datasets=[nqopen]", "output=elsewhere"])
-    assert made.optim.lr == 1e-4
+    made = read("ao_sft", ["optim.learning_rate=1e-4", "lora=null", "data.datasets=[nqopen]", "output=elsewhere"])
+    assert made.optim.learning_rate == 1e-4
     assert made.lora is None
     assert made.data.datasets == ("nqopen",)
     assert made.output == Path("elsewhere")
@@ -36,12 +36,12 @@ def test_changes_reach_into_sections() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["optim.learning_rate=1"], "unknown key optim.learning_rate; one of lr"),
+        (["optim.lr=1"], "unknown key optim.lr; one of learning_rate"),
         (["lora.rank=8"], "unknown key lora.rank"),
         (["data.lenght_k=2"], "did you mean length_k"),
-        (["optim.steps=0"], "optim.steps: input should be greater than 0"),
-        (["robust.evictors=[snapkv]", "robust.keep=[0.9, 0.2]"], "0 < lower <= upper <= 1"),
-        (["optim.lr"], "expected KEY=VALUE"),
+        (["optim.max_steps=0"], "optim.max_steps: input should be greater than 0"),
+        (["compression_aware.evictors=[snapkv]", "compression_aware.keep=[0.9, 0.2]"], "0 < lower <= upper <= 1"),
+        (["optim.learning_rate"], "expected KEY=VALUE"),
         (["longlora.r=8"], "longlora learns from texts"),
         (["texts.files=[a.txt]", "texts.tokens=64", "eval_contexts=2"], "texts go with neither"),
         (["rows=a.jsonl", "neighbourhoods.sets=2"], "rows and neighbourhoods exclude each other"),
@@ -86,14 +86,16 @@ def test_an_unknown_recipe_names_those_there_are() -> None:
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_is_loaded(evictor: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        robust.check(Robust(evictors=[evictor]))
+        compression_aware.check(CompressionAware(evictors=[evictor]))
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1), st.booleans())
 def test_what_is_drawn_keeps_a_share_between_the_bounds(seed: int, progress: float, curriculum: bool) -> None:
-    said = Robust(evictors=["snapkv:window=32", "random", "adakv:of=knorm"], keep=(0.2, 0.6), curriculum=curriculum)
-    drawn = robust.draw(said, random.Random(seed), progress)
-    again = robust.draw(said, random.Random(seed), progress)
+    said = CompressionAware(
+        evictors=["snapkv:window=32", "random", "adakv:of=knorm"], keep=(0.2, 0.6), curriculum=curriculum
+    )
+    drawn = compression_aware.draw(said, random.Random(seed), progress)
+    again = compression_aware.draw(said, random.Random(seed), progress)
     assert drawn == again
     if drawn is not None:
         low = 0.6 - 0.4 * min(1, 2 * progress) if curriculum else 0.2
@@ -101,8 +103,8 @@ def test_what_is_drawn_keeps_a_share_between_the_bounds(seed: int, progress: flo
 
 
 def test_the_full_cache_is_drawn_as_often_as_said() -> None:
-    said = Robust(evictors=["knorm"], full=0.3)
-    drawn = [robust.draw(said, random.Random(seed), 0) for seed in range(2000)]
+    said = CompressionAware(evictors=["knorm"], full=0.3)
+    drawn = [compression_aware.draw(said, random.Random(seed), 0) for seed in range(2000)]
     # Three standard deviations of a share of 0.3 among 2,000.
     assert abs(sum(d is None for d in drawn) / 2000 - 0.3) < 0.031
 

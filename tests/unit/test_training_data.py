@@ -49,7 +49,7 @@ def test_rows_of_several_draws_stand_by_context_with_their_replies(made: Any) ->
         assert len({row["question"] for row in of}) == len(of) == 8
         draws.setdefault(of[0]["data_seed"], set()).add(of[0]["context"])
         for row in of:
-            assert (row["dataset"], row["form"]) == ("squad", "ao")
+            assert (row["dataset"], row["output_format"]) == ("squad", "ao")
             assert row["target"] == f"Answer: {row['answers'][0]}"
             assert set(row["gold_pids"]) <= {document["pid"] for document in row["docs"]}
     assert set(draws) == {0, 1}
@@ -60,13 +60,13 @@ def test_rows_of_several_draws_stand_by_context_with_their_replies(made: Any) ->
 def test_gold_and_other_documents_are_alike_in_length(made: Any, smollm2: str) -> None:
     spec, rows, _ = made
     meter = tokens.meter_for("t", {"pretrained": smollm2})
-    alike = figures.lengths([*by_context(rows).values()], meter)
-    assert alike is not None
-    assert 0.46 < alike["gold_longer"] < 0.54
-    assert alike["p"] > 0.05
-    assert 0.93 < alike["mean_ratio"] < 1.07
-    assert 0.93 < alike["median_ratio"] < 1.07
-    usual, _ = data.rows(spec.model_copy(update={"alike": False, "seeds": (0,)}))
+    length_matched = figures.lengths([*by_context(rows).values()], meter)
+    assert length_matched is not None
+    assert 0.46 < length_matched["gold_longer"] < 0.54
+    assert length_matched["p"] > 0.05
+    assert 0.93 < length_matched["mean_ratio"] < 1.07
+    assert 0.93 < length_matched["median_ratio"] < 1.07
+    usual, _ = data.rows(spec.model_copy(update={"length_matched": False, "seeds": (0,)}))
     without = figures.lengths([*by_context(usual).values()], meter)
     assert without is not None
     assert without["gold_longer"] > 0.65  # what there was to learn from length alone
@@ -244,7 +244,7 @@ def test_negatives_come_from_the_ranking_that_is_asked_for(pool: Path, smollm2: 
     shares = {}
     for negatives in ("bm25", "random"):
         spec = data.spec(
-            datasets=["squad"], split="all", negatives=negatives, alike=False, promote=None, tokenizer=smollm2
+            datasets=["squad"], split="all", negatives=negatives, length_matched=False, promote=None, tokenizer=smollm2
         )
         rows, _ = data.rows(spec)
         others = [{d["pid"] for d in row["docs"]} - {*row["gold_pids"]} for row in rows]
@@ -345,7 +345,7 @@ def test_the_command_writes_the_file_and_says_what_is_in_it(
     header, rows = data.read(file)
     assert said == {"file": str(file), **header["report"]}
     assert len(rows) == said["rows"] <= 30
-    assert {row["form"] for row in rows} == {"ao", "idq"}
+    assert {row["output_format"] for row in rows} == {"ao", "idq"}
     assert invoke(line.split()) == 0
     assert "on a context" in capsys.readouterr().out
     assert invoke(["train", "data", str(file), "--dataset", "sqad", "--tokenizer", smollm2]) == 2

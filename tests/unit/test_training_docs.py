@@ -40,7 +40,7 @@ def test_the_evaluation_asks_about_the_other_side(smollm2: str, data_folder: Pat
     key, value = words[words.index("--metadata") + 1].split("=")
     task = catalogue.find(words[words.index("--tasks") + 1])
     rows = build.rows_of(task, {"pretrained": smollm2, key: value})
-    assert {row["shown"] for row in rows} == {"full:split=test"}
+    assert {row["context_setting"] for row in rows} == {"full:split=test"}
 
 
 def test_the_table_of_sides_counts_the_local_pools(data_folder: Path) -> None:
@@ -56,5 +56,5 @@ def test_the_table_of_sides_counts_the_local_pools(data_folder: Path) -> None:
 
 
 def test_every_mode_that_can_be_learned_from_a_pool_is_there() -> None:
-    for form in formats.CITED_FORMS:
-        assert f"`{form}`" in TEXT
+    for output_format in formats.CITED_FORMS:
+        assert f"`{output_format}`" in TEXT

@@ -16,8 +16,8 @@ from lceval.tasks.parsing import quotes
 from lceval.training import formats
 
 SCORERS: dict[str, Callable[..., dict[str, Any]]] = {
-    form: catalogue.task_config(catalogue.find(f"lc_squad_{form}_2k"))["process_results"]
-    for form in ("ao", "id", "idc", "idq", "rj", "docid")
+    output_format: catalogue.task_config(catalogue.find(f"lc_squad_{output_format}_2k"))["process_results"]
+    for output_format in ("ao", "id", "idc", "idq", "rj", "docid")
 }
 
 
@@ -33,17 +33,17 @@ def test_over_real_rows_every_metric_of_every_form_is_full(dataset: str, smollm2
     rows = build.rows_of(task, {"pretrained": smollm2, "split": "train"})
     assert rows
     for row in rows[:100]:
-        for form, score in SCORERS.items():
-            said = formats.target(row, form, lambda text: meter.pieces([text])[0])
+        for output_format, score in SCORERS.items():
+            said = formats.target(row, output_format, lambda text: meter.pieces([text])[0])
             metrics = score(row, [said])
-            if form == "docid":  # there is no best document among several gold ones
+            if output_format == "docid":  # there is no best document among several gold ones
                 metrics = {"mrecall_5": metrics["mrecall_5"], "ids_exact": metrics["ids_exact"]}
-            assert {*metrics.values()} == {1.0}, (form, metrics, said)
-            if form in ("idq", "rj"):
+            assert {*metrics.values()} == {1.0}, (output_format, metrics, said)
+            if output_format in ("idq", "rj"):
                 found = quotes(said.rpartition("\n")[0])
                 assert all(meter.pieces([quote])[0] <= formats.QUOTE_TOKENS for _, quote in found)
                 assert len(found) >= len(row["gold_pids"])
-            assert said.rpartition("\n")[2].startswith(prompts.reply_prefix(form))
+            assert said.rpartition("\n")[2].startswith(prompts.reply_prefix(output_format))
 
 
 def row(texts: list[str], gold: list[int], question: str, answers: list[str]) -> Any:
@@ -82,11 +82,11 @@ def test_whatever_words_the_documents_have_the_reply_reads_as_meant(
         words = texts[golds[0]].split(" ")
         texts[golds[0]] = " ".join([*words[: at % (len(words) + 1)], "Oza Ngorongoro", *words[at % (len(words) + 1) :]])
     made = row(texts, golds, question, ["the", "Oza\nNgorongoro"])
-    for form in ("ao", "id", "idq", "rj"):
-        said = formats.target(made, form)
-        metrics = SCORERS[form](made, [said])
+    for output_format in ("ao", "id", "idq", "rj"):
+        said = formats.target(made, output_format)
+        metrics = SCORERS[output_format](made, [said])
         expected = dict.fromkeys(metrics, 1.0)
-        if form == "idq" and not golds:
+        if output_format == "idq" and not golds:
             expected["quotes"] = 0.0  # there is nothing to quote
         assert metrics == expected, said
 
@@ -114,12 +114,12 @@ def test_the_four_steps_are_short_and_say_where_it_stands() -> None:
     ]
 
 
-@pytest.mark.parametrize("form", ["id", "idc", "idq", "rj"])
-def test_without_a_gold_document_in_sight_none_is_named(form: str) -> None:
+@pytest.mark.parametrize("output_format", ["id", "idc", "idq", "rj"])
+def test_without_a_gold_document_in_sight_none_is_named(output_format: str) -> None:
     made = row(["Nothing."], [], "Which?", ["Oza"])
-    said = formats.target(made, form)
+    said = formats.target(made, output_format)
     assert "[DOC -1]" in said
-    assert SCORERS[form](made, [said])["ids_exact"] == SCORERS[form](made, [said])["subem"] == 1
+    assert SCORERS[output_format](made, [said])["ids_exact"] == SCORERS[output_format](made, [said])["subem"] == 1
 
 
 @pytest.mark.parametrize(("task", "metric"), [("lc_iris_ao_2k", "acc"), ("lc_diabetes_ao_4k", "skill")])
@@ -127,7 +127,7 @@ def test_labels_and_numbers_of_tables_are_right(task: str, metric: str, smollm2:
     found = catalogue.find(task)
     score = catalogue.task_config(found)["process_results"]
     for made in build.rows_of(found, {"pretrained": smollm2})[:20]:
-        assert score(made, [formats.target(made, found.form)])[metric] == 1
+        assert score(made, [formats.target(made, found.output_format)])[metric] == 1
 
 
 def test_a_list_gives_all_the_answers() -> None:

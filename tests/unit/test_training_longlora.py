@@ -201,17 +201,17 @@ def test_scaled_positions_are_those_of_a_model_loaded_so(base: Path, rope: str) 
     model = load(base)
     plain = model.model.rotary_emb.inv_freq.clone()
     extend(model, 4 * WINDOW, rope)
-    turn = model.model.rotary_emb
+    pair = model.model.rotary_emb
     config = json.loads(model.config.to_json_string())
     other = LlamaForCausalLM(LlamaConfig(**config)).model.rotary_emb
-    assert torch.equal(turn.inv_freq, other.inv_freq)
-    assert turn.attention_scaling == other.attention_scaling
+    assert torch.equal(pair.inv_freq, other.inv_freq)
+    assert pair.attention_scaling == other.attention_scaling
     if rope == "linear":
-        torch.testing.assert_close(turn.inv_freq, plain / 4)
+        torch.testing.assert_close(pair.inv_freq, plain / 4)
     else:  # fast turns stay, slow ones are stretched by the factor, and attention is a little sharper
-        assert turn.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
-        assert turn.inv_freq[0] == plain[0]
-        assert turn.inv_freq[-1] == pytest.approx(float(plain[-1]) / 4)
+        assert pair.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+        assert pair.inv_freq[0] == plain[0]
+        assert pair.inv_freq[-1] == pytest.approx(float(plain[-1]) / 4)
 
 
 def test_a_run_beyond_the_base_window_works_with_the_saved_model_and_is_refused_without(

@@ -29,7 +29,7 @@ def test_every_arm_learned_the_same_data_by_the_recipe_of_the_script(study: Modu
     for name, record in records.items():
         arm, seed, _ = name.split("-")
         assert record["recipe"]["seed"] == int(seed)
-        assert record["recipe"]["optim"]["steps"] == study.RECIPE["optim"]["steps"] == len(record["losses"])
-        asked, learned = study.ARMS[arm].get("robust"), record["recipe"]["robust"]
+        assert record["recipe"]["optim"]["max_steps"] == study.RECIPE["optim"]["max_steps"] == len(record["losses"])
+        asked, learned = study.ARMS[arm].get("compression_aware"), record["recipe"]["compression_aware"]
         assert (learned is not None) == (asked is not None)
         assert asked is None or asked == {key: learned[key] for key in asked}

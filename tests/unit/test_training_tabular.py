@@ -82,11 +82,11 @@ def test_a_local_context_says_more_of_its_queries_than_a_random_one(name: str) -
 def test_the_prompt_is_the_tasks_and_the_target_is_a_full_score(name: str) -> None:
     row = tabular.rows(Neighbourhoods(datasets=(name,), **{**SMALL, "sets": 1}))[0]
     dataset = catalogue.datasets()[name]
-    form = dataset.modes["ao"]
-    assert row["instruction"] == prompts.instruction("examples", form)
+    output_format = dataset.modes["ao"]
+    assert row["instruction"] == prompts.instruction("examples", output_format)
     table = tables.load(dataset.options, 1234)
     (number,) = numbers([row["id"]])
-    assert row["ask"] == prompts.ask(form, table.question(number), ())
+    assert row["ask"] == prompts.ask(output_format, table.question(number), ())
     assert row["context"].splitlines() == [table.line(int(d["pid"].rpartition("-")[2])) for d in row["docs"]]
     assert row["target"] == f"Answer: {table.target(number)}"
     if table.classes:

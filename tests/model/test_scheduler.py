@@ -39,22 +39,22 @@ def test_a_batch_of_eight_gives_the_answers_of_hf(lcft: Any, hf: Any, requests: 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "compress"),
+    ("recipe", "query_aware"),
     [
-        ("snapkv:0.5", "agnostic"),
-        ("adakv:0.5+int8", "agnostic"),
-        ("quest:0.5", "agnostic"),
-        ("h2o:0.5:when=always", "agnostic"),
-        ("snapkv:0.5", "aware"),
-        ("adakv:0.5+int8", "aware"),
-        ("tova:0.5+quest:0.5", "aware"),
+        ("snapkv:0.5", False),
+        ("adakv:0.5+int8", False),
+        ("quest:0.5", False),
+        ("h2o:0.5:when=always", False),
+        ("snapkv:0.5", True),
+        ("adakv:0.5+int8", True),
+        ("tova:0.5+quest:0.5", True),
     ],
 )
 def test_a_batch_gives_the_answers_and_scores_of_single_questions(
-    lcft: Any, requests: list[Any], recipe: str, compress: str
+    lcft: Any, requests: list[Any], recipe: str, query_aware: str
 ) -> None:
     few = [requests[i] for i in (0, 4, 1, 5)]
-    alone, together = (lcft(recipe, compress=compress, batch_size=n) for n in (1, 4))
+    alone, together = (lcft(recipe, query_aware=query_aware, batch_size=n) for n in (1, 4))
     texts = together.generate_until(few)
     assert texts == alone.generate_until(few)
     assert len({text.meta["kv"]["question_s"] for text in texts}) == 1
@@ -67,7 +67,7 @@ def test_a_batch_gives_the_answers_and_scores_of_single_questions(
 def test_a_batch_that_was_seen_is_diagnosed_as_its_single_questions(lcft: Any, requests: list[Any]) -> None:
     few = [requests[i] for i in (0, 4, 1)]
     alone, together = (
-        [text.meta for text in lcft("snapkv:0.5", compress="aware", batch_size=n, diagnose="gold").generate_until(few)]
+        [text.meta for text in lcft("snapkv:0.5", query_aware=True, batch_size=n, diagnose="gold").generate_until(few)]
         for n in (1, 3)
     )
     for ours, expected in zip(together, alone, strict=True):
@@ -98,24 +98,24 @@ def test_sampling_draws_from_the_compressed_cache(lcft: Any, requests: list[Any]
 
 def test_under_awareness_each_question_keeps_its_own_slots(lcft: Any, requests: list[Any]) -> None:
     kept: dict[str, set[float]] = {}
-    for compress in ("agnostic", "aware"):
-        model = lcft("snapkv:0.25", compress=compress, diagnose="gold")
+    for query_aware in (False, True):
+        model = lcft("snapkv:0.25", query_aware=query_aware, diagnose="gold")
         texts = model.generate_until(requests[:4])
         assert model.totals["contexts"] == 1
         for text in texts:
             assert text.meta["kv_bytes"] == pytest.approx(0.25 * text.meta["kv_bytes_full"], rel=0.02)
-        kept[compress] = {text.meta["gold_kept"] for text in texts}
+        kept[query_aware] = {text.meta["gold_kept"] for text in texts}
     # Agnostic, the share of a document that survived is the same whoever asks.
-    assert len(kept["agnostic"]) <= len({r.doc["gold_pids"][0] for r in requests[:4]})
-    assert len(kept["aware"]) == 4
+    assert len(kept[False]) <= len({r.doc["gold_pids"][0] for r in requests[:4]})
+    assert len(kept[True]) == 4
 
 
 def test_awareness_changes_nothing_where_nothing_is_evicted(lcft: Any, requests: list[Any]) -> None:
-    assert lcft("int8", compress="aware").generate_until(requests[:2]) == lcft("int8").generate_until(requests[:2])
+    assert lcft("int8", query_aware=True).generate_until(requests[:2]) == lcft("int8").generate_until(requests[:2])
 
 
 def test_aware_scores_are_finite_and_of_the_compressed_cache(lcft: Any, requests: list[Any]) -> None:
-    for score, _ in (model := lcft("tova:0.25", compress="aware")).loglikelihood(pairs(requests[:2])):
+    for score, _ in (model := lcft("tova:0.25", query_aware=True)).loglikelihood(pairs(requests[:2])):
         assert score < 0
     assert model.totals["contexts"] == 1
 
@@ -160,14 +160,14 @@ def test_a_context_at_hand_is_not_read_again(lcft: Any, requests: list[Any]) -> 
     assert forgetful.totals["contexts"] == 2
 
 
-@pytest.mark.parametrize(("compress", "asked"), [("agnostic", 0), ("aware", 1)])
+@pytest.mark.parametrize(("query_aware", "asked"), [(False, 0), (True, 1)])
 def test_one_prefill_serves_all_recipes(
-    lcft: Any, requests: list[Any], compress: str, asked: int, monkeypatch: pytest.MonkeyPatch
+    lcft: Any, requests: list[Any], query_aware: str, asked: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes = ["full", "knorm:0.5", "snapkv:0.5+int4"]
-    alone = [lcft(recipe, compress=compress).loglikelihood(pairs(requests[:1])) for recipe in recipes]
-    model = lcft(compress=compress)
-    model.server.kept_for = parse("snapkv:0.5").needs
+    alone = [lcft(recipe, query_aware=query_aware).loglikelihood(pairs(requests[:1])) for recipe in recipes]
+    model = lcft(query_aware=query_aware)
+    model.scheduler.keep_for = parse("snapkv:0.5").stats_spec
     questions: list[Any] = []
     ask = model.engine.ask
     monkeypatch.setattr(model.engine, "ask", lambda *args: questions.append(args) or ask(*args))
@@ -180,7 +180,7 @@ def test_one_prefill_serves_all_recipes(
 
 def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, requests: list[Any]) -> None:
     model = lcft("knorm:0.5")
-    model.server.kept_for = parse("knorm:0.5").needs
+    model.scheduler.keep_for = parse("knorm:0.5").stats_spec
     model.loglikelihood(pairs(requests[:1]))
     model.recipe = parse("snapkv:0.5")
     assert model.loglikelihood(pairs(requests[:1])) == lcft("snapkv:0.5").loglikelihood(pairs(requests[:1]))
@@ -190,9 +190,9 @@ def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, req
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"compress": "blind"}, "bad model argument compress='blind': one of agnostic, aware"),
+        ({"query_aware": "blind"}, "bad model argument query_aware='blind': true or false"),
         ({"diagnose": "all"}, "bad model argument diagnose='all'"),
-        ({"kv": "tova:0.5:when=always", "compress": "aware"}, "use compress=agnostic"),
+        ({"kv": "tova:0.5:when=always", "query_aware": True}, "use query_aware=false"),
         ({"prefix_cache_gib": -1}, "bad model argument prefix_cache_gib=-1"),
         ({"merge": True}, "bad model argument merge=True: there is no adapter to merge"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.select import Selective
-from lceval.models.policies.base import Amount, Reader
+from lceval.models.policies.base import Amount, SparseAttention
 from lceval.models.policies.fier import Fier
 from lceval.models.policies.quest import Quest
 from lceval.models.policies.retrieval import Nearest, Retrieval
@@ -42,15 +42,15 @@ def anisotropic(n: int, seed: int, dim: int = 64) -> tuple[Tensor, Tensor]:
     return rotate(mean + deviation * width, torch.arange(n)), rotate(q, torch.full((8,), n))
 
 
-def recall(reader: Reader, n: int, best_of: int) -> float:
+def recall(sparse_attention: SparseAttention, n: int, best_of: int) -> float:
     """The share of the `best_of` slots with the highest logits that a reader selects; mean over 4 x 8 queries."""
     found = 0
     for seed in range(4):
         k, q = anisotropic(n, seed)
         kv = PagedKV.gather(k[None, None], k[None, None], torch.ones(1, 1, n, dtype=torch.bool))
-        read = reader.read(kv, 0, n)
-        assert isinstance(read, Selective)
-        chosen = read.select(0, q[None, :, None], 64**-0.5)[0].repeat_interleave(read.index.unit, -1)[:, :n]
+        sparse = sparse_attention.wrap(kv, 0, n)
+        assert isinstance(sparse, Selective)
+        chosen = sparse.select(0, q[None, :, None], 64**-0.5)[0].repeat_interleave(sparse.index.unit, -1)[:, :n]
         found += int(chosen.gather(1, (q @ k.T).topk(best_of).indices).sum())
     return found / (4 * 8 * best_of)
 
@@ -85,17 +85,17 @@ def test_sinks_and_recent_slots_are_always_selected(capfd: pytest.CaptureFixture
     kv = long_heads()
     q = torch.randn(3, 4, 2, 64, generator=torch.Generator().manual_seed(0))
     for index in ("ivf", "exact"):
-        read = Retrieval(amount=Amount(100), index=index).read(kv, 0, 1500)
-        assert isinstance(read, Selective)
-        mask = read.select(0, q, 0.125)
+        sparse = Retrieval(amount=Amount(100), index=index).wrap(kv, 0, 1500)
+        assert isinstance(sparse, Selective)
+        mask = sparse.select(0, q, 0.125)
         assert mask[..., :4].all()
         assert mask[..., -64:].all()
         assert mask.sum(-1).eq(100).all()
         # A budget below them goes to the most recent.
         for budget, sinks in ((64, 0), (20, 0), (66, 2)):
-            read = Retrieval(amount=Amount(budget), index=index).read(kv, 0, 1500)
-            assert isinstance(read, Selective)
-            mask = read.select(0, q, 0.125)
+            sparse = Retrieval(amount=Amount(budget), index=index).wrap(kv, 0, 1500)
+            assert isinstance(sparse, Selective)
+            mask = sparse.select(0, q, 0.125)
             assert mask[..., :sinks].all()
             assert mask[..., sinks - budget :].all()
             assert mask.sum(-1).eq(budget).all()
@@ -104,7 +104,7 @@ def test_sinks_and_recent_slots_are_always_selected(capfd: pytest.CaptureFixture
 
 def test_the_inverted_file_attends_to_what_it_selects_and_is_built_the_same_twice() -> None:
     kv = long_heads()
-    one, two = (Retrieval(amount=Amount(150)).read(kv, 0, 1500) for _ in range(2))
+    one, two = (Retrieval(amount=Amount(150)).wrap(kv, 0, 1500) for _ in range(2))
     assert isinstance(one, Selective)
     assert isinstance(one.index, Nearest)
     assert all(one.index.files)
@@ -134,24 +134,24 @@ def assert_near(ours: Tensor, truth: Tensor) -> None:
 def test_bytes_of_the_inverted_file_are_those_it_serialises_to() -> None:
     import faiss
 
-    read = Retrieval(amount=Amount(150), nprobe=9).read(long_heads(), 0, 1500)
-    assert isinstance(read, Selective)
-    assert isinstance(read.index, Nearest)
-    written = sum(faiss.serialize_index(file).nbytes for file in read.index.files)
+    sparse = Retrieval(amount=Amount(150), nprobe=9).wrap(long_heads(), 0, 1500)
+    assert isinstance(sparse, Selective)
+    assert isinstance(sparse.index, Nearest)
+    written = sum(faiss.serialize_index(file).nbytes for file in sparse.index.files)
     # Headers and the sizes of the lists, of which there are 38 a head.
-    assert 0 <= written - read.index.stored_bytes < 3 * 1000
+    assert 0 <= written - sparse.index.stored_bytes < 3 * 1000
     # Nine of 38 lists, and all centroids.
-    assert read.index.read_bytes == 3 * (38 * 256 + 1432 * 9 // 38 * 264)
+    assert sparse.index.read_bytes == 3 * (38 * 256 + 1432 * 9 // 38 * 264)
 
 
 def test_a_query_that_finds_nothing_still_reads_its_budget() -> None:
     same = torch.ones(1, 1, 1500, 64)
     for k in (same, torch.cat([same[:, :, :1499], -same[:, :, :1]], 2)):
         kv = PagedKV.gather(k, k, torch.ones(1, 1, 1500, dtype=torch.bool))
-        read = Retrieval(amount=Amount(100), nprobe=1).read(kv, 0, 1500)
-        assert isinstance(read, Selective)
+        sparse = Retrieval(amount=Amount(100), nprobe=1).wrap(kv, 0, 1500)
+        assert isinstance(sparse, Selective)
         for q in (torch.ones(1, 1, 1, 64), -torch.ones(1, 1, 1, 64)):
-            assert read.select(0, q, 0.125).sum() == 100
-            o, lse = read.attend(q, 0.125)
+            assert sparse.select(0, q, 0.125).sum() == 100
+            o, lse = sparse.attend(q, 0.125)
             assert o.isfinite().all()
             assert lse.isfinite().all()

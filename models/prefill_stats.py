@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import window
-from lceval.models.policies import LayerView, Needs
+from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS
 
 # Attention weights that exist at once, in elements: few enough for a processor's cache, where larger blocks took twice
@@ -22,13 +22,13 @@ from lceval.models.policies.base import SINKS
 MAX_WEIGHTS = 1 << 21
 
 
-class Observer:
+class PrefillStats:
     """One layer's observations. `fork` continues them for a question without touching the context's own."""
 
     def __init__(
-        self, needs: Needs, rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None, *, kernels: bool = False
+        self, stats_spec: StatsSpec, rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None, *, kernels: bool = False
     ) -> None:
-        self.needs = needs
+        self.stats_spec = stats_spec
         self.rotary = rotary
         self._received = window.received if kernels else window.reference
         self.queries: Tensor | None = None
@@ -37,24 +37,24 @@ class Observer:
         self._mean: Tensor | None = None
         self._scatter: Tensor | None = None
 
-    def fork(self) -> Observer:
+    def fork(self) -> PrefillStats:
         """A copy that sees on by itself: every update makes new tensors."""
         return copy.copy(self)
 
-    def see(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """Observe T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], theirs included, the last T being their own."""
-        if self.needs.queries:
+        if self.stats_spec.queries:
             # A clone: a view would keep the queries of the whole context alive.
-            last = q[:, :, -self.needs.queries :].clone()
+            last = q[:, :, -self.stats_spec.queries :].clone()
             if self.queries is not None:
-                last = torch.cat([self.queries, last], 2)[:, :, -self.needs.queries :]
+                last = torch.cat([self.queries, last], 2)[:, :, -self.stats_spec.queries :]
             self.queries = last
-        if self.needs.column_sums:
+        if self.stats_spec.column_sums:
             sums = self._received(q, k, scaling)
             if self.column_sums is not None:
                 sums[..., : self.column_sums.shape[-1]] += self.column_sums
             self.column_sums = sums
-        if self.needs.query_moments:
+        if self.stats_spec.query_moments:
             self._add_moments(q, start=k.shape[2] - q.shape[2])
 
     def view(self, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int, **more: Any) -> LayerView:
@@ -104,19 +104,19 @@ class Observer:
         return None if self._scatter is None else self._scatter / self._count
 
 
-class Asked:
+class QueryAwareStats:
     """Lets a question's tokens join what was observed of the whole context before it (`compress=aware`)."""
 
-    def __init__(self, observer: Observer, context_keys: Tensor) -> None:
-        self.observer = observer.fork()
+    def __init__(self, stats: PrefillStats, context_keys: Tensor) -> None:
+        self.stats = stats.fork()
         self._context_keys = context_keys
 
-    def see(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """q: [1, H, T, D]; k: [1, Hkv, L, D], the question's keys so far."""
-        self.observer.see(q, torch.cat([self._context_keys, k], 2), scaling)
+        self.stats.update(q, torch.cat([self._context_keys, k], 2), scaling)
 
 
-class Repeated:
+class ReconstructionStats:
     """The most attention that each token of a chunk receives while the model repeats the chunk (KVzip, eq. 2).
 
     Softmax runs over the sinks, the chunk and the repetition alone, as in KVzip's chunked scoring.
@@ -127,7 +127,7 @@ class Repeated:
         self._sinks = min(SINKS, chunk.start)
         self._keys = torch.cat([context_keys[:, :, : self._sinks], context_keys[:, :, chunk]], 2)
 
-    def see(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """q: [1, H, T, D]; k: [1, Hkv, T, D], read in one piece."""
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]

@@ -17,7 +17,7 @@ from lceval.kernels.bounds import Bounds
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.select import Selective
-from lceval.models.policies.base import Amount, Reader
+from lceval.models.policies.base import Amount, SparseAttention
 from lceval.models.policies.fier import Fier
 from lceval.models.policies.quest import Quest
 from lceval.models.policies.retrieval import Nearest, Retrieval
@@ -25,14 +25,14 @@ from lceval.models.policies.retrieval import Nearest, Retrieval
 LENS = [0, 1, 15, 16, 17, 63, 64, 65, 200]
 DIM, SCALING = 16, 0.3
 ONE = Amount(1.0)
-READERS: dict[str, Fier | Quest | Retrieval] = {
+SPARSE_ATTENTION: dict[str, Fier | Quest | Retrieval] = {
     "fier": Fier(amount=ONE, skip=0),
     "quest": Quest(amount=ONE, skip=0),
     "quest of 5": Quest(amount=ONE, page=5, skip=0),
     "retrieval": Retrieval(amount=ONE, sinks=2, recent=7),
     "exact": Retrieval(amount=ONE, sinks=4, recent=0, index="exact"),
 }
-every_reader = pytest.mark.parametrize("name", READERS)
+every_reader = pytest.mark.parametrize("name", SPARSE_ATTENTION)
 
 
 def paged(counts: list[int], sequences: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> PagedKV:
@@ -50,7 +50,7 @@ def queries(rows: int, heads: int, tokens: int, seed: int = 1) -> Tensor:
 
 
 def with_budget(name: str, budget: int) -> Fier | Quest | Retrieval:
-    return replace(READERS[name], amount=Amount(budget))
+    return replace(SPARSE_ATTENTION[name], amount=Amount(budget))
 
 
 def one_bit(k: Tensor) -> Tensor:
@@ -75,27 +75,31 @@ def best(logits: list[Tensor], count: int) -> list[int]:
     return sorted(range(len(mean)), key=lambda i: (-mean[i], i))[:count]
 
 
-def selection(reader: Fier | Quest | Retrieval, q: Tensor, k: Tensor, budget: int) -> list[int]:
+def selection(sparse_attention: Fier | Quest | Retrieval, q: Tensor, k: Tensor, budget: int) -> list[int]:
     """Slots that q [G, D] selects of keys [n, D], from the definitions."""
     n = len(k)
     if n <= budget:
         return list(range(n))
-    if isinstance(reader, Fier):
+    if isinstance(sparse_attention, Fier):
         approximate = one_bit(k)
         return best([approximate @ x * SCALING for x in q], budget)
-    if isinstance(reader, Quest):
-        pages = [k[i : i + reader.page] for i in range(0, n, reader.page)]
+    if isinstance(sparse_attention, Quest):
+        pages = [k[i : i + sparse_attention.page] for i in range(0, n, sparse_attention.page)]
         bound = [[sum(float((x * p).amax(0)[c]) for c in range(DIM)) * SCALING for p in pages] for x in q]
-        chosen = best([torch.tensor(x) for x in bound], max(1, budget // reader.page))
-        return [slot for page in chosen for slot in range(page * reader.page, min(n, (page + 1) * reader.page))]
+        chosen = best([torch.tensor(x) for x in bound], max(1, budget // sparse_attention.page))
+        return [
+            slot
+            for page in chosen
+            for slot in range(page * sparse_attention.page, min(n, (page + 1) * sparse_attention.page))
+        ]
     # So few keys are searched exhaustively by either index.
-    recent = min(reader.recent, budget)
-    sinks = min(reader.sinks, budget - recent)
+    recent = min(sparse_attention.recent, budget)
+    sinks = min(sparse_attention.sinks, budget - recent)
     between = best([k[sinks : n - recent] @ x * SCALING for x in q], budget - sinks - recent)
     return [*range(sinks), *(sinks + i for i in between), *range(n - recent, n)]
 
 
-def expected(reader: Fier | Quest | Retrieval, kv: KV, q: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+def expected(sparse_attention: Fier | Quest | Retrieval, kv: KV, q: Tensor, budget: int) -> tuple[Tensor, Tensor]:
     """Full attention in float64 with the unselected slots at -inf, one query head at a time."""
     rows, heads, tokens, _ = q.shape
     sequences, kv_heads = kv.lens.shape
@@ -107,7 +111,7 @@ def expected(reader: Fier | Quest | Retrieval, kv: KV, q: Tensor, budget: int) -
             own = slice(kv_head * group, (kv_head + 1) * group)
             for token in range(tokens if len(k) else 0):
                 hidden = torch.ones(len(k), dtype=torch.bool)
-                hidden[selection(reader, q[row, own, token], k, budget)] = False
+                hidden[selection(sparse_attention, q[row, own, token], k, budget)] = False
                 for head in range(own.start, own.stop):
                     logits = k.double() @ q[row, head, token].double() * SCALING
                     logits[hidden] = -math.inf
@@ -127,9 +131,9 @@ def assert_close(ours: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> N
 @every_reader
 def test_a_budget_of_the_whole_context_is_dense(name: str, group: int, tokens: int) -> None:
     kv = paged(LENS, sequences=3)
-    reader: Reader = READERS[name]
+    sparse_attention: SparseAttention = SPARSE_ATTENTION[name]
     q = queries(3, 3 * group, tokens)
-    ours = reader.read(kv, 0, 210).attend(q, SCALING)
+    ours = sparse_attention.wrap(kv, 0, 210).attend(q, SCALING)
     for a, b in zip(ours, kv.attend(q, SCALING), strict=True):
         assert torch.equal(a, b)
 
@@ -141,12 +145,12 @@ def test_a_budget_of_the_whole_context_is_dense(name: str, group: int, tokens: i
 def test_attention_is_full_attention_with_unselected_slots_masked(
     name: str, budget: int, group: int, tokens: int
 ) -> None:
-    reader = with_budget(name, budget)
+    sparse_attention = with_budget(name, budget)
     kv, q = paged(LENS, sequences=3), queries(3, 3 * group, tokens)
-    read = reader.read(kv, 0, 210)
-    assert isinstance(read, Selective)
-    o, lse = read.attend(q, SCALING)
-    assert_close((o, lse), expected(reader, kv, q, budget))
+    sparse = sparse_attention.wrap(kv, 0, 210)
+    assert isinstance(sparse, Selective)
+    o, lse = sparse.attend(q, SCALING)
+    assert_close((o, lse), expected(sparse_attention, kv, q, budget))
     assert o[0, :group].eq(0).all()
     assert lse[0, :group].eq(-math.inf).all()
 
@@ -154,13 +158,13 @@ def test_attention_is_full_attention_with_unselected_slots_masked(
 @pytest.mark.parametrize("n", [17, 64, 65, 200])
 @every_reader
 def test_heads_of_equal_length_go_together_and_give_the_same(name: str, n: int) -> None:
-    reader = with_budget(name, 12)
+    sparse_attention = with_budget(name, 12)
     for sequences, rows in ((1, 1), (1, 3), (2, 2), (2, 4)):
         kv = paged([n] * 2 * sequences, sequences)
         for tokens in (1, 4):
             q = queries(rows, 4, tokens)
-            ours = reader.read(kv, 0, 210).attend(q, SCALING)
-            assert_close(ours, expected(reader, kv, q, 12))
+            ours = sparse_attention.wrap(kv, 0, 210).attend(q, SCALING)
+            assert_close(ours, expected(sparse_attention, kv, q, 12))
 
 
 @every_reader
@@ -171,24 +175,24 @@ def test_many_tokens_at_once_equal_one_at_a_time(name: str, data: st.DataObject)
     heads = data.draw(st.integers(1, 3))
     counts = data.draw(st.lists(st.integers(0, 210), min_size=heads, max_size=heads))
     budget, tokens = data.draw(st.integers(1, 210)), data.draw(st.integers(2, 9))
-    read = with_budget(name, budget).read(paged(counts), 0, 210)
+    sparse = with_budget(name, budget).wrap(paged(counts), 0, 210)
     q = queries(data.draw(st.integers(1, 2)), 3 * heads, tokens, seed=budget)
-    o, lse = read.attend(q, SCALING)
+    o, lse = sparse.attend(q, SCALING)
     for token in range(tokens):
-        assert_close(read.attend(q[:, :, token : token + 1], SCALING), (o[:, :, [token]], lse[:, :, [token]]))
+        assert_close(sparse.attend(q[:, :, token : token + 1], SCALING), (o[:, :, [token]], lse[:, :, [token]]))
 
 
 @every_reader
 def test_long_questions_are_computed_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for counts in ([200, 200], [200, 150], [200, 9]):
         for budget in (10, 100):
-            read = with_budget(name, budget).read(paged(counts), 0, 210)
+            sparse = with_budget(name, budget).wrap(paged(counts), 0, 210)
             q = queries(1, 4, 7)
-            whole = read.attend(q, SCALING)
+            whole = sparse.attend(q, SCALING)
             with monkeypatch.context() as patch:
                 patch.setattr(select, "MAX_SCORES", 1000)
                 patch.setattr(select, "MAX_KEYS", 1000)
-                assert_close(read.attend(q, SCALING), whole)
+                assert_close(sparse.attend(q, SCALING), whole)
 
 
 @every_reader
@@ -197,21 +201,21 @@ def test_long_questions_are_computed_in_blocks(name: str, monkeypatch: pytest.Mo
 def test_the_budget_is_spent_and_not_exceeded(name: str, data: st.DataObject) -> None:
     counts = data.draw(st.lists(st.sampled_from([*LENS, 33, 127, 199]), min_size=1, max_size=4))
     share = data.draw(st.floats(0.001, 1.0))
-    reader = replace(READERS[name], amount=Amount(share))
+    sparse_attention = replace(SPARSE_ATTENTION[name], amount=Amount(share))
     kv = paged(counts)
-    read, budget = reader.read(kv, 0, 210), max(1, round(share * 210))
-    if not isinstance(read, Selective):
+    sparse, budget = sparse_attention.wrap(kv, 0, 210), max(1, round(share * 210))
+    if not isinstance(sparse, Selective):
         assert max(counts) <= budget
         return
-    unit = read.index.unit
-    assert read.units * unit <= max(budget, unit)
-    assert budget - read.units * unit < unit
+    unit = sparse.index.unit
+    assert sparse.units * unit <= max(budget, unit)
+    assert budget - sparse.units * unit < unit
     for row, n in enumerate(counts):
         if n > budget:
             q = queries(1, 6, 1, seed=n).view(1, 2, 3, DIM)
-            chosen = read.select(row, q, SCALING)
+            chosen = sparse.select(row, q, SCALING)
             assert chosen.shape == (1, 2, -(-n // unit))
-            assert chosen.sum(-1).eq(read.units).all()
+            assert chosen.sum(-1).eq(sparse.units).all()
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.data())
@@ -225,17 +229,21 @@ def test_of_equal_scores_the_earlier_is_selected(scores: list[int], data: st.Dat
 
 def test_the_first_layers_are_read_whole() -> None:
     kv = paged([200, 65])
-    for reader, skip in ((Fier(amount=Amount(9)), 2), (Quest(amount=Amount(9)), 2), (Retrieval(amount=Amount(9)), 0)):
+    for sparse_attention, skip in (
+        (Fier(amount=Amount(9)), 2),
+        (Quest(amount=Amount(9)), 2),
+        (Retrieval(amount=Amount(9)), 0),
+    ):
         for layer in range(4):
-            assert (reader.read(kv, layer, 210) is kv) == (layer < skip)
-    assert Retrieval(amount=Amount(9), skip=1).read(kv, 0, 210) is kv
+            assert (sparse_attention.wrap(kv, layer, 210) is kv) == (layer < skip)
+    assert Retrieval(amount=Amount(9), skip=1).wrap(kv, 0, 210) is kv
 
 
 def test_a_share_is_of_the_context_not_of_the_kept_slots() -> None:
-    read = Fier(amount=Amount(0.1), skip=0).read(paged([200]), 0, 1000)
-    assert isinstance(read, Selective)
-    assert read.budget == 100
-    assert Fier(amount=Amount(0.1), skip=0).read(kv := paged([200]), 0, 2000) is kv
+    sparse = Fier(amount=Amount(0.1), skip=0).wrap(paged([200]), 0, 1000)
+    assert isinstance(sparse, Selective)
+    assert sparse.budget == 100
+    assert Fier(amount=Amount(0.1), skip=0).wrap(kv := paged([200]), 0, 2000) is kv
 
 
 def test_a_reader_says_what_it_allows() -> None:
@@ -251,21 +259,21 @@ def test_a_reader_says_what_it_allows() -> None:
 @pytest.mark.parametrize("counts", [[200, 200], [200, 70], [130, 0]])
 def test_reading_selectively_from_quantised_slots(name: str, store: tuple[int, int], counts: list[int]) -> None:
     kv = QuantKV.quantize(paged(counts), *store, residual=20)
-    reader = with_budget(name, 33)
-    read = reader.read(kv, 0, 210)
+    sparse_attention = with_budget(name, 33)
+    sparse = sparse_attention.wrap(kv, 0, 210)
     for tokens in (1, 6):
         q = queries(1, 6, tokens)
-        assert_close(read.attend(q, SCALING), expected(reader, kv, q, 33))
-    assert isinstance(read, Selective)
-    assert read.kept_bytes == kv.kept_bytes + read.index.stored_bytes
-    assert read.read_bytes < read.index.read_bytes + kv.read_bytes
+        assert_close(sparse.attend(q, SCALING), expected(sparse_attention, kv, q, 33))
+    assert isinstance(sparse, Selective)
+    assert sparse.kept_bytes == kv.kept_bytes + sparse.index.stored_bytes
+    assert sparse.read_bytes < sparse.index.read_bytes + kv.read_bytes
 
 
 @every_reader
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half_precision(name: str, dtype: torch.dtype) -> None:
     kv, q = paged([200, 120], dtype=dtype), queries(1, 4, 3).to(dtype)
-    o, lse = with_budget(name, 150).read(kv, 0, 210).attend(q, SCALING)
+    o, lse = with_budget(name, 150).wrap(kv, 0, 210).attend(q, SCALING)
     assert o.dtype == dtype
     assert lse.dtype == torch.float32
     # 150 of 200 slots of an even attention: near the dense result, which no wrong head or token would be.
@@ -277,15 +285,15 @@ def test_half_precision_stays_half_precision(name: str, dtype: torch.dtype) -> N
 @every_reader
 def test_what_describes_the_slots_passes_through(name: str) -> None:
     kv = paged([200, 65, 0])
-    read = with_budget(name, 70).read(kv, 0, 210)
-    assert read.counts == kv.counts
-    assert torch.equal(read.lens, kv.lens)
+    sparse = with_budget(name, 70).wrap(kv, 0, 210)
+    assert sparse.counts == kv.counts
+    assert torch.equal(sparse.lens, kv.lens)
     slots = torch.tensor([3, 64, 1])
     for head in range(3):
-        assert torch.equal(read.kept_positions(0, head), kv.kept_positions(0, head))
-        for a, b in zip(read.head(head), kv.head(head), strict=True):
+        assert torch.equal(sparse.kept_positions(0, head), kv.kept_positions(0, head))
+        for a, b in zip(sparse.head(head), kv.head(head), strict=True):
             assert torch.equal(a, b)
-    for a, b in zip(read.take(1, slots), kv.take(1, slots), strict=True):
+    for a, b in zip(sparse.take(1, slots), kv.take(1, slots), strict=True):
         assert torch.equal(a, b)
 
 
@@ -331,9 +339,9 @@ def test_a_page_bound_is_above_the_logits_of_its_slots() -> None:
 @every_reader
 def test_reported_bytes_are_those_of_the_index_and_of_the_selected_slots(name: str) -> None:
     kv = paged([200, 150, 30])
-    read = with_budget(name, 100).read(kv, 0, 210)
-    assert isinstance(read, Selective)
-    index = read.index
+    sparse = with_budget(name, 100).wrap(kv, 0, 210)
+    assert isinstance(sparse, Selective)
+    index = sparse.index
     if isinstance(index, Bits):
         tensors = [index.words, index.zero, index.scale]
         assert [len(t) for t in tensors] == [7 + 5] * 3
@@ -345,7 +353,7 @@ def test_reported_bytes_are_those_of_the_index_and_of_the_selected_slots(name: s
         assert len(index.keys) == 200 + 150 - 2 * (index.sinks + index.recent)
     held = sum(t.untyped_storage().nbytes() for t in tensors)
     assert index.stored_bytes == index.read_bytes == held
-    assert read.kept_bytes == kv.kept_bytes + held
-    assert read.allocated_bytes == kv.allocated_bytes + held
+    assert sparse.kept_bytes == kv.kept_bytes + held
+    assert sparse.allocated_bytes == kv.allocated_bytes + held
     slots = 2 * (100 // index.unit * index.unit) + 30
-    assert read.read_bytes == held + slots * 2 * DIM * 4
+    assert sparse.read_bytes == held + slots * 2 * DIM * 4

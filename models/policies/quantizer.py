@@ -14,7 +14,7 @@ NAMES: dict[str, tuple[int, int]] = {f"int{bits}": (bits, bits) for bits in BITS
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Quantizer:
     """Keys quantised per channel, values per token, in groups of 32 (KIVI, Liu et al. 2024, section 4).
 
     The newest `residual` slots of every head, and at most 63 more, stay in full precision: pages of 64 slots are
@@ -37,6 +37,6 @@ class Quantized:
         if self.residual < 0:
             raise ValueError(f"residual is a number of tokens, at least 0, not {self.residual}")
 
-    def store(self, kv: PagedKV) -> QuantKV:
+    def quantize(self, kv: PagedKV) -> QuantKV:
         """One layer's slots, its oldest pages quantised."""
         return QuantKV.quantize(kv, self.k_bits, self.v_bits, self.residual)
