@@ -294,7 +294,7 @@ def test_no_heads_and_no_slots_are_legal() -> None:
 def test_names_and_what_they_refuse() -> None:
     assert len(NAMES) == 3 + 12
     assert (NAMES["int4"], NAMES["kv8v4"], NAMES["kv16v2"]) == ((4, 4), (8, 4), (16, 2))
-    stored = Quantizer(8, 4).store(uniform(1, 1, 200, 16))
+    stored = Quantizer(8, 4).quantize(uniform(1, 1, 200, 16))
     assert (stored.k.bits, stored.v.bits, stored.pages) == (8, 4, (1,))
     for k_bits, v_bits, residual in ((3, 4, 128), (8, 1, 128), (16, 16, 128), (4, 4, -1)):
         with pytest.raises(ValueError, match=r"bits|residual"):
