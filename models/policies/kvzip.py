@@ -39,4 +39,5 @@ class KVzip(Evictor):
         # [B, S, layers * Hkv], so that a tie goes to the earlier token.
         pooled = pooled.transpose(1, 2)
         keep = top(pooled.flatten(1), slots).view(pooled.shape).transpose(1, 2)
-        return list(torch.split(keep, heads, 1))
+        # The kernels that gather slots read a head's mask as contiguous bytes.
+        return list(torch.split(keep.contiguous(), heads, 1))
