@@ -34,7 +34,7 @@ from workload import (
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.select import Selective
-from lceval.models.policies import EVICTORS, READERS
+from lceval.models.policies import EVICTORS, SPARSE_ATTENTION
 from lceval.models.recipe import Recipe, parse
 
 QUESTION, STEP = token_ids(12, seed=1), 3
@@ -43,7 +43,7 @@ RECIPES = (
     *(f"{name}:0.25" for name in EVICTORS),
     *("int8", "int4", "int2", "kv8v4"),
     *("snapkv:0.25+int4:residual=64", "adakv:0.25+int2:residual=64"),
-    *(f"{name}:0.1" for name in READERS),
+    *(f"{name}:0.1" for name in SPARSE_ATTENTION),
     *("fier:0.1:skip=0", "retrieval:0.1:index=exact", "snapkv:0.5+quest:0.1:skip=0", "int4+fier:0.1:skip=0"),
     "h2o:256:when=always",
 )
@@ -106,7 +106,7 @@ class EngineChecks:
     @cached_property
     def sdpa_error(self) -> float:
         """Relative error of SDPA's logits over a prefilled cache: question and step in the weights' dtype."""
-        layers = self.engine().read(self.context_ids, Recipe().needs).layers
+        layers = self.engine().prefill(self.context_ids, Recipe().stats_spec).layers
         cache = [(layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]) for layer in layers]
         logits, exact = (self._by_transformers(model, cache) for model in (self.model, self.wide_model))
         return relative_error(logits, exact)
@@ -186,13 +186,13 @@ class EngineChecks:
 
     def _recipe(self, text: str) -> dict[str, Any]:
         recipe = parse(text)
-        if getattr(recipe.reader, "index", None) == "ivf":
+        if getattr(recipe.sparse_attention, "index", None) == "ivf":
             try:
                 importlib.import_module("faiss")
             except ImportError:
                 raise LeftOutError("needs faiss") from None
         engine = self.engine()
-        prefill = engine.read(self.context_ids, recipe.needs)
+        prefill = engine.prefill(self.context_ids, recipe.stats_spec)
         context = prefill.compress(recipe, consume=False)
         logits = self._answer(engine, context)
         exact = self._answer(self.engine(kernels=False, wide=True), widened(context, self.setup.wide))
@@ -200,7 +200,7 @@ class EngineChecks:
             "question_error": relative_error(logits[0], exact[0]),
             "step_error": relative_error(logits[1], exact[1]),
         }
-        precise = recipe.store is None and recipe.reader is None
+        precise = recipe.quantizer is None and recipe.sparse_attention is None
         bound = max(FLOOR, (EXACT_FACTOR if precise else ROUNDED_FACTOR) * self.sdpa_error)
         values: dict[str, Any] = {"kept": kept_share(context), **errors, "bound": bound}
         bounds = dict.fromkeys(errors, bound)
@@ -209,14 +209,14 @@ class EngineChecks:
             bounds["error_vs_transformers"] = max(FLOOR, EXACT_FACTOR * self.end_to_end_error)
         if recipe.evictor is not None:
             plain = self.engine(kernels=False)
-            other = plain.read(self.context_ids, recipe.needs).compress(recipe, consume=True)
+            other = plain.prefill(self.context_ids, recipe.stats_spec).compress(recipe, consume=True)
             values["moved_slots"] = moved_slots(context, other)
             bounds["moved_slots"] = MOVED_SLOTS
         return bounded(values, **bounds)
 
     def _gold_kept(self) -> dict[str, Any]:
         recipe = parse("snapkv:0.25")
-        context = self.engine().read(self.context_ids, recipe.needs).compress(recipe, consume=True)
+        context = self.engine().prefill(self.context_ids, recipe.stats_spec).compress(recipe, consume=True)
         gold = torch.arange(context.tokens) < context.tokens // 4
         shares = [
             float(gold[layer.kept_positions(0, head).cpu()].sum() / gold.sum())
@@ -231,7 +231,7 @@ class EngineChecks:
         """Questions of three lengths over two contexts of two lengths: each row as if it were alone."""
         engine, recipe = self.engine(), parse("snapkv:0.25")
         one, two = (
-            engine.read(ids, recipe.needs).compress(recipe, consume=True)
+            engine.prefill(ids, recipe.stats_spec).compress(recipe, consume=True)
             for ids in (self.context_ids, self.context_ids[5:-32])
         )
         contexts, questions = [one, one, two], [QUESTION, QUESTION[:5], QUESTION[:9]]
@@ -246,9 +246,9 @@ class EngineChecks:
     def _query_aware(self) -> dict[str, Any]:
         """The question takes part in the scores; its last token is read again over what stays."""
         engine, recipe = self.engine(), parse("snapkv:0.25")
-        prefill = engine.read(self.context_ids, recipe.needs)
+        prefill = engine.prefill(self.context_ids, recipe.stats_spec)
         cache = engine.ask(prefill, QUESTION, 8)
-        context = prefill.compress(recipe, consume=False, asked=cache)
+        context = prefill.compress(recipe, consume=False, question_cache=cache)
         cache.over(context)
         cache.rollback(1)
         last = torch.tensor([QUESTION[-1:]], device=self.setup.device)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from workload import relative_error, token_ids
 
 from lceval.bench import kernels as bench
-from lceval.models.policies import Needs
+from lceval.models.policies import StatsSpec
 from lceval.models.recipe import parse
 
 RECIPES = ("full", "snapkv:0.25", "int4", "snapkv:0.25+int4", "fier:0.1")
@@ -89,7 +89,7 @@ class StepChecks:
             self._prefills.clear()
             self.engine_checks.forget_wide()
             engine = self.engine_checks.engine(chunk_tokens=self.setup.chunk_tokens)
-            self._prefills[tokens] = engine.read(token_ids(tokens), parse("snapkv:0.25").needs)
+            self._prefills[tokens] = engine.prefill(token_ids(tokens), parse("snapkv:0.25").stats_spec)
         return self._prefills[tokens]
 
     def _step(self, tokens: int, recipe: str, batch: str) -> dict[str, Any]:
@@ -167,8 +167,8 @@ class StepChecks:
         cuda = self.setup.device == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        prefill = engine.read(token_ids(tokens), Needs())
-        values: dict[str, Any] = {"wall_s": prefill.read_s, "tokens_s": tokens / prefill.read_s}
+        prefill = engine.prefill(token_ids(tokens), StatsSpec())
+        values: dict[str, Any] = {"wall_s": prefill.prefill_s, "tokens_s": tokens / prefill.prefill_s}
         values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else NEEDS_CUDA
         keys = prefill.layers[-1].keys[:, :, :tokens]
         if not chunk_tokens:
