@@ -59,7 +59,7 @@ def test_fitter_corrects_for_costs_that_do_not_add_up_and_remembers_the_error():
         exact = 100 + sum(costs[index] for index in chosen) + (30 if chosen else 0)
         return [exact - 4, exact]
 
-    fitter = Fitter(Contract.promised(2048))
+    fitter = Fitter(Contract.guaranteed(2048))
     for tries in (2, 1):  # the second context starts with the error of the first
         renderings.clear()
         _, reached = fitter.fit(costs, totals)
@@ -68,16 +68,16 @@ def test_fitter_corrects_for_costs_that_do_not_add_up_and_remembers_the_error():
 
 
 def test_fitter_says_so_when_nothing_fits():
-    assert Fitter(Contract.promised(1024)).fit([500], lambda chosen: [10 + 500 * len(chosen)]) is None
-    assert Fitter(Contract.promised(1024)).fit([5], lambda chosen: [2000]) is None
+    assert Fitter(Contract.guaranteed(1024)).fit([500], lambda chosen: [10 + 500 * len(chosen)]) is None
+    assert Fitter(Contract.guaranteed(1024)).fit([5], lambda chosen: [2000]) is None
 
 
 def test_the_contract_holds_without_the_template_only_where_there_is_room_for_both():
-    assert Contract.promised(2048).holds([2008, 2048])
-    assert not Contract.promised(2048).holds([2007, 2040])
-    assert not Contract.promised(2048).holds([2040, 2049])
+    assert Contract.guaranteed(2048).allows([2008, 2048])
+    assert not Contract.guaranteed(2048).allows([2007, 2040])
+    assert not Contract.guaranteed(2048).allows([2040, 2049])
     assert Contract.preferred(2048, Meter(30)).floor == pytest.approx(2007.04 + 30)
-    assert Contract.preferred(1024, Meter(30)) == Contract.promised(1024)
+    assert Contract.preferred(1024, Meter(30)) == Contract.guaranteed(1024)
 
 
 words = st.text(alphabet="ab ", max_size=12)
