@@ -370,7 +370,7 @@ def test_no_other_page_of_financebenchmulti_contains_the_answer(multi: Rows) -> 
         if normalize(answer) in ("yes", "no"):
             continue
         leaking = LeakIndex([document["text"] for document in row["docs"]]).holders([normalize(answer)])
-        assert {row["docs"][index]["pid"] for index in held} <= set(row["gold_pids"])
+        assert {row["docs"][index]["pid"] for index in leaking} <= set(row["gold_pids"])
         checked += 1
     assert checked == 51
 

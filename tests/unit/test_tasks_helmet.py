@@ -91,8 +91,8 @@ def built(name: str, meter: str = "plain", seed: int = 1234) -> list[Any]:
     return helmet.rows(request(name, meter, seed)).build()
 
 
-def check(rows: list[Any], meter: str, limit: int, reply: int) -> None:
-    for row in rows:
+def check(task_rows: list[Any], meter: str, limit: int, reply: int) -> None:
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         (counted,) = METERS[meter].prompts([prompts.prompt(row)])
         assert row["length_tokens"] == counted + reply
@@ -140,10 +140,10 @@ def test_rows_meet_the_length_in_the_order_of_the_file(meter: str, limit: int, p
     records = [record("nq", question, depth, 100) for question in range(4) for depth in range(6)]
     put("nq", k, records)
     put("nq", {20: 50, 50: 105}[k], [])
-    rows = built(f"lc_nq_ao_{limit // 1024}k", meter)
-    assert len(rows) == 24
-    check(rows, meter, limit, 32)
-    for row in rows:
+    task_rows = built(f"lc_nq_ao_{limit // 1024}k", meter)
+    assert len(task_rows) == 24
+    check(task_rows, meter, limit, 32)
+    for row in task_rows:
         ranks = [int(d["pid"]) % 1000 for d in row["docs"] if d["pid"] not in row["gold_pids"]]
         assert ranks == sorted(ranks)
         # Nothing is left out but from the end, where the last few fill the length.
@@ -163,12 +163,12 @@ def test_a_question_with_too_few_passages_is_taken_from_the_next_file_or_skipped
 ) -> None:
     put("hotpotqa", 20, [record("hotpotqa", q, depth, 20, 3) for q in range(3) for depth in range(3)])
     put("hotpotqa", 50, [record("hotpotqa", q, depth, 50, 3) for q in (0, 2) for depth in range(3)])
-    rows = built("lc_hotpotqa_ao_4k")
-    check(rows, "plain", 4096, 32)
-    assert {row["answers"][0] for row in rows} == {"answer0", "answer2"}
-    assert all("k50_dep3" in row["source"] for row in rows)
-    assert [row["id"][-2:] for row in rows] == ["-0", "-1", "-2"] * 2
-    assert len({row["cluster"] for row in rows}) == 2
+    task_rows = built("lc_hotpotqa_ao_4k")
+    check(task_rows, "plain", 4096, 32)
+    assert {row["answers"][0] for row in task_rows} == {"answer0", "answer2"}
+    assert all("k50_dep3" in row["source"] for row in task_rows)
+    assert [row["id"][-2:] for row in task_rows] == ["-0", "-1", "-2"] * 2
+    assert len({row["cluster"] for row in task_rows}) == 2
 
 
 def test_too_few_passages_for_every_question_raises(put: Callable[..., Path]) -> None:

@@ -97,8 +97,8 @@ def built(name: str, meter: str = "words", seed: int = 1234) -> list[Any]:
     return row_request.dataset.plan(row_request).build()
 
 
-def check(rows: list[Any], meter: str, limit: int, reply: int) -> None:
-    for row in rows:
+def check(task_rows: list[Any], meter: str, limit: int, reply: int) -> None:
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         (counted,) = METERS[meter].prompts([prompts.prompt(row)])
         assert row["length_tokens"] == counted + reply
@@ -108,7 +108,7 @@ def check(rows: list[Any], meter: str, limit: int, reply: int) -> None:
         assert len(set(pids)) == len(pids)
         assert set(row["gold_pids"]) <= set(pids)
         assert 0 <= row["depth"] <= 1
-    assert len({row["id"] for row in rows}) == len(rows)
+    assert len({row["id"] for row in task_rows}) == len(task_rows)
 
 
 def hidden(row: dict[str, Any]) -> list[str]:
@@ -132,19 +132,19 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 def test_fifty_rows_meet_the_length_and_have_every_needle_once(
     dataset: str, limit: int, meter: str, folder: Path
 ) -> None:
-    rows = built(f"lc_{dataset}_ao_{limit // 1024}k", meter)
-    assert len(rows) == 50
-    check(rows, meter, limit, 32 if dataset in ("niah_single", "niah_multikey") else 128)
-    for row in rows:
+    task_rows = built(f"lc_{dataset}_ao_{limit // 1024}k", meter)
+    assert len(task_rows) == 50
+    check(task_rows, meter, limit, 32 if dataset in ("niah_single", "niah_multikey") else 128)
+    for row in task_rows:
         for needle in hidden(row):
             assert row["context"].count(needle) == 1
         haystack_text = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
         assert not any(answer.lower() in haystack_text for answer in row["answers"])
         for answer in row["answers"]:
             assert any(answer in needle for needle in golds(row))
-    clusters = {row["cluster"]: row["context"] for row in rows}
+    clusters = {row["cluster"]: row["context"] for row in task_rows}
     assert len(clusters) == len(set(clusters.values())) == (50 if dataset == "niah_single" else 10)
-    assert all(clusters[row["cluster"]] == row["context"] for row in rows)
+    assert all(clusters[row["cluster"]] == row["context"] for row in task_rows)
 
 
 @pytest.mark.parametrize("dataset", CODES)
@@ -238,9 +238,9 @@ def test_titles_and_edition_notes_are_left_out() -> None:
 
 def test_a_text_shorter_than_the_context_is_repeated_with_other_ids(folder: Path) -> None:
     write(folder / haystack.STORIES, [{"document": story(1, 60)}])
-    rows = built("lc_niah_single_ao_4k")
-    check(rows, "words", 4096, 32)
-    texts = [document["text"] for document in rows[0]["docs"]]
+    task_rows = built("lc_niah_single_ao_4k")
+    check(task_rows, "words", 4096, 32)
+    texts = [document["text"] for document in task_rows[0]["docs"]]
     assert len(set(texts)) < len(texts)
 
 
@@ -248,12 +248,12 @@ def test_a_text_shorter_than_the_context_is_repeated_with_other_ids(folder: Path
 def test_needles_are_at_the_paragraph_boundary_nearest_to_their_depth(sizes: list[int], depths: list[float]) -> None:
     text = [Document(pid=f"t{n}", title="", text="x" * size) for n, size in enumerate(sizes)]
     needles = [Document(pid=f"n{n}", title="", text="") for n in range(len(depths))]
-    rows = haystack.placed(text, needles, sorted(depths))
-    assert [d for d in rows if d["pid"].startswith("t")] == text
-    assert [d for d in rows if d["pid"].startswith("n")] == needles
+    task_rows = haystack.placed(text, needles, sorted(depths))
+    assert [d for d in task_rows if d["pid"].startswith("t")] == text
+    assert [d for d in task_rows if d["pid"].startswith("n")] == needles
     edges = [sum(size + 2 for size in sizes[:n]) for n in range(len(sizes) + 1)]
     for needle, depth in zip(needles, sorted(depths), strict=True):
-        at = sum(len(d["text"]) + 2 for d in rows[: rows.index(needle)] if d["pid"].startswith("t"))
+        at = sum(len(d["text"]) + 2 for d in task_rows[: task_rows.index(needle)] if d["pid"].startswith("t"))
         assert abs(at - depth * edges[-1]) == pytest.approx(min(abs(edge - depth * edges[-1]) for edge in edges))
 
 
@@ -264,9 +264,9 @@ def test_real_stories_contain_no_answer_and_are_mostly_used(data_folder: Path, m
     kept = [line for text in stories for line in haystack.paragraphs(text)]
     assert sum(map(len, kept)) > 0.9 * sum(len(" ".join(text.split())) for text in stories)
     assert not any(re.search("gutenberg|transcriber", line, re.IGNORECASE) for line in kept)
-    rows = built("lc_vt_ao_8k")
-    check(rows, "words", 8192, 128)
-    assert all(row["context"].lower().count(name.lower()) <= 2 for row in rows for name in row["answers"])
+    task_rows = built("lc_vt_ao_8k")
+    check(task_rows, "words", 8192, 128)
+    assert all(row["context"].lower().count(name.lower()) <= 2 for row in task_rows for name in row["answers"])
 
 
 # bAbI ---------------------------------------------------------------------------------------------
@@ -274,16 +274,16 @@ def test_real_stories_contain_no_answer_and_are_mostly_used(data_folder: Path, m
 
 @pytest.mark.parametrize(("meter", "limit"), [("words", 2048), ("digits in a template", 2048), ("words", 4096)])
 def test_facts_occur_once_in_order_and_supporting_facts_are_gold(limit: int, meter: str, folder: Path) -> None:
-    rows = built(f"lc_babi_qa2_{limit // 1024}k", meter)
-    assert len(rows) == 3
-    check(rows, meter, limit, 32)
+    task_rows = built(f"lc_babi_qa2_{limit // 1024}k", meter)
+    assert len(task_rows) == 3
+    check(task_rows, meter, limit, 32)
     records = [json.loads(line) for line in (folder / "babi/qa2_test.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in task_rows:
         record = records[int(row["id"].rsplit("-", 1)[1])]
         assert hidden(row) == record["facts"]
         assert golds(row) == [record["facts"][n] for n in sorted(record["supporting"])]
         assert row["answers"] == ["hallway"]
-    by_id = {row["id"]: row for row in rows}
+    by_id = {row["id"]: row for row in task_rows}
     assert by_id["babi-qa2-000"]["cluster"] == by_id["babi-qa2-001"]["cluster"] != by_id["babi-qa2-002"]["cluster"]
 
 
@@ -299,16 +299,16 @@ def test_text_that_may_bear_on_a_question_is_left_out(folder: Path) -> None:
 @pytest.mark.parametrize("mode", ["qa1", "qa2", "qa3"])
 def test_a_hundred_real_questions_of_each_task(data_folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
-    rows = built(f"lc_babi_{mode}_4k")
-    assert len(rows) == 100
-    check(rows, "words", 4096, 32)
-    assert {len(row["gold_pids"]) for row in rows} == {int(mode[-1])}
-    for row in rows:
+    task_rows = built(f"lc_babi_{mode}_4k")
+    assert len(task_rows) == 100
+    check(task_rows, "words", 4096, 32)
+    assert {len(row["gold_pids"]) for row in task_rows} == {int(mode[-1])}
+    for row in task_rows:
         facts = [document["pid"] for document in row["docs"] if document["pid"].startswith("fact-")]
         assert facts == [f"fact-{n}" for n in range(len(facts))]
         haystack_text = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
         assert row["answers"][0] not in haystack_text
-    assert 20 < len({row["cluster"] for row in rows}) < 100
+    assert 20 < len({row["cluster"] for row in task_rows}) < 100
 
 
 def test_gold_context_has_only_the_supporting_facts_in_order(folder: Path) -> None:

@@ -164,18 +164,18 @@ def test_the_retriever_is_part_of_the_cache_key() -> None:
 def test_every_row_meets_the_length(task: str, meter: str, retriever: str) -> None:
     request = request_for(task, meter, retriever=retriever)
     _, limit = request.fitted
-    rows = tables.rows(request).build()
+    task_rows = tables.rows(request).build()
     reply = catalogue.new_tokens(request.output_format)
     assert reply > 0
-    counted = METERS[meter].prompts([prompts.prompt(row) for row in rows])
-    assert [row["length_tokens"] for row in rows] == [count + reply for count in counted]
-    for row in rows:
+    counted = METERS[meter].prompts([prompts.prompt(row) for row in task_rows])
+    assert [row["length_tokens"] for row in task_rows] == [count + reply for count in counted]
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         assert 0.98 * limit <= row["length_tokens"] <= limit
         assert row["context"].split("\n") == [document["text"] for document in row["docs"]]
         assert row["gold_pids"] == []
-    assert len({frozenset(row) for row in rows}) == 1
-    assert len({row["id"] for row in rows}) == len({row["cluster"] for row in rows}) == len(rows)
+    assert len({frozenset(row) for row in task_rows}) == 1
+    assert len({row["id"] for row in task_rows}) == len({row["cluster"] for row in task_rows}) == len(task_rows)
 
 
 def test_a_question_has_the_format_of_the_examples_and_lists_the_classes() -> None:
