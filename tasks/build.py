@@ -44,7 +44,7 @@ class Request:
         return self.setting.questions or self.dataset.per_context
 
     @property
-    def fitted(self) -> tuple[TokenMeter, int]:
+    def meter_and_limit(self) -> tuple[TokenMeter, int]:
         """Meter and token limit of a task with a fixed length."""
         assert self.meter is not None, self.task
         assert self.limit is not None, self.task
@@ -93,7 +93,7 @@ class Request:
         Only the prompt of the longest question is rendered and counted. The others differ from it only after the
         context, so they are derived from the token counts of the prompt endings.
         """
-        meter, _ = self.fitted
+        meter, _ = self.meter_and_limit
         layout, output_format = self.dataset.layout, self.output_format
         ending_tokens = meter.pieces([prompts.render(layout, output_format, "", question) for question in questions])
         longest = max(range(len(questions)), key=ending_tokens.__getitem__)
@@ -138,8 +138,8 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
         limit_tokens: Overrides the length of a task that has one (training rows).
     """
     setting = contexts.setting(task, metadata)
-    needs_meter = task.length_k is not None or setting.needs_meter
-    meter = meter_for(task.name, metadata) if needs_meter or names_tokenizer(metadata) else None
+    requires_meter = task.length_k is not None or setting.requires_meter
+    meter = meter_for(task.name, metadata) if requires_meter or names_tokenizer(metadata) else None
     request = Request(
         task=task.name,
         dataset=task.dataset,

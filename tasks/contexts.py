@@ -51,7 +51,7 @@ class ContextSetting:
     length_matched: bool = False
 
     @property
-    def needs_meter(self) -> bool:
+    def requires_meter(self) -> bool:
         """Whether the setting requires a token meter."""
         return self.kind == "rag"
 

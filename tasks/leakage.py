@@ -22,7 +22,7 @@ class LeakIndex:
             start += len(text) + 1
         self._starts.append(start)  # past the end: str.find then returns -1
 
-    def holders(self, answers: Iterable[str]) -> set[int]:
+    def containing(self, answers: Iterable[str]) -> set[int]:
         """Indices of the passages that contain any of the answers (already normalised, not empty)."""
         passages: set[int] = set()
         for answer in answers:

@@ -286,7 +286,7 @@ def _embedder() -> _Embedder:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(f"retriever=dense and hybrid need an embedder ({reason}): run {INSTALL}.") from error
+        raise UserError(f"retriever=dense and hybrid require an embedder ({reason}): run {INSTALL}.") from error
     # The packaged folder is complete; without `local_files_only` the hub would be contacted.
     model = SentenceTransformer(str(packaged.get_model_path()), device="cpu", local_files_only=True)
     return _Embedder(model)

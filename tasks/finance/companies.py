@@ -40,11 +40,11 @@ _CITIES = _words(
     "Krakow Leipzig Lille Linz Lyon Malmo Nantes Odense Ottawa Oulu Plymouth Porto Riga Rostock Seville "
     "Tampere Trieste Turin Utrecht Valencia Varna Zagreb Zaragoza"
 )
-_GIVEN = _words(
+_FIRST_NAMES = _words(
     "Adela Bruno Carmen Dmitri Elena Farid Greta Hugo Ingrid Jonas Kamila Lars Mirela Nadia Oskar Petra "
     "Rafael Sonja Tomas Ursula Viktor Wanda Yusuf Zora"
 )
-_FAMILY = _words(
+_LAST_NAMES = _words(
     "Abelson Barrowe Castellan Dahlberg Ekstrand Fontaine Grunwald Hollister Ivarsen Jankovic Kessler "
     "Lindqvist Moreau Novotny Okafor Pemberton Quintero Rasmussen Sorensen Tavares Underhill "
     "Valdez Whitlock Yamada"
@@ -107,7 +107,7 @@ class Filing:
 def filings(rng: random.Random) -> Iterator[Filing]:
     """Filings of distinct companies, cities and officers, one per city."""
     stems = rng.sample([start + end for start in _STARTS for end in _ENDS], len(_CITIES))
-    officers = rng.sample([f"{given} {family}" for given in _GIVEN for family in _FAMILY], 2 * len(_CITIES))
+    officers = rng.sample([f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES], 2 * len(_CITIES))
     for number, city in enumerate(rng.sample(_CITIES, len(_CITIES))):
         yield _filing(stems[number], city, officers[2 * number], officers[2 * number + 1], rng)
 

@@ -30,7 +30,7 @@ def rows(request: Request) -> RowPlan:
 
 
 def _context_rows(request: Request, number: int) -> list[Row]:
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     rng = random.Random(f"filings {request.seed} {limit} {number}")
     included = _as_many_as_fit(request, list(filings(rng)))
     remarks = [(filing, remark) for filing, item in enumerate(included) for remark in item.remarks]
@@ -77,7 +77,7 @@ def _context_rows(request: Request, number: int) -> list[Row]:
 
 def _as_many_as_fit(request: Request, candidates: Sequence[Filing]) -> list[Filing]:
     """The first filings that leave room for the longest question, the reply and some remarks."""
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     longest = max((fact.question for filing in candidates for fact in filing.facts), key=len)
     remaining = limit * (1 - _REMARK_SHARE) - request.totals([], [longest])[0]
     included: list[Filing] = []

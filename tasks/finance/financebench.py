@@ -55,7 +55,7 @@ class _Library:
         if not gold or gold in _UNINFORMATIVE:
             return set()
         pids = [*self.pages]
-        return {pids[index] for index in self._leaks.holders([gold])}
+        return {pids[index] for index in self._leaks.containing([gold])}
 
 
 def _pid(filing: str, page: int) -> str:
@@ -148,7 +148,7 @@ def multi_rows(request: Request) -> RowPlan:
 
 
 def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity: str) -> list[Row]:
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     library = _library(pages)
     tokens = meter.pieces([f"[DOC 100]\n{page['text']}\n\n" for page in library.pages.values()])
     costs = dict(zip(library.pages, tokens, strict=True))

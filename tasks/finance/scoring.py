@@ -56,8 +56,8 @@ def _spans(text: str, between: re.Pattern[str]) -> list[str]:
 
 def _scale(spans: Sequence[str], named: str) -> str:
     """`named`, else the scale of the last figure that has one."""
-    found = (number.scale for span in reversed(spans) if (number := as_number(span)) and number.scale)
-    return named or next(found, "")
+    scales = (number.scale for span in reversed(spans) if (number := as_number(span)) and number.scale)
+    return named or next(scales, "")
 
 
 def _bag_f1(answer: str, gold: str) -> float:

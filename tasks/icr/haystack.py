@@ -48,7 +48,7 @@ class Haystack:
         Raises:
             UserError: No paragraph remains.
         """
-        meter, self._limit = request.fitted
+        meter, self._limit = request.meter_and_limit
         self._request = request
         self._stories: list[list[Document]] = []
         for number, record in enumerate(stories.records):

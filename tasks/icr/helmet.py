@@ -31,7 +31,7 @@ _WINDOW = 14  # candidates for the final passages
 
 def rows(request: Request) -> RowPlan:
     """All depths of 100 questions (50 at 64k, 25 at 128k) drawn by the seed alone."""
-    _, limit = request.fitted
+    _, limit = request.meter_and_limit
     hub = request.dataset.hub
     assert hub is not None, request.task
     names = [*hub.files.values()][request.dataset.lengths.index(limit // 1024) :][:2]
@@ -40,7 +40,7 @@ def rows(request: Request) -> RowPlan:
 
 
 def _build(request: Request, files: Sequence[QuestionFile]) -> list[Row]:
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     name = request.dataset.dataset
     offsets = [files[0].offsets()]
     ranked = sorted(offsets[0], key=lambda key: hashlib.sha256(f"{name} {request.seed} {key}".encode()).digest())
@@ -100,7 +100,7 @@ def _rows_of(
 
 def _measure(request: Request, documents: Sequence[Document], costs: dict[str, int]) -> None:
     """Add the token counts of new passages; a word is appended, as another document follows in the prompt."""
-    meter, _ = request.fitted
+    meter, _ = request.meter_and_limit
     new = [document for document in documents if document["pid"] not in costs]
     texts = [f"{block(request.dataset.layout, [document['text']])}\n\n{_WORD}" for document in new]
     *counts, word = meter.pieces([*texts, _WORD])
@@ -127,7 +127,7 @@ def fit(
         return totals_of[selection]
 
     estimates = [costs[document["pid"]] for document in others]
-    limit = request.fitted[1]
+    limit = request.meter_and_limit[1]
     if sum(estimates) < limit and totals([*range(len(others))])[0] < Contract.guaranteed(limit).floor:
         return None
     for fitter in fitters:

@@ -73,7 +73,7 @@ def _is_pair(pair: object) -> bool:
 
 def _row(request: Request, lookup: Lookup, source: str) -> Row:
     """Build the row with the maximum number of pairs that fit."""
-    _, limit = request.fitted
+    _, limit = request.meter_and_limit
     key, value = lookup.pairs[lookup.target]
     question = key_question(key)
 

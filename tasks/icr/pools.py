@@ -41,7 +41,7 @@ def rows(request: Request) -> RowPlan:
 
 
 def _build(request: Request, questions: SourceFile, pools: Sequence[SourceFile], source: str) -> list[Row]:
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     name, size = request.dataset.dataset, request.questions
     excluded = _outside_split(request.setting.split, questions, pools)
     pool = _PassagePool(request, pools, excluded)
@@ -112,8 +112,8 @@ def _length(limit: int) -> str:
 
 def kept_out(request: Request, rows: Sequence[Row]) -> list[int]:
     """Number of passages excluded from each context: not gold, and containing an answer."""
-    questions, own, fill = read_pool(request)
-    pools = [own, *fill]
+    questions, gold_and_negatives, fill = read_pool(request)
+    pools = [gold_and_negatives, *fill]
     excluded = _outside_split(request.setting.split, questions, pools)
     passages = [record for pool in pools for record in pool.records if record["pid"] not in excluded]
     leaks = LeakIndex([passage["text"] for passage in passages])
@@ -124,7 +124,7 @@ def kept_out(request: Request, rows: Sequence[Row]) -> list[int]:
     for context_rows in contexts.values():
         golds = {pid for row in context_rows for pid in row["gold_pids"]}
         answers = [normalize(answer) for row in context_rows for answer in row["answers"]]
-        leaking = leaks.holders(answer for answer in answers if answer)
+        leaking = leaks.containing(answer for answer in answers if answer)
         counts.append(sum(passages[index]["pid"] not in golds for index in leaking))
     return counts
 
@@ -142,7 +142,7 @@ class _PassagePool:
         texts = [document["text"] for document in self.documents]
         layout = request.dataset.layout
         self.leaks = LeakIndex(texts)
-        self._costs = request.fitted[0].pieces([f"{block(layout, [text])}\n\n" for text in texts])
+        self._costs = request.meter_and_limit[0].pieces([f"{block(layout, [text])}\n\n" for text in texts])
         self._length_matched, ranker = request.setting.length_matched, request.setting.negatives or "bm25"
         self._order = None if ranker == "random" else order_by(ranker, texts)
 
@@ -151,7 +151,7 @@ class _PassagePool:
     ) -> tuple[list[Document], list[int]] | None:
         """Documents of a context in order and the totals of its questions; None if the contract cannot be met."""
         golds = [*dict.fromkeys(passage for question in group for passage in question.gold)]
-        leaking = self.leaks.holders(answer for question in group for answer in question.normalized).union(golds)
+        leaking = self.leaks.containing(answer for question in group for answer in question.normalized).union(golds)
         hard = [*dict.fromkeys(passage for passage in self._hard(group) if passage not in leaking)]
         unavailable = leaking.union(hard)
         rest = [passage for passage in range(len(self.documents)) if passage not in unavailable]

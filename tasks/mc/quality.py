@@ -1,4 +1,4 @@
-"""Rows of `lc_quality_mc`: QuALITY questions on whole stories, four options scored as text."""
+"""Rows of `lc_quality_mc`: QuALITY questions on whole stories, four options scored by log-likelihood of their text."""
 
 from lceval.errors import UserError
 from lceval.tasks.build import Request, RowPlan

@@ -173,7 +173,7 @@ def random_order(table: Table, seed: int) -> dict[int, list[int]]:
 
 def _rows(request: Request, table: Table, retriever: str) -> list[Row]:
     orders = nearest(table) if retriever == "knn" else random_order(table, request.seed)
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     lines = {number: table.line(number) for number in table.training}
     costs = dict(zip(lines, meter.pieces([f"{line}\n" for line in lines.values()]), strict=True))
     scorer_fields = _scorer_fields(table)
@@ -217,7 +217,7 @@ def _fitted(
     request: Request, question: str, order: Sequence[int], lines: dict[int, str], costs: dict[int, int]
 ) -> tuple[int, list[Document]]:
     """Total and documents of as many rows of `order` as fit, in reverse: the first of the order is last."""
-    _, limit = request.fitted
+    _, limit = request.meter_and_limit
     name = request.dataset.dataset
 
     def docs(count: int) -> list[Document]:

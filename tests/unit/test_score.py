@@ -1,4 +1,4 @@
-"""`lceval score`: what it says of good files, by rows and by ground truth, and what it refuses."""
+"""`lceval score`: scores by rows and by ground truth, and invalid input."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_infinitebench_rows_have_the_ids_of_its_files(tmp_path: Path, monkeypatc
     assert (report["matched_by"], report["clusters"], report["scores"]["acc"]) == ("rows", 1, 0.5)
 
 
-# What is refused
+# Invalid input
 
 
 GOOD = prediction_line(0, "A", "A")

@@ -87,4 +87,4 @@ words = st.text(alphabet="ab ", max_size=12)
 def test_leak_index_finds_exactly_the_passages_that_contain_an_answer(texts, answers):
     answers = [normalize(answer) for answer in answers]
     expected = {place for place, text in enumerate(texts) if any(answer in normalize(text) for answer in answers)}
-    assert LeakIndex(texts).holders(answers) == expected
+    assert LeakIndex(texts).containing(answers) == expected

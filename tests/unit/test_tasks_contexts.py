@@ -38,16 +38,16 @@ def rows(words: str, task: str = TASK, **metadata: Any) -> list[Any]:
 def test_gold_has_only_the_gold_documents_and_none_has_no_documents(words: str) -> None:
     full, gold, none = (rows(words, **more) for more in ({}, {"context": "gold"}, {"context": "none"}))
     assert [row["id"] for row in gold] == [row["id"] for row in none] == [row["id"] for row in full]
-    for everything, some, nothing in zip(full, gold, none, strict=True):
-        assert [document["pid"] for document in some["docs"]] == everything["gold_pids"]
-        assert some["context"] == f"[DOC 0]\n{some['docs'][0]['text']}"
-        assert some["answers"][0] in some["context"]
-        assert prompts.prompt(some).startswith("Read the numbered documents")
-        assert (nothing["docs"], nothing["context"]) == ([], "")
-        assert prompts.prompt(nothing) == prompts.join(nothing["instruction"], "", nothing["ask"])
-        assert "documents" not in prompts.prompt(nothing)
-        assert nothing["length_tokens"] < some["length_tokens"] < everything["length_tokens"]
-        assert some["cluster"] == nothing["cluster"] == everything["cluster"]
+    for full_row, gold_row, none_row in zip(full, gold, none, strict=True):
+        assert [document["pid"] for document in gold_row["docs"]] == full_row["gold_pids"]
+        assert gold_row["context"] == f"[DOC 0]\n{gold_row['docs'][0]['text']}"
+        assert gold_row["answers"][0] in gold_row["context"]
+        assert prompts.prompt(gold_row).startswith("Read the numbered documents")
+        assert (none_row["docs"], none_row["context"]) == ([], "")
+        assert prompts.prompt(none_row) == prompts.join(none_row["instruction"], "", none_row["ask"])
+        assert "documents" not in prompts.prompt(none_row)
+        assert none_row["length_tokens"] < gold_row["length_tokens"] < full_row["length_tokens"]
+        assert gold_row["cluster"] == none_row["cluster"] == full_row["cluster"]
 
 
 def test_lengths_are_measured_again(words: str) -> None:
@@ -110,4 +110,4 @@ def test_the_string_of_a_setting_has_all_of_its_fields(retriever: str, chunk: in
     setting = contexts.setting(task, {"context": "rag", "retriever": retriever, "chunk": chunk, "budget": budget})
     assert str(setting) == f"rag:{retriever}:chunk={chunk}:budget={budget}"
     assert str(contexts.setting(task, {})) == "full"
-    assert setting.needs_meter
+    assert setting.requires_meter

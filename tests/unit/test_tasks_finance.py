@@ -133,7 +133,7 @@ TATQA = {
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data folder, by itself."""
+    """An empty data folder."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
 
@@ -180,7 +180,7 @@ def test_convfinqa_has_the_last_question_and_the_previous_questions(data_folder:
         assert row["question"].startswith(record["questions"][-1])
         assert all(question.strip() in row["question"] for question in record["questions"])
         assert row["answers"][0] in ("yes", "no") or float(row["answers"][0]) == record["answer"]
-        # nothing of the page is lost by cutting it into sentences
+        # splitting into sentences loses no text of the page
         page_text = " ".join(document["text"] for document in row["docs"] if document["title"] == "text")
         assert page_text.split() == record["text"].split()
 
@@ -369,7 +369,7 @@ def test_no_other_page_of_financebenchmulti_contains_the_answer(multi: Rows) -> 
         (answer,) = row["answers"]
         if normalize(answer) in ("yes", "no"):
             continue
-        leaking = LeakIndex([document["text"] for document in row["docs"]]).holders([normalize(answer)])
+        leaking = LeakIndex([document["text"] for document in row["docs"]]).containing([normalize(answer)])
         assert {row["docs"][index]["pid"] for index in leaking} <= set(row["gold_pids"])
         checked += 1
     assert checked == 51

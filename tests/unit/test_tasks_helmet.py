@@ -66,7 +66,7 @@ def record(dataset: str, question: int, depth: int, count: int, depths: int = 6)
 
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function that writes a dataset's file of K passages, as the archive holds it, into the data folder."""
+    """A function that writes a dataset's file of K passages, as in the archive, into the data folder."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
 

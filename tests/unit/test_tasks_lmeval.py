@@ -150,7 +150,7 @@ def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> No
         assert config["generation_kwargs"]["do_sample"] is False
         assert config["generation_kwargs"]["max_gen_toks"] > 0
     else:
-        # The prompt ends with it, so the row's own prefix must not say it again.
+        # The prompt ends with it, so the row's reply prefix must not repeat it.
         assert config["gen_prefix"] == prompts.ANSWER_PREFIX
         assert prompts.reply_prefix(task.output_format) == ""
 

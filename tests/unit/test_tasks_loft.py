@@ -1,4 +1,4 @@
-"""LOFT's metrics, on hand-made cases and on the example predictions of its repository."""
+"""LOFT's metrics, on synthetic cases and the example predictions of its repository."""
 
 from __future__ import annotations
 

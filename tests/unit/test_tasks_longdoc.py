@@ -211,7 +211,7 @@ def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkey
     split = SPLITS[task]
     hub_copy(tmp_path, split, [hub_record(split, n) for n in range(4)], monkeypatch)
     built = rows(task)
-    # the questions on a book stand together
+    # the questions on a book are adjacent
     assert [row["id"] for row in built] == ["0", "2", "1", "3"]
     assert [row["context"] for row in built] == ["Book 0.", "Book 0.", "Book 1.", "Book 1."]
     row = built[1]
@@ -233,7 +233,7 @@ def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkey
 
 def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = "longbook_choice_eng"
-    # a book that says the same twice: only the letter tells them apart
+    # identical option texts: only the letter distinguishes them
     record = hub_record(split, 0, options=["he", "she", "he", "they"], answer=["he", "C"])
     hub_copy(tmp_path, split, [record], monkeypatch)
     (row,) = rows("lc_infinitebench_mc")

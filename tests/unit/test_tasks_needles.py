@@ -1,4 +1,4 @@
-"""Needle tasks and bAbI over real text: length, depth, answers that stand once, chains, facts in order, bad input."""
+"""Needle tasks and bAbI on real text: length, depth, unique answers, chains, order of facts, invalid input."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ QUESTION = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of twelve invented stories and a story of bAbI that asks twice."""
+    """A data folder with twelve synthetic stories and a bAbI story with two questions."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     write(tmp_path / haystack.STORIES, [{"metadata": {}, "document": story(n), "questions": []} for n in range(12)])
@@ -166,8 +166,8 @@ def test_a_question_is_answered_only_by_the_needles_of_its_keys(dataset: str, fo
         assert all(any(key in needle for key in asked_keys) for needle in golds(row))
 
 
-def held(context: str) -> dict[str, str]:
-    """What every variable of a text holds, read from top to bottom."""
+def resolved(context: str) -> dict[str, str]:
+    """Value of every variable of a text, resolved from top to bottom."""
     values: dict[str, str] = {}
     for line in context.split("\n\n"):
         if match := re.fullmatch(r"VAR ([A-Z]+) = (?:VAR ([A-Z]+)|(\d+))", line):
@@ -178,12 +178,12 @@ def held(context: str) -> dict[str, str]:
 
 def test_chains_resolve_from_top_to_bottom_to_exactly_the_answers(folder: Path) -> None:
     for row in built("lc_vt_ao_2k"):
-        values = held(row["context"])
+        values = resolved(row["context"])
         (value,) = re.findall(r"\d{5}", row["question"])
         assert len(values) == 25
-        assert [name for name, holds in values.items() if holds == value] == row["answers"]
+        assert [name for name, assigned in values.items() if assigned == value] == row["answers"]
         assert len(row["answers"]) == 5
-        assert held("\n\n".join(golds(row))) == dict.fromkeys(row["answers"], value)
+        assert resolved("\n\n".join(golds(row))) == dict.fromkeys(row["answers"], value)
 
 
 @pytest.mark.parametrize("dataset", ["niah_single", "niah_multikey"])

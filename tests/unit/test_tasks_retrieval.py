@@ -160,18 +160,18 @@ def test_chunks_cover_the_text_in_order_and_respect_the_token_limit(texts: list[
         if whole <= limit:
             assert [chunk.text for chunk in own] == [doc["text"]]
             continue
-        place, broken = 0, []
+        place, word_splits = 0, []
         for chunk in own:
             start = doc["text"].index(chunk.text, place)
             between = doc["text"][place:start]
             assert not between.strip()
             if not between and place:
-                broken.append(place)
+                word_splits.append(place)
             place = start + len(chunk.text)
             assert meter(kind).pieces([chunk.text])[0] <= limit or len(chunk.text) == 1
         assert not doc["text"][place:].strip()
-        for cut in broken:  # only inside a word that is longer than a chunk
-            (word,) = (w.group() for w in re.finditer(r"\S+", doc["text"]) if w.start() < cut < w.end())
+        for split in word_splits:  # only inside a word that is longer than a chunk
+            (word,) = (w.group() for w in re.finditer(r"\S+", doc["text"]) if w.start() < split < w.end())
             assert meter(kind).pieces([word])[0] > limit
     assert [chunk.pid for chunk in chunks] == sorted(chunk.pid for chunk in chunks)
 

@@ -26,7 +26,7 @@ ROW_FIELDS = set(rows.Row.__required_keys__)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on invented filings: adds a start token, and has a chat template."""
+    """Byte-level BPE trained on synthetic filings, with a start token and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

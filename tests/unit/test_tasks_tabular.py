@@ -163,7 +163,7 @@ def test_the_retriever_is_part_of_the_cache_key() -> None:
 @pytest.mark.parametrize("task", ["lc_iris_ao_2k", "lc_wine_ao_8k", "lc_cancer_ao_8k", "lc_diabetes_ao_4k"])
 def test_every_row_meets_the_length(task: str, meter: str, retriever: str) -> None:
     request = request_for(task, meter, retriever=retriever)
-    _, limit = request.fitted
+    _, limit = request.meter_and_limit
     task_rows = tables.rows(request).build()
     reply = catalogue.new_tokens(request.output_format)
     assert reply > 0
