@@ -84,7 +84,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(capsys: pytest.Capture
         listing.groups("lc_nothing_*")
 
 
-# At hand ------------------------------------------------------------------------------------------
+# Available data ------------------------------------------------------------------------------------------
 
 
 def at_hand(task: str) -> bool:

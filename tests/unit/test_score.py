@@ -158,7 +158,7 @@ def test_rows_are_matched_by_id_and_a_missing_prediction_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stories(tmp_path, monkeypatch)
-    # in another order, with ground truths that lie: the rows know better
+    # in another order, with wrong ground truths, which the rows override
     file = written(
         tmp_path,
         prediction_line("s2-1", "ship 2 sank", "no"),
@@ -186,7 +186,7 @@ def test_rows_of_a_task_with_a_length_are_built_with_the_named_tokenizer(tmp_pat
     assert (report["n"], report["missing"], report["matched_by"]) == (len(rows), 0, "rows")
     assert report["clusters"] == len({row["cluster"] for row in rows})
     assert report["scores"]["subem"] == report["scores"]["parse_rate"] == 1
-    # the packaged model's name is known here as it is to lm_eval
+    # the packaged model's alias is registered, as in lm_eval
     assert "smollm2-135m" in tokens.ALIASES
 
 

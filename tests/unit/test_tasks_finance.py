@@ -31,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tokenizer with one token a word or punctuation mark."""
+    """Folder of a tokenizer with one token per word or punctuation mark."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("words")
@@ -139,7 +139,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def put(hub: Path, task: str, records: list[dict[str, Any]], name: str = "") -> None:
-    """Writes records as the hub's repository has them."""
+    """Write records in the format of the hub repository."""
     described = catalogue.find(task).dataset.hub
     assert described is not None
     (pattern,) = described.files.values()
@@ -198,7 +198,7 @@ def test_convfinqas_gold_documents_are_the_annotated_table_and_sentences(data_fo
         gold_words = set(normalize(" ".join(document["text"] for document in gold)).split())
         golden_words = set(normalize(golden).split())
         assert len(golden_words & gold_words) >= 0.9 * len(golden_words)
-    assert whole <= 1  # one conversation names no evidence
+    assert whole <= 1  # one conversation has no evidence annotation
 
 
 def test_sentences_end_at_full_stops_and_not_at_abbreviations() -> None:
@@ -353,7 +353,7 @@ def test_financebenchmulti_fills_with_the_same_filing_first(multi: Rows, data_fo
         filing = row["gold_pids"][0].rpartition("-p")[0]
         filings = [document["pid"].rpartition("-p")[0] for document in row["docs"]]
         if pages[filing] > 100:
-            # the last page may be another filing's: it is the one that fits best
+            # the last page may be of another filing, as the one that fits best
             assert filings.count(filing) >= len(filings) - 1
             alone += 1
         elif pages[filing] < 10:
@@ -398,7 +398,7 @@ FILING = {"id": "q1", "question": "What is it?", "answer": "Customer deposits", 
 
 @pytest.fixture
 def filings(hub: Path) -> Any:
-    """A function that writes questions, on pages of two small filings."""
+    """A function that writes questions on pages of two small filings."""
 
     def write(questions: list[dict[str, Any]]) -> None:
         folder = hub / "financebench"
@@ -515,7 +515,7 @@ def test_an_invalid_loong_record_raises(hub: Path, damage: dict[str, Any], messa
 def test_reports_without_a_heading_are_one_document() -> None:
     (only,) = loong.reports("Table of contents\nSales: 3.", "x")
     assert only == {"pid": "x-0", "title": "", "text": "Table of contents\nSales: 3."}
-    # such brackets within a line are no heading
+    # such brackets within a line are not a heading
     assert len(loong.reports("\u300aAcme\u300b\nsee \u300aNotes\u300b below", "x")) == 1
 
 
@@ -543,10 +543,10 @@ def test_every_answer_of_loong_can_be_rendered(data_folder: Path) -> None:
     assert len(lines) == 295
     assert all(lines)
     parsed = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(parsed) == 90  # 89 objects, and one that the source keeps as a text
+    assert len(parsed) == 90  # 89 objects, and one text
 
 
-# All of them
+# All datasets
 
 
 @pytest.mark.parametrize("task", ["lc_finqa_ao", "lc_docfinqa_ao", "lc_loong_ao"])

@@ -1,4 +1,4 @@
-"""HELMET's files: their schemas, the length, gold passages at their depth, what is passed over, and the archive."""
+"""HELMET's files: schemas, length, depth of gold passages, skipped questions, and the archive."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def passage(question: int, rank: int) -> dict[str, Any]:
 
 
 def record(dataset: str, question: int, depth: int, count: int, depths: int = 6) -> dict[str, Any]:
-    """A record in the schema of the dataset's file: the gold passage at one of `depths` places among `count`."""
+    """A record in the schema of the dataset's file, with the gold passage at one of `depths` positions among `count`."""
     key = "id" if dataset == "popqa" else "psg_id"
     own = [{**passage(question, rank), key: str(1000 * question + rank)} for rank in range(1, count)]
     gold = {"title": "Gold", "text": f"The answer to it is answer{question}.", key: str(1000 * question)}
@@ -146,7 +146,7 @@ def test_rows_meet_the_length_in_the_order_of_the_file(meter: str, limit: int, p
     for row in task_rows:
         ranks = [int(d["pid"]) % 1000 for d in row["docs"] if d["pid"] not in row["gold_pids"]]
         assert ranks == sorted(ranks)
-        # Nothing is left out but from the end, where the last few fill the length.
+        # Passages are left out only at the end, where the last few fill the length.
         assert ranks[: len(ranks) - 5] == list(range(1, len(ranks) - 4))
         assert max(ranks) <= len(ranks) + 14
 
@@ -263,7 +263,7 @@ def test_packed_never_exceeds_the_capacity_and_fills_it_in_order(costs: list[int
     assert chosen[:front] == list(range(front))
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 def without(field: str, dataset: str = "nq") -> dict[str, Any]:
@@ -325,7 +325,7 @@ def test_every_length_has_its_file_and_no_group_requires_the_archive(dataset: st
 
 
 def archive(members: dict[str, bytes | None]) -> bytes:
-    """A gzipped tar; None makes a folder."""
+    """A gzipped tar; None is a folder."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in members.items():
@@ -396,7 +396,7 @@ def test_a_truncated_archive_leaves_only_complete_files(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub whose archive has the members put under "members"; "opened" lists what was opened."""
+    """A hub whose archive has the files of "members"; "opened" lists opened files."""
     state: dict[str, Any] = {"members": {}, "opened": []}
 
     class FileSystem:

@@ -118,7 +118,7 @@ def test_every_reply_fits_in_the_packaged_models_tokens(data_folder: Path, smoll
     assert max(replies) < 64
 
 
-# Which pairs --------------------------------------------------------------------------------------
+# Selected pairs -----------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 150).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(1, n))))
@@ -164,7 +164,7 @@ def test_a_truncated_value_is_wrong() -> None:
     assert scoring.answer_results({"answers": [value]}, [f"Answer: {value[:-1]}"])["subem"] == 0.0
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:

@@ -29,9 +29,9 @@ TELEMETRY = {"kv_bytes", "kv_bytes_full", "kv"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """One token a word and one a digit, with a chat template; saved under its `name_or_path`."""
+    """One token per word and one per digit, with a chat template; saved under its `name_or_path`."""
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    # without the digits, whole lists of UUIDs would come to less than 4k
+    # without one token per digit, complete lists of UUIDs would be shorter than 4k
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
     tokenizer.chat_template = (
@@ -73,7 +73,7 @@ class Score(tuple):  # type: ignore[type-arg]
 
 
 class Recorder(LM):
-    """Answers with telemetry, fails every fourth request as `overlong=skip` does, and keeps the prompts."""
+    """Returns answers with telemetry, fails every fourth request like `overlong=skip`, and records the prompts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def test_a_dataset_has_all_required_fields(dataset: catalogue.Dataset) -> None:
     assert dataset.licence
     assert dataset.count
     pinned = dataset.hub is None or re.fullmatch("[0-9a-f]{40}", dataset.hub.revision)
-    assert pinned or dataset.dataset == "loong"  # of which no commit is known; the one that is read is recorded
+    assert pinned or dataset.dataset == "loong"  # not pinned; the current commit is recorded
 
 
 def test_suites_have_only_tasks_that_fit_an_8k_model() -> None:

@@ -69,7 +69,7 @@ def test_a_further_reference_never_lowers_rouge(summary: str, references: list[s
 
 
 def test_each_rouge_measure_is_its_maximum_over_the_references() -> None:
-    # unigrams: all of the first reference, in another order; bigrams: one of the second's three
+    # unigrams: all of the first reference, in another order; bigrams: one of three of the second
     scores = summaries.rouge("storm at sea", ["sea at storm", "we went to storm at last"])
     assert scores["rouge1"] == 1
     assert scores["rouge2"] == pytest.approx(2 * 1 / (2 + 5))
@@ -149,7 +149,7 @@ def test_an_invalid_story_is_a_one_line_error(
 
 
 def hub_record(split: str, n: int, **changed: Any) -> dict[str, Any]:
-    """A record as the hub's files have it."""
+    """A record in the format of the hub's files."""
     options = [f"option {n}.{place}" for place in range(4)] if split == "longbook_choice_eng" else []
     answers = {
         "longbook_choice_eng": [f"option {n}.{n % 4}"],

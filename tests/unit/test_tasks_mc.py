@@ -169,7 +169,7 @@ def test_the_published_scores_are_reproduced_from_the_published_outputs(
 
 
 def hub_record(n: int, context: str, **changed: Any) -> dict[str, Any]:
-    """A record as data.json has it."""
+    """A record in the format of data.json."""
     return {
         "_id": f"66f{n:021d}",
         "domain": "Single-Document QA",

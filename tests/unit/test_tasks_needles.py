@@ -49,7 +49,7 @@ _WORDS = "the a old ship star of man said and then looked up at his cold hand wa
 
 
 def story(number: int, count: int = 90) -> str:
-    """A story as the file has them: a title, a note, then paragraphs of very different length."""
+    """A story in the format of the file: a title, a note, then paragraphs of very different lengths."""
     rng = random.Random(number)
     paragraphs = [
         " ".join(rng.choice(_WORDS.split()) for _ in range(rng.choice([2, 4, 7, 12, 30, 60]))).capitalize()
@@ -227,7 +227,7 @@ def test_every_value_of_a_list_is_scored(folder: Path) -> None:
     assert (half["recall"], half["all_found"]) == (0.5, 0)
 
 
-# The text -----------------------------------------------------------------------------------------
+# Haystack -----------------------------------------------------------------------------------------
 
 
 def test_titles_and_edition_notes_are_left_out() -> None:
@@ -319,7 +319,7 @@ def test_gold_context_has_only_the_supporting_facts_in_order(folder: Path) -> No
     assert {r["context"] for r in build.rows_of(task, {**metadata, "context": "none"})} == {""}
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

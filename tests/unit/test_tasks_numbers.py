@@ -1,4 +1,4 @@
-"""Reading numbers from real answers, and the metrics of the finance forms."""
+"""Parsing of numbers in realistic answers, and the metrics of the finance output formats."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ def test_text_without_a_number_gives_none(text: str) -> None:
 
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{:,}", "${:,}", "about {}", "{} .", "it was {} then"]))
-def test_any_printed_amount_is_parsed(amount: Any, output_format: str) -> None:
-    text = output_format.format(amount)
+def test_any_printed_amount_is_parsed(amount: Any, template: str) -> None:
+    text = template.format(amount)
     assert numbers.parse_number(text) == float(amount)
     assert numbers.number_match(text, f"{amount:,}") == 1.0
 
@@ -115,7 +115,7 @@ NUMBER_SCORES = [
     ("1.40", "1.42403", 0.0, 0.0),
     ("14.123%", "0.14123", 1.0, 1.0),
     ("14%", "0.14123", 0.0, 1.0),
-    ("14.123", "0.14123", 0.0, 0.0),  # a percentage without its sign is another number
+    ("14.123", "0.14123", 0.0, 0.0),  # a percentage without its sign is a different number
     ("24.69136%", "24.69136", 1.0, 1.0),  # a program that multiplied by 100
     ("$380 million", "380", 1.0, 1.0),
     ("-0.09709", "-0.09709", 1.0, 1.0),
@@ -127,7 +127,7 @@ NUMBER_SCORES = [
     ("yes", "no", 0.0, 0.0),
     ("7", "no", 0.0, 0.0),
     ("unknown", "3.5", 0.0, 0.0),
-    ("14.12%", "14.1%", 1.0, 1.0),  # a gold that a person printed
+    ("14.12%", "14.1%", 1.0, 1.0),  # a gold in printed form
     ("14.2%", "14.1%", 0.0, 1.0),
 ]
 
@@ -145,8 +145,8 @@ SCALED = [
     ("1,496.5 million", ["$1,496.5"], "million", "span", (1.0, 1.0, 1.0)),
     ("1,496.5", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # the scale is part of the answer
     ("1,496.5 thousand", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),
-    ("$1,496,500,000", ["$1,496.5"], "million", "span", (1.0, 1.0, 0.0)),  # equal, though its scale is another
-    ("1.4965 billion", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # 1.4965 is rounded before it is scaled
+    ("$1,496,500,000", ["$1,496.5"], "million", "span", (1.0, 1.0, 0.0)),  # equal value, different scale
+    ("1.4965 billion", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # 1.4965 is rounded before scaling
     ("Sales were $1,496.5 million.", ["$1,496.5"], "million", "span", (1.0, 1.0, 1.0)),
     ("-12.6 million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
     ("(12.6) million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
@@ -154,7 +154,7 @@ SCALED = [
     ("-12.604 million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
     ("-22.22%", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 1.0)),
     ("-22.22 percent", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 1.0)),
-    ("-0.2222", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 0.0)),  # the published reading of a fraction
+    ("-0.2222", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 0.0)),  # a fraction, by the published rule
     ("-22.22", ["-22.22"], "percent", "arithmetic", (0.0, 0.0, 0.0)),
     ("-22%", ["-22.22"], "percent", "arithmetic", (0.0, 0.0, 1.0)),
     ("4", ["4"], "", "count", (1.0, 1.0, 1.0)),
@@ -207,7 +207,7 @@ def test_every_gold_answer_of_tatqa_scores_one_as_a_reply(data_folder: Path) -> 
     assert scored == 1668
 
 
-# What lm-eval calls
+# process_results
 
 
 class Response(str):

@@ -1,4 +1,4 @@
-"""Built rows: leakage, length in the model's tokens, answers, determinism, the cache, and bad input."""
+"""Rows: leakage, length in the model's tokens, answers, determinism, caching, invalid input."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark; no chat template."""
+    """One token per word or punctuation mark; no chat template."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
@@ -82,7 +82,7 @@ def request_for(task: str, tokenizer: str, seed: int = 1234) -> build.Request:
 
 
 def check_lengths(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
-    """Every row by counting its whole prompt, which the builder does for one row of a context only."""
+    """Check every row by counting its complete prompt; the builder counts only one row per context."""
     totals = [count + 32 for count in meter.prompts([prompts.prompt(row) for row in built])]
     assert [row["length_tokens"] for row in built] == totals
     assert 0.98 * limit <= min(totals)
@@ -277,7 +277,7 @@ def test_an_unwritable_cache_is_reported_and_does_not_stop_the_run(
     assert "LCEVAL_CACHE" in caplog.text
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["lc_nqopen_ao_2k", "lc_filings_ao_2k"])

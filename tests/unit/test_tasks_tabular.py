@@ -37,7 +37,7 @@ def tokenizer(pattern: str, template: str | None = None) -> tokens.TokenMeter:
     return tokens.TokenMeter(fast)
 
 
-WORDS = r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]"  # a token a digit, a word with its space, a mark
+WORDS = r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]"  # tokens: a digit, a word with its space, a mark
 METERS = {
     "words": tokenizer(WORDS),
     "words in a template": tokenizer(WORDS, CHAT_TEMPLATE),
@@ -66,7 +66,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     return str(caught.value)
 
 
-# Which rows ---------------------------------------------------------------------------------------
+# Selection of rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -126,7 +126,7 @@ def test_the_nearest_example_is_last_and_random_examples_differ_between_question
     assert [(row["id"], row["question"], row["answers"]) for row in random_rows] == [
         (row["id"], row["question"], row["answers"]) for row in near
     ]
-    # what the retrieval is for: the nearest row has the right class far more often than any row has
+    # the nearest row has the correct class far more often than an average row
     last = [fmean(row["docs"][-1]["text"].endswith(row["answers"][0]) for row in of) for of in (near, random_rows)]
     assert last[0] > 0.8 > 0.6 > last[1]
 
@@ -236,12 +236,12 @@ def test_a_length_that_whole_rows_cannot_reach_raises(meter: str, message: str) 
     one_line(caught)
 
 
-# The run's choices --------------------------------------------------------------------------------
+# Settings of a run --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def words(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Folder of the tokenizer, as a run names it."""
+    """Folder of the tokenizer."""
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     METERS["words"]._tokenizer.save_pretrained(tmp_path / "words")
     return str(tmp_path / "words")
@@ -302,7 +302,7 @@ class Reply(str):
         ("Answer: rose", 0, 0),
         ("Answer:", 0, 0),
         ("", 0, 0),
-        # base models that go on with the table
+        # base models that continue the table
         (" setosa\nsepal length: 5; petal width: 2 -> virginica", 1, 0),
         ("\nsepal length: 5.1; petal width: 0.2 -> setosa\n", 1, 0),
         ("Answer: sepal length: 5.1; petal width: 0.2 -> setosa", 1, 0),
