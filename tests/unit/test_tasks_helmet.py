@@ -49,7 +49,7 @@ def passage(question: int, rank: int) -> dict[str, Any]:
 
 
 def record(dataset: str, question: int, depth: int, count: int, depths: int = 6) -> dict[str, Any]:
-    """A record in the schema of the dataset's file, with the gold passage at one of `depths` positions among `count`."""
+    """A record in the schema of the dataset's file, with the gold passage at one of `depths` positions of `count`."""
     key = "id" if dataset == "popqa" else "psg_id"
     own = [{**passage(question, rank), key: str(1000 * question + rank)} for rank in range(1, count)]
     gold = {"title": "Gold", "text": f"The answer to it is answer{question}.", key: str(1000 * question)}
