@@ -110,10 +110,13 @@ def rows(request: Request) -> RowPlan:
 
     def build() -> list[Row]:
         library = _library(pages)
+
+        def documents(filing: str) -> list[Document]:
+            return [library.pages[pid] for pid in library.filings[filing]]
+
         return [
-            _row(request, question, [library.pages[pid] for pid in library.filings[filing]], filing, identity)
+            _row(request, question, documents(question.filing), question.filing, identity)
             for question in _questions(questions, library)
-            for filing in [question.filing]
         ]
 
     return RowPlan({"source": identity}, build)
