@@ -343,7 +343,7 @@ def test_no_output_is_better_than_the_true_value_or_worse_than_an_empty_output(o
 def test_the_median_of_the_training_targets_has_zero_skill() -> None:
     table = table_of("diabetes")
     known = [table.targets[number].item() for number in table.training]
-    scale = tables._scale(table)
+    scale = tables._scorer_fields(table)
     docs = [{**scale(number), "answers": [table.target(number)]} for number in table.training]
     skills = [scoring.target_results(doc, [f"Answer: {np.median(known)}"])["skill"] for doc in docs]
     assert fmean(skills) == pytest.approx(0, abs=1e-9)
