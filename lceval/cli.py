@@ -199,7 +199,7 @@ def tasks(
     elif groups:
         typer.echo(listing.groups_text(pattern))
     else:
-        typer.echo(listing.named(pattern) if pattern else listing.overview())
+        typer.echo(listing.tasks_text(pattern) if pattern else listing.overview())
 
 
 data = typer.Typer(help="The data of the tasks: what is at hand, and fetching the rest.", rich_markup_mode=None)
