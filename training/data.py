@@ -115,9 +115,13 @@ def _task(spec: Spec, name: str, mode: str) -> Task:
     if dataset is None:
         raise UserError(f"training data: unknown dataset {name!r}; see `lceval tasks`.")
     output_format = dataset.modes.get(mode)
-    trainable = {mode: output_format for mode, output_format in dataset.modes.items() if output_format in OUTPUT_FORMATS}
+    trainable = {
+        mode: output_format for mode, output_format in dataset.modes.items() if output_format in OUTPUT_FORMATS
+    }
     if output_format not in OUTPUT_FORMATS or not ("gold" in dataset.contexts or output_format in ("label", "target")):
-        raise UserError(f"training data: {name} has no trainable mode {mode!r}: expected one of {', '.join(trainable) or 'none'}.")
+        raise UserError(
+            f"training data: {name} has no trainable mode {mode!r}: expected one of {', '.join(trainable) or 'none'}."
+        )
     length = next((k for k in dataset.lengths if k == spec.length_k), None)
     if length is None and dataset.lengths:
         if not dataset.splits:
@@ -163,7 +167,9 @@ def kept_out(spec: Spec, rows: Sequence[TrainingRow]) -> float | None:
             task = _task(spec, dataset.dataset, spec.modes[0])
             metadata = _metadata(spec, task, spec.seeds[0])
             setting = contexts.setting(task, metadata)
-            request = Request("training data", dataset, task.output_format, None, None, spec.seeds[0], metadata, setting)
+            request = Request(
+                "training data", dataset, task.output_format, None, None, spec.seeds[0], metadata, setting
+            )
             counts += pools.kept_out(request, [row for row in rows if row["dataset"] == dataset.dataset])
     return fmean(counts) if counts else None
 

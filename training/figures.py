@@ -116,7 +116,7 @@ def lengths(contexts: Sequence[Sequence[TrainingRow]], meter: TokenMeter) -> dic
 
 
 def _leaking(row: TrainingRow) -> int:
-    answers = [text for answer in row["answers"] if (text := normalize(answer))]
+    answers = [normalized for answer in row["answers"] if (normalized := normalize(answer))]
     if not row["gold_pids"]:
         return 0
     texts = (normalize(document["text"]) for document in row["docs"] if document["pid"] not in row["gold_pids"])

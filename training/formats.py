@@ -112,7 +112,7 @@ def _quote(row: Row, place: int, count: Callable[[str], int]) -> str:
     """
     text = row["docs"][place]["text"]
     segments = [words for part in _SEGMENT.findall(text) if normalize(" ".join(words := part.split()))]
-    answers = [text for answer in row["answers"] if (text := normalize(answer))]
+    answers = [normalized for answer in row["answers"] if (normalized := normalize(answer))]
     keywords = {word for word in normalize(row["question"]).split() if len(word) > 3}
 
     def fits(words: Sequence[str]) -> bool:

@@ -33,7 +33,9 @@ def trainer_class(device: str) -> Any:
             **_: Any,
         ) -> Any:
             if compute_aux_loss:
-                raise UserError("GRPO of a mixture of experts requires a GPU: the load-balancing loss is not implemented on CPU")
+                raise UserError(
+                    "GRPO of a mixture of experts requires a GPU: the load-balancing loss is not implemented on CPU"
+                )
             logps, entropies = [], []
             chunk = batch_size or len(input_ids)
             for ids, mask in zip(input_ids.split(chunk), attention_mask.split(chunk), strict=True):

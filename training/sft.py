@@ -60,7 +60,9 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
             loss = loss + 2 * self._self_distillation * divergence
         loss = loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients over processes; the loss is a sum over them
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # DDP averages gradients over processes; the loss is a sum over them
         with torch.no_grad():
             accuracy = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy)

@@ -30,7 +30,9 @@ def recipe(
         typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. optim.max_steps=50 (repeatable)."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Output folder (default runs/RECIPE).")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens, steps and memory without training.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print tokens, steps and memory without training.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train from a recipe. Rerun the same command to resume from the last checkpoint."""
@@ -46,9 +48,14 @@ def recipe(
 @app.command("eval")
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Output folder of lceval train.")],
-    kv: Annotated[list[str] | None, typer.Option("--kv", help="KV recipe (repeatable; default full and three evictions).")] = None,
+    kv: Annotated[
+        list[str] | None, typer.Option("--kv", help="KV recipe (repeatable; default full and three evictions).")
+    ] = None,
     tasks: Annotated[
-        list[str] | None, typer.Option("--tasks", "--task", help="Task (repeatable; default the tasks trained on, with held-out questions).")
+        list[str] | None,
+        typer.Option(
+            "--tasks", "--task", help="Task (repeatable; default the tasks trained on, with held-out questions)."
+        ),
     ] = None,
     output_path: Annotated[
         Path | None, typer.Option("--output_path", "--output-path", help="Output folder (default ADAPTER/eval).")

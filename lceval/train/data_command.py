@@ -18,7 +18,9 @@ def data(
     split: Annotated[str, typer.Option(help="Split by source document: train, test or all.")] = "train",
     seed: Annotated[list[int], typer.Option(help="Seed of the contexts (repeatable).")] = [1234],  # noqa: B006
     questions: Annotated[int | None, typer.Option(help="Questions per context (default: the dataset's).")] = None,
-    negatives: Annotated[str | None, typer.Option(help="Ranking of hard negatives: bm25, dense, hybrid or random.")] = None,
+    negatives: Annotated[
+        str | None, typer.Option(help="Ranking of hard negatives: bm25, dense, hybrid or random.")
+    ] = None,
     length_matched: Annotated[
         bool | None, typer.Option(help="Match the lengths of negatives to gold documents (default where supported).")
     ] = None,
@@ -26,7 +28,8 @@ def data(
         float, typer.Option(help="Similarity threshold for relabelling negatives as gold (0 disables).")
     ] = 0.6,
     judge: Annotated[
-        str | None, typer.Option(help="Judge that confirms relabelled negatives: openai:MODEL@BASE_URL, hf:NAME or rule.")
+        str | None,
+        typer.Option(help="Judge that confirms relabelled negatives: openai:MODEL@BASE_URL, hf:NAME or rule."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum number of rows; contexts stay whole.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts the tokens.")] = "smollm2-135m",

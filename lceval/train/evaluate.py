@@ -65,7 +65,9 @@ def _record(adapter: Path) -> dict[str, Any]:
 
     file = adapter / RECORD
     if not file.is_file():
-        raise UserError(f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train")
+        raise UserError(
+            f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train"
+        )
     record: dict[str, Any] = json.loads(file.read_text())
     if record["status"] != "finished":
         raise UserError(f"{adapter} is not finished: rerun the same `lceval train` command to resume it")
