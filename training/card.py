@@ -31,7 +31,8 @@ def write(output: Path, record: Mapping[str, Any]) -> None:
     ]
     if rewards := record.get("rewards"):
         lines.append(
-            f"- Reward {grpo['reward']}: {_mean(rewards[:10]):.3f} (first 10 steps), {_mean(rewards[-10:]):.3f} (last 10)."
+            f"- Reward {grpo['reward']}: {_mean(rewards[:10]):.3f} (mean of the first 10 steps), "
+            f"{_mean(rewards[-10:]):.3f} (last 10)."
         )
     lines += [f"- Held-out loss at step {step}: {loss:.3f}." for step, loss in record["eval_losses"][-1:]]
     lines += ["", "```", _command(output, record), "```", "", "Recipe:", "```json", json.dumps(recipe, indent=1), "```"]

@@ -139,7 +139,8 @@ def text(report: Mapping[str, Any]) -> str:
     if lengths is not None:
         lines.append(
             f"lengths    gold / other documents: mean {lengths['mean_ratio']:.2f}, "
-            f"median {lengths['median_ratio']:.2f}; P(gold longer) {lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
+            f"median {lengths['median_ratio']:.2f}; "
+            f"P(gold longer) {lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
         )
     promotion = report["promotion"]
     judged = "no judge"

@@ -307,7 +307,7 @@ def _check_lengths(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: 
     if limit is None:
         return
     for row in rows:
-        # A token has at least one byte and a template adds fewer than 1,024 tokens: count only prompts that may be long.
+        # A token has at least one byte, and a template adds fewer than 1,024 tokens: count only what may be too long.
         if len(prompts.prompt(row).encode()) + new_tokens + 1024 <= limit:
             continue
         prompt = _prompt(row, chat)

@@ -71,9 +71,7 @@ def prepare(model: Any, config: LongLora) -> Any:
     if any(Geometry.of(model).windows):
         raise UserError(f"{model.config.model_type} has sliding-window layers: LongLoRA requires full-attention layers")
     if getattr(model.config, "attention_dropout", 0.0):
-        raise UserError(
-            f"attention_dropout={model.config.attention_dropout}: shifted attention does not support dropout; set it to 0"
-        )
+        raise UserError(f"attention_dropout={model.config.attention_dropout}: shifted attention requires 0")
     if config.window_tokens is not None:
         extend(model, config.window_tokens, config.rope)
     model.set_attn_implementation(shifted.register(config.group, config.group_tokens))

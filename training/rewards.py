@@ -14,9 +14,9 @@ D* = the gold documents (Exploring Fine-Tuning for In-Context Retrieval, arXiv 2
 
 `paper` implements the equations, including what a policy can exploit (a quote of one letter, the whole context as the
 answer). `graded` gives partial credit and closes these exploits: A' decreases with the length of the answer, f is +0.1
-for the requested output format and -0.1 otherwise, and copies and quotes may differ in a fifth of their words. The paper
-does not specify whether A is computed on the answer or on the whole output. Here it is the answer, and an output without
-an answer line has none; with `answer="raw"` it is the whole output, in both variants.
+for the requested output format and -0.1 otherwise, and copies and quotes may differ in a fifth of their words. The
+paper does not specify whether A is computed on the answer or on the whole output. Here it is the answer, and an output
+without an answer line has none; with `answer="raw"` it is the whole output, in both variants.
 
 J is the sum of the three grades of a judge, or None without grades, which does not count as 0: see `totals`.
 """

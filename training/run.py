@@ -132,7 +132,8 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     if before is not None and before["recipe"] != _recipe_values(recipe):
         changed = sorted(key for key, value in _recipe_values(recipe).items() if before["recipe"].get(key) != value)
         raise UserError(
-            f"{recipe.output} contains a run with different {', '.join(changed)}: choose another folder (--output FOLDER)"
+            f"{recipe.output} contains a run with different {', '.join(changed)}: "
+            "choose another folder (--output FOLDER)"
         )
     if before is not None and before["status"] == "finished":
         return before

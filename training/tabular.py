@@ -1,8 +1,8 @@
 """Training rows from neighbourhoods of a table (LoCalPFN, Thomas et al. 2024, arXiv 2406.05207).
 
 A model evaluated with a query's nearest neighbours in context should be tuned on such contexts. A neighbourhood per
-query would need a context per query. Instead, a local set is drawn: a random training row with its k nearest rows. It is
-split at random into a context and the queries that share it, so queries are about as near to the context as its rows
+query would need a context per query. Instead, a local set is drawn: a random training row with its k nearest rows. It
+is split at random into a context and the queries that share it, so queries are about as near to the context as its rows
 are to each other. `random` draws k random rows instead, as the control.
 
 All rows are training rows of the suite's split for `data_seed`; the tasks' queries are held out.

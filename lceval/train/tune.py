@@ -48,7 +48,8 @@ def render_record(config: Any, record: dict[str, Any]) -> str:
     if rewards := [reward for _, reward in record.get("rewards", ())]:
         first, last = rewards[:10], rewards[-10:]
         lines.append(
-            f"reward {sum(first) / len(first):.3f} (first {len(first)}) -> {sum(last) / len(last):.3f} (last {len(last)})"
+            f"reward {sum(first) / len(first):.3f} (first {len(first)} steps) -> "
+            f"{sum(last) / len(last):.3f} (last {len(last)})"
         )
     lines += [f"held-out loss {loss:.3f} at step {step}" for step, loss in record["eval_losses"]]
     lines.append(f"next: lceval train eval {config.output}")
