@@ -74,7 +74,7 @@ class Encoder:
         return tuple(ids[:boundary]), QAPair(tuple(ids[boundary:]), tuple(answer))
 
     def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
-        whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)
-        if list(whole[: len(ids)]) == list(ids):
-            return list(whole[len(ids) :])
+        combined = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)
+        if list(combined[: len(ids)]) == list(ids):
+            return list(combined[len(ids) :])
         return list(self._lm.tok_encode(target, add_special_tokens=False))

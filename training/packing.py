@@ -97,8 +97,8 @@ class Packing:
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
         block, kind = block[0, self.context :], kind[0, self.context :]
-        place = torch.arange(len(block), device=block.device)
-        own = (block[:, None] == block) & (place[:, None] >= place)
+        index = torch.arange(len(block), device=block.device)
+        own = (block[:, None] == block) & (index[:, None] >= index)
         scoring, answer = kind == QUESTION_SCORING, kind == ANSWER
         # The first copy of a question's last token is for the eviction scores only.
         last = scoring & (torch.cat([kind[1:], kind.new_full((1,), QUESTION_SCORING)]) == ANSWER)

@@ -10,7 +10,7 @@ import pytest
 from lceval.tasks import prompts
 from lceval.training import data
 
-TOWNS = {"Rena": ("harbour", "Turku"), "Orne": ("bridge", "Malmo"), "Tam": ("tower", "Bergen"), "Oza": ("mill", "Riga")}
+TOWNS = {"Rena": ("harbour", "Turku"), "Tam": ("tower", "Bergen")}
 SENTENCES = "The {what} of {town} was built by a firm from {firm}. It is open to visitors in spring and in autumn."
 
 
@@ -34,8 +34,8 @@ def row(context_number: int, town: str) -> Any:
 
 @pytest.fixture(scope="session")
 def short_rows(tmp_path_factory: pytest.TempPathFactory, smollm2: str) -> Path:
-    """A file of two contexts of about 200 tokens with two questions each."""
+    """A file of two contexts of about 130 tokens with two questions each."""
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [row(number, town) for number in (1, 2) for town in ("Rena", "Tam")]
+    rows = [row(number, town) for number in (1, 2) for town in TOWNS]
     data.write(file, data.spec(datasets=["squad"], tokenizer=smollm2), rows, {"rows": len(rows)})
     return file
