@@ -1,4 +1,4 @@
-"""Contexts at hand stay within their bound."""
+"""Cached contexts stay within the byte limit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_least_recently_used_context_leaves() -> None:
     context_cache.put("c", context(64))
     assert context_cache.get("b") is None
     assert context_cache.get("a") is first
-    assert context_cache.held_bytes == 2 * one
+    assert context_cache.cached_bytes == 2 * one
 
 
 def test_a_context_larger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:

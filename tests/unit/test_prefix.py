@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.models.prefix import Job, by_context, cut, find_boundary
+from lceval.models.prefix import Job, by_context, find_boundary, truncate
 
 
 def pairs(text: str) -> list[int]:
@@ -48,8 +48,8 @@ def test_cutting_takes_context_tokens_alone(context: int, question: int, data: s
     ids = tuple(range(context + question))
     excess = data.draw(st.integers(0, context))
     for where in ("end", "middle"):
-        kept, boundary = cut(ids, context, excess, where)
+        kept, boundary = truncate(ids, context, excess, where)
         assert kept[boundary:] == ids[context:]
         assert boundary == context - excess
         assert list(kept) == sorted(set(kept))
-    assert cut(ids, context, excess, "end")[0][:boundary] == ids[:boundary]
+    assert truncate(ids, context, excess, "end")[0][:boundary] == ids[:boundary]
