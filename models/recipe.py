@@ -162,6 +162,15 @@ def key_types(cls: Any) -> dict[str, type]:
     return {f.name: type(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
 
 
+def defaults(name: str) -> dict[str, Any]:
+    """The keys that a method of `NAMES` accepts in a recipe, with their defaults; adakv also accepts those of `of`."""
+    if name == FULL:
+        return {}
+    cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
+    values = {f.name: f.default for f in dataclasses.fields(cls) if f.name in key_types(cls)}
+    return {"of": ADAKV_OF, **values} if cls is AdaKV else values
+
+
 def _name(policy: Any) -> str:
     if isinstance(policy, Quantizer):
         return next(name for name, bits in QUANTIZERS.items() if bits == (policy.k_bits, policy.v_bits))

@@ -19,6 +19,9 @@ class SnapKV(Evictor):
     The window is the last `window` tokens. Their attention is averaged over the window and the query heads of a KV
     head, and smoothed along the tokens by an average pool of width `pool`. The window counts towards the budget; a
     budget below the window keeps only the most recent tokens.
+
+    Differs from the paper: the defaults and the average pool are those of kvpress, while the paper's LongBench runs use
+    window=32 and max pooling of width 7; the query heads of a KV head select together, not each for itself.
     """
 
     window: int = 64
