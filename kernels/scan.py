@@ -343,7 +343,7 @@ def _check(q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int],
     rows, H, D = q.shape
     B, Hkv = lens.shape
     if not B * Hkv or rows % B or H % Hkv:
-        raise ValueError(f"q {tuple(q.shape)} must be whole groups of lens {tuple(lens.shape)}")
+        raise ValueError(f"q {tuple(q.shape)} must hold whole groups of lens {tuple(lens.shape)}")
     step = GROUP if isinstance(index, Bits) else index.unit
     parts = [-(-n // step) if n > budget else 0 for n in counts]
     if len(parts) != B * Hkv or not any(parts):

@@ -210,8 +210,8 @@ class Selective:
         k, v = self.kv.head(row)
         for block in self._blocks(q, n):
             units = self.select(row, q[:, block], scaling)
-            seen = units if self.index.unit == 1 else units.repeat_interleave(self.index.unit, -1)[..., :n]
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, seen)
+            visible = units if self.index.unit == 1 else units.repeat_interleave(self.index.unit, -1)[..., :n]
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
 
     def _gather(self, first: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
         """Few query tokens: only the selected slots are read."""
@@ -226,18 +226,18 @@ class Selective:
             if unit > 1:
                 slots = slots * unit + torch.arange(unit, device=q.device)
             slots = slots.view(heads, queries, -1)
-            seen = None
+            visible = None
             if n % unit:
-                seen, slots = slots < n, slots.clamp(max=n - 1)
+                visible, slots = slots < n, slots.clamp(max=n - 1)
             taken = [self.kv.take(first + i, slots[i].view(-1)) for i in range(heads)]
             k, v = (torch.stack(x).view(heads, queries, -1, dim) for x in zip(*taken, strict=True))
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, seen)
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all; seen [R, Q, m]. Returns o and lse [R, Q, G]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all; visible [R, Q, m]. Returns o and lse [R, Q, G]."""
     scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scaling)
-    if seen is not None:
-        scores.masked_fill_(~seen[:, :, None], -torch.inf)
+    if visible is not None:
+        scores.masked_fill_(~visible[:, :, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.matmul(scores.sub_(lse[..., None]).exp_().to(v.dtype), v), lse

@@ -110,8 +110,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         k = tl.load(k_head + row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_head + row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
-        seen = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        visible = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         # A tile of queries can span two groups.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -169,8 +169,8 @@ def query_kernel(  # type: ignore[no-untyped-def]
         k = tl.load(k_head + row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_head + row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E) - lse[:, None]
-        seen = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
-        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        visible = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
+        p = tl.exp2(tl.where(visible, scores, float("-inf")))
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         acc = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, acc, input_precision="ieee")
     tl.store(dq_ptr + at_o, (acc * scaling).to(dq_ptr.dtype.element_ty), mask=(offs_m < T)[:, None])
@@ -216,8 +216,8 @@ def key_kernel(  # type: ignore[no-untyped-def]
             lse = tl.load(lse_ptr + out + t, mask=mask_m, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + out + t, mask=mask_m, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
-            seen = (key[:, None] <= t[None, :]) & (newest[:, None] > t[None, :])
-            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            visible = (key[:, None] <= t[None, :]) & (newest[:, None] > t[None, :])
+            p = tl.exp2(tl.where(visible, scores, float("-inf")))
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")

@@ -53,11 +53,11 @@ def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     for start in range(0, T, step):
         block = q[..., start : start + step, :] * scaling
         rows = block.shape[3]
-        seen = S - T + start + rows  # no row of this block attends to later keys
-        logits = torch.matmul(block, keys[..., :seen])
+        visible = S - T + start + rows  # no row of this block attends to later keys
+        logits = torch.matmul(block, keys[..., :visible])
         future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
         logits[..., -rows:].masked_fill_(future, -math.inf)
-        sums[..., :seen] += logits.softmax(-1).sum(3).mean(2)
+        sums[..., :visible] += logits.softmax(-1).sum(3).mean(2)
     return sums
 
 
@@ -148,8 +148,8 @@ def received_kernel(  # type: ignore[no-untyped-def]
         # Rows past the last have weight exp(-inf).
         lse = tl.load(lse_head + offs_r, mask=mask_r, other=float("inf")) * LOG2E
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
-        seen = slot[:, None] <= (S - T + t)[None, :]
-        acc += tl.sum(tl.exp2(tl.where(seen, scores, float("-inf"))), 1)
+        visible = slot[:, None] <= (S - T + t)[None, :]
+        acc += tl.sum(tl.exp2(tl.where(visible, scores, float("-inf"))), 1)
     tl.store(out_ptr + bh * S + slot, acc * weight, mask=mask_s)
 
 

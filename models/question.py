@@ -193,12 +193,12 @@ class WindowLayer(TailLayer):
             # Columns are relative to the question's first token; those of the context are negative, padding is masked.
             columns = torch.cat([torch.arange(pad - n, pad), torch.arange(self.length)]).to(q.device)
             padding = torch.cat([torch.zeros(n, dtype=torch.bool), torch.arange(self.length) < pad]).to(q.device)
-            seen = (columns <= queries) & (columns > queries - context.window) & ~(padding & (columns != queries))
+            visible = (columns <= queries) & (columns > queries - context.window) & ~(padding & (columns != queries))
             o[row] = F.scaled_dot_product_attention(
                 q[row],
                 torch.cat([context.k[0], k[row]], 1),
                 torch.cat([context.v[0], v[row]], 1),
-                attn_mask=seen,
+                attn_mask=visible,
                 scale=scaling,
                 enable_gqa=True,
             )

@@ -96,7 +96,7 @@ def test_sampling_draws_from_the_compressed_cache(lcft: Any, requests: list[Any]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_query_aware_each_question_keeps_its_own_slots(lcft: Any, requests: list[Any]) -> None:
+def test_in_query_aware_mode_each_question_keeps_its_own_slots(lcft: Any, requests: list[Any]) -> None:
     kept: dict[str, set[float]] = {}
     for query_aware in (False, True):
         model = lcft("snapkv:0.25", query_aware=query_aware, diagnose="gold")
@@ -105,7 +105,7 @@ def test_query_aware_each_question_keeps_its_own_slots(lcft: Any, requests: list
         for text in texts:
             assert text.meta["kv_bytes"] == pytest.approx(0.25 * text.meta["kv_bytes_full"], rel=0.02)
         kept[query_aware] = {text.meta["gold_kept"] for text in texts}
-    # Query-agnostic, the kept share of a document is the same for every question.
+    # In query-agnostic mode the kept share of a document is the same for every question.
     assert len(kept[False]) <= len({r.doc["gold_pids"][0] for r in requests[:4]})
     assert len(kept[True]) == 4
 
