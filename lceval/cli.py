@@ -202,6 +202,17 @@ def tasks(
         typer.echo(listing.tasks_text(pattern) if pattern else listing.overview())
 
 
+@app.command()
+def methods(
+    name: Annotated[str, typer.Argument(help="A method to describe in full; default: list all.")] = "",
+    as_json: Json = False,
+) -> None:
+    """List the KV methods of recipes with their keys, defaults and sources, or describe one."""
+    from lceval import methods as listing
+
+    typer.echo(listing.text(name, as_json=as_json))
+
+
 data = typer.Typer(help="The data of the tasks: what is at hand, and fetching the rest.", rich_markup_mode=None)
 app.add_typer(data, name="data")
 

@@ -60,8 +60,8 @@ def evaluated(model: Any, kv: str, pair: QAPair, *, query_aware: bool) -> float:
     parsed, engine = recipe.parse(kv), model.engine
     prefill = engine.prefill(CONTEXT, parsed.stats_spec)
     if query_aware and parsed.evictor:
-        cache = engine.ask(prefill, pair.question, 64)
-        cache.over(prefill.compress(parsed, consume=False, question_cache=cache))
+        cache = engine.prefill_question(prefill, pair.question, 64)
+        cache.rebase(prefill.compress(parsed, consume=False, question_cache=cache))
         cache.rollback(1)
         ids = [*pair.question[-1:], *pair.answer[:-1]]
     else:
