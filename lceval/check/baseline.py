@@ -1,8 +1,8 @@
 """Baselines: the part of a run that is compared, small enough to commit.
 
-A baseline contains every sample's id, cluster, prompt digest, answer digest and values, and the settings that must agree
-between comparable runs, but no text. Runs are converted to baselines before comparison, so files and folders are treated
-alike.
+A baseline contains every sample's id, cluster, prompt digest, answer digest and values, and the settings in which
+comparable runs must agree, but no text. Runs are converted to baselines before comparison, so files and folders are
+treated alike.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Comparison of two runs: whether they are comparable, and whether NEW is worse than BASE by more than the gate.
 
-pass: the upper one-sided 95% bound of the drop is below the gate. regression: otherwise, if the drop is positive and its
-p-value, Holm-adjusted over the tasks, is below 5%. inconclusive: otherwise. Identical outputs pass without a test.
+pass: the upper one-sided 95% bound of the drop is below the gate. regression: otherwise, if the drop is positive and
+its p-value, Holm-adjusted over the tasks, is below 5%. inconclusive: otherwise. Identical outputs pass without a test.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A sample's drop d_i is the loss of NEW against BASE, so positive is worse. Sampl
 correlated, so the unit is the cluster c of K, with S_c the sum of its drops and m_c its samples; the estimate is the
 ratio sum(S_c) / sum(m_c), the plain mean over samples.
 
-Test: McNemar's exact test if every cluster has one sample and every score is 0 or 1, else a sign-flip test over clusters
-(under the null, BASE and NEW are exchangeable within a cluster).
+Test: McNemar's exact test if every cluster has one sample and every score is 0 or 1, else a sign-flip test over
+clusters (under the null, BASE and NEW are exchangeable within a cluster).
 
 Bound: with weights w ~ Dirichlet(1, ..., 1) over the K clusters *and one unseen cluster with the largest possible
 loss*, the bound is the 95% quantile of sum(w_c S_c) / sum(w_c m_c) (Gaffke 2005). For drops of 0 or 1 in clusters of

@@ -94,8 +94,8 @@ def render(plan: Plan) -> str:
     """The plan as text."""
     lines = [
         f"To detect a drop of {plan.gate:g} at discordance {plan.discordance:g} (one-sided 5%, power {POWER:.0%}):",
-        f"{plan.samples:,} samples if the questions on a context change independently, {plan.samples:,} contexts if they",
-        f"change together; at least {plan.clusters:,} contexts in any case.",
+        f"{plan.samples:,} samples if the questions on a context change independently, {plan.samples:,} contexts if",
+        f"they change together; at least {plan.clusters:,} contexts in any case.",
     ]
     lines += [
         f"{s.task}: {s.n:,} samples in {s.clusters:,} clusters detect {s.independent:.3g} (independent) to "

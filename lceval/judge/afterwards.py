@@ -71,7 +71,7 @@ def _not_judgeable(run: Run) -> str:
     names = ", ".join(task.task for task in run.tasks)
     if not run.finished:
         return f"{run.path} is not finished: rerun the same command to resume it, then judge"
-    return f"{run.path} has no task with a rubric ({names}): rubrics exist for rj, Loong, FinanceBench and generated letters"
+    return f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
 
 
 def _judge_task(task: TaskResult, file: Path, name: str, client: Client, home: Path) -> dict[str, Any]:

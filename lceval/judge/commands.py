@@ -16,7 +16,7 @@ _RUNS = "runs"
 
 app = typer.Typer(
     cls=group_or(_RUNS),
-    help="Grade finished runs with a judge (lceval judge RUN...), or measure its agreement with human labels (calibrate).",
+    help="Grade finished runs (lceval judge RUN...), or measure a judge's agreement with human labels (calibrate).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -61,8 +61,8 @@ def runs(
 ) -> None:
     """Add judge metrics to finished runs. Exit code 4: some samples are unjudged; rerun the same command to resume."""
     from lceval.judge import afterwards, calibrations
-    from lceval.judge.connect import connect
     from lceval.judge.client import Limits
+    from lceval.judge.connect import connect
 
     limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
     with connect(
@@ -110,8 +110,8 @@ def calibrate_judge(
 ) -> None:
     """Measure a judge on FinanceBench: agreement with human labels, self-consistency, robustness to injection."""
     from lceval.judge import calibrate, calibrations
-    from lceval.judge.connect import connect
     from lceval.judge.client import Limits
+    from lceval.judge.connect import connect
 
     rows = calibrate.stratified(calibrate.graded(data), limit)
     limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)

@@ -1,8 +1,8 @@
 """In-run judging: with LCEVAL_JUDGE set, lm-eval's `simple_evaluate` also returns judge metrics.
 
-Judging follows generation and scoring instead of being a task filter: a filter would have to encode verdicts as strings,
-make the tasks depend on the environment, and keep the evaluated model in memory. Here verdicts are only added to
-complete results. `lceval run`, sweeps and plain `lm_eval` all use this function.
+Judging follows generation and scoring instead of being a task filter: a filter would have to encode verdicts as
+strings, make the tasks depend on the environment, and keep the evaluated model in memory. Here verdicts are only added
+to complete results. `lceval run`, sweeps and plain `lm_eval` all use this function.
 
 A local judge runs in a separate process, apart from the evaluated model. If a judge fails, samples are unjudged and the
 run still succeeds; `lceval judge RUN` retries them.
@@ -28,8 +28,8 @@ from typing import Any
 from lceval.errors import LcevalError, UserError
 from lceval.judge import judges, rubrics, samples
 from lceval.judge.afterwards import report_of
-from lceval.judge.connect import TIMEOUT_S, connect
 from lceval.judge.client import Limits, Spent, Verdict
+from lceval.judge.connect import TIMEOUT_S, connect
 from lceval.judge.judges import VARIABLE
 from lceval.judge.rubrics import Case
 
@@ -192,7 +192,8 @@ def _main(inputs: Path, outputs: Path) -> None:
 
 
 def _case(fields: Mapping[str, Any]) -> Case:
-    return Case(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+    arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return Case(**arguments)
 
 
 if __name__ == "__main__":

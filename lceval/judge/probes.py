@@ -47,7 +47,7 @@ PROBES: dict[str, tuple[str, Callable[[Case, str], str]]] = {
 
 
 def probe(client: Client, rubric: Rubric, cases: Sequence[Case]) -> dict[str, Any]:
-    """Per probe: the number of wrong answers graded as correct (`fooled`), and of those rejected unmodified (`flipped`).
+    """Per probe: the wrong answers graded as correct (`fooled`), and those of them rejected unmodified (`flipped`).
 
     The denominator of `flipped` is `seen_through_when_plain`, the answers rejected when unmodified.
     """

@@ -1,7 +1,7 @@
 """Rubrics: instructions, inputs and valid replies of a judge. Their texts are data, in rubrics/*.yaml.
 
-A prompt has two messages: the rubric, and the inputs in blocks. Every block is delimited by lines with a fence, which is
-derived from a hash of the inputs and occurs nowhere in them, so that no input can end its block.
+A prompt has two messages: the rubric, and the inputs in blocks. Every block is delimited by lines with a fence, which
+is derived from a hash of the inputs and occurs nowhere in them, so that no input can end its block.
 """
 
 from __future__ import annotations

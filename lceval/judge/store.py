@@ -1,8 +1,8 @@
 """Reply cache of judges: replies are stored as they arrive and never paid for twice.
 
-One SQLite file of plain text and numbers, by default shared by all runs of this machine. The key of a reply is the judge
-with its revision, the rubric with its version, the prompt's digest and the repeat's index. The reply itself is stored,
-not its grades, so that an improved parser applies to old replies.
+One SQLite file of plain text and numbers, by default shared by all runs of this machine. The key of a reply is the
+judge with its revision, the rubric with its version, the prompt's digest and the repeat's index. The reply itself is
+stored, not its grades, so that an improved parser applies to old replies.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\
 def parse(rubric: Rubric, reply: str) -> dict[str, Label | float] | None:
     """The grades of a reply, one per field (`rating` for prose); None if incomplete.
 
-    Thinking is removed. JSON may be embedded in prose or a code block, and the last complete object counts; without one,
+    Thinking is removed. JSON may be embedded in prose or a code block; the last complete object counts. Without one,
     each field is parsed as `field: label` and must have a unique label.
     """
     text = without_thinking(reply)
