@@ -196,11 +196,11 @@ def _verdict(paired: Paired | None, p_holm: float, gate: float) -> tuple[Verdict
         return "pass", f"drop at most {paired.upper:.3g} < {gate:g}"
     if significant:
         return "regression", f"drop {paired.drop:.3g}, p {p_holm:.2g}"
-    reason = f"the drop may be up to {paired.upper:.3g}, p {p_holm:.2g}"
+    bound = f"may be up to {paired.upper:.3g}" if math.isfinite(paired.upper) else "has no upper bound"
+    reason = f"the drop {bound}, p {p_holm:.2g}"
     if paired.visible > gate:
-        reason += (
-            f"; too little data: {paired.n} samples in {paired.clusters} clusters detect a drop of {paired.visible:.3g}"
-        )
+        detects = f"detect a drop of {paired.visible:.3g}" if math.isfinite(paired.visible) else "detect no drop"
+        reason += f"; too little data: {paired.n} samples in {paired.clusters} clusters {detects}"
     return "inconclusive", reason
 
 

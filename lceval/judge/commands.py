@@ -108,7 +108,7 @@ def calibrate_judge(
     replies: Replies = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a judge on FinanceBench: agreement with human labels, self-consistency, robustness to injection."""
+    """Measure agreement with human labels, self-consistency and robustness to injection on FinanceBench."""
     from lceval.judge import calibrate, calibrations
     from lceval.judge.client import Limits
     from lceval.judge.connect import connect

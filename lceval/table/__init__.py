@@ -14,7 +14,7 @@ from typing import Literal
 from lceval.errors import UserError
 from lceval.results import Run, read_runs
 from lceval.table.aggregate import aggregate
-from lceval.table.forms import to_html, to_latex, to_markdown, to_terminal
+from lceval.table.formats import to_html, to_latex, to_markdown, to_terminal
 from lceval.table.judged import judged
 from lceval.table.pairs import results
 from lceval.table.references import load

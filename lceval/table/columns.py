@@ -218,7 +218,7 @@ def caption(table: Table, chosen: Sequence[Column]) -> list[str]:
     if headers & {"retention\n%", "Δ vs full", "Δ gold_nll\nvs full"}:
         lines.append("retention, Δ vs full: compared with recipe full on the same samples (paired bootstrap).")
     if any(row["kv_mb"] is not None for row in rows):
-        lines.append("KV kept %: KV cache bytes relative to the full cache; % of fp16 KV: relative to it in 16 bits.")
+        lines.append("KV kept %: KV cache bytes as % of the full cache. % of fp16 KV: as % of a full cache in 16 bits.")
         lines.append("KV MB: mean per sample, 1e6 bytes. prefill: per distinct context.")
     if "read\nMB/step" in headers:
         lines.append("read MB/step: KV cache bytes of the context read per decoding step, 1e6 bytes.")

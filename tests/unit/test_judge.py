@@ -100,11 +100,11 @@ def test_a_prompt_has_the_inputs_of_its_rubric_and_an_extractor_no_gold() -> Non
 
 
 def test_a_repeat_has_the_same_content_in_another_order() -> None:
-    shown = [rubrics.render(rubrics.load("rj"), CASE, repeat=repeat) for repeat in range(6)]
-    assert shown[3] == rubrics.render(rubrics.load("rj"), CASE, repeat=3)
-    assert len({prompt.hash for prompt in shown}) > 1
-    assert len({tuple(sorted(prompt.system.splitlines())) for prompt in shown}) == 1
-    assert {prompt.user.index("[DOC 2]") < prompt.user.index("[DOC 5]") for prompt in shown} == {True, False}
+    prompts = [rubrics.render(rubrics.load("rj"), CASE, repeat=repeat) for repeat in range(6)]
+    assert prompts[3] == rubrics.render(rubrics.load("rj"), CASE, repeat=3)
+    assert len({prompt.hash for prompt in prompts}) > 1
+    assert len({tuple(sorted(prompt.system.splitlines())) for prompt in prompts}) == 1
+    assert {prompt.user.index("[DOC 2]") < prompt.user.index("[DOC 5]") for prompt in prompts} == {True, False}
 
 
 def test_the_middle_of_a_long_answer_is_omitted_with_a_note() -> None:
