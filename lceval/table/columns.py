@@ -89,7 +89,8 @@ def kappa(row: Row) -> str:
 
 
 def _query(row: Row) -> str:
-    return "-" if row["query_aware"] is None else "query-aware" if row["query_aware"] else "query-agnostic"
+    query_aware = row.get("query_aware")  # absent in rows stored before 0.2
+    return "-" if query_aware is None else "query-aware" if query_aware else "query-agnostic"
 
 
 def _run(row: Row) -> str:
