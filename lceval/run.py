@@ -230,7 +230,7 @@ def evaluate(found: Opened, load: Callable[[Any], Any], *, spent_s: float = 0.0)
             metadata=config.metadata,
             **seeds,
         )
-    outcome = Outcome(folder, len(store.asked), len(store.reused))
+    outcome = Outcome(folder, len(store.requested), len(store.reused))
     if results is None:  # not the main process of a distributed run
         return outcome
     results["config"] |= {"model": config.model, "model_args": config.model_args}
