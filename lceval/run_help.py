@@ -82,7 +82,7 @@ def _arguments_text(width: int) -> str:
 def _recipes_text(width: int) -> str:
     from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION
 
-    axes = {"evict": EVICTORS, "quantize": QUANTIZERS, "sparse attention": SPARSE_ATTENTION}
+    axes = {"evict": [*EVICTORS], "quantize": [*QUANTIZERS], "sparse attention": [*SPARSE_ATTENTION]}
     lines = ["KV recipes (kv=RECIPE): at most one name per axis, e.g. kv=snapkv:0.25+int4:"]
     for axis, names in axes.items():
         lines += textwrap.wrap(
