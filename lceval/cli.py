@@ -122,7 +122,10 @@ def sweep(
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Packaged grid: mini, paper-table1, paper-table2 or paper-table12."),
+        typer.Option(
+            metavar="NAME",
+            help="Packaged grid: mini, paper-table1, paper-table2 or paper-table12 (default: none, use GRID).",
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,

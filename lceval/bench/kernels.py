@@ -1,6 +1,6 @@
 """The decode attention kernels against the memory bandwidth and against SDPA over the uncompressed cache.
 
-Each case is one layer with Llama-3.1-8B's heads, built and run as lcft does it (`compact`, the recipe's quantization and
+Each case is one layer with Llama-3.1-8B's heads, built and run as in lcft (`compact`, the recipe's quantization and
 sparse attention, `dispatch`). On a CUDA device a case is a CUDA graph over enough copies of the layer to exceed the L2
 cache; times are medians of replays. Without a GPU, `predict` gives a roofline estimate.
 """
