@@ -16,6 +16,7 @@ import typer
 
 from lceval.bench.commands import app as bench
 from lceval.bench.commands import pairs
+from lceval.data_commands import app as data
 from lceval.errors import LcevalError, UserError
 from lceval.judge.commands import app as judge
 from lceval.train.commands import app as train
@@ -301,43 +302,6 @@ def tasks(
         typer.echo(listing.named(pattern) if pattern else listing.overview())
 
 
-data = typer.Typer(help="List and download the datasets of the tasks.", rich_markup_mode=None, no_args_is_help=True)
-app.add_typer(data, name="data")
-
-
-@data.command("list")
-def data_list(as_json: Json = False) -> None:
-    """List the datasets with their sources and missing files."""
-    from lceval import listing
-
-    typer.echo(json.dumps(listing.data(), indent=2) if as_json else listing.data_text())
-
-
-@data.command("fetch")
-def data_fetch(
-    datasets: Annotated[
-        list[str], typer.Argument(metavar="NAME", help="Datasets, or tasks and groups for their datasets.")
-    ],
-    to: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Data folder (default $LCEVAL_DATA).")] = None,
-    as_json: Json = False,
-) -> None:
-    """Download datasets from the Hugging Face hub.
-
-    Existing files are skipped. Exit code 2: some files are not on the hub and must be provided by hand.
-    """
-    from lceval.fetch import fetch
-
-    outcomes = []
-    for outcome in fetch(datasets, to):
-        outcomes.append(outcome)
-        if not as_json:
-            typer.echo(str(outcome))
-    if as_json:
-        typer.echo(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
-    if any(outcome.status == "provide" for outcome in outcomes):
-        raise typer.Exit(2)
-
-
 @app.command()
 def score(
     task: Annotated[
@@ -377,6 +341,7 @@ def score(
     typer.echo(json.dumps(scores, indent=2) if as_json else render(scores))
 
 
+app.add_typer(data, name="data")
 app.add_typer(judge, name="judge")
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")

@@ -65,27 +65,27 @@ class Worker:
         """The results of a group; a failing cell does not stop the others."""
         results: dict[str, CellResult] = {}
         with ExitStack() as folders:
-            begun = self._begin(group, root, folders, results)
-            if begun:
+            unfinished = self._open_unfinished(group, root, folders, results)
+            if unfinished:
                 try:
-                    answered = self._answer(self._load(begun[0]), begun, results)
+                    answered = self._answer(self._load(*unfinished[0]), unfinished, results)
                 except Exception as error:
-                    results |= {cell.name: failed(cell, error) for cell, _ in begun}
+                    results |= {cell.name: failed(cell, error) for cell, _ in unfinished}
                     self._model, self._owner = None, None
                     answered = []
-                for one in answered:
-                    results[one.cell.name] = self._finish(one)
+                for active in answered:
+                    results[active.cell.name] = self._finish(active)
         return [results[cell.name] for cell in group]
 
     @staticmethod
-    def _begin(
+    def _open_unfinished(
         group: Sequence[Cell], root: Path, folders: ExitStack, results: dict[str, CellResult]
     ) -> list[tuple[Cell, OpenRun]]:
         """The unfinished cells, with their folders locked until the group is done.
 
         Finished folders are opened too: they count only if their identity (weights, adapter, versions) is this run's.
         """
-        begun = []
+        unfinished = []
         for cell in group:
             try:
                 open_run = folders.enter_context(opened(cell.argv(root / cell.name)))
@@ -94,11 +94,11 @@ class Worker:
                 continue
             results[cell.name] = CellResult(cell.name)
             if open_run.finished is None:
-                begun.append((cell, open_run))
-        return begun
+                unfinished.append((cell, open_run))
+        return unfinished
 
-    def _load(self, one: tuple[Cell, OpenRun]) -> Any:
-        cell, open_run = one
+    def _load(self, cell: Cell, open_run: OpenRun) -> Any:
+        """The model of the cell's owner, loaded if it is not already."""
         if self._owner != cell.owner:
             self._model = None
             gc.collect()
@@ -107,50 +107,52 @@ class Worker:
         return self._model
 
     @staticmethod
-    def _answer(model: Any, begun: Sequence[tuple[Cell, OpenRun]], results: dict[str, CellResult]) -> list[ActiveCell]:
+    def _answer(
+        model: Any, unfinished: Sequence[tuple[Cell, OpenRun]], results: dict[str, CellResult]
+    ) -> list[ActiveCell]:
         """Answer all questions of a group, context by context; returns the cells without an error.
 
         If a recipe fails, the others continue. The time of a prefill is charged to all cells in equal parts.
         """
         from lceval.models.recipe import parse
 
-        recipes = [parse(open_run.config.model_args["kv"]) for _, open_run in begun]
+        recipes = [parse(open_run.config.model_args["kv"]) for _, open_run in unfinished]
         stats_spec = recipes[0].stats_spec
         for recipe in recipes[1:]:
             stats_spec |= recipe.stats_spec
-        active: list[ActiveCell] = []
+        cells: list[ActiveCell] = []
         with ExitStack() as stores:
             stores.callback(setattr, model.scheduler, "keep_for", None)
-            for cell, open_run in begun:
+            for cell, open_run in unfinished:
                 begin(open_run)
-                active.append(ActiveCell(cell, open_run, Responses(open_run.folder / "responses.sqlite")))
-                stores.callback(active[-1].store.close)
+                cells.append(ActiveCell(cell, open_run, Responses(open_run.folder / "responses.sqlite")))
+                stores.callback(cells[-1].store.close)
             model.scheduler.keep_for = stats_spec
-            for method, requests in _requests(begun[0][1].config, model):
+            for method, requests in _requests(unfinished[0][1].config, model):
                 prefill_s = model.scheduler.prefill_s
-                for one in list(active):
-                    _under(model, one.run.config, counts=Counter())
-                    model.set_cache_hook(one.store)
-                    _seed(one.run.config)
+                for active in list(cells):
+                    _switch(model, active.run.config, counts=Counter())
+                    model.set_cache_hook(active.store)
+                    _seed(active.run.config)
                     start, before_s = time.monotonic(), model.scheduler.prefill_s
                     try:
-                        one.store.serve(method, getattr(model, method), requests)
+                        active.store.serve(method, getattr(model, method), requests)
                     except Exception as error:
-                        results[one.cell.name] = failed(one.cell, error)
-                        active.remove(one)
-                    one.spent_s += time.monotonic() - start - (model.scheduler.prefill_s - before_s)
-                    one.counts.update(model.totals)
-                for one in active:
-                    one.spent_s += (model.scheduler.prefill_s - prefill_s) / len(active)
-        return active
+                        results[active.cell.name] = failed(active.cell, error)
+                        cells.remove(active)
+                    active.spent_s += time.monotonic() - start - (model.scheduler.prefill_s - before_s)
+                    active.counts.update(model.totals)
+                for active in cells:
+                    active.spent_s += (model.scheduler.prefill_s - prefill_s) / len(cells)
+        return cells
 
-    def _finish(self, one: ActiveCell) -> CellResult:
-        contexts = one.counts["contexts"]
+    def _finish(self, active: ActiveCell) -> CellResult:
+        contexts = active.counts["contexts"]
         try:
-            evaluate(one.run, partial(_under, self._model, counts=one.counts), spent_s=one.spent_s)
+            evaluate(active.run, partial(_switch, self._model, counts=active.counts), spent_s=active.spent_s)
         except Exception as error:
-            return failed(one.cell, error, contexts)
-        return CellResult(one.cell.name, contexts=contexts)
+            return failed(active.cell, error, contexts)
+        return CellResult(active.cell.name, contexts=contexts)
 
 
 def failed(cell: Cell, error: BaseException, contexts: int = 0) -> CellResult:
@@ -198,7 +200,7 @@ def _seed(config: Any) -> None:
     torch.manual_seed(config.seed[2] if config.seed else 0)
 
 
-def _under(model: Any, config: Any, *, counts: Counter[str]) -> Any:
+def _switch(model: Any, config: Any, *, counts: Counter[str]) -> Any:
     """Switch the loaded model to a configuration's recipe, and set its counts to that run's."""
     from lceval.models.recipe import parse
 

@@ -155,8 +155,9 @@ def test_every_option_is_documented_or_has_a_complete_help_text(path: str, pages
     assert command.get_short_help_str(limit=200).endswith(".")
     for parameter in command.params:
         text = parameter.help or ""
-        optional_value = not (parameter.required or getattr(parameter, "is_flag", False))
-        default_known = parameter.default is not None or "default" in text.lower() or "also" in text.lower()
+        optional_value = not (parameter.required or parameter.param_type_name == "argument" or parameter.is_flag)
+        # `Also write ...` states the default, which is to write nothing.
+        default_known = parameter.default is not None or re.search("default|^Also", text) is not None
         complete = text.endswith(".") and len(text.split()) >= 2 and (default_known or not optional_value)
         documented = any(re.search(rf"{re.escape(name)}\b", pages) for name in parameter.opts if name.startswith("--"))
         assert complete or documented, f"{path} {parameter.name}: {text!r}"
