@@ -119,7 +119,9 @@ def table(
 def sweep(
     grid: Annotated[
         Path | None,
-        typer.Argument(metavar="GRID", help="YAML file with lists of models, recipes, tasks, ... (or use --preset)."),
+        typer.Argument(
+            metavar="GRID", help="YAML file with models, recipes, tasks, ... (see docs/sweep.md); or use --preset."
+        ),
     ] = None,
     preset: Annotated[
         str | None,

@@ -87,14 +87,14 @@ def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
 
     folders = {k: packaged.resolve(str(config.model_args[k])) for k in ("pretrained", "peft") if k in config.model_args}
     folder = Path(config.output_path)
-    ours = identity.of(config, folders)
+    current = identity.of(config, folders)
     with _locked(folder):
         previous = _read(folder)
         if previous is None and any(f.name != ".lock" for f in folder.iterdir()):
             raise UserError(f"{folder} contains files but no {RUN}: choose another --output_path")
-        if previous is not None and (changed := identity.differences(previous["identity"], ours)):
+        if previous is not None and (changed := identity.differences(previous["identity"], current)):
             raise UserError(f"{folder} contains another run ({'; '.join(changed)}): choose another --output_path")
-        yield OpenRun(config, folder, ours, previous)
+        yield OpenRun(config, folder, current, previous)
 
 
 def _configure(argv: Sequence[str]) -> Any:
@@ -161,7 +161,7 @@ def tasks_of(config: Any) -> tuple[Any, dict[str, Any]]:
 
 def begin(open_run: OpenRun) -> dict[str, Any]:
     """Write run.json of a run that starts or resumes, and return it. A second call changes nothing."""
-    config, ours = open_run.config, open_run.identity
+    config, current = open_run.config, open_run.identity
     record = _read(open_run.folder) or {
         "status": RUNNING,
         "model": config.model,
@@ -169,9 +169,9 @@ def begin(open_run: OpenRun) -> dict[str, Any]:
         "recipe": config.model_args.get("kv", "-"),
         "tasks": config.tasks,
         "apply_chat_template": config.apply_chat_template,
-        "versions": ours["versions"],
-        "identity": ours,
-        "fingerprint": identity.fingerprint(ours),
+        "versions": current["versions"],
+        "identity": current,
+        "fingerprint": identity.fingerprint(current),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": identity.machine(),
         "wall_s": 0.0,
@@ -268,10 +268,10 @@ def _task_manager(config: Any) -> Any:
     from lm_eval.tasks import TaskManager
 
     names = [name for text in config.tasks for name in text.split(",")]
-    ours = own_tasks(config.metadata)
-    if not config.include_path and all(ours.match_tasks([name]) for name in names):
-        config.tasks = ours.match_tasks(names)
-        return ours
+    own = own_tasks(config.metadata)
+    if not config.include_path and all(own.match_tasks([name]) for name in names):
+        config.tasks = own.match_tasks(names)
+        return own
     try:
         return config.process_tasks(config.metadata)
     except ValueError as error:
@@ -282,7 +282,11 @@ def _task_manager(config: Any) -> Any:
 
 def _nearest(name: str, known: list[str]) -> str:
     near = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks` and `lm_eval run --help`"
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "see `lceval tasks`, `lm_eval ls tasks` and `lceval run --help`"
+    )
 
 
 def _save(config: Any, folder: Path, lm: Any, results: dict[str, Any]) -> None:

@@ -17,12 +17,15 @@ from typing import Any
 
 WIDTH = 80
 INTRODUCTION = """\
-Usage: lceval run --model lcft --model_args pretrained=NAME,kv=RECIPE --tasks TASK --output_path FOLDER [OPTIONS]
+Usage: lceval run --model lcft --model_args pretrained=NAME,kv=RECIPE
+                  --tasks TASK --output_path FOLDER [OPTIONS]
 
-  Run an evaluation and print its table. The options are those of `lm_eval run`, below, with three differences:
+  Run an evaluation and print its table. Rerun the same command to resume.
+  The options are those of `lm_eval run`, below, with these differences:
 
-  --output_path FOLDER  The run folder (required). Rerun the same command to resume.
-  --apply_chat_template On by default if the tokenizer has a chat template; `false` turns it off.
+  --output_path FOLDER  Run folder (required).
+  --apply_chat_template Applied by default if the tokenizer has a chat template;
+                        `false` disables it.
   --json                Print the table as JSON."""
 _NOT_SHOWN = ("self", "kwargs")
 
@@ -35,8 +38,8 @@ def run_help(width: int = WIDTH) -> str:
     Run(parser.add_subparsers())
     # lm_eval has no public access to the parser of a subcommand.
     (subcommands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    theirs = subcommands.choices["run"].format_help()
-    return "\n\n".join([INTRODUCTION, theirs.rstrip(), _arguments_text(width), _recipes_text(width)])
+    lm_eval_help = subcommands.choices["run"].format_help()
+    return "\n\n".join([INTRODUCTION, lm_eval_help.rstrip(), _arguments_text(width), _recipes_text(width)])
 
 
 def model_arguments() -> list[tuple[str, Any, str]]:

@@ -53,11 +53,11 @@ def bench(
     contexts |= {str(kv): prefill.compress(kv, consume=False) for kv in parsed}
     steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
 
-    def ours(context: CompressedContext) -> list[float]:
+    def timed(context: CompressedContext) -> list[float]:
         return _decode(model, attention.NAME, context.fork(new_tokens, kernels=model.engine.kernels), steps)
 
     sides: dict[str, Callable[[], list[float]]] = {"hf": lambda: _decode(model, "sdpa", _copied(model, prefill), steps)}
-    sides |= {name: (lambda c=context: ours(c)) for name, context in contexts.items()}  # type: ignore[misc]
+    sides |= {name: (lambda c=context: timed(c)) for name, context in contexts.items()}  # type: ignore[misc]
     step_s: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():

@@ -262,5 +262,5 @@ def _agreement(rows: list[dict[str, Any]], name: str) -> float:
         return max(range(len(response)), key=response.__getitem__)
 
     full = {row["id"]: answer(row) for row in rows if row["kv"] == "full"}
-    ours = {row["id"]: answer(row) for row in rows if row["kv"] == name}
-    return sum(full[key] == value for key, value in ours.items()) / len(ours)
+    answers = {row["id"]: answer(row) for row in rows if row["kv"] == name}
+    return sum(full[key] == value for key, value in answers.items()) / len(answers)

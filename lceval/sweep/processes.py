@@ -33,7 +33,7 @@ class _WorkerProcess:
 
     process: BaseProcess
     pipe: Any
-    place: int
+    index: int
     group: Sequence[Cell]
 
 
@@ -44,10 +44,10 @@ def run(
     groups = split(groups, workers)
     queue, handles = Queue(groups), dict[Any, _WorkerProcess]()
     workers = min(workers, len(groups))
-    environments = [environment(place, workers) for place in range(workers)]
+    environments = [environment(index, workers) for index in range(workers)]
     try:
-        for place in range(workers):
-            _give(handles, _start(place, environments[place], make), queue.take(), root)
+        for index in range(workers):
+            _give(handles, _start(index, environments[index], make), queue.take(), root)
         while handles:
             for pipe in connection.wait(list(handles)):
                 handle = handles.pop(pipe)
@@ -62,7 +62,7 @@ def run(
                     alive = handle.process.exitcode is None
                     _give(
                         handles,
-                        handle if alive else _start(handle.place, environments[handle.place], make),
+                        handle if alive else _start(handle.index, environments[handle.index], make),
                         group,
                         root,
                     )
@@ -91,21 +91,21 @@ def visible_gpus() -> list[str]:
     return names[:count]
 
 
-def environment(place: int, workers: int) -> dict[str, str]:
+def environment(index: int, workers: int) -> dict[str, str]:
     """Environment variables of one worker: its GPUs, or its share of the CPU threads."""
     gpus = visible_gpus()
     if not gpus:
         return {"OMP_NUM_THREADS": str(threads(workers))}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place::workers] or [gpus[place % len(gpus)]])}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index::workers] or [gpus[index % len(gpus)]])}
 
 
-def _start(place: int, variables: dict[str, str], make: Callable[[], RunsGroups]) -> _WorkerProcess:
+def _start(index: int, variables: dict[str, str], make: Callable[[], RunsGroups]) -> _WorkerProcess:
     context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, variables, make), name=f"lceval-worker-{place}")
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, variables, make), name=f"lceval-worker-{index}")
     process.start()
-    theirs.close()
-    return _WorkerProcess(process, ours, place, [])
+    child_end.close()
+    return _WorkerProcess(process, parent_end, index, [])
 
 
 def _give(handles: dict[Any, _WorkerProcess], handle: _WorkerProcess, group: Sequence[Cell] | None, root: Path) -> None:
