@@ -1,9 +1,9 @@
 """The study of docs/longlora.md: the packaged model's window of 8,192 tokens, doubled, on the text of filings.
 
-python docs/studies/longlora.py run [MINUTES]   trains for so long (default 8) unless it has; measures what is missing
-python docs/studies/longlora.py table           prints the table of docs/longlora.md from the committed samples
+python studies/longlora.py run [MINUTES]   train (default: 8 minutes) if no trained model exists, then evaluate
+python studies/longlora.py table           print the table of docs/longlora.md from the committed samples
 
-Companies whose filings are measured are not trained on. The trained model stays in runs/, outside of the repository.
+Companies of the evaluation are not in the training set. The trained model stays in runs/.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ TOKENS, WINDOW = 10240, 16384
 BANDS = ((0, 4096), (4096, 8192), (8192, 10240))
 LR, WARMUP, SEED = 5e-4, 2, 0
 HELD_OUT = ("MGMRESORTS", "Pfizer", "JOHNSON")
-WINDOWS = 1  # of a held-out filing, at most
+WINDOWS = 1  # per held-out filing, at most
 ARMS = ("base", "scaled", "trained")
 
 
 def texts(held_out: bool) -> dict[str, str]:
-    """Whole filings, by name."""
+    """Full texts of filings, by name."""
     pages: dict[str, list[str]] = defaultdict(list)
     for line in (Path(os.environ["LCEVAL_DATA"]) / "financebench" / "document_pages.jsonl").open():
         page = json.loads(line)
@@ -40,20 +40,20 @@ def texts(held_out: bool) -> dict[str, str]:
     return {name: "\n\n".join(parts) for name, parts in pages.items()}
 
 
-def cut(held_out: bool, tokenizer: Any) -> list[tuple[str, list[int]]]:
-    """Windows of TOKENS tokens: all of the training filings, shuffled, or the first few of each held-out one."""
-    found = []
+def windows(held_out: bool, tokenizer: Any) -> list[tuple[str, list[int]]]:
+    """Windows of TOKENS tokens: all of the training filings, shuffled, or the first WINDOWS of each held-out filing."""
+    rows = []
     for name, text in texts(held_out).items():
         ids = tokenizer(text, verbose=False).input_ids
         starts = range(0, len(ids) - TOKENS + 1, TOKENS)
-        found += [(f"{name}-{start}", ids[start : start + TOKENS]) for start in starts[: WINDOWS if held_out else None]]
+        rows += [(f"{name}-{start}", ids[start : start + TOKENS]) for start in starts[: WINDOWS if held_out else None]]
     if not held_out:
-        random.Random(SEED).shuffle(found)
-    return found
+        random.Random(SEED).shuffle(rows)
+    return rows
 
 
 def nll(model: Any, ids: list[int]) -> Any:
-    """NLL of each token after the first; logits exist for a thousand tokens at a time."""
+    """NLL of each token after the first. Logits are computed for 1,024 tokens at a time to bound memory."""
     import torch
     from torch.utils.checkpoint import checkpoint
 
@@ -61,15 +61,15 @@ def nll(model: Any, ids: list[int]) -> Any:
     hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0, :-1]
     head = model.get_output_embeddings()
 
-    def part(some: Any, wanted: Any) -> Any:
-        return torch.nn.functional.cross_entropy(head(some).float(), wanted, reduction="none")
+    def part(states: Any, targets: Any) -> Any:
+        return torch.nn.functional.cross_entropy(head(states).float(), targets, reduction="none")
 
     pairs = zip(hidden.split(1024), tokens[0, 1:].split(1024), strict=True)
-    return torch.cat([checkpoint(part, some, wanted, use_reentrant=False) for some, wanted in pairs])
+    return torch.cat([checkpoint(part, states, targets, use_reentrant=False) for states, targets in pairs])
 
 
 def train(folder: str, minutes: float) -> None:
-    """Train until the time is over, and save the model folder."""
+    """Train for `minutes` and save the model folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,7 +82,7 @@ def train(folder: str, minutes: float) -> None:
     model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
     log, began = [], time.monotonic()
-    for step, (name, ids) in enumerate(cut(False, tokenizer)):
+    for step, (name, ids) in enumerate(windows(False, tokenizer)):
         start = time.monotonic()
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
         with torch.autocast("cpu", torch.bfloat16):
@@ -101,53 +101,53 @@ def train(folder: str, minutes: float) -> None:
 
 
 def measure(folder: str) -> None:
-    """The NLL of every band of every held-out window under every arm, as far as it is missing."""
+    """Measure the missing NLLs by arm, held-out window and position band."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from lceval.training.longlora import extend
 
-    windows = cut(True, AutoTokenizer.from_pretrained(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     done = {(row["arm"], row["id"]) for row in rows()}
     models = {}
     for arm in ARMS:
         models[arm] = AutoModelForCausalLM.from_pretrained(MODEL if arm == "trained" else folder).eval()
     extend(models["scaled"], WINDOW)
-    # By window: wherever it stops, the arms were measured on the same ones.
-    for name, ids in windows:
+    # Windows in the outer loop, so that an interrupted run has the same windows for all arms.
+    for name, ids in windows(True, tokenizer):
         for arm in ARMS:
             if (arm, name) in done:
                 continue
             with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-                found = nll(models[arm], ids)
-            bands = [round(float(found[start:stop].mean()), 5) for start, stop in BANDS]
+                losses = nll(models[arm], ids)
+            bands = [round(float(losses[start:stop].mean()), 5) for start, stop in BANDS]
             with SAMPLES.open("a") as out:
                 out.write(json.dumps({"arm": arm, "id": name, "cluster": name.split("_")[0], "nll": bands}) + "\n")
             print(arm, name, bands, file=sys.stderr, flush=True)
 
 
 def rows() -> list[dict[str, Any]]:
-    """The samples there are."""
+    """Committed samples; empty before the first."""
     return [json.loads(line) for line in SAMPLES.read_text().splitlines()] if SAMPLES.exists() else []
 
 
 def table() -> str:
-    """One row an arm: NLL per token by band, and the difference to the base, paired by window."""
+    """One row per arm: NLL per token by position band, and its difference to the base, paired by window."""
     by_arm: dict[str, dict[str, dict[str, Any]]] = {arm: {} for arm in ARMS}
     for row in rows():
         by_arm[row["arm"]][row["id"]] = row
-    whole = set.intersection(*(set(own) for own in by_arm.values()))
+    shared = set.intersection(*(set(own) for own in by_arm.values()))
     bands = [f"{start // 1024}k-{stop // 1024}k" for start, stop in BANDS]
-    head = ["arm", "n", *(title for band in bands for title in (band, "- base"))]
+    head = ["arm", "n", *(title for band in bands for title in (band, "Δ vs base"))]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for arm, own in by_arm.items():
-        cells = [arm, str(len(whole))]
+        cells = [arm, str(len(shared))]
         for place in range(len(bands)):
-            values = [own[key]["nll"][place] for key in sorted(whole)]
-            lost = [own[key]["nll"][place] - by_arm["base"][key]["nll"][place] for key in sorted(whole)]
-            clusters = [own[key]["cluster"] for key in sorted(whole)]
+            values = [own[key]["nll"][place] for key in sorted(shared)]
+            deltas = [own[key]["nll"][place] - by_arm["base"][key]["nll"][place] for key in sorted(shared)]
+            clusters = [own[key]["cluster"] for key in sorted(shared)]
             cells.append(f"{sum(values) / len(values):.3f}")
-            mean, low, high = cluster_bootstrap(lost, clusters)
+            mean, low, high = cluster_bootstrap(deltas, clusters)
             cells.append("" if arm == "base" else f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""The study of recipes.md: ten evictors and more on real questions, question-agnostic, one prefill a context.
+"""The study of docs/studies/recipes.md: evictors, quantization and sparse attention, query-agnostic.
 
-python docs/studies/recipes.py run nqopen        measures; goes on where it stopped
-python docs/studies/recipes.py run kvlookup
-python docs/studies/recipes.py table             prints the tables of recipes.md from the committed samples
+python studies/recipes.py run nqopen        measure; rerun the same command to resume
+python studies/recipes.py run kvlookup
+python studies/recipes.py table             rewrite docs/studies/recipes-tables.md from the committed samples
 """
 
 from __future__ import annotations
@@ -18,23 +18,25 @@ from scipy.stats import spearmanr
 from lceval.stats import cluster_bootstrap
 
 HERE = Path(__file__).parent
+TABLES = HERE.parent / "docs" / "studies" / "recipes-tables.md"
+MARK = "<!-- tables of the committed samples -->\n"
 CONTROL = "random:0.25:sinks=4:recent=64"
 EVICTORS = ["streaming", "lacache", "tova", "snapkv", "adakv", "knorm", "keydiff", "expected_attention"]
 RECIPES = ["full", "random:0.25", CONTROL, *(f"{name}:0.25" for name in EVICTORS), "int4", "fier:0.1"]
 STUDIES: dict[str, dict[str, Any]] = {
-    # h2o and kvzip cost about as much as reading the context again: on the shorter study alone.
+    # h2o and kvzip cost about as much as a second prefill: only in the study with fewer contexts.
     "nqopen": {"task": "lc_nqopen_ao_4k", "contexts": 10, "recipes": [*RECIPES, "h2o:0.25", "kvzip:0.25"]},
     "kvlookup": {"task": "lc_kvlookup_ao_4k", "contexts": 40, "recipes": RECIPES},
 }
 
 
 def samples(name: str) -> list[dict[str, Any]]:
-    """The committed samples of a study."""
+    """Committed samples of a study."""
     return [json.loads(line) for line in (HERE / f"recipes-{name}.jsonl").read_text().splitlines()[1:]]
 
 
 def measure(name: str) -> None:
-    """Run what is missing of a study."""
+    """Run the missing samples of a study."""
     from lceval.bench.evaluate import bench
 
     bench(
@@ -48,46 +50,50 @@ def measure(name: str) -> None:
 
 
 def table(name: str) -> str:
-    """One row a recipe, by gold_nll; intervals are 95%, by context; differences are paired by question."""
+    """One row per recipe, sorted by gold_nll; 95% intervals over contexts, differences paired by question."""
     rows = samples(name)
     by_recipe: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_recipe.setdefault(row["kv"], {})[row["id"]] = row
-    head = ["recipe", "kept %", "gold kept %", "gold_nll", "- control", "rho"]
+    head = ["recipe", "KV kept %", "gold kept %", "gold_nll", "Δ vs control", "rho"]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     full, control = by_recipe["full"], by_recipe[CONTROL]
     for recipe, own in sorted(by_recipe.items(), key=lambda item: mean(item[1], "gold_nll")):
-        lost = [(row["gold_kept"], row["gold_nll"] - full[key]["gold_nll"]) for key, row in own.items()]
-        varies = len({kept for kept, _ in lost}) > 1
+        pairs = [(row["gold_kept"], row["gold_nll"] - full[key]["gold_nll"]) for key, row in own.items()]
+        varies = len({kept for kept, _ in pairs}) > 1
         cells = [
             f"`{recipe}`",
             f"{100 * mean(own, 'kept_share'):.1f}",
             f"{100 * mean(own, 'gold_kept'):.1f}",
             interval(own, lambda key, own=own: own[key]["gold_nll"]),  # type: ignore[misc]
             "" if recipe == CONTROL else interval(own, lambda k, own=own: own[k]["gold_nll"] - control[k]["gold_nll"]),  # type: ignore[misc]
-            f"{spearmanr(*zip(*lost, strict=True)).statistic:+.2f}" if varies else "",
+            f"{spearmanr(*zip(*pairs, strict=True)).statistic:+.2f}" if varies else "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def mean(rows: dict[str, dict[str, Any]], field: str) -> float:
-    """The mean of a field."""
+    """Mean of a field."""
     return sum(row[field] for row in rows.values()) / len(rows)
 
 
-def interval(rows: dict[str, dict[str, Any]], value: Callable[[str], float], output_format: str = "{:.3f}") -> str:
-    """A mean with its interval."""
+def interval(rows: dict[str, dict[str, Any]], value: Callable[[str], float]) -> str:
+    """Mean with its 95% interval over contexts."""
     numbers = cluster_bootstrap([value(key) for key in rows], [row["cluster"] for row in rows.values()])
-    middle, low, high = (output_format.format(number) for number in numbers)
+    middle, low, high = (f"{number:.3f}" for number in numbers)
     return f"{middle} [{low}, {high}]"
+
+
+def tables() -> str:
+    """All tables of the tables page."""
+    return "\n\n".join(f"## {study['task']}\n\n{table(name)}" for name, study in STUDIES.items()) + "\n"
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"] and len(sys.argv) == 3 and sys.argv[2] in STUDIES:
         measure(sys.argv[2])
     elif sys.argv[1:] == ["table"]:
-        for study in STUDIES:
-            print(f"{STUDIES[study]['task']}\n\n{table(study)}\n")
+        TABLES.write_text(TABLES.read_text().partition(MARK)[0] + MARK + tables())
     else:
         raise SystemExit(__doc__)

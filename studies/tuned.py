@@ -1,7 +1,7 @@
-"""The differences between adapters in tuned.md: paired by question, from the committed scores.
+"""The study of docs/studies/tuned.md: differences between adapters, paired by question, from the committed scores.
 
-python docs/studies/tuned.py keep FOLDER …    files the cells' scores by question in tuned-samples.json
-python docs/studies/tuned.py table            prints the tables of tuned.md
+python studies/tuned.py keep FOLDER …    save the scores of run folders by question in tuned-samples.json
+python studies/tuned.py table            rewrite the differences in docs/studies/tuned-tables.md
 """
 
 from __future__ import annotations
@@ -15,105 +15,114 @@ from statistics import mean
 from lceval.results import read_runs
 from lceval.stats import cluster_bootstrap
 
-KEPT = Path(__file__).parent / "tuned-samples.json"
-BASE, CONTROL, OTHERS = "none", "plain", ("aware", "twin")
+SAMPLES = Path(__file__).parent / "tuned-samples.json"
+TABLES = Path(__file__).parents[1] / "docs" / "studies" / "tuned-tables.md"
+MARK = "<!-- differences between adapters -->\n"
+SWEEP_MARK = "<!-- the table of tuned.json -->\n"  # the rest of the page is written by sweeps.py
+BASE, CONTROL, OTHERS = "none", "plain", ("compression-aware", "self-distillation")
 METRICS = ("subem", "gold_kept")
-FOUND = "what BM25 finds"
+RETRIEVED = "BM25"
 Scores = dict[str, float]
 
 
 def keep(folders: list[Path]) -> None:
-    """SubEM and gold_kept by context, recipe, adapter and question; and each question's cluster."""
+    """Save SubEM and gold_kept by context, recipe, adapter and question, and the context of each question."""
     clusters: dict[str, str] = {}
     scores: dict[str, dict[str, dict[str, dict[str, Scores]]]] = {metric: {} for metric in METRICS}
     for run in sorted(read_runs(folders), key=lambda run: (run.tasks[0].context or "", run.recipe, run.peft or "")):
         (task,) = run.tasks
-        shown = FOUND if str(task.context).startswith("rag") else "the whole context"
+        setting = RETRIEVED if str(task.context).startswith("rag") else "full context"
         name = Path(run.peft).name if run.peft else BASE
         for metric in METRICS:
-            found = {s.id: {**s.metrics, **s.diagnosis}[metric] for s in task.samples}
-            scores[metric].setdefault(shown, {}).setdefault(run.recipe, {})[name] = found
+            values = {s.id: {**s.metrics, **s.diagnosis}[metric] for s in task.samples}
+            scores[metric].setdefault(setting, {}).setdefault(run.recipe, {})[name] = values
         clusters |= {s.id: s.cluster for s in task.samples}
-    KEPT.write_text(json.dumps({"clusters": clusters, **scores}, separators=(",", ":")) + "\n")
+    SAMPLES.write_text(json.dumps({"clusters": clusters, **scores}, separators=(",", ":")) + "\n")
 
 
 def interval(values: Scores, clusters: dict[str, str], sign: str = "") -> str:
-    """A mean in % with its interval, by cluster; alone where clusters do not differ."""
+    """Mean in % with its 95% interval over contexts; the mean alone where the interval is undefined."""
     middle, low, high = (100 * x for x in cluster_bootstrap([*values.values()], [clusters[key] for key in values]))
     return f"{middle:{sign}.1f}" + ("" if math.isnan(low) else f" [{low:{sign}.1f}, {high:{sign}.1f}]")
 
 
 def minus(a: Scores, b: Scores) -> Scores:
-    """The difference of each question."""
+    """a - b by question."""
     return {key: value - b[key] for key, value in a.items()}
 
 
 def mean_of(runs: list[Scores]) -> Scores:
-    """The mean of each question."""
+    """Mean over runs, by question."""
     return {key: mean(run[key] for run in runs) for key in runs[0]}
 
 
 def seeds(scores: dict[str, Scores], arm: str) -> list[str]:
-    """Of which an arm was measured."""
-    return [name.partition("-")[2] for name in scores if name.startswith(f"{arm}-")]
+    """Seeds of an arm that have scores."""
+    return [name.removeprefix(f"{arm}-") for name in scores if name.startswith(f"{arm}-")]
 
 
 def gain(scores: dict[str, Scores], arm: str) -> Scores:
-    """What an arm adds to the control (the control to the base), over the seeds that both have."""
-    against = BASE if arm == CONTROL else CONTROL
-    pairs = [(f"{arm}-{seed}", against if against == BASE else f"{against}-{seed}") for seed in seeds(scores, arm)]
+    """Gain of an arm over the control (of the control over the base), averaged over the seeds of the arm."""
+    pairs = [(f"{arm}-{seed}", BASE if arm == CONTROL else f"{CONTROL}-{seed}") for seed in seeds(scores, arm)]
     return mean_of([minus(scores[a], scores[b]) for a, b in pairs])
 
 
 def table() -> str:
-    """SubEM in % of the control, and what arms add; also in the mean over all recipes that evict, and without the seed
-    that was measured first."""
-    kept = json.loads(KEPT.read_text())
-    titles = ["seeds", CONTROL, f"{CONTROL} - {BASE}", *(f"{arm} - {CONTROL}" for arm in OTHERS)]
+    """SubEM in % of the control and gains of the arms; also averaged over all evictors, with and without seed 0."""
+    committed = json.loads(SAMPLES.read_text())
+    titles = ["seeds", CONTROL, f"{CONTROL} - base", *(f"{arm} - {CONTROL}" for arm in OTHERS)]
     lines = ["| context | recipe | " + " | ".join(titles) + " |", "| --- | --- |" + " ---: |" * len(titles)]
-    for shown, recipes in kept["subem"].items():
+    for setting, recipes in committed["subem"].items():
         evicted = [scores for recipe, scores in recipes.items() if recipe != "full"]
         means = {name: mean_of([scores[name] for scores in evicted]) for name in evicted[0]}
-        rows = {**recipes, "mean of those that evict": means}
+        rows = {**recipes, "mean over evictors": means}
         later = {name: scores for name, scores in means.items() if not name.endswith("-0")}
         if seeds(later, CONTROL):
-            rows[f"the same, seeds {' and '.join(seeds(later, CONTROL))}"] = later
+            rows[f"mean over evictors, seeds {' and '.join(seeds(later, CONTROL))}"] = later
         for recipe, scores in rows.items():
             own = [scores[f"{CONTROL}-{seed}"] for seed in seeds(scores, CONTROL)]
-            cells = [str(len(own)), interval(mean_of(own), kept["clusters"])]
+            cells = [str(len(own)), interval(mean_of(own), committed["clusters"])]
             cells += [
-                interval(gain(scores, arm), kept["clusters"], "+") if seeds(scores, arm) else "-"
+                interval(gain(scores, arm), committed["clusters"], "+") if seeds(scores, arm) else "-"
                 for arm in (CONTROL, *OTHERS)
             ]
-            lines.append(f"| {shown} | {recipe} | {' | '.join(cells)} |")
+            lines.append(f"| {setting} | {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def split() -> str:
-    """Over retrieved passages, by whether the control's cache keeps more of the gold ones' slots than of all slots."""
-    kept = json.loads(KEPT.read_text())
+    """SubEM with BM25, split by whether the control keeps a larger share of the gold passages' slots than overall."""
+    committed = json.loads(SAMPLES.read_text())
     part = [f"{CONTROL}", f"{OTHERS[0]} - {CONTROL}"]
-    titles = ["n survived", *part, "n lost", *part]
+    titles = ["n gold kept", *part, "n gold evicted", *part]
     lines = ["| recipe | " + " | ".join(titles) + " |", "| --- |" + " ---: |" * len(titles)]
-    for recipe, scores in kept["subem"][FOUND].items():
+    for recipe, scores in committed["subem"][RETRIEVED].items():
         if recipe != "full":
             names = [f"{CONTROL}-{seed}" for seed in seeds(scores, CONTROL)]
-            own, added = mean_of([scores[name] for name in names]), gain(scores, OTHERS[0])
-            shares = mean_of([kept["gold_kept"][FOUND][recipe][name] for name in names])
-            there = {key for key, share in shares.items() if share > float(recipe.partition(":")[2])}
+            own, gains = mean_of([scores[name] for name in names]), gain(scores, OTHERS[0])
+            shares = mean_of([committed["gold_kept"][RETRIEVED][recipe][name] for name in names])
+            kept = {key for key, share in shares.items() if share > float(recipe.partition(":")[2])}
             cells = []
-            for some in (there, own.keys() - there):
-                cells.append(str(len(some)))
-                for values, sign in ((own, ""), (added, "+")):
-                    cells.append(interval({key: values[key] for key in values if key in some}, kept["clusters"], sign))
+            for keys in (kept, own.keys() - kept):
+                cells.append(str(len(keys)))
+                for values, sign in ((own, ""), (gains, "+")):
+                    part_of = {key: values[key] for key in values if key in keys}
+                    cells.append(interval(part_of, committed["clusters"], sign))
             lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def tables() -> str:
+    """The tables of differences."""
+    heading = "## SubEM with BM25 by whether the gold passages were kept, in %"
+    return f"## SubEM and differences between adapters, in %\n\n{table()}\n\n{heading}\n\n{split()}\n\n"
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["keep"] and len(sys.argv) > 2:
         keep([Path(folder) for folder in sys.argv[2:]])
     elif sys.argv[1:] == ["table"]:
-        print(table(), split(), sep="\n\n")
+        page = TABLES.read_text()
+        TABLES.write_text(page.partition(MARK)[0] + MARK + tables() + SWEEP_MARK + page.partition(SWEEP_MARK)[2])
     else:
         raise SystemExit(__doc__)
