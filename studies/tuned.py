@@ -106,8 +106,8 @@ def split() -> str:
             for keys in (kept, own.keys() - kept):
                 cells.append(str(len(keys)))
                 for values, sign in ((own, ""), (gains, "+")):
-                    part_of = {key: values[key] for key in values if key in keys}
-                    cells.append(interval(part_of, committed["clusters"], sign))
+                    subset = {key: values[key] for key in values if key in keys}
+                    cells.append(interval(subset, committed["clusters"], sign))
             lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

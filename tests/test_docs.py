@@ -324,3 +324,16 @@ def test_the_differences_between_adapters_are_computed_from_their_scores(study_o
         for recipes in committed[metric].values():
             for scores in recipes.values():
                 assert all(values.keys() == committed["clusters"].keys() for values in scores.values())
+
+
+def cells(page: Path) -> set[str]:
+    """Numeric cells of all tables of a page."""
+    rows = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("|")]
+    return {cell.strip() for row in rows for cell in row if re.match(r" [-+]?\d", cell)}
+
+
+@pytest.mark.parametrize("name", ["contexts", "grpo", "modes", "recipes", "training"])
+def test_the_figures_in_a_studys_summary_table_are_those_of_its_tables(name: str) -> None:
+    summary = cells(DOCS / "studies" / f"{name}.md")
+    assert summary
+    assert summary <= cells(DOCS / "studies" / f"{name}-tables.md")
