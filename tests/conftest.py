@@ -30,10 +30,10 @@ def data_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def study_of() -> Callable[[str], ModuleType]:
-    """A function that gives a script of docs/studies as a module."""
+    """A function that loads a script of studies/ as a module."""
 
     def load(name: str) -> ModuleType:
-        file = Path(__file__).parent.parent / "docs" / "studies" / f"{name}.py"
+        file = Path(__file__).parent.parent / "studies" / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"{name}_study", file)
         assert spec is not None
         assert spec.loader is not None

@@ -32,7 +32,7 @@ from lceval.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-STUDIES = DOCS / "studies"
+STUDIES = ROOT / "studies"
 METHODS, ADDING, REFERENCE = (DOCS / f"{name}.md" for name in ("methods", "adding-a-policy", "reference"))
 LAYERS, HEADS, KV_HEADS, TOKENS = 3, 6, 2, 101
 
@@ -272,18 +272,21 @@ def test_the_new_policy_combines_with_the_other_axes_and_adakv(tiny: Any, added:
 
 
 def test_the_tables_on_contexts_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
-    study, page = study_of("contexts"), (STUDIES / "contexts.md").read_text()
-    for name, (task, contexts, shown, _) in study.STUDIES.items():
-        assert f"`{task}`" in page
-        assert study.table(name) in page
-        for context in shown:
+    study = study_of("contexts")
+    page = (DOCS / "studies" / "contexts-tables.md").read_text()
+    assert page.endswith(study.MARK + study.tables())
+    for name, (task, contexts, settings, _) in study.STUDIES.items():
+        assert f"## {task}\n\n{study.table(name)}" in page
+        for context in settings:
             rows = study.samples(name, context).values()
             assert len(rows) >= 40
             assert len({row["cluster"] for row in rows}) == contexts
 
 
 def test_the_tables_on_recipes_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
-    study, page = study_of("recipes"), (STUDIES / "recipes.md").read_text()
+    study = study_of("recipes")
+    page = (DOCS / "studies" / "recipes-tables.md").read_text()
+    assert page.endswith(study.MARK + study.tables())
     for name, settings in study.STUDIES.items():
         assert study.table(name) in page
         rows = study.samples(name)
@@ -296,7 +299,7 @@ def test_the_tables_on_recipes_are_computed_from_their_samples(study_of: Callabl
 @pytest.mark.parametrize("name", ["mini", "tuned"])
 def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: Callable[[str], ModuleType]) -> None:
     study = study_of("sweeps")
-    page = (STUDIES / f"{name}.md").read_text()
+    page = (DOCS / "studies" / f"{name}-tables.md").read_text()
     assert name in study.NAMES
     assert page.endswith(study.mark(name) + study.table(name) + "\n")
     rows = json.loads((STUDIES / f"{name}.json").read_text())["rows"]
@@ -313,10 +316,24 @@ def test_the_tables_of_sweeps_are_computed_from_their_rows(name: str, study_of: 
 
 def test_the_differences_between_adapters_are_computed_from_their_scores(study_of: Callable[[str], ModuleType]) -> None:
     study = study_of("tuned")
-    page, kept = (STUDIES / "tuned.md").read_text(), json.loads(study.KEPT.read_text())
+    page, committed = (DOCS / "studies" / "tuned-tables.md").read_text(), json.loads(study.SAMPLES.read_text())
+    assert study.MARK + study.tables() + study.SWEEP_MARK in page
     assert study.table() in page
     assert study.split() in page
     for metric in study.METRICS:
-        for recipes in kept[metric].values():
+        for recipes in committed[metric].values():
             for scores in recipes.values():
-                assert all(answered.keys() == kept["clusters"].keys() for answered in scores.values())
+                assert all(values.keys() == committed["clusters"].keys() for values in scores.values())
+
+
+def cells(page: Path) -> set[str]:
+    """Numeric cells of all tables of a page."""
+    rows = [line.strip("|").split("|") for line in page.read_text().splitlines() if line.startswith("|")]
+    return {cell.strip() for row in rows for cell in row if re.match(r" [-+]?\d", cell)}
+
+
+@pytest.mark.parametrize("name", ["contexts", "grpo", "modes", "recipes", "training"])
+def test_the_figures_in_a_studys_summary_table_are_those_of_its_tables(name: str) -> None:
+    summary = cells(DOCS / "studies" / f"{name}.md")
+    assert summary
+    assert summary <= cells(DOCS / "studies" / f"{name}-tables.md")

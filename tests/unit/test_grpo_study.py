@@ -1,4 +1,4 @@
-"""docs/studies/grpo.md: its tables come from the committed scores, which hold no text."""
+"""docs/studies/grpo-tables.md is computed from the committed scores, which contain no text."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
 
 
 def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:
-    page = (ROOT / "docs" / "studies" / "grpo.md").read_text()
+    page = (ROOT / "docs" / "studies" / "grpo-tables.md").read_text()
+    assert page.endswith(study.MARK + study.tables())
     assert study.table() in page
-    assert study.course() in page
+    assert study.training_table() in page
 
 
-def test_the_committed_files_hold_ids_and_numbers_alone(study: ModuleType) -> None:
-    for file in study.KEPT.glob("*.jsonl"):
+def test_the_committed_files_contain_only_ids_and_numbers(study: ModuleType) -> None:
+    for file in study.SCORES.glob("*.jsonl"):
         for line in map(json.loads, file.read_text().splitlines()):
             assert all(isinstance(value, float | int) for key, value in line.items() if key not in ("id", "gold"))
 
 
-def test_every_held_out_question_is_measured_at_every_point(study: ModuleType) -> None:
-    found = study.read("held_out")
-    asked = {line["id"] for line in found}
-    for step in {line["step"] for line in found}:
-        assert sorted(line["id"] for line in found if line["step"] == step) == sorted(asked)
+def test_every_held_out_question_is_scored_at_every_evaluated_step(study: ModuleType) -> None:
+    scores = study.read("held_out")
+    question_ids = {row["id"] for row in scores}
+    for step in {row["step"] for row in scores}:
+        assert sorted(row["id"] for row in scores if row["step"] == step) == sorted(question_ids)
 
 
 @pytest.mark.slow

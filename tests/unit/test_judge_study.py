@@ -1,4 +1,4 @@
-"""docs/judge.md: its tables come from the committed verdicts, which hold no text, and its commands run."""
+"""docs/judge.md: its tables are computed from the committed verdicts, which contain no text, and its commands run."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_the_tables_are_computed_from_the_committed_verdicts(study: ModuleType) 
     assert study.attacks() in PAGE
     rule, small = (json.loads((study.VERDICTS / f"{name}.json").read_text()) for name in ("rule", "smollm2"))
     for probe in ("gold_first", "gold_last"):
-        found = rule["probes"][probe]
-        assert f"({found['flipped']} of {found['seen_through_when_plain']})" in PAGE
+        result = rule["probes"][probe]
+        assert f"({result['flipped']} of {result['seen_through_when_plain']})" in PAGE
     assert f"{small['clipped']} of its 200 prompts were clipped" in PAGE
 
 
-def test_the_committed_verdicts_are_places_ids_and_grades_without_text(study: ModuleType) -> None:
+def test_the_committed_verdicts_contain_row_numbers_ids_and_grades_but_no_text(study: ModuleType) -> None:
     for name, size in (("rule", 1040), ("smollm2", 200)):
         rows = study.rows(name)
         assert len({row["row"] for row in rows}) == len(rows) == size
@@ -48,28 +48,28 @@ def test_the_committed_verdicts_are_places_ids_and_grades_without_text(study: Mo
             assert all(isinstance(value, KEYS[key]) for key, value in row.items())
             assert row["id"].startswith("financebench_id_")
             assert {row["human"], row["judge"]} <= {*study.LABELS}
-        kept = json.loads((ROOT / "docs" / "studies" / "judge" / f"{name}.json").read_text())
-        assert set(kept["probes"]) == set(probes.PROBES)
+        summary = json.loads((ROOT / "studies" / "judge" / f"{name}.json").read_text())
+        assert set(summary["probes"]) == set(probes.PROBES)
 
 
-def test_the_rule_gives_the_committed_verdicts_on_all_rows(
+def test_the_rule_reproduces_the_committed_verdicts_on_all_rows(
     study: ModuleType, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(study, "VERDICTS", tmp_path)
     study.measure("rule")
-    committed = ROOT / "docs" / "studies" / "judge"
+    committed = ROOT / "studies" / "judge"
     for name in ("rule.jsonl", "rule.json"):
         assert (tmp_path / name).read_text() == (committed / name).read_text()
 
 
-def test_the_sample_of_the_local_judge_is_the_stratified_one_with_the_human_grades(
+def test_the_rows_of_the_local_judge_are_the_stratified_sample_with_its_human_labels(
     study: ModuleType, data_folder: Path
 ) -> None:
-    chosen = calibrate.stratified(calibrate.graded(data_folder / calibrate.FILE), 200)
+    sample = calibrate.stratified(calibrate.graded(data_folder / calibrate.FILE), 200)
     assert [(r["row"], r["id"], r["human"]) for r in study.rows("smollm2")] == [
-        (row.row, row.question_id, row.human) for row in chosen
+        (row.row, row.question_id, row.human) for row in sample
     ]
 
 
@@ -84,12 +84,12 @@ def test_every_command_of_the_page_on_runs_works_in_order(
         made_run(tmp_path / "runs" / name, "lc_financebench_ao", financebench(2), ["8.7", "no"])
     lines = [text.strip() for text in PAGE.splitlines() if re.match(r"    (LCEVAL_JUDGE=\w+ )?(lceval|lm_eval) ", text)]
     assert len(lines) == 7
-    # A judge is calibrated before a bar is set, and a plain lm_eval has a process of its own.
+    # --require-kappa needs a calibrated judge, so calibration runs first; plain lm_eval runs in its own process.
     for line in sorted(lines, key=lambda text: "calibrate" not in text):
         words = shlex.split(line)
         if words[0].startswith("LCEVAL_JUDGE="):
             monkeypatch.setenv(*words.pop(0).split("=", 1))
-            # The same line with a model that answers at once.
+            # A dummy model, for speed.
             words[words.index("lcft")] = "dummy"
             words[words.index("--model_args") : words.index("--model_args") + 2] = [
                 "--metadata",
@@ -97,9 +97,11 @@ def test_every_command_of_the_page_on_runs_works_in_order(
             ]
             words += ["--limit", "2"]
         if words[0] == "lm_eval":
-            ran = subprocess.run([sys.executable, "-c", PLAIN, *words[1:]], capture_output=True, text=True, check=False)
-            assert ran.returncode == 0, ran.stderr[-2000:]
-            assert "judge_sum" in ran.stdout
+            process = subprocess.run(
+                [sys.executable, "-c", PLAIN, *words[1:]], capture_output=True, text=True, check=False
+            )
+            assert process.returncode == 0, process.stderr[-2000:]
+            assert "judge_sum" in process.stdout
         elif "openai:MODEL" in line:
             with served(lambda prompt, attempt: "ok", lambda user: '{"verdict": "correct"}') as server:
                 words = [server.url.join(word.split("http://127.0.0.1:8000/v1")) for word in words]
@@ -111,7 +113,7 @@ def test_every_command_of_the_page_on_runs_works_in_order(
     assert (tmp_path / "runs" / "c" / "run.json").is_file()
 
 
-def test_the_pages_calibration_line_passes_its_own_bar(
+def test_the_calibration_command_of_the_page_reaches_its_required_kappa(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))

@@ -1,4 +1,4 @@
-"""docs/studies/modes.md says what the committed samples say."""
+"""docs/studies/modes-tables.md is computed from the committed scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "studies" / "modes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "studies" / "modes-tables.md"
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
     return study_of("modes")
 
 
-def test_the_table_is_computed_from_the_samples(study: ModuleType) -> None:
+def test_the_table_is_computed_from_the_committed_scores(study: ModuleType) -> None:
     assert PAGE.read_text().endswith(study.MARK + study.table() + "\n")
 
 
@@ -28,9 +28,9 @@ def test_base_and_adapter_of_every_mode_answered_the_same_questions(study: Modul
         assert len(base) == study.LIMIT
 
 
-def test_every_mode_learned_by_the_recipe_of_the_script(study: ModuleType) -> None:
+def test_every_mode_was_trained_with_the_recipe_of_the_script(study: ModuleType) -> None:
     for mode in study.MODES:
         record = json.loads((study.SAMPLES / f"{mode}-train.json").read_text())
-        asked = study.recipe(mode)
+        recipe = study.recipe(mode)
         assert record["recipe"]["data"]["modes"] == [mode]
-        assert record["recipe"]["optim"]["max_steps"] == asked["optim"]["max_steps"] == len(record["losses"])
+        assert record["recipe"]["optim"]["max_steps"] == recipe["optim"]["max_steps"] == len(record["losses"])
