@@ -27,8 +27,8 @@ Cache = tuple[Tensor, Tensor, Tensor, Tensor]
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error measured over all cases, relative to the largest output of the same head: fp32 2.4e-6 (sums in
-# another order), fp16 6.2e-4 (p and o rounded to 11 bits), bf16 3.6e-3 in the
-# interpreter, which computes in float32 (o rounded to 8 bits).
+# another order), fp16 6.2e-4 (p and o rounded to 11 bits), bf16 3.6e-3 in the interpreter, which computes in
+# float32 (o rounded to 8 bits).
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 5e-3}
 # lse is float32 whatever q is; measured 2.9e-6.
 LSE_TOLERANCE = 1e-5
