@@ -128,13 +128,16 @@ def _prefill_tokens(cell: Cell, questions: int, measured: Sequence[tuple[Cell, l
 
 
 def _telemetry(folder: Path) -> list[dict[str, Any]]:
-    """The `kv` telemetry of a finished cell's samples."""
+    """The `kv` telemetry of every sample of a finished cell that has any."""
+    import jsonlines
+
     telemetry = []
     for file in sorted(folder.glob("samples_*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            kv = json.loads(line).get("kv")
-            if isinstance(kv, dict) and "prefill_s" in kv:
-                telemetry.append(kv)
+        with jsonlines.open(file) as samples:
+            for sample in samples:
+                kv = sample.get("kv")
+                if isinstance(kv, dict) and "prefill_s" in kv:
+                    telemetry.append(kv)
     return telemetry
 
 

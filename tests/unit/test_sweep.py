@@ -93,6 +93,7 @@ def test_finished_cells_are_not_part_of_the_cost(tmp_path: Path) -> None:
     assert (left["samples"], left["finished"], left["prefill_tokens"]) == (4, 1, 4 * 1024)
 
 
+@pytest.mark.model  # its chat template is looked up
 def test_generation_arguments_are_part_of_a_cell() -> None:
     (plain,) = plan(Grid(**SMALL)).cells  # type: ignore[arg-type]
     (short,) = plan(Grid(**SMALL, gen_kwargs={"until": ["\n"], "max_gen_toks": 16})).cells  # type: ignore[arg-type]
