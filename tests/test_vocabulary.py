@@ -12,15 +12,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A retired term, and what is said instead.
 RETIRED = {
-    r"compress=|question-agnostic|question-aware|(?<!query-)(?<!query_)\bagnostic\b": "query_aware, query-agnostic",
-    r"takes? part in the scores as": "query-aware",
+    r"compress=|question-agnostic|question-aware|(?<![Qq]uery-)(?<!query_)\bagnostic\b": "query_aware, query-agnostic",
     r"\b(?:Observer|observer)\b": "PrefillStats",
-    r"\bNeeds\b|\breread\b": "StatsSpec, reconstruction",
+    r"\bNeeds\(|\breread\b": "StatsSpec, reconstruction",
     r"\b[Ss]helf\b": "context cache",
     r"\bdeep layers?\b|layers? that sees? (?:all|everything)": "full-attention layers",
-    r"\brobust(?::|\.|_sft)": "compression_aware",
+    r"\brobust(?::|_sft|\.(?:evictors|keep|full))": "compression_aware",
     r"\b[Tt]wins?\b|\bdistill\b(?!-)": "self-distillation",
-    r"\balike\b": "length_matched",
+    r"\balike[=:]|\"alike\"": "length_matched",
     r"minus full|% of full|\b16b\b": "Δ vs full, retention %, % of fp16 KV",
     r"the same (?:command )?line\b": "rerun the same command to resume",
     r"\bwhat (?:a judge|it|an adapter) is worth\b": "agreement with human labels; evaluate the adapter",
@@ -28,7 +27,14 @@ RETIRED = {
     r"\boptim\.(?:lr|steps|contexts|checkpointing)\b": "learning_rate, max_steps, contexts_per_step",
 }
 # Where a retired term is the subject: files of earlier versions are read, and the change is recorded.
-EXEMPT = {"CHANGELOG.md", "lceval/results.py", "tests/unit/test_results.py", "tests/test_vocabulary.py"}
+EXEMPT = {
+    "CHANGELOG.md",
+    "docs/table.md",
+    "lceval/results.py",
+    "tests/unit/test_results.py",
+    "tests/test_vocabulary.py",
+    "tests/unit/test_training_config.py",
+}
 # Names of grammar, not of content.
 GRAMMAR = {"found", "said", "asked", "made", "wanted", "shown", "told"}
 
@@ -67,6 +73,7 @@ def test_names_are_those_of_their_content() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
             name = node.arg if isinstance(node, ast.arg) else name
-            if name in GRAMMAR:
+            # The finding of `lceval doctor` is a key of its JSON.
+            if name in GRAMMAR and path.name != "doctor.py":
                 uses.append(f"{path.relative_to(ROOT)}:{node.lineno}: {name}")
     assert not uses, "\n".join(uses)

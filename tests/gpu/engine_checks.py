@@ -253,8 +253,8 @@ class EngineChecks:
         cache.rollback(1)
         last = torch.tensor([QUESTION[-1:]], device=self.setup.device)
         logits = engine.forward(cache, last, keep=1)
-        agnostic = prefill.compress(recipe, consume=True)
-        values = {"kept": kept_share(context), "differing_from_agnostic": moved_slots(context, agnostic)}
+        query_agnostic = prefill.compress(recipe, consume=True)
+        values = {"kept": kept_share(context), "differing_from_query_agnostic": moved_slots(context, query_agnostic)}
         if not bool(torch.isfinite(logits).all()):
             values["failed"] = "the logits are not finite"
         return values

@@ -98,13 +98,13 @@ class StepChecks:
         questions = [QUESTION[: len(QUESTION) - (row % 2 if "padded" in batch else 0)] for row in range(rows)]
         contexts = [prefill.compress(parse(recipe), consume=False) for _ in range(ROWS if "contexts" in batch else 1)]
         cache = engine.batch(contexts * (rows // len(contexts)), questions, 64)
-        asked = torch.zeros(rows, len(QUESTION), dtype=torch.long, device=self.setup.device)
+        question_ids = torch.zeros(rows, len(QUESTION), dtype=torch.long, device=self.setup.device)
         self.setup.synchronize()
         start = time.perf_counter()
-        engine.forward(cache, asked, keep=1)
+        engine.forward(cache, question_ids, keep=1)
         self.setup.synchronize()
         question_ms = 1e3 * (time.perf_counter() - start)
-        one = asked[:, :1]
+        one = question_ids[:, :1]
         values = self._timed(lambda: engine.forward(cache, one, keep=1))
         sizes = {"read_gib": contexts[0].read_bytes / 2**30, "compress_ms": 1e3 * contexts[0].compress_s}
         return {**values, "question_ms": question_ms, **sizes}
