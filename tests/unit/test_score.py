@@ -215,7 +215,7 @@ GOOD = prediction_line(0, "A", "A")
         ([GOOD, "", "[1]"], "line 3 is a list: expected an object"),
         ([], "is empty"),
         (["", " "], "is empty"),
-        ([GOOD, {"prediction": "A"}], "line 2 has id=None: expected a string or a whole number"),
+        ([GOOD, {"prediction": "A"}], "line 2: invalid id=None: expected a string or an integer"),
         ([GOOD, prediction_line(True, "A", "A")], "line 2: invalid id=True"),
         ([GOOD, prediction_line("", "A", "A")], "line 2: invalid id=''"),
         ([GOOD, {"id": 1}], "line 2: invalid prediction=None: expected a string"),
@@ -244,12 +244,12 @@ def test_an_invalid_line_is_a_one_line_error_with_its_location_and_exit_2(
     ("argv", "message"),
     [
         (["lc_infinitebench_mcc", "FILE"], "unknown task 'lc_infinitebench_mcc'; did you mean lc_infinitebench_mc"),
-        (["lc_quality_mc", "FILE"], "lc_quality_mc is scored by log-likelihood: there is no text to score"),
+        (["lc_quality_mc", "FILE"], "lc_quality_mc is scored by log-likelihood: it has no text outputs to score"),
         ([MC, "nowhere.jsonl"], "cannot read nowhere.jsonl: No such file or directory"),
         ([MC, "FILE", "--by", "ids"], "--by 'ids': expected one of rows, ground_truth"),
         ([MC, "FILE", "--gold", "FILE"], "--gold is for LOFT's files"),
         (["loft_rag", "FILE"], "pass their file as --gold"),
-        (["lc_filings_id_1k", "FILE"], "lc_filings_id_1k needs more of a row than its answers ('docs')"),
+        (["lc_filings_id_1k", "FILE"], "lc_filings_id_1k requires more fields of a row than its answers ('docs')"),
         ([MC, "FILE", "--metadata", "context"], "--metadata 'context': expected KEY=VALUE"),
     ],
 )
