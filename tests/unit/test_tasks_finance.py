@@ -302,7 +302,7 @@ def test_docfinqa_accepts_numeric_answers(hub: Path) -> None:
 @pytest.mark.parametrize("lost", ["Context", "Question", "Answer"])
 def test_an_invalid_docfinqa_record_raises(hub: Path, lost: str) -> None:
     put(hub, "lc_docfinqa_ao", [{key: value for key, value in DOCFINQA.items() if key != lost}])
-    assert f"record 1 has {lost}=None" in one_line("lc_docfinqa_ao")
+    assert f"record 1: invalid {lost}=None" in one_line("lc_docfinqa_ao")
 
 
 # FinanceBench
