@@ -282,7 +282,7 @@ def test_by_ground_truth_requires_it_in_every_prediction(tmp_path: Path, no_data
     [
         ({"qid": "q", "model_outputs": "Rome"}, {"qid": "q", "answers": ["Rome"]}, "model_outputs='Rome'"),
         ({"qid": "q", "model_outputs": []}, {"qid": "q", "answers": ["Rome"]}, "model_outputs=[]"),
-        ({"qid": "q", "model_outputs": [["Rome"]]}, {"qid": "q", "answers": []}, "answers=[]: expected a non-empty list"),
+        ({"qid": "q", "model_outputs": [["Rome"]]}, {"qid": "q", "answers": []}, "answers=[]: expected a non-empty"),
         ({"qid": "p", "model_outputs": [["Rome"]]}, {"qid": "q", "answers": ["Rome"]}, "unknown qid='p'"),
         ({"id": "q", "model_outputs": [["Rome"]]}, {"qid": "q", "answers": ["Rome"]}, "qid=None"),
         ({"qid": "q", "model_outputs": [["x"], ["y"]]}, {"qid": "q", "answers": ["x"]}, "2 turns of outputs and 1"),
