@@ -85,8 +85,8 @@ class CompressionAware(Section):
         full: probability of using the full cache instead.
         query_aware: query-aware eviction, as lcft's model argument of that name.
         self_distillation: weight of self-distillation from the full cache, in the same forward pass: every question is
-            also answered from the full cache, both answers are trained on, and the KL divergence from the prediction
-            under the full cache to that under compression is added to the loss. None disables it.
+            also answered from the full cache, both answers are trained on, and KL(full || compressed) of their
+            predictions is added to the loss. None disables it.
     """
 
     evictors: list[str] = Field(min_length=1)

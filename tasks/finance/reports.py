@@ -157,7 +157,7 @@ def _plain(source: SourceFile, number: int, record: Mapping[str, Any], field: st
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
     if isinstance(answer, bool) or not isinstance(answer, int | float) or not isfinite(answer):
-        raise _damaged(source, number, f"has {field}={answer!r:.40}, neither a number nor text")
+        raise UserError(f"{source.name} record {number}: invalid {field}={answer!r:.40}: expected a number or text.")
     return str(int(answer)) if answer == int(answer) else repr(float(answer))
 
 

@@ -63,7 +63,7 @@ def test_a_pattern_lists_names(pattern: str, capsys: pytest.CaptureFixture[str])
     ]
 
 
-def test_the_overview_has_one_line_a_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_overview_has_one_line_per_dataset(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heading, *lines = output(["tasks"], capsys).split("\n\n")[0].splitlines()
     assert heading.split()[:5] == ["SUITE", "DATASET", "MODE", "LENGTH", "CONTEXT"]
     assert [line.split()[1] for line in lines] == list(catalogue.datasets())
@@ -87,25 +87,25 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(capsys: pytest.Capture
 # Available data ------------------------------------------------------------------------------------------
 
 
-def at_hand(task: str) -> bool:
+def is_available(task: str) -> bool:
     (record,) = [record for record in listing.tasks(task) if record["task"] == task]
     return bool(record["at_hand"])
 
 
 def test_a_task_is_available_once_all_its_files_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not at_hand("lc_quality_mc")
+    assert not is_available("lc_quality_mc")
     put(folder, "quality/stories.jsonl")
-    assert not at_hand("lc_quality_mc")
+    assert not is_available("lc_quality_mc")
     put(folder, "quality/questions.jsonl")
-    assert at_hand("lc_quality_mc")
+    assert is_available("lc_quality_mc")
     monkeypatch.delenv("LCEVAL_DATA")
-    assert not at_hand("lc_quality_mc")
+    assert not is_available("lc_quality_mc")
 
 
 @pytest.mark.parametrize("task", ["lc_filings_ao_2k", "lc_iris_ao_2k"])
 def test_shipped_datasets_are_always_available(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
-    assert at_hand(task)
+    assert is_available(task)
     assert [record["source"] for record in listing.tasks(task)] == ["shipped"]
 
 

@@ -164,7 +164,7 @@ def test_tatqa_loads_the_hubs_file_with_answers_of_several_types(hub: Path) -> N
 @pytest.mark.parametrize("lost", ["table", "paragraphs", "questions"])
 def test_an_invalid_tatqa_record_raises(hub: Path, lost: str) -> None:
     put(hub, "lc_tatqa_ao", [{key: value for key, value in TATQA.items() if key != lost}])
-    assert "tatqa_dataset_dev.json record 1 is no TAT-QA context" in one_line("lc_tatqa_ao")
+    assert "tatqa_dataset_dev.json record 1 is not a TAT-QA context" in one_line("lc_tatqa_ao")
 
 
 # ConvFinQA
@@ -302,7 +302,7 @@ def test_docfinqa_accepts_numeric_answers(hub: Path) -> None:
 @pytest.mark.parametrize("lost", ["Context", "Question", "Answer"])
 def test_an_invalid_docfinqa_record_raises(hub: Path, lost: str) -> None:
     put(hub, "lc_docfinqa_ao", [{key: value for key, value in DOCFINQA.items() if key != lost}])
-    assert f"record 1 has {lost}=None" in one_line("lc_docfinqa_ao")
+    assert f"record 1: invalid {lost}=None" in one_line("lc_docfinqa_ao")
 
 
 # FinanceBench
@@ -428,7 +428,7 @@ def test_financebench_has_only_questions_with_available_pages(filings: Any) -> N
 
 def test_financebench_raises_without_gold_pages_or_questions(filings: Any) -> None:
     filings([FILING])
-    assert "financebench/questions.jsonl id='q1' has gold_pages=None" in one_line("lc_financebench_ao")
+    assert "financebench/questions.jsonl id='q1': invalid gold_pages=None" in one_line("lc_financebench_ao")
 
 
 def test_financebench_raises_without_a_usable_question(filings: Any) -> None:
@@ -503,8 +503,8 @@ def test_loong_can_be_restricted_to_levels(hub: Path) -> None:
     [
         ({"docs": None}, "docs=None"),
         ({"level": None}, "level=None"),
-        ({"answer": ""}, "has no answer"),
-        ({"docs": " "}, "has no docs"),
+        ({"answer": ""}, ": no answer"),
+        ({"docs": " "}, ": no docs"),
     ],
 )
 def test_an_invalid_loong_record_raises(hub: Path, damage: dict[str, Any], message: str) -> None:

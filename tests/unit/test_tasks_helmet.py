@@ -277,13 +277,17 @@ def without(field: str, dataset: str = "nq") -> dict[str, Any]:
     [
         ("nq", "{", "line 2 is not JSON"),
         ("nq", "[]", "line 2 is a list"),
-        ("nq", without("question"), "line 2 has question=None"),
-        ("nq", {**record("nq", 1, 0, 3), "answers": []}, r"line 2 has answers=\[\]"),
-        ("nq", {**record("nq", 1, 0, 3), "ctxs": [{"title": "", "text": "no id"}]}, "line 2 has ctxs="),
-        ("nq", without("positive_ctxs"), "line 2 has positive_ctxs=None"),
-        ("triviaqa", {**record("triviaqa", 1, 0, 3), "positive_ctxs": [{"title": ""}]}, "line 2 has positive_ctxs="),
-        ("popqa", {**record("popqa", 1, 0, 3), "s_pop": "many"}, "line 2 has s_pop='many'"),
-        ("popqa", {**record("nq", 1, 0, 3), "s_pop": 5}, "line 2 has ctxs="),
+        ("nq", without("question"), "line 2: invalid question=None"),
+        ("nq", {**record("nq", 1, 0, 3), "answers": []}, r"line 2: invalid answers=\[\]"),
+        ("nq", {**record("nq", 1, 0, 3), "ctxs": [{"title": "", "text": "no id"}]}, "line 2: invalid ctxs="),
+        ("nq", without("positive_ctxs"), "line 2: invalid positive_ctxs=None"),
+        (
+            "triviaqa",
+            {**record("triviaqa", 1, 0, 3), "positive_ctxs": [{"title": ""}]},
+            "line 2: invalid positive_ctxs=",
+        ),
+        ("popqa", {**record("popqa", 1, 0, 3), "s_pop": "many"}, "line 2: invalid s_pop='many'"),
+        ("popqa", {**record("nq", 1, 0, 3), "s_pop": 5}, "line 2: invalid ctxs="),
     ],
 )
 def test_an_invalid_line_raises_with_its_location(

@@ -117,7 +117,7 @@ def test_a_reference_as_the_summary_scores_one(data_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("story", "message"),
     [
-        ({"document": "It was night.", "questions": []}, "record 1 is no SQuALITY story (KeyError: 'metadata')"),
+        ({"document": "It was night.", "questions": []}, "record 1 is not a SQuALITY story (KeyError: 'metadata')"),
         (
             {"metadata": {"passage_id": "1"}, "document": "Night.", "questions": [{"question_number": 1}]},
             "question_text",
@@ -128,9 +128,9 @@ def test_a_reference_as_the_summary_scores_one(data_folder: Path) -> None:
                 "document": "Night.",
                 "questions": [{"question_number": 1, "question_text": "Who?", "responses": []}],
             },
-            "has no reference summary for 1-1",
+            ": no reference summary for 1-1",
         ),
-        ({"metadata": {"passage_id": "1"}, "questions": []}, "line 1 has document=None: expected a string"),
+        ({"metadata": {"passage_id": "1"}, "questions": []}, "line 1: invalid document=None: expected a string"),
     ],
 )
 def test_an_invalid_story_is_a_one_line_error(
@@ -243,12 +243,18 @@ def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"answer": ["nobody"]}, r"id=1 has answer=\['nobody'\] and 4 options: expected four, and one of them"),
-        ({"options": ["option 1.0", "option 1.1"]}, r"id=1 has answer=\['option 1.1'\] and 2 options: expected four"),
-        ({"answer": []}, r"record 2 has answer=\[\]: expected a list of one or more strings"),
-        ({"options": []}, r"record 2 has options=\[\]"),
-        ({"input": None}, r"record 2 has input=None: expected a string"),
-        ({"id": 0}, r"has id=0 twice"),
+        (
+            {"answer": ["nobody"]},
+            r"id=1: invalid answer=\['nobody'\] with 4 options: expected four options and the text of one",
+        ),
+        (
+            {"options": ["option 1.0", "option 1.1"]},
+            r"id=1: invalid answer=\['option 1.1'\] with 2 options: expected four options",
+        ),
+        ({"answer": []}, r"record 2: invalid answer=\[\]: expected a non-empty list of strings"),
+        ({"options": []}, r"record 2: invalid options=\[\]"),
+        ({"input": None}, r"record 2: invalid input=None: expected a string"),
+        ({"id": 0}, r"duplicate id=0"),
     ],
 )
 def test_an_invalid_record_raises_with_its_location(

@@ -326,12 +326,12 @@ def test_gold_context_has_only_the_supporting_facts_in_order(folder: Path) -> No
     ("bad", "message"),
     [
         ("{", r"babi/qa1_test\.jsonl line 1 is not JSON"),
-        ({**QUESTION, "facts": []}, r"line 1 has facts=\[\]"),
-        ({**QUESTION, "target": None}, "line 1 has target=None"),
-        ({**QUESTION, "supporting": []}, r"record 1 has supporting=\[\]: expected numbers of its 3 facts"),
-        ({**QUESTION, "supporting": [0, 3]}, r"record 1 has supporting=\[0, 3\]"),
-        ({**QUESTION, "supporting": ["0"]}, r"record 1 has supporting=\['0'\]"),
-        ({k: v for k, v in QUESTION.items() if k != "supporting"}, "record 1 has supporting=None"),
+        ({**QUESTION, "facts": []}, r"line 1: invalid facts=\[\]"),
+        ({**QUESTION, "target": None}, "line 1: invalid target=None"),
+        ({**QUESTION, "supporting": []}, r"record 1: invalid supporting=\[\]: expected indices of its 3 facts"),
+        ({**QUESTION, "supporting": [0, 3]}, r"record 1: invalid supporting=\[0, 3\]"),
+        ({**QUESTION, "supporting": ["0"]}, r"record 1: invalid supporting=\['0'\]"),
+        ({k: v for k, v in QUESTION.items() if k != "supporting"}, "record 1: invalid supporting=None"),
     ],
 )
 def test_invalid_questions_raise_with_their_location(bad: Any, message: str, folder: Path) -> None:
