@@ -1,14 +1,17 @@
-# `make demo` and `make test` are all the set-up there is: both create .venv when it is missing or out of date.
+# `make demo` and `make test` do all the set-up: both create .venv when it is missing or out of date.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# One worker per core, at most 4. A file's tests stay in one worker (its fixtures are built once) and keep their order;
+# each test uses one thread. Sorting files by their number of tests would leave the slow model tests for the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test lint clean
+.PHONY: install demo lint check test coverage clean
 
 install: $(INSTALLED)
 
-# A normal (not editable) install: what is tested is what a user gets, the autoload line included.
+# A normal (not editable) install: the tests see what a user gets, the autoload line included.
 $(INSTALLED): pyproject.toml setup.py constraints.txt lceval-autoload.pth $(shell find lceval kernels models tasks training -name '*.py' -o -name '*.yaml')
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
@@ -23,11 +26,20 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
 
-# A worker a core, files whole: a file's fixtures are made once, and no two tests wait for each other's threads. In their
-# own order, and not by how many tests they have: those that run the model have few, and are not to be left for the end.
+# Before each commit. Leaves out the tests that load the packaged model (marker `model`) and those of more than about
+# ten seconds (marker `slow`: compiling every kernel, sweeps, judged runs).
+check: lint
+	$(PYTEST) -m "not model and not slow"
+
+# Everything.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
+
+# Line and branch coverage of everything; kernels under the interpreter run in child processes and are not counted.
+coverage: install
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=xml
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info .coverage coverage.xml

@@ -1,4 +1,4 @@
-"""Puts the autoload line where Python reads it at start-up; everything else is in pyproject.toml."""
+"""Adds the autoload line (a `.pth` file) to wheels and editable installs; everything else is in pyproject.toml."""
 
 from pathlib import Path
 
@@ -9,14 +9,19 @@ AUTOLOAD = "lceval-autoload.pth"
 
 
 class BuildWithAutoload(build_py):
-    """build_py that also puts the `.pth` file at the root of the wheel."""
+    """build_py that also puts the `.pth` file at the root of the wheel, which becomes site-packages."""
 
     def run(self) -> None:
         super().run()
-        self.copy_file(AUTOLOAD, str(Path(self.build_lib) / AUTOLOAD))
+        root = self.build_lib
+        if self.editable_mode:
+            # An editable wheel leaves build_lib out; install_lib is the folder that it is packed from.
+            root = self.get_finalized_command("install").install_lib
+        self.copy_file(AUTOLOAD, str(Path(root) / AUTOLOAD))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [*super().get_outputs(include_bytecode), str(Path(self.build_lib) / AUTOLOAD)]
+        outputs = super().get_outputs(include_bytecode)
+        return outputs if self.editable_mode else [*outputs, str(Path(self.build_lib) / AUTOLOAD)]
 
 
 setup(cmdclass={"build_py": BuildWithAutoload})

@@ -1,9 +1,9 @@
-"""Compile the kernel variants in use for sm_80 and sm_90 without a GPU, and judge the machine code.
+"""Compile the kernel variants in use for sm_80 and sm_90 without a GPU, and check the machine code.
 
-Triton's wheel brings ptxas, cuobjdump and nvdisasm: a real cubin shows whether a change made a kernel spill,
-outgrow its registers or lose its asynchronous copies, long before a GPU could show it as time.
+Triton's wheel includes ptxas, cuobjdump and nvdisasm: the cubin shows whether a change makes a kernel spill, exceed its
+registers or lose its asynchronous copies, without a GPU.
 
-    python -m lceval.kernels.aot           a table; exit 0 if every limit holds, 1 if not, 4 without the tools
+    python -m lceval.kernels.aot           a table; exit 0 if all limits are met, 1 if not, 4 without the tools
     python -m lceval.kernels.aot --json    the same as JSON rows
 """
 
@@ -33,7 +33,7 @@ TOOLS = ("ptxas", "ptxas_blackwell", "cuobjdump", "nvdisasm")
 
 @dataclass(frozen=True)
 class Row:
-    """What one variant became: stack and shared in bytes, spills as loads and stores of local memory."""
+    """The compiled cost of one variant: stack and shared memory in bytes, spills as local loads and stores."""
 
     kernel: str
     variant: str
@@ -46,21 +46,21 @@ class Row:
 
 
 MODULES = (decode, scan, topk, gather_decode, window, compact, shifted, merge, quant_decode)
-"""Every module with kernels: it says which specialisations its launchers ask for, and what they may cost."""
+"""All modules with kernels; each defines the specialisations of its launchers and their limits."""
 
 
 def variants() -> list[Variant]:
-    """The specialisations that the launchers ask for."""
+    """The specialisations that the launchers use."""
     return [variant for module in MODULES for variant in module.variants()]
 
 
 def limits() -> dict[tuple[str, str], Limit]:
-    """What each kernel may cost, by kernel and dtype (the first word of a variant's name)."""
+    """The limits by kernel and dtype (the first word of a variant's name)."""
     return {key: limit for module in MODULES for key, limit in module.LIMITS.items()}
 
 
 def missing_tools() -> list[str]:
-    """What a compile needs and this machine lacks; empty where `measure` can run."""
+    """Tools that compiling requires and this machine lacks; empty if `measure` can run."""
     try:
         from triton import knobs
     except ImportError:
@@ -75,13 +75,13 @@ def missing_tools() -> list[str]:
 
 
 def measure() -> list[Row]:
-    """The rows of all variants, compiled in a fresh process: this one may be interpreting its kernels.
+    """The rows of all variants, compiled in a new process, since this one may run the interpreter.
 
     Raises:
         RuntimeError: the process failed; its error output is the message.
     """
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    # The child must compile this copy of the package, whichever other is installed.
+    # The child must compile this copy of the package, not an installed one.
     env["PYTHONPATH"] = os.pathsep.join([str(Path(lceval.__file__).parents[1]), env.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "lceval.kernels.aot", "--json"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
@@ -91,25 +91,25 @@ def measure() -> list[Row]:
 
 
 def check(rows: list[Row]) -> list[str]:
-    """One line for each limit that a row breaks; empty when the gate is green."""
+    """One line for each violated limit; empty if the check passes."""
     broken = []
     known = limits()
     for row in rows:
-        at = f"{row.kernel} {row.variant} {row.target}"
+        label = f"{row.kernel} {row.variant} {row.target}"
         limit = known.get((row.kernel, row.variant.split()[0]))
         if limit is None:
-            broken.append(f"{at}: no limit is set for this kernel and dtype")
+            broken.append(f"{label}: no limit is set for this kernel and dtype")
             continue
-        for name, value, most in (
+        for name, value, allowed in (
             ("registers", row.registers, limit.registers),
             ("stack bytes", row.stack, 0),
             ("spills", row.spills, 0),
             ("shared bytes", row.shared, limit.shared),
         ):
-            if value > most:
-                broken.append(f"{at}: {value} {name}, at most {most} allowed")
+            if value > allowed:
+                broken.append(f"{label}: {value} {name}, at most {allowed} allowed")
         broken += [
-            f"{at}: no {' or '.join(group)} instruction"
+            f"{label}: no {' or '.join(group)} instruction"
             for group in limit.needs
             if not any(row.instructions[name] for name in group)
         ]
@@ -117,7 +117,7 @@ def check(rows: list[Row]) -> list[str]:
 
 
 def specialisation(variant: Variant) -> tuple[dict[str, str], dict[tuple[int], list[list[str | int]]]]:
-    """Triton's terms: the type of each argument, and which positions are known to be divisible by 16."""
+    """In Triton's terms: the type of each argument, and the positions known to be divisible by 16."""
     signature: dict[str, str] = {}
     hints: dict[tuple[int], list[list[str | int]]] = {}
     for i, name in enumerate(variant.fn.arg_names):
@@ -163,7 +163,7 @@ def compile_variant(variant: Variant, capability: int) -> Row:
 
 
 def _compile(place: tuple[int, int]) -> Row:
-    """A variant by its place, since a jitted function does not go from one process to another."""
+    """Compile a variant by its index, since jitted functions cannot be pickled."""
     return compile_variant(variants()[place[0]], place[1])
 
 

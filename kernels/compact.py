@@ -1,19 +1,19 @@
 # ruff: noqa: N803, N806
-"""From a prefill's dense keys and values to pages: what stays of each head, gathered in order and quantised at once.
+"""Compaction: gathers the kept slots of a prefill's dense keys and values into pages, quantized in the same pass.
 
     PagedKV.gather(k, v, keep)                       `gather(k, v, keep, counts)`
     QuantKV.quantize(PagedKV.gather(k, v, keep))     `quantize(k, v, keep, counts, ...)`
 
-bit for bit the same, by kernels that never wait for the device. A first kernel turns the mask into slots,
+with bitwise equal results, by kernels that never synchronize with the host. A first kernel turns the mask into slots,
 
-    index[b, h, i] = the i-th kept token,      lens[b, h] = how many
+    index[b, h, i] = the i-th kept token,      lens[b, h] = the number of kept tokens
 
-each tile counting what was kept before it. Then every page is one program's: it reads the rows that its 64 slots
-name, and writes them, or their codes, scales and zeros as kernels/quant.py lays them out. So a token is read once and
-written once, and the full-precision pages of a context that is quantised never exist.
+each tile counting the kept tokens before it. Then one program per page reads the rows of its 64 slots and writes them,
+or their codes, scales and zeros in the layout of kernels/quant.py. A token is read once and written once, and a
+quantized context is never materialized as full-precision pages.
 
-One new token goes into the dense tail of a question (models/question.py) by a slice's copy, which moves each byte
-once already: there is no kernel for it.
+New tokens are copied into the dense tail of a question (models/question.py) by slicing, which already moves each byte
+once, so there is no kernel for it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def reference(k: Tensor, v: Tensor, keep: Tensor | None) -> PagedKV:
     return PagedKV.full(k_padded, v_padded, k.shape[2])
 
 
-# Tables and indices grow with a context, so specialising on their strides would compile again for each.
+# Tables and indices grow with the context: specialising on their strides would recompile for each length.
 _jit = jit("S", "N", "stride_mb", "stride_mh", "kv_heads", "stride_ib", "stride_ih", "stride_tb", "stride_th")
 
 
@@ -50,7 +50,7 @@ def index_kernel(  # type: ignore[no-untyped-def]
     bh = tl.program_id(1).to(tl.int64)
     row = keep_ptr + bh // kv_heads * stride_mb + bh % kv_heads * stride_mh
     offs = tl.arange(0, BLOCK_S)
-    # The mask is a byte a token, and in the L2 cache: counting it again costs less than a launch between.
+    # The mask is one byte per token and in the L2 cache: counting it again costs less than another launch.
     before = tl.zeros([BLOCK_S], tl.int32)
     for i in range(tile):
         before += tl.load(row + i * BLOCK_S + offs).to(tl.int32)
@@ -68,9 +68,9 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     stride_xb, stride_xh, stride_xs, stride_ib, stride_ih, stride_tb, stride_th,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
-    """Copy one page of a head, zeros in its slack. x, out: integers as wide as the numbers; out: [P, PAGE, D].
+    """Copy one page of a head, zeros in its slack. x, out: integers of the width of the data; out: [P, PAGE, D].
 
-    skip: [B, Hkv], slots of each head that lie elsewhere, before these.
+    skip: [B, Hkv], slots of each head that precede these and are stored elsewhere.
     """
     page = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -96,7 +96,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
 def ceil16(x, BFLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """As quant.ceil16: the lowest 16-bit float not below x float32, and its bits as an int32."""
     if BFLOAT:
-        # bfloat16 is float32's upper half. Dropping bits moves towards zero, which is up for a negative number.
+        # bfloat16 is the upper half of float32. Truncation rounds towards zero, which is upwards for negative numbers.
         top = 3.3895313892515355e38
         bits = tl.minimum(tl.maximum(x, -top), top).to(tl.int32, bitcast=True)
         bits = tl.where(bits < 0, bits, bits + 0xFFFF) >> 16
@@ -104,7 +104,7 @@ def ceil16(x, BFLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
     x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
     y = x.to(tl.float16)
     bits = y.to(tl.int16, bitcast=True).to(tl.int32)
-    # One more in the bits is the next number up, or one more in magnitude where the sign is set.
+    # Adding 1 to the bits gives the next larger magnitude, so negative numbers need -1.
     bits += tl.where(y.to(tl.float32) < x, tl.where(bits < 0, -1, 1), 0)
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32), bits
 
@@ -113,9 +113,9 @@ def ceil16(x, BFLOAT: tl.constexpr):  # type: ignore[no-untyped-def]
 def encode(x, zero, scale, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes int32 of x float32: round((x - zero) / scale), halves to even."""
     TOP: tl.constexpr = 2**BITS - 1
-    # Divided, not multiplied by the inverse: a code must not depend on which way it was made.
+    # Division, not multiplication by the inverse, so that the codes equal the reference's.
     code = tl.math.div_rn(x - zero, tl.where(scale > 0, scale, 1.0))
-    # Beside 1.5 * 2**23 there is no room for a fraction.
+    # Adding 1.5 * 2**23 rounds to an integer.
     return (tl.minimum(tl.maximum(code, 0.0), TOP * 1.0) + 12582912.0 - 12582912.0).to(tl.int32)
 
 
@@ -126,7 +126,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     BFLOAT: tl.constexpr,
 ):  # fmt: skip
-    """Quantise one group of a page of keys. words: [P, PAGE * BITS / 32, D]; scale, zero: [P, PAGE / GROUP, D]."""
+    """Quantize one group of a page of keys. words: [P, PAGE * BITS / 32, D]; scale, zero: [P, PAGE / GROUP, D]."""
     GROUPS: tl.constexpr = PAGE // GROUP
     PER_WORD: tl.constexpr = 32 // BITS
     page = tl.program_id(0) // GROUPS
@@ -166,7 +166,7 @@ def values_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
     BFLOAT: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Quantise some slots of a page of values. words: [P, PAGE, D * BITS / 32]; scale, zero: [P, PAGE, D / GROUP]."""
+    """Quantize some slots of a page of values. words: [P, PAGE, D * BITS / 32]; scale, zero: [P, PAGE, D / GROUP]."""
     TILES: tl.constexpr = PAGE // BLOCK_S
     PER_WORD: tl.constexpr = 32 // BITS
     GROUPS: tl.constexpr = D_PAD // GROUP
@@ -183,7 +183,7 @@ def values_kernel(  # type: ignore[no-untyped-def]
     token = tl.load(index_ptr + b * stride_ib + h * stride_ih + page * PAGE + tile * BLOCK_S + offs_s)
     tl.store(positions_ptr + at + offs_s, token)
     source = x_ptr + b * stride_xb + h * stride_xh + token.to(tl.int64) * stride_xs
-    # A short last group is filled up with its last channel, which changes neither its least nor its greatest.
+    # A short last group repeats its last channel, which leaves minimum and maximum unchanged.
     channel = tl.minimum(offs_d, D - 1)
     x = tl.load(source[:, None] + channel[None, :]).to(tl.float32)
     x = tl.reshape(x, [BLOCK_S, GROUPS, GROUP])
@@ -196,7 +196,7 @@ def values_kernel(  # type: ignore[no-untyped-def]
     codes = tl.reshape(codes, [BLOCK_S, GROUPS * BITS, PER_WORD])
     words = tl.sum(codes << (tl.arange(0, PER_WORD) * BITS)[None, None, :], 2)
     row = (at + offs_s)[:, None]
-    # HEAD_DIMS are multiples of 16, and so of the codes of a word.
+    # HEAD_DIMS are multiples of 16, hence of the codes per word.
     offs_w = tl.arange(0, GROUPS * BITS)[None, :]
     tl.store(words_ptr + row * (D // PER_WORD) + offs_w, words, mask=offs_w < D // PER_WORD)
     offs_g = tl.arange(0, GROUPS)[None, :]
@@ -205,35 +205,35 @@ def values_kernel(  # type: ignore[no-untyped-def]
     tl.store(zero_ptr + out, (zero_bits ^ 0x8000).to(tl.int16), mask=offs_g < tl.cdiv(D, GROUP))
 
 
-# No products are summed here, and the codes must be the reference's: nothing may be fused.
+# The codes must equal the reference's, so multiply-adds must not be fused.
 OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 INDEX_BLOCK = 4096
 
 
 def constants(kernel: str, head_dim: int, bits: int = 0, bfloat: bool = False) -> dict[str, int]:
-    """The compile-time arguments of `gather`, `keys` or `values`: 2048 to 16384 numbers a program."""
-    found = {"D": head_dim, "D_PAD": 1 << (head_dim - 1).bit_length(), "PAGE": PAGE}
+    """The compile-time arguments of `gather`, `keys` or `values`: 2048 to 16384 elements per program."""
+    sizes = {"D": head_dim, "D_PAD": 1 << (head_dim - 1).bit_length(), "PAGE": PAGE}
     if kernel != "gather":
         # Groups of values must not be padded away where head_dim is 16.
-        found |= {"D_PAD": max(GROUP, found["D_PAD"]), "GROUP": GROUP, "BITS": bits, "BFLOAT": bfloat}
-    return found | ({"BLOCK_S": 32 if head_dim <= 128 else 16} if kernel == "values" else {})
+        sizes |= {"D_PAD": max(GROUP, sizes["D_PAD"]), "GROUP": GROUP, "BITS": bits, "BFLOAT": bfloat}
+    return sizes | ({"BLOCK_S": 32 if head_dim <= 128 else 16} if kernel == "values" else {})
 
 
 def gather(k: Tensor, v: Tensor, keep: Tensor, counts: Sequence[int]) -> PagedKV:
     """The kept slots of a dense cache, as `PagedKV.gather`.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import.
 
     Args:
         k, v: [B, Hkv, S, D], D a multiple of 16 up to 256, rows contiguous.
         keep: [B, Hkv, S] bool.
-        counts: how many tokens each head keeps, row by row, on the host: they size the pages. A policy with one
-            budget for all heads knows them; `keep.sum(-1).flatten().tolist()` waits for the device. They must be true.
+        counts: kept tokens of each head, row by row, on the host: they size the pages and must equal the mask's. A
+            policy with one budget for all heads knows them; `keep.sum(-1).flatten().tolist()` synchronizes.
 
     Raises:
         ValueError: a shape, dtype, device, layout or count that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(k, v, keep, counts, 16, 16, 0)
     if not _kernels(k):
@@ -248,9 +248,9 @@ def quantize(
     """As `QuantKV.quantize(PagedKV.gather(k, v, keep), ...)`, in one pass. Arguments as `gather`.
 
     Args:
-        keep: None keeps every token; then there are no positions.
+        keep: None keeps every token and stores no positions.
         k_bits, v_bits: 16, 8, 4 or 2.
-        residual: the newest slots of each head that stay in full precision, at least.
+        residual: minimum number of newest slots per head that stay in full precision.
     """
     _check(k, v, keep, counts, k_bits, v_bits, residual)
     if not _kernels(k):
@@ -285,7 +285,7 @@ def _kernels(k: Tensor) -> bool:
 
 
 def _index(keep: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """[B, Hkv, N] int32, the kept tokens in order, N the most of any head, and lens [B, Hkv] int32."""
+    """[B, Hkv, N] int32, the kept tokens in order, N the maximum over heads, and lens [B, Hkv] int32."""
     B, Hkv, S = keep.shape
     N = max(counts, default=0)
     index = torch.empty((B, Hkv, N), dtype=torch.int32, device=keep.device)
@@ -298,12 +298,12 @@ def _index(keep: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
     return index, lens
 
 
-def _table(pages: Tensor, most: int) -> Tensor:
-    """[B, Hkv, most] int32: as many pages as `pages` [B, Hkv] says, heads side by side."""
+def _table(pages: Tensor, width: int) -> Tensor:
+    """[B, Hkv, width] int32: `pages` [B, Hkv] page ids per head, heads concatenated."""
     count = pages.flatten()[:, None]
-    at = torch.arange(most, dtype=torch.int32, device=pages.device)
+    at = torch.arange(width, dtype=torch.int32, device=pages.device)
     ids = count.cumsum(0, dtype=torch.int32) - count + at
-    return torch.where(at < count, ids, 0).view(*pages.shape, most)
+    return torch.where(at < count, ids, 0).view(*pages.shape, width)
 
 
 def _pages(
@@ -331,7 +331,7 @@ def _copy(x: Tensor, index: Tensor, lens: Tensor, skip: Tensor, table: Tensor, p
 
 
 def _pool(kind: str, x: Tensor, index: Tensor, pages: Tensor, table: Tensor, positions: Tensor, bits: int) -> Pool:
-    """The quantised pages of all keys or of all values; plain ones where bits is 16."""
+    """The quantized pages of all keys or of all values; full-precision pages if bits is 16."""
     Hkv, D, P = x.shape[1], x.shape[3], len(positions)
     if bits == 16:
         words = torch.empty((P, PAGE, D), dtype=x.dtype, device=x.device)
@@ -348,7 +348,7 @@ def _pool(kind: str, x: Tensor, index: Tensor, pages: Tensor, table: Tensor, pos
         programs = PAGE // (GROUP if kind == "keys" else sizes["BLOCK_S"])
         strides = *x.stride()[:3], *index.stride()[:2], *table.stride()[:2]
         if INTERPRETED and bfloat:
-            x = x.float()  # the interpreter holds bf16 as raw 16-bit integers
+            x = x.float()  # the interpreter represents bf16 as raw 16-bit integers
             strides = *x.stride()[:3], *strides[3:]
         with torch.cuda.device(x.get_device()):
             fn[(table.shape[2] * programs, pages.numel())](
@@ -388,14 +388,14 @@ LIMITS |= {
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `gather` and `quantize` ask for."""
+    """The specialisations that `gather` and `quantize` use."""
     slots = {"index_ptr": "*i32", "lens_ptr": "*i32"}
     pointers = slots | {"keep_ptr": "*u8"}
     yield Variant("compact.index", "i32", index_kernel, pointers, (), (), {"BLOCK_S": INDEX_BLOCK}, OPTIONS)
     pages = dict.fromkeys(("index_ptr", "table_ptr", "positions_ptr"), "*i32")
     for dtype, dim in ((dtype, dim) for dtype, dims in USED_HEAD_DIMS.items() for dim in dims):
         name, copied = f"{dtype} D{dim}", "*i32" if dtype == "fp32" else "*i16"
-        if dtype != "fp16":  # numbers are copied as integers: bf16's are the same
+        if dtype != "fp16":  # data is copied as integers, so bf16 equals fp16
             pointers = pages | slots | {"skip_ptr": "*i32", "x_ptr": copied, "out_ptr": copied}
             sizes = constants("gather", dim)
             yield Variant("compact.gather", name, gather_kernel, pointers, (), ("stride_x",), sizes, OPTIONS)

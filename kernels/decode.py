@@ -1,14 +1,14 @@
 # ruff: noqa: N803, N806
 """Decode attention over a paged cache whose KV heads keep different counts (split-KV flash-decoding).
 
-o_h = softmax(scaling * q_h K^T) V over the kept slots of the KV head that query head h reads. The slots of a
-KV head lie in pages that its row of `table` names in order; only the first `lens[b, h]` of them exist. One
-program reads one share of one KV head's pages for all its G = H // Hkv query heads together, so K and V cross
-the memory bus once, and leaves a partial o_i with its log-sum-exp lse_i. Shares merge by
+o_h = softmax(scaling * q_h K^T) V over the kept slots of query head h's KV head. The slots of a KV head are in the
+pages listed in its row of `table`; the first `lens[b, h]` of them are valid. One program processes one share of one
+KV head's pages for all its G = H // Hkv query heads, so K and V cross the memory bus once, and writes a partial o_i
+with its log-sum-exp lse_i. Shares are merged by
 
     lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) o_i.
 
-Shares are cut on the device from each head's own page count: a launch never waits to read `lens`.
+The device computes the shares from each head's page count, so a launch never waits for `lens`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
     """The definition, in float32. Every test compares against this, never against the kernel.
 
     Args:
-        q: [B, H, D], the one query token of each sequence, RoPE applied.
+        q: [B, H, D], one query token per sequence, after RoPE.
         k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
         table: [B, Hkv, M] int32, page ids of each KV head, in order.
         lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
@@ -53,8 +53,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
     G = H // table.shape[1]
     o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
     lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
-    # A loop, because heads keep different counts: one batch padded to the longest head took 0.9 times as long
-    # on two CPU cores where three heads keep 600 slots, 5 times as long where they keep 6000, 600 and 100.
+    # A loop, because heads keep different counts: a batch padded to the longest head took 0.9 times as long on two
+    # CPU cores if three heads keep 600 slots each, but 5 times as long if they keep 6000, 600 and 100.
     for b, counts in enumerate(lens.tolist()):
         for h, n in enumerate(counts):
             if n > 0:
@@ -66,8 +66,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
     return o, lse
 
 
-# G is an argument, so that one binary serves every G. The table grows with a sequence, so specialising on its strides
-# would compile again in the middle of a generation.
+# G is an argument, so that one binary serves every G. The table grows with a sequence: specialising on its strides
+# would recompile during a generation.
 _jit = jit("G", "kv_heads", "stride_tb", "stride_th", "stride_lb", "stride_lh", "splits")
 
 
@@ -83,7 +83,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     LN2: tl.constexpr = 0.6931471805599453
     TILES: tl.constexpr = PAGE // BLOCK_S
 
-    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
     bh = tl.program_id(0).to(tl.int64)
     b = bh // kv_heads
     h = bh % kv_heads
@@ -93,7 +93,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
     n = tl.load(lens_ptr + b * stride_lb + h * stride_lh)
     pages = tl.cdiv(n, PAGE)
     first = split * pages // splits * TILES
-    # Every tile of [first, last) holds a kept slot: m is finite from the first tile on.
+    # Every tile of [first, last) has a kept slot: m is finite from the first tile on.
     last = tl.minimum((split + 1) * pages // splits * TILES, tl.cdiv(n, BLOCK_S))
 
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
@@ -108,13 +108,13 @@ def split_kernel(  # type: ignore[no-untyped-def]
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
-    # A page id is carried from one tile to the next: loaded in the tile that uses it, it would be a second
-    # level of loads to pipeline, which leaves one tile in flight at num_stages=3 instead of two.
+    # The page id is loaded one tile ahead: loaded in the tile that uses it, it would be a second level of loads to
+    # pipeline, which leaves one tile in flight at num_stages=3 instead of two.
     page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
     for tile in range(first, last):
         slot = tile * BLOCK_S + offs_s
         row = (tile % TILES * BLOCK_S + offs_s)[:, None]
-        # Past the last slot the page is uninitialised, and a NaN stays a NaN under a weight of zero.
+        # Past the last slot the page is uninitialised; a NaN there is not removed by a weight of zero.
         mask_s = slot < n
         mask = mask_s[:, None] & mask_d[None, :]
         k = tl.load(k_ptr + page * stride_kp + row * stride_ks + offs_d[None, :], mask=mask, other=0.0)
@@ -129,7 +129,7 @@ def split_kernel(  # type: ignore[no-untyped-def]
         m = m_new
         page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
 
-    # A share without a slot leaves zeros and -inf, which weigh nothing in the merge.
+    # A share without slots writes zeros and -inf, which have weight 0 in the merge.
     empty = last <= first
     l = tl.where(empty, 1.0, l)  # noqa: E741
     out = (bh * G + offs_g) * splits + split
@@ -139,11 +139,11 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
 
 def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `split_kernel`; with `OPTIONS` they decide what the AOT gate measures.
+    """The compile-time arguments of `split_kernel`; with `OPTIONS` they define the AOT variants.
 
-    A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared
-    memory: three programs on an H100's multiprocessor, two on an A100's, one on a consumer card's. Float32
-    has no tensor cores here ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
+    A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared memory: three
+    programs per multiprocessor on an H100, two on an A100, one on a consumer card. Float32 uses no tensor cores here
+    ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
     """
     D_PAD = 1 << (head_dim - 1).bit_length()
     BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
@@ -151,15 +151,15 @@ def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
 
 
 def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
-    """Shares to cut each KV head into: from 1 to `MAX_SPLITS`.
+    """Number of shares per KV head, from 1 to `MAX_SPLITS`.
 
-    Four programs for each multiprocessor, so that short heads leave room for long ones; at least two pages
-    for each program, so that float32 partials, written and read back, stay at 6% of K and V (16-bit, G = 4).
+    Four programs per multiprocessor, so that short heads leave room for long ones; at least two pages per program, so
+    that writing and reading float32 partials is at most 6% of K and V (16-bit, G = 4).
 
     Args:
-        rows: programs of one share, B * Hkv * ceil(G / BLOCK_G).
-        pages: the most pages a head can have, M; lens itself is not read, which would wait for the device.
-        multiprocessors: of the device.
+        rows: programs per share, B * Hkv * ceil(G / BLOCK_G).
+        pages: maximum pages of a head, M; reading lens itself would wait for the device.
+        multiprocessors: number of multiprocessors of the device.
     """
     return max(1, min(-(-4 * multiprocessors // rows), pages // 2, MAX_SPLITS))
 
@@ -167,25 +167,25 @@ def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
 def decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, *, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query token for each sequence over the kept slots of a paged, ragged cache.
+    """Attention of one query token per sequence over the kept slots of a paged, ragged cache.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
         q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
         k, v: [P, PAGE, D] in q's dtype, rows contiguous.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
-        lens: [B, Hkv] int32 in [0, M * PAGE]; checked where lens is on the host.
+        lens: [B, Hkv] int32 in [0, M * PAGE]; checked if lens is on the host.
         scaling: factor on q K^T, usually D ** -0.5.
-        splits: shares to cut each KV head into; chosen from M and the device when None.
+        splits: number of shares per KV head; None chooses it from M and the device.
 
     Returns:
         o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, splits)
     if not (q.is_cuda or INTERPRETED):
@@ -199,7 +199,7 @@ def decode(
         count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         splits = choose_splits(rows, M, count)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         o, lse = _launch(q.float(), k.float(), v.float(), table, lens, scaling, splits)
         return o.to(q.dtype), lse
     return _launch(q, k, v, table, lens, scaling, splits)
@@ -213,7 +213,7 @@ def _launch(
     G = H // Hkv
     o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H), dtype=torch.float32, device=q.device)
-    part_o, part_lse = o, lse  # a single share is the answer: nothing to merge
+    part_o, part_lse = o, lse  # a single share needs no merge
     if splits > 1:
         part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
@@ -257,7 +257,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits:
             raise ValueError(f"lens must be 0 to {M * PAGE}, table {tuple(table.shape)}, got {lens.tolist()}")
 
 
-# 168 registers let three programs of 128 threads share a multiprocessor's 65,536.
+# 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = {
     ("decode.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
     ("decode.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
@@ -266,7 +266,7 @@ LIMITS = {
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `decode` asks for."""
+    """The specialisations that `decode` uses."""
     for dtype, dims in USED_HEAD_DIMS.items():
         for dim in dims:
             yield from _variants(dtype, dim)

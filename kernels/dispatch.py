@@ -1,4 +1,4 @@
-"""Which kernel reads a layer of a compressed context for one new token a row: full precision, quantised, selective."""
+"""Selects the decode kernel for a layer of a compressed context: full precision, quantized or sparse."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lceval.kernels.select import Selective
 
 
 def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
-    """As `KV.attend`, by the kernels where one token is asked for and a kernel reads that kind of context.
+    """As `KV.attend`, by a kernel for one query token and a layout that has one.
 
-    PyTorch answers the rest: several tokens at once (a question being read), a reader over a store, faiss.
+    The rest runs in PyTorch: several tokens (prefill of a question), sparse attention over quantized slots, faiss.
 
     Args:
         q: [R, H, T, D]; the rows share the one sequence of `kv`.

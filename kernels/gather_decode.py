@@ -1,12 +1,12 @@
 # ruff: noqa: N803, N806
-"""Decode attention over the slots that an index selected, and with it a whole step of selective attention.
+"""Decode attention over the slots selected by an index, and a whole step of sparse attention.
 
-o_h = softmax(scaling * q_h K_sel^T) V_sel, as `decode`, but that a KV head of more than `budget` slots is read only
-at its chosen units of `unit` consecutive slots. A head within the budget is read whole by the same launch: its i-th
-slot is i, another's is chosen[i // unit] * unit + i % unit. Slot s is row s % PAGE of page table[s // PAGE]. Shares
-of a head's slots merge as in `decode`.
+o_h = softmax(scaling * q_h K_sel^T) V_sel, as `decode`, but of a KV head with more than `budget` slots only the chosen
+units of `unit` consecutive slots are read. A head within the budget is read completely by the same launch: its i-th
+slot is i, otherwise chosen[i // unit] * unit + i % unit. Slot s is row s % PAGE of page table[s // PAGE]. Shares of a
+head's slots are merged as in `decode`.
 
-`decode_selected` makes a step of it: scores from the index (`scan`), the best units (`topk`), attention over them.
+`decode_selected` runs a whole step: scores from the index (`scan`), the best units (`topk`), attention over them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def reference(
     """The definition, in float32. Every test compares against this, never against the kernel.
 
     Args:
-        q: [B', H, D], the one query token of each row; rows b' of B' / B share sequence b' // (B' / B).
+        q: [B', H, D], one query token per row; rows b' of B' / B share sequence b' // (B' / B).
         k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
         table: [B, Hkv, M] int32, page ids of each KV head, in order.
         lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
-        chosen: [B', Hkv, C] int32, units to read of each head above the budget; -1 is none.
-        unit: consecutive slots of a unit; a head's last one may be shorter.
-        budget: heads with at most this many slots are read whole.
+        chosen: [B', Hkv, C] int32, units to read of each head above the budget; -1 for none.
+        unit: consecutive slots per unit; a head's last unit may be shorter.
+        budget: heads with at most this many slots are read completely.
         scaling: factor on q K^T, usually D ** -0.5.
 
     Returns:
@@ -62,11 +62,11 @@ def reference(
             if n > budget:
                 slots = (chosen[row, h].long()[:, None] * unit + torch.arange(unit, device=q.device)).flatten()
                 slots = slots[(slots >= 0) & (slots < n)]
-            page, own = table[b, h, slots // PAGE].long(), slots % PAGE
+            page, row_in_page = table[b, h, slots // PAGE].long(), slots % PAGE
             heads = slice(h * G, (h + 1) * G)
-            scores = scaling * (q[row, heads].float() @ k[page, own].float().T)
+            scores = scaling * (q[row, heads].float() @ k[page, row_in_page].float().T)
             lse[row, heads] = scores.logsumexp(-1)
-            o[row, heads] = scores.softmax(-1) @ v[page, own].float()
+            o[row, heads] = scores.softmax(-1) @ v[page, row_in_page].float()
     return o, lse
 
 
@@ -80,11 +80,11 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     stride_qb, stride_qh, stride_pp, stride_ps, stride_tb, stride_th,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one share of what is read of one KV head. o: [B', H, splits, D], lse: [B', H, splits], contiguous."""
+    """Attend to one share of the slots read of one KV head. o: [B', H, splits, D], lse: [B', H, splits], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
 
-    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
     bh = tl.program_id(0).to(tl.int64)
     b = bh // kv_heads
     h = bh % kv_heads
@@ -108,7 +108,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
     q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
 
-    # A finite floor, for a tile without a slot (the missing end of a short last unit): no NaN, and no weight.
+    # A finite floor: a tile without slots (the missing end of a short last unit) gives no NaN and has no weight.
     m = tl.full([BLOCK_G], -3.0e38, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
@@ -119,10 +119,10 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         nth = i // unit
         begin = tl.load(chosen_ptr + nth, mask=i < listed, other=0)
         slot = i + tl.where(whole, 0, begin - nth) * unit
-        # As unsigned numbers, so that a negative slot is past the end.
+        # Unsigned comparison, so that a negative slot is past the end.
         mask_s = (i < reads) & (slot.to(tl.uint32, bitcast=True) < n.to(tl.uint32, bitcast=True))
         page = tl.load(page_ptr + slot // PAGE, mask=mask_s, other=0).to(tl.int64)
-        # K and V are strided alike, which saves a set of 64-bit addresses.
+        # K and V have the same strides, which saves a set of 64-bit addresses.
         at = (page * stride_pp + slot % PAGE * stride_ps)[:, None] + offs_d[None, :]
         mask = mask_s[:, None] & mask_d[None, :]
         k = tl.load(k_ptr + at, mask=mask, other=0.0)
@@ -136,7 +136,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
 
-    # A share without a slot leaves zeros and -inf, which weigh nothing in the merge.
+    # A share without slots writes zeros and -inf, which have weight 0 in the merge.
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)  # noqa: E741
     out = (bh * G + offs_g) * splits + split
@@ -145,18 +145,18 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
 
 
-# A slot's unit, its page and its row are three loads that wait for each other: with four stages each is a stage
-# ahead of the next, and one tile of K and V is in flight.
+# Unit, page and row of a slot are three dependent loads: with four stages each is one stage ahead of the next, and one
+# tile of K and V is in flight.
 OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
 
 
 def gather_options(dtype: torch.dtype) -> dict[str, int | bool]:
-    """How `gather_kernel` is compiled: float32 at head_dim 128 spilled on four warps."""
+    """The launch options of `gather_kernel`: float32 at head_dim 128 spilled with four warps."""
     return OPTIONS | {"num_warps": 8 if dtype == torch.float32 else 4}
 
 
 def gather_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `gather_kernel`: `decode`'s, but 16 KiB a tile at head_dim 64 too.
+    """The compile-time arguments of `gather_kernel`: `decode`'s, but 16 KiB per tile also at head_dim 64.
 
     A tile of 64 slots at head_dim 64 spilled on an H100, and put half as many bytes in flight.
     """
@@ -168,9 +168,9 @@ def gather_decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
     scaling: float, *, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Attention of one query token of each row over the chosen units of every KV head above the budget.
+    """Attention of one query token per row over the chosen units of every KV head above the budget.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
@@ -178,16 +178,16 @@ def gather_decode(
         k, v: [P, PAGE, D] in q's dtype, rows contiguous, strides the same.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
         lens: [B, Hkv] int32 in [0, M * PAGE], contiguous.
-        chosen: [B', Hkv, C] int32, contiguous; -1, or what lies past a head's end, is no slot.
+        chosen: [B', Hkv, C] int32, contiguous; -1 and units past a head's end are no slots.
         unit, budget, scaling: as in `reference`.
-        splits: shares to cut each head into; chosen from the budget and the device when None.
+        splits: number of shares per head; None chooses it from the budget and the device.
 
     Returns:
         o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, chosen, unit, budget, splits)
     if not (q.is_cuda or INTERPRETED):
@@ -199,10 +199,10 @@ def gather_decode(
         rows, Hkv, count = chosen.shape
         programs = rows * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G)
         sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        most = min(max(count * unit, budget), table.shape[2] * PAGE)
-        splits = choose_splits(programs, -(-most // PAGE), sms)
+        reads = min(max(count * unit, budget), table.shape[2] * PAGE)
+        splits = choose_splits(programs, -(-reads // PAGE), sms)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         o, lse = _launch(q.float(), k.float(), v.float(), table, lens, chosen, unit, budget, scaling, splits)
         return o.to(q.dtype), lse
     return _launch(q, k, v, table, lens, chosen, unit, budget, scaling, splits)
@@ -217,7 +217,7 @@ def _launch(
     G = H // Hkv
     o = torch.empty((rows, H, D), dtype=q.dtype, device=q.device)
     lse = torch.empty((rows, H), dtype=torch.float32, device=q.device)
-    part_o, part_lse = o, lse  # a single share is the answer: nothing to merge
+    part_o, part_lse = o, lse  # a single share needs no merge
     if splits > 1:
         part_o = torch.empty((rows, H, splits, D), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((rows, H, splits), dtype=torch.float32, device=q.device)
@@ -231,11 +231,11 @@ def _launch(
 
 
 def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Tensor, Tensor]:
-    """`Selective.attend` for one query token a row: scan, select, attend, without waiting for the device.
+    """`Selective.attend` for one query token per row: scan, select, attend, without waiting for the device.
 
-    CUDA tensors run the kernels; others run `Selective.attend`, or the kernels where TRITON_INTERPRET=1 was set
+    CUDA tensors run the kernels; others run `Selective.attend`, or the kernels if TRITON_INTERPRET=1 was set
     before the import. The kernels estimate logits in float32, `Selective.attend` with page bounds in q's dtype:
-    where two units are that close, they may choose differently.
+    near ties may select different units.
 
     Args:
         q: [B', H, D] float16, bfloat16 or float32; B' = B or, where B = 1, any number of rows.
@@ -247,9 +247,9 @@ def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Te
         empty head).
 
     Raises:
-        TypeError: another store or index.
+        TypeError: another KV layout or index.
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     kv, index = selective.kv, selective.index
     if not isinstance(kv, PagedKV) or not isinstance(index, Bits | Bounds):
@@ -310,7 +310,7 @@ LIMITS = {
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `gather_decode` asks for; the merge is `decode`'s."""
+    """The specialisations that `gather_decode` uses; the merge is `decode`'s."""
     for dtype, dims in USED_HEAD_DIMS.items():
         for dim in dims:
             data, f32, i32 = f"*{dtype}", "*fp32", "*i32"

@@ -1,4 +1,4 @@
-"""What every launcher shares: triton where it is installed, whether it compiles or interprets, and common limits."""
+"""Shared by all launchers: triton if installed, whether it compiles or interprets, and common limits."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import torch
 try:
     import triton
     from triton import language
-except ImportError:  # there is no wheel for macOS; the references work everywhere
+except ImportError:  # there is no wheel for macOS; the references run everywhere
     triton = language = None
 
 tl: Any = language
 
-# Read once: triton decides when a kernel is defined whether it will be compiled or interpreted.
+# Read once, since triton decides at a kernel's definition whether it compiles or interprets it.
 AVAILABLE = triton is not None
 INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 16)
-# The rows of one tensor-core tile. More query heads than that on one KV head go to programs side by side.
+# Rows of one tensor-core tile. More query heads per KV head are split over several programs.
 BLOCK_G = 16
 MAX_SPLITS = 128
 OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def jit(*plain: str) -> Callable[[Any], Any]:
-    """`triton.jit`, or nothing without triton.
+    """`triton.jit`, or the identity without triton.
 
     Args:
-        plain: arguments whose values differ from one context, layer or model to the next: one binary serves them all.
-            Those that a function does not have are passed over.
+        plain: arguments that are not specialised on, since their values differ between contexts, layers or models.
+            Names that a function does not have are ignored.
     """
 
     def decorate(fn: Any) -> Any:

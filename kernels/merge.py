@@ -1,10 +1,10 @@
 # ruff: noqa: N803, N806
-"""One softmax out of several over disjoint slots, in one launch: a decode kernel's shares, and a result besides.
+"""Merge of several softmaxes over disjoint slots in one launch: a decode kernel's shares and another result.
 
     lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) o_i
 
-The shares are float32 and lie side by side; `rest` is what another kernel made of the slots that it reads itself, in
-the queries' dtype. `paged.merge` does the same for two results of any shape, in several launches.
+The shares are contiguous float32; `rest` is the result of another kernel over other slots, in the queries' dtype.
+`paged.merge` merges two results of any shape in several launches.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
     part_o_ptr, part_lse_ptr, rest_o_ptr, rest_lse_ptr, o_ptr, lse_ptr, splits,
     D: tl.constexpr, D_PAD: tl.constexpr, MAX_SPLITS: tl.constexpr, BLOCK_I: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """Merge the shares of one query head, and what `rest` holds of it. part_o: [B, H, splits, D], rest_o: [B, H, D]."""
+    """Merge the shares of one query head and its part of `rest`. part_o: [B, H, splits, D], rest_o: [B, H, D]."""
     row = tl.program_id(0).to(tl.int64)
     offs_d = tl.arange(0, D_PAD)
     mask_d = offs_d < D
@@ -66,7 +66,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
 
 
 def constants(head_dim: int, rest: bool) -> dict[str, int]:
-    """The compile-time arguments of `merge_kernel`: 16 shares a step, 16 to 32 accumulators a thread."""
+    """The compile-time arguments of `merge_kernel`: 16 shares per step, 16 to 32 accumulators per thread."""
     D_PAD = 1 << (head_dim - 1).bit_length()
     return {"D": head_dim, "D_PAD": D_PAD, "MAX_SPLITS": MAX_SPLITS, "BLOCK_I": 16, "REST": int(rest)}
 
@@ -74,15 +74,15 @@ def constants(head_dim: int, rest: bool) -> dict[str, int]:
 def merge(
     part_o: Tensor, part_lse: Tensor, rest: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Merge the shares of every query head, and `rest`.
+    """Merge the shares of every query head with `rest`.
 
-    CUDA tensors run the kernel, others `reference`, or the kernel where TRITON_INTERPRET=1 was set before the import.
+    CUDA tensors run the kernel, others `reference`, or the kernel if TRITON_INTERPRET=1 was set before the import.
 
     Args:
         part_o: [B, H, shares, D] float32, at most 128 shares.
-        part_lse: [B, H, shares] float32, -inf where a share has no slot.
+        part_lse: [B, H, shares] float32, -inf for shares without slots.
         rest: o [B, H, D] and lse [B, H] float32 over other slots.
-        dtype: of the result.
+        dtype: dtype of the result.
 
     Returns:
         o [B, H, D] in `dtype` and lse [B, H] float32 (natural log; zeros and -inf over no slot).
@@ -104,15 +104,15 @@ def merge(
         raise ValueError(f"part_lse must be {(B, H, shares)} float32, got {tuple(part_lse.shape)} {part_lse.dtype}")
     others = [part_lse, *(rest or ())]
     if rest is not None and (rest[0].shape != (B, H, D) or rest[1].shape != (B, H) or rest[1].dtype != torch.float32):
-        found = [(tuple(x.shape), x.dtype) for x in rest]
-        raise ValueError(f"rest must be o {(B, H, D)} and lse {(B, H)} float32, got {found}")
+        shapes = [(tuple(x.shape), x.dtype) for x in rest]
+        raise ValueError(f"rest must be o {(B, H, D)} and lse {(B, H)} float32, got {shapes}")
     if any(x.device != part_o.device for x in others):
         raise ValueError(f"all must be on part_o's device, {part_o.device}, got {[str(x.device) for x in others]}")
     if not (part_o.is_cuda or INTERPRETED):
         o, lse = reference(part_o, part_lse, rest)
         return o.to(dtype), lse
     if INTERPRETED and dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers.
+        # The interpreter represents bf16 as raw 16-bit integers.
         o, lse = merge(part_o, part_lse, rest and (rest[0].float(), rest[1]), torch.float32)
         return o.to(dtype), lse
     return launch(part_o, part_lse, rest, dtype)
@@ -121,7 +121,7 @@ def merge(
 def launch(
     part_o: Tensor, part_lse: Tensor, rest: tuple[Tensor, Tensor] | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`merge` by the kernel, for launchers whose shares fit by construction."""
+    """`merge` by the kernel without checks, for launchers whose shares are valid by construction."""
     B, H, shares, D = part_o.shape
     o = torch.empty((B, H, D), dtype=dtype, device=part_o.device)
     lse = torch.empty((B, H), dtype=torch.float32, device=part_o.device)
@@ -136,7 +136,7 @@ LIMITS = {("merge", "bf16"): Limit(168, SHARED)}
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `merge` asks for; the dtype only changes the first load and the last store."""
+    """The specialisations that `merge` uses; the dtype only changes the first load and the last store."""
     pointers = dict.fromkeys(("part_o_ptr", "part_lse_ptr", "rest_lse_ptr", "lse_ptr"), "*fp32")
     pointers |= {"rest_o_ptr": "*bf16", "o_ptr": "*bf16"}
     for dim in USED_HEAD_DIMS["bf16"]:

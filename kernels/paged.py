@@ -1,12 +1,12 @@
 """The compressed cache's memory layout, and attention over it in PyTorch.
 
-Every (sequence, KV head) owns whole pages of 64 slots, so heads that keep different counts free memory for real.
-This file is the CPU path, and with it the truth that the Triton kernels are tested against.
+Every (sequence, KV head) owns whole pages of 64 slots, so evicted slots free memory even if heads keep different
+counts. This file is the CPU path and the reference for tests of the Triton kernels.
 
-    k, v       [P, PAGE, D]    one pool of pages per layer
+    k, v       [P, PAGE, D]    one page pool per layer
     table      [B, Hkv, M]     page ids of each head, in order; entries past its last page are 0 and never read
     lens       [B, Hkv]        kept slots of each head; 0 is legal
-    positions  [P, PAGE]       where in the context each slot came from; absent when nothing was dropped
+    positions  [P, PAGE]       original position of each slot; absent if nothing was evicted
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 PAGE = 64
-# Scores of a long question over a long context are computed in row blocks of at most this many elements: few enough
-# for a processor's cache, where larger blocks took twice as long.
+# Scores of a long question over a long context are computed in row blocks of at most this many elements: small enough
+# for a CPU cache; larger blocks took twice as long.
 MAX_SCORES = 1 << 21
 
 
 class KV(Protocol):
-    """One layer of a compressed context, however it is stored and read. Immutable: any number of questions share it.
+    """One layer of a compressed context in any layout. Immutable: any number of questions share it.
 
     Attributes:
         lens: [B, Hkv] int32, kept slots.
-        counts: `lens` on the host, row by row: loops over heads must not wait for the device.
+        counts: `lens` on the host, row by row, so that loops over heads do not wait for the device.
     """
 
     @property
@@ -40,27 +40,27 @@ class KV(Protocol):
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the occupied slots and of all that belongs to them: positions, scales, residual, index."""
+        """Bytes of the occupied slots, including positions, scales, residual and index."""
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors: page slack and tables too."""
+        """Bytes of all tensors, including page slack and tables."""
 
     @property
     def read_bytes(self) -> int:
         """Bytes that one decoding step reads."""
 
     def kept_positions(self, b: int, h: int) -> Tensor:
-        """[n] int64, the original positions that one head kept, ascending: the order of its slots."""
+        """[n] int64, the original positions of one head's slots, ascending."""
 
     def head(self, row: int) -> tuple[Tensor, Tensor]:
         """Keys and values [n, D] of head `row` of B * Hkv, in slot order, in full precision."""
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [m, D] of slots [m] int64 of head `row`, in full precision, without expanding the rest."""
+        """Keys and values [m, D] of slots [m] int64 of head `row`, in full precision; the rest is not dequantized."""
 
     def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """Attention of every query over all slots of its KV head (the context lies wholly in the past).
+        """Attention of every query over all slots of its KV head, without a causal mask: all slots precede the queries.
 
         q: [B', H, T, D], B' = B or, where B = 1, any number of rows that share the one sequence.
         Returns o [B', H, T, D] in q's dtype and lse [B', H, T] float32 (natural log; zeros and -inf over an empty
@@ -70,14 +70,14 @@ class KV(Protocol):
 
 @dataclass(frozen=True)
 class PagedKV:
-    """One layer of a compressed context. Immutable, so any number of questions may read it at once.
+    """One layer of a compressed context in full precision. Immutable: any number of questions share it.
 
     Attributes:
         k, v: [P, PAGE, D], keys after RoPE, and values.
         table: [B, Hkv, M] int32, page ids.
         lens: [B, Hkv] int32, kept slots.
-        positions: [P, PAGE] int32, original position of each slot; None when every token was kept.
-        counts: `lens` on the host, row by row: loops over heads must not wait for the device.
+        positions: [P, PAGE] int32, original position of each slot; None if every token was kept.
+        counts: `lens` on the host, row by row, so that loops over heads do not wait for the device.
     """
 
     k: Tensor
@@ -89,7 +89,7 @@ class PagedKV:
 
     @classmethod
     def full(cls, k: Tensor, v: Tensor, tokens: int) -> PagedKV:
-        """Every token of a dense buffer, without a copy.
+        """All tokens of a dense buffer, without a copy.
 
         k, v: [B, Hkv, S', D] contiguous, S' the next multiple of PAGE at or above `tokens`.
         """
@@ -107,7 +107,7 @@ class PagedKV:
 
     @classmethod
     def gather(cls, k: Tensor, v: Tensor, keep: Tensor) -> PagedKV:
-        """The kept slots of a dense cache, copied together in their original order.
+        """The kept slots of a dense cache, copied in their original order.
 
         k, v: [B, Hkv, S, D]; keep: [B, Hkv, S] bool.
         """
@@ -122,10 +122,10 @@ class PagedKV:
         for row, (n, pages) in enumerate(zip(counts, used, strict=True)):
             b, h = divmod(row, heads)
             index = keep[b, h].nonzero().squeeze(-1)
-            own = slice(first, first + pages)
-            pool_k[own].view(-1, dim)[:n] = k[b, h, index]
-            pool_v[own].view(-1, dim)[:n] = v[b, h, index]
-            positions[own].view(-1)[:n] = index.int()
+            head_pages = slice(first, first + pages)
+            pool_k[head_pages].view(-1, dim)[:n] = k[b, h, index]
+            pool_v[head_pages].view(-1, dim)[:n] = v[b, h, index]
+            positions[head_pages].view(-1)[:n] = index.int()
             table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=k.device)
             first += pages
         return cls(
@@ -147,7 +147,7 @@ class PagedKV:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors: whole pages, page table and lengths too."""
+        """Bytes of all tensors: whole pages, page table and lengths."""
         tensors = [self.k, self.v, self.table, self.lens, self.positions]
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
@@ -157,19 +157,19 @@ class PagedKV:
         return sum(self.counts) * 2 * self.k.shape[-1] * self.k.element_size()
 
     def kept_positions(self, b: int, h: int) -> Tensor:
-        """[n] int64, the original positions that one head kept, ascending."""
+        """[n] int64, the original positions of one head's slots, ascending."""
         n = self.counts[b * self.lens.shape[1] + h]
         if self.positions is None:
             return torch.arange(n, device=self.k.device)
         return self.positions[self.table[b, h].long()].flatten()[:n].long()
 
     def head(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, D] of head `row` of B * Hkv, as views: both builders lay its pages side by side."""
+        """Keys and values [n, D] of head `row` of B * Hkv, as views, since a head's pages are contiguous."""
         before = sum(-(-n // PAGE) for n in self.counts[:row])
         n = self.counts[row]
-        own = slice(before, before + -(-n // PAGE))
+        span = slice(before, before + -(-n // PAGE))
         dim = self.k.shape[-1]
-        return self.k[own].reshape(-1, dim)[:n], self.v[own].reshape(-1, dim)[:n]
+        return self.k[span].reshape(-1, dim)[:n], self.v[span].reshape(-1, dim)[:n]
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [m, D] of slots [m] of head `row`."""
@@ -182,15 +182,15 @@ class PagedKV:
 
 
 def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
-    """Attention of every query over all kept slots of its KV head (the context lies wholly in the past).
+    """Attention of every query over all kept slots of its KV head, without a causal mask.
 
-    q: [B, H, T, D]. `kv` holds B sequences, or one that all B share.
+    q: [B, H, T, D]. `kv` has B sequences, or one that all B share.
     Returns o [B, H, T, D] in q's dtype and lse [B, H, T] float32 (natural log; zeros and -inf over an empty head).
     """
     batch, heads, tokens, dim = q.shape
     sequences, kv_heads = kv.lens.shape
     group = heads // kv_heads
-    # Rows that read the same keys lie side by side: [sequences * Hkv, rows, D].
+    # Rows with the same keys are adjacent: [sequences * Hkv, rows, D].
     rows = q.reshape(sequences, batch // sequences, kv_heads, group, tokens, dim).transpose(1, 2)
     rows = rows.reshape(sequences * kv_heads, -1, dim)
     o = torch.empty_like(rows)
@@ -212,7 +212,7 @@ def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
-    """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], a block of M at a time."""
+    """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], in blocks of M."""
     if k.shape[1] == 0:
         o.zero_()
         lse.fill_(-torch.inf)
@@ -225,21 +225,21 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v and the log-sum-exp, in one pass over scores [..., M, N], which are used up; v [..., N, D]."""
-    most = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(most).exp_()
+    """softmax(scores) v and the log-sum-exp, in one pass over scores [..., M, N], overwritten; v [..., N, D]."""
+    maximum = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(maximum).exp_()
     total = weights.sum(-1, keepdim=True)
     o = torch.matmul(weights.to(v.dtype), v).div_(total)
-    return o, total.log_().add_(most).squeeze(-1)
+    return o, total.log_().add_(maximum).squeeze(-1)
 
 
 def attend_causal(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, pads: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention where the last query sees the last key: a question over its own tokens.
+    """Causal attention of a question over its own tokens; the last query attends to the last key.
 
-    q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T; pads: for each row how many of the first keys are padding, which
-    only padding itself sees. Returns as `attend`.
+    q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T; pads: padding keys at the start of each row, attended to
+    only by themselves. Returns as `attend`.
     """
     batch, heads, tokens, dim = q.shape
     kv_heads, length = k.shape[1:3]
@@ -248,17 +248,17 @@ def attend_causal(
     if tokens > 1 or pads is not None:
         scores = scores.view(batch, heads, tokens, length)
         key = torch.arange(length, device=q.device)
-        own = torch.arange(length - tokens, length, device=q.device)[:, None]
-        hidden = key > own
+        query = torch.arange(length - tokens, length, device=q.device)[:, None]
+        hidden = key > query
         if pads is not None:
-            hidden = hidden | ((key < torch.tensor(pads, device=q.device)[:, None, None, None]) & (key != own))
+            hidden = hidden | ((key < torch.tensor(pads, device=q.device)[:, None, None, None]) & (key != query))
         scores = scores.masked_fill_(hidden, -torch.inf).view(batch, kv_heads, -1, length)
     o, lse = _weigh(scores, v)
     return o.view(q.shape), lse.view(batch, heads, tokens)
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> Tensor:
-    """One softmax out of two over disjoint keys: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i).
+    """Merge two softmaxes over disjoint keys: o = sum_i exp(lse_i - lse) o_i, lse = log sum_i exp(lse_i).
 
     o: [B, H, T, D]; lse: [B, H, T] float32, at least one of the two finite.
     """

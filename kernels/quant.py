@@ -1,24 +1,24 @@
-"""A compressed context in 8, 4 or 2 bits a number, and attention over it in PyTorch.
+"""A compressed context quantized to 8, 4 or 2 bits, and attention over it in PyTorch.
 
 KIVI's layout (Liu et al. 2024): of the n slots that a head keeps, the oldest max(0, n - residual) // 64 pages are
-quantised once; the newest n - 64 * pages stay in full precision, in a `PagedKV` of their own. A number x of a group
+quantized once; the newest n - 64 * pages stay in full precision, in a separate `PagedKV`. A number x of a group
 with lowest value `low` and highest value `high` is stored as
 
     zero = floor16(low),   scale = ceil16((high - zero) / (2**b - 1)),   code = round((x - zero) / scale)
 
-and read as code * scale + zero. floor16 and ceil16 round to 16 bits (bfloat16 for bfloat16 models, else float16)
-downwards and upwards: the 2**b levels reach over the whole group, so no value is off by more than scale / 2, and a
-constant group that 16 bits hold is exact. What lies beyond 65504 in a float32 model saturates at float16's range.
+and dequantized as code * scale + zero. floor16 and ceil16 round to 16 bits (bfloat16 for bfloat16 models, else float16)
+downwards and upwards: the 2**b levels cover the whole group, so the error of a value is at most scale / 2, and a
+constant group that 16 bits represent is exact. Values above 65504 in a float32 model saturate at float16's range.
 
     keys    groups of 32 consecutive slots of one channel, two a page (outliers live in channels)
             words [P, PAGE * b / 32, D] int32    slot s of its page: word s * b // 32, from bit s * b % 32 on
             scale, zero [P, PAGE / 32, D]
-    values  groups of 32 channels of one slot; the last one is smaller where 32 does not divide D
+    values  groups of 32 channels of one slot; the last one is smaller if 32 does not divide D
             words [P, PAGE, ceil(D * b / 32)] int32    channel d: word d * b // 32, from bit d * b % 32 on
             scale, zero [P, PAGE, ceil(D / 32)]
 
-With 16 bits `words` is the plain pool [P, PAGE, D] in the model's dtype, without scale and zero. Only full pages are
-quantised, so the pools have no slack; each head's pages lie side by side, heads in row order.
+With 16 bits `words` is the pool [P, PAGE, D] in the model's dtype, without scale and zero. Only full pages are
+quantized, so the pools have no slack; each head's pages are contiguous, heads in row order.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from lceval.kernels.paged import PAGE, PagedKV
 
 GROUP = 32
 BITS = (16, 8, 4, 2)
-# Numbers that are expanded to float32 at a time, 4 MiB. Measured on one core with 1 MiB of L2, over 6000 slots of
+# Numbers that are dequantized to float32 at a time, 4 MiB. Measured on one core with 1 MiB of L2, over 6000 slots of
 # 3 x 64 and of 8 x 128: an eighth takes 1.6 times as long, and four times as many up to 1.4 times.
 WORKSPACE = 1 << 20
-# Up to this many query rows a KV head, keys are multiplied as they lie in memory (see `_scores`); the two ways took
-# equally long at 8 to 16 rows.
+# Up to this many query rows a KV head, keys are multiplied in their memory layout (see `_scores`); the two methods
+# took equally long at 8 to 16 rows.
 FEW_ROWS = 8
 
 
 def reference(x: Tensor, bits: int, stored: torch.dtype) -> Tensor:
-    """The definition: what is read back of x [n, m] float32, groups along the last axis (keys are passed as [D, n]).
+    """The definition: x [n, m] float32 quantized and dequantized, groups along the last axis (keys: [D, n]).
 
     stored: dtype of scale and zero.
     """
@@ -60,11 +60,11 @@ def reference(x: Tensor, bits: int, stored: torch.dtype) -> Tensor:
 
 
 def ceil16(x: Tensor, stored: torch.dtype) -> Tensor:
-    """The lowest number of a 16-bit float type that is not below x float32; its largest finite one beyond that."""
+    """x float32 rounded up to a 16-bit float type, clamped to its largest finite number."""
     top = torch.finfo(stored).max
     x = x.clamp(-top, top)
     y = x.to(stored)
-    # One more in the bits is the next number up, or one more in magnitude where the sign is set.
+    # Adding 1 to the bits gives the next larger magnitude, so negative numbers need -1.
     up = torch.where(y.view(torch.int16) < 0, -1, 1) * (y.float() < x)
     return (y.view(torch.int16) + up.to(torch.int16)).view(stored)
 
@@ -88,11 +88,11 @@ def _shifts(step: int, width: int, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pool:
-    """The quantised pages of all keys or of all values of a layer, as laid out above.
+    """The quantized pages of all keys or of all values of a layer, in the layout above.
 
     Attributes:
-        words: codes, packed; plain numbers where bits is 16.
-        scale, zero: one of each a group; None where bits is 16.
+        words: packed codes; full-precision numbers if bits is 16.
+        scale, zero: one of each per group; None if bits is 16.
     """
 
     bits: int
@@ -110,7 +110,7 @@ class Pool:
 
     @classmethod
     def quantize(cls, pool: Tensor, index: Tensor, bits: int, *, keys: bool) -> Pool:
-        """Pages `index` [P] of a full-precision pool [*, PAGE, D], a bounded number of them at a time."""
+        """Pages `index` [P] of a full-precision pool [*, PAGE, D], in blocks of bounded size."""
         if bits == 16:
             return cls(bits, pool[index])
         pages, dim = len(index), pool.shape[-1]
@@ -119,9 +119,9 @@ class Pool:
         codes = (PAGE * bits // 32, dim) if keys else (PAGE, -(-dim * bits // 32))
         words = torch.empty(pages, *codes, dtype=torch.int32, device=pool.device)
         scale, zero = (torch.empty(pages, *groups, dtype=stored, device=pool.device) for _ in range(2))
-        for own in _spans(pages, WORKSPACE // (PAGE * dim)) if pages else []:
-            x = pool[index[own]].float().transpose(1, 2) if keys else pool[index[own]].float()
-            # A short last group is filled up with its last channel, which changes neither its least nor its greatest.
+        for span in _spans(pages, WORKSPACE // (PAGE * dim)) if pages else []:
+            x = pool[index[span]].float().transpose(1, 2) if keys else pool[index[span]].float()
+            # A short last group repeats its last channel, which leaves minimum and maximum unchanged.
             x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], -x.shape[-1] % GROUP)], -1)
             x = x.view(*x.shape[:-1], -1, GROUP)
             low, high = x.aminmax(dim=-1, keepdim=True)
@@ -129,8 +129,8 @@ class Pool:
             s = ceil16((high - z.float()) / (2**bits - 1), stored)
             x = (x - z.float()).div_(torch.where(s > 0, s.float(), 1.0)).round_().clamp_(0, 2**bits - 1)
             packed = pack(x.flatten(-2)[..., : PAGE if keys else dim], bits)
-            words[own] = packed.transpose(1, 2) if keys else packed
-            scale[own], zero[own] = ((t[..., 0].transpose(1, 2) if keys else t[..., 0]) for t in (s, z))
+            words[span] = packed.transpose(1, 2) if keys else packed
+            scale[span], zero[span] = ((t[..., 0].transpose(1, 2) if keys else t[..., 0]) for t in (s, z))
         return cls(bits, words, scale, zero)
 
     def take_keys(self, page: Tensor, slot: Tensor) -> Tensor:
@@ -155,23 +155,24 @@ class Pool:
         return self._map(lambda t: t[first : first + rows * pages].view(rows, pages, *t.shape[1:]))
 
     def pages(self, span: slice) -> Pool:
-        """Of `heads`, the pages `span` of each."""
+        """Pages `span` of each head, of a view from `heads`."""
         return self._map(lambda t: t[:, span])
 
     def _map(self, view: Callable[[Tensor], Tensor]) -> Pool:
         return Pool(self.bits, *map(view, self.tensors))
 
     def planes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers as x * scale + zero, with x as the codes lie in memory: byte by byte.
+        """Numbers as x * scale + zero, with x in the codes' memory layout: byte by byte.
 
-        Code c of a word is in plane c % planes, in byte c // planes. It is moved to the upper end of that byte and read
-        as a signed number around the middle of its group: counted from the lowest value, sums over 6000 slots cancelled
-        to an error of 7e-5, not 2e-6. This takes a tenth of the time of shifting every code out of its word.
+        Code c of a word is in plane c % planes, in byte c // planes. It is shifted to the upper end of that byte and
+        interpreted as a signed number around the middle of its group: relative to the lowest value, cancellation in
+        sums over 6000 slots gave an error of 7e-5, not 2e-6. This takes a tenth of the time of shifting every code out
+        of its word.
 
         Returns x [8 / bits, *words.shape[:-1], 4 * words.shape[-1]], scale and zero shaped as stored, all float32.
         """
         assert self.scale is not None and self.zero is not None  # noqa: PT018
-        # Half a step, where there is room for it below the code: 4 bits run from -7.5 to 7.5 steps.
+        # Half a step, if the byte has room for it below the code: 4 bits span -7.5 to 7.5 steps.
         half = 2 ** (7 - self.bits) if self.bits < 8 else 0
         words = self.words[None]
         if self.bits < 8:
@@ -189,15 +190,15 @@ def _every_byte(value: int) -> int:
 
 @dataclass(frozen=True)
 class QuantKV:
-    """One layer of a compressed context, quantised but for the newest slots. Immutable.
+    """One layer of a compressed context, quantized except the newest slots. Immutable.
 
     Attributes:
-        k, v: the quantised pages.
-        table: [B, Hkv, M] int32, quantised pages of each head, in order; entries past its last page are 0.
-        pages: how many each head has, on the host, row by row.
-        positions: [P, PAGE] int32, original position of each quantised slot; None when every token was kept.
+        k, v: the quantized pages.
+        table: [B, Hkv, M] int32, quantized pages of each head, in order; entries past its last page are 0.
+        pages: quantized pages of each head, on the host, row by row.
+        positions: [P, PAGE] int32, original position of each quantized slot; None if every token was kept.
         residual: the newest slots of each head, in full precision.
-        lens, counts: as in `KV`, quantised slots or not.
+        lens, counts: as in `KV`, of all slots.
     """
 
     k: Pool
@@ -211,7 +212,7 @@ class QuantKV:
 
     @classmethod
     def quantize(cls, kv: PagedKV, k_bits: int, v_bits: int, residual: int = 128) -> QuantKV:
-        """All of `kv` but the newest slots of every head: at least `residual` of them, where it has as many.
+        """Quantize `kv` except the newest slots of every head: at least `residual` of them, or all if it has fewer.
 
         Raises:
             ValueError: bits other than 16, 8, 4, 2, or a negative residual.
@@ -245,23 +246,23 @@ class QuantKV:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of codes, scales, zeros and positions (quantised pages are all full) and of the residual's slots."""
+        """Bytes of codes, scales, zeros and positions (quantized pages are all full) and of the residual's slots."""
         at = 0 if self.positions is None else self.positions.nbytes
         return self.k.nbytes + self.v.nbytes + at + self.residual.kept_bytes
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors: the residual's page slack, tables and lengths too."""
+        """Bytes of all tensors, including the residual's page slack, tables and lengths."""
         tables = self.table.nbytes + self.lens.nbytes
         return self.kept_bytes - self.residual.kept_bytes + tables + self.residual.allocated_bytes
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of codes, scales, zeros and residual slots: one decoding step reads them all."""
+        """Bytes that one decoding step reads: codes, scales, zeros and residual slots."""
         return self.k.nbytes + self.v.nbytes + self.residual.read_bytes
 
     def kept_positions(self, b: int, h: int) -> Tensor:
-        """[n] int64, the original positions that one head kept, ascending."""
+        """[n] int64, the original positions of one head's slots, ascending."""
         row = b * self.lens.shape[1] + h
         if self.positions is None:
             return torch.arange(self.counts[row], device=self.lens.device)
@@ -269,20 +270,20 @@ class QuantKV:
         return torch.cat([old, self.residual.kept_positions(b, h)])
 
     def head(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, D] of head `row`, as read back from the codes, in the model's dtype."""
+        """Keys and values [n, D] of head `row`, dequantized, in the model's dtype."""
         old = self._take_quantized(row, torch.arange(self.pages[row] * PAGE, device=self.table.device))
         new = self.residual.head(row)
         return torch.cat([old[0], new[0]]), torch.cat([old[1], new[1]])
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [m, D] of slots [m] of head `row`; only those are expanded."""
+        """Keys and values [m, D] of slots [m] of head `row`; only these are dequantized."""
         split = self.pages[row] * PAGE
         if split == 0:
             return self.residual.take(row, slots)
         old = self._take_quantized(row, slots.clamp(max=split - 1))
         if split == self.counts[row]:
             return old
-        # Both kinds for every slot: telling them apart first would wait for the device.
+        # Both sources for every slot: separating them first would wait for the device.
         new = self.residual.take(row, (slots - split).clamp_(min=0))
         is_old = (slots < split)[:, None]
         return torch.where(is_old, old[0], new[0]), torch.where(is_old, old[1], new[1])
@@ -291,38 +292,40 @@ class QuantKV:
         page, slot = self.table.flatten(0, 1)[row][slots // PAGE].long(), slots % PAGE
         k, v = self.k.take_keys(page, slot), self.v.take_values(page, slot, self.residual.v.shape[-1])
         dtype = self.residual.k.dtype
-        top = torch.finfo(dtype).max  # a float16 group that ends there may read back above it: its scale is rounded up
+        top = torch.finfo(
+            dtype
+        ).max  # a float16 group that ends there can dequantize above it, since its scale is rounded up
         return k.clamp(-top, top).to(dtype), v.clamp(-top, top).to(dtype)
 
     def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """As `KV.attend`: over the residual, and in float32 over the quantised pages, merged by log-sum-exp."""
+        """As `KV.attend`: over the residual, and in float32 over the quantized pages, merged by log-sum-exp."""
         o, lse = self.residual.attend(q, scaling)
         if not any(self.pages):
             return o, lse
         shape = self.lens.shape
         rows, row_o, row_lse = (_rows(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
-        for own, k, v in self._heads():
-            # Scores of a long question are computed for as many pages at a time as paged.MAX_SCORES allows.
+        for heads, k, v in self._heads():
+            # Scores of a long question are computed in blocks of pages, as many as paged.MAX_SCORES allows.
             for span in _spans(k.words.shape[1], paged.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
-                part_o, part_lse = _attend_pages(rows[own], k.pages(span), v.pages(span))
-                row_o[own] = paged.merge(part_o, part_lse, row_o[own], row_lse[own, :, 0])
-                row_lse[own, :, 0] = torch.logaddexp(part_lse, row_lse[own, :, 0])
+                part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span))
+                row_o[heads] = paged.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
+                row_lse[heads, :, 0] = torch.logaddexp(part_lse, row_lse[heads, :, 0])
         return _unrows(row_o, q.shape, shape[1]).to(q.dtype), _unrows(row_lse, q.shape, shape[1])[..., 0]
 
     def _heads(self) -> Iterator[tuple[slice, Pool, Pool]]:
-        """Rows and their pages: all at once where every head has as many, else one head at a time."""
-        length_matched = len(set(self.pages)) == 1
-        rows = len(self.pages) if length_matched else 1
+        """Rows and their pages: all at once if every head has the same number, else one head at a time."""
+        equal_counts = len(set(self.pages)) == 1
+        rows = len(self.pages) if equal_counts else 1
         for row, first in enumerate(accumulate(self.pages[:-1], initial=0)):
-            if (pages := self.pages[row]) and not (length_matched and row):
+            if (pages := self.pages[row]) and not (equal_counts and row):
                 yield slice(row, row + rows), self.k.heads(first, rows, pages), self.v.heads(first, rows, pages)
 
 
 def _attend_pages(q: Tensor, k: Pool, v: Pool) -> tuple[Tensor, Tensor]:
     """q [R, M, D] float32, scaled, over k and v of [R, pages, ...] into o [R, M, D] and lse [R, M].
 
-    A group's scale is multiplied into its codes, a block of pages at a time: a product for each group costs a CPU more.
-    Its zero enters once, as sum_d q_d zero_d to the group's scores and as sum_s p_s zero_s to the output.
+    Scales are multiplied into the codes in blocks of pages, since a product per group is slower on CPUs.
+    A group's zero enters once, as sum_d q_d zero_d to the group's scores and as sum_s p_s zero_s to the output.
     """
     rows, queries, dim = q.shape
     scores = q.new_empty(rows, queries, k.words.shape[1], PAGE)
@@ -340,8 +343,8 @@ def _attend_pages(q: Tensor, k: Pool, v: Pool) -> tuple[Tensor, Tensor]:
 def _scores(q: Tensor, k: Pool, out: Tensor) -> None:
     """q [R, M, D] against the keys of k into out [R, M, pages, PAGE].
 
-    The bytes of a word are slots of one channel, so the keys lie as [word, D, byte], not as [slot, D]. Where laying
-    them out anew costs more than the product, four copies of q, each zero but at one byte, multiply them as they lie.
+    The bytes of a word are slots of one channel, so keys are stored as [word, D, byte], not as [slot, D]. If a new
+    layout costs more than the product, four copies of q, each nonzero at one byte only, multiply them in place.
     """
     rows, queries, dim = q.shape
     if k.bits == 16:
@@ -372,27 +375,27 @@ def _weigh(weights: Tensor, v: Pool, dim: int) -> Tensor:
     return o + zeros.repeat_interleave(GROUP, -1)[..., :dim]
 
 
-def _spans(pages: int, most: int) -> list[slice]:
-    """Slices of at most `most` pages, and as equal as can be."""
-    step = -(-pages // -(-pages // max(1, most)))
+def _spans(pages: int, limit: int) -> list[slice]:
+    """Slices of at most `limit` pages, of nearly equal size."""
+    step = -(-pages // -(-pages // max(1, limit)))
     return [slice(start, min(start + step, pages)) for start in range(0, pages, step)]
 
 
 def _rows(x: Tensor, sequences: int, kv_heads: int) -> Tensor:
-    """[B', H, T, C] to [sequences * Hkv, rows, C]: rows that read the same keys lie side by side."""
+    """[B', H, T, C] to [sequences * Hkv, rows, C]: rows with the same keys are adjacent."""
     batch, heads, tokens, last = x.shape
     x = x.reshape(sequences, batch // sequences, kv_heads, heads // kv_heads, tokens, last)
     return x.transpose(1, 2).reshape(sequences * kv_heads, -1, last)
 
 
 def _unrows(x: Tensor, shape: torch.Size, kv_heads: int) -> Tensor:
-    """`_rows` undone: [sequences * Hkv, rows, C] to [B', H, T, C], shape being q's."""
+    """The inverse of `_rows`: [sequences * Hkv, rows, C] to [B', H, T, C], where `shape` is that of q."""
     x = x.view(x.shape[0] // kv_heads, kv_heads, -1, shape[1] // kv_heads, shape[2], x.shape[-1])
     return x.transpose(1, 2).reshape(*shape[:3], x.shape[-1])
 
 
 def _table(pages: Sequence[int], lens: Tensor) -> Tensor:
-    """[B, Hkv, M] int32: as many pages as each head has, one after the other."""
+    """[B, Hkv, M] int32: page ids, consecutive over all heads."""
     at = torch.arange(max(pages, default=0), device=lens.device)
     count = torch.tensor(pages, dtype=torch.int64, device=lens.device)[:, None]
     ids = count.cumsum(0) - count + at

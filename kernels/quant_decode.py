@@ -1,20 +1,20 @@
 # ruff: noqa: N803, N806
-"""Decode attention over a quantised context (`quant.QuantKV`), read as it is stored: in 8, 4 or 2 bits a number.
+"""Decode attention over a quantized context (`quant.QuantKV`), read from memory in 8, 4 or 2 bits.
 
-A key of slot s reads as k_sd = scale_gd c_sd + zero_gd, g being the group of 32 slots that s lies in; a value as
-v_sd = scale_sh c_sd + zero_sh, h being the group of 32 channels that d lies in. Both are read a tile at a time from
-words to tensor cores; no number that was read back leaves the multiprocessor:
+The key of slot s is k_sd = scale_gd c_sd + zero_gd, with g the group of 32 slots of s; the value is
+v_sd = scale_sh c_sd + zero_sh, with h the group of 32 channels of d. Both are dequantized tile by tile in registers, on
+the way from words to tensor cores; dequantized numbers are never written to memory:
 
     q . k_s = q . z + sum_d q_d (scale_gd c_sd + zero_gd - z_d),    z the centre of the share's first group
 
-What a channel's keys have in common (much, in a channel of outliers) thus stays in float32, outside the loop, and the
-product's 16 bits are spent on how the keys differ. Scale and zero are applied to the codes in one multiply-add, which
-turns them into floats anyway. Folding the scale into q and p instead leaves that step in place and adds one product
-for each of a tensor-core tile's 16 rows, of which G are in use: for int4 at head_dim 128 on sm_90, 1019 instructions
-a loop of 32 slots and 187 registers, against 591 and 125 for this form, and 1022 and 168 for this form on 64 slots.
+The common part of a channel's keys (large in outlier channels) stays in float32 outside the loop, so the product's 16
+bits represent only the differences between keys. Scale and zero are applied to the codes in one multiply-add, which
+also converts them to floats. Folding the scale into q and p would keep that step and add one product for each of a
+tensor-core tile's 16 rows, of which G are used: for int4 at head_dim 128 on sm_90, 1019 instructions per loop of 32
+slots and 187 registers, against 591 and 125 here (1022 and 168 with 64 slots per loop).
 
-Otherwise as kernels/decode.py: one program reads one share of one KV head's pages for all its query heads, and partial
-results merge by log-sum-exp, here together with the newest slots' result, which are kept in full precision.
+Otherwise as kernels/decode.py: one program processes one share of one KV head's pages for all its query heads, and
+partial results are merged by log-sum-exp, together with the result over the newest slots, which are in full precision.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, 
 def reference(
     q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in float32: attention over what the codes read back as. Tests compare against this.
+    """The definition, in float32: attention over the dequantized slots. Every test compares against this.
 
     Arguments and results as for `decode_pages`, but o is float32.
     """
@@ -55,7 +55,7 @@ def reference(
     return o, lse
 
 
-# As in decode.py: one binary for every G, and none for a table that is as long as another.
+# As in decode.py: one binary for every G and every table length.
 _jit = jit("G", "kv_heads", "stride_tb", "stride_th")
 
 
@@ -63,7 +63,7 @@ _jit = jit("G", "kv_heads", "stride_tb", "stride_th")
 def expand(words, scale, zero, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes FIRST, FIRST + STEP, ... of each word c: scale * (1 + c / 2**BITS) + zero, along new axes of 2."""
     if STEP * BITS == 32:
-        # In the upper bits of the fraction of 1.0 a code needs no conversion, which runs at a quarter of the rate.
+        # A code in the upper bits of the fraction of 1.0 needs no conversion, which has a quarter of the throughput.
         TOP: tl.constexpr = 23 - BITS
         AT: tl.constexpr = FIRST * BITS
         code = words << (TOP - AT) if AT <= TOP else words >> (AT - TOP)
@@ -86,7 +86,7 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     TILES: tl.constexpr = PAGE // BLOCK_S
-    # A word holds K_PER slots of a channel, or V_PER channels of a slot; with 16 bits one number is one word.
+    # A word packs K_PER slots of a channel, or V_PER channels of a slot; with 16 bits one number is one word.
     K_PER: tl.constexpr = 32 // K_BITS if K_BITS < 16 else 1
     V_PER: tl.constexpr = 32 // V_BITS if V_BITS < 16 else 1
     K_ROWS: tl.constexpr = BLOCK_S // K_PER
@@ -94,7 +94,7 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     C: tl.constexpr = (D + GROUP - 1) // GROUP
     C_PAD: tl.constexpr = D_PAD // GROUP
 
-    # 64 bits before any product: 2**18 pages of 64 x 128 already hold 2**31 elements.
+    # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
     bh = tl.program_id(0).to(tl.int64)
     b = bh // kv_heads
     h = bh % kv_heads
@@ -123,11 +123,11 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
-    # Carried from one tile to the next, as in decode.py.
+    # Loaded one tile ahead, as in decode.py.
     page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
     if K_BITS < 16:
         group = page * (PAGE // GROUP) * D + offs_d
-        # Without a page there may be no pool to read.
+        # Without pages the pool may be empty.
         mask = offs_d < tl.where(first < last, D, 0)
         centre = tl.load(k_zero_ptr + group, mask=mask, other=0.0).to(tl.float32)
         centre += tl.load(k_scale_ptr + group, mask=mask, other=0.0).to(tl.float32) * (1 << (K_BITS - 1))
@@ -163,7 +163,7 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
         m = m_new
         page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
 
-    # A share without a page leaves zeros and -inf, which weigh nothing in the merge.
+    # A share without pages writes zeros and -inf, which have weight 0 in the merge.
     empty = last <= first
     l = tl.where(empty, 1.0, l)  # noqa: E741
     lse = (m + tl.log2(l)) * LN2
@@ -177,24 +177,24 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
 def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | bool]:
     """The launch options of `quant_split_kernel`.
 
-    In 16 bits every thread has 64 codes of K and of V, and two scales of V: enough for an asynchronous copy.
+    In 16 bits every thread loads 64 codes of K and of V, and two scales of V: enough for an asynchronous copy.
     """
-    few = head_dim <= 64
+    small = head_dim <= 64
     chosen: dict[str, int | bool] = {"num_stages": 3, "enable_fp_fusion": True}
     if dtype == torch.float32:
-        return chosen | {"num_warps": 4 if few else 8}
+        return chosen | {"num_warps": 4 if small else 8}
     if head_dim in (64, 128):
-        # 168 registers are twelve warps on a multiprocessor. Left alone, ptxas takes up to 204 of them; held to 168 it
-        # spills two where keys have 8 bits, but reaches 168 if a few more are allowed. A padded head_dim needs more.
+        # 168 registers allow twelve warps per multiprocessor. Without a limit ptxas uses up to 204; limited to 168 it
+        # spills two for 8-bit keys, but reaches 168 if a few more are allowed. A padded head_dim needs more.
         chosen["maxnreg"] = 184 if k_bits == 8 else 168
-    return chosen | {"num_warps": 2 if few else 4}
+    return chosen | {"num_warps": 2 if small else 4}
 
 
 def split_constants(dtype: torch.dtype, head_dim: int, k_bits: int, v_bits: int) -> dict[str, int]:
     """The compile-time arguments of `quant_split_kernel`.
 
-    A page at a time, as far as registers reach: half as many reductions, and every load wide enough for an
-    asynchronous copy. Float32 has no tensor cores here and unrolls into multiply-adds, as in decode.py.
+    A page per iteration where registers suffice: half as many reductions, and every load wide enough for an
+    asynchronous copy. Float32 uses no tensor cores here and unrolls into multiply-adds, as in decode.py.
     """
     D_PAD = max(GROUP, 1 << (head_dim - 1).bit_length())
     BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
@@ -203,22 +203,22 @@ def split_constants(dtype: torch.dtype, head_dim: int, k_bits: int, v_bits: int)
 
 
 def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Tensor]:
-    """As `QuantKV.attend` for one token: attention over the quantised pages and the newest slots together.
+    """As `QuantKV.attend` for one token: attention over the quantized pages and the newest slots together.
 
-    On CUDA three launches (four where the residual is long), and no wait for the device. Rows that share a sequence
-    are read for together, like so many more query heads.
+    On CUDA three launches (four if the residual is long), without waiting for the device. Rows that share a sequence
+    are processed together, as additional query heads.
 
     Args:
-        q: [B', H, D] in the model's dtype; B' = B or, where sequences are shared, R rows for each of B in turn.
-        kv: B sequences.
+        q: [B', H, D] in the model's dtype; B' = B or, if sequences are shared, R consecutive rows for each of B.
+        kv: the quantized slots of B sequences.
         scaling: factor on q K^T, usually D ** -0.5.
 
     Returns:
-        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf where a head kept nothing).
+        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf for empty heads).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     sequences, kv_heads = kv.lens.shape
     if q.ndim != 3 or q.shape[0] % max(1, sequences) or q.shape[1] % max(1, kv_heads):
@@ -233,9 +233,9 @@ def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Te
     o, lse = decode.decode(q, new.k, new.v, new.table, new.lens, scaling)
     if any(kv.pages):
         o, lse = decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, rest=(o, lse))
-    turned = (sequences, kv_heads, rows // sequences, heads // kv_heads)
-    o = o.view(*turned, dim).transpose(1, 2).reshape(rows, heads, dim)
-    return o, lse.view(turned).transpose(1, 2).reshape(rows, heads)
+    transposed = (sequences, kv_heads, rows // sequences, heads // kv_heads)
+    o = o.view(*transposed, dim).transpose(1, 2).reshape(rows, heads, dim)
+    return o, lse.view(transposed).transpose(1, 2).reshape(rows, heads)
 
 
 def decode_pages(
@@ -250,27 +250,27 @@ def decode_pages(
     rest: tuple[Tensor, Tensor] | None = None,
     splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one query token for each sequence over each KV head's quantised pages.
+    """Attention of one query token per sequence over each KV head's quantized pages.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
         q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
-        k, v: pools of P pages, as laid out in kernels/quant.py, contiguous.
+        k, v: pools of P pages in the layout of kernels/quant.py, contiguous.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last page.
-        lens, newest: [B, Hkv] int32, contiguous: kept slots of each head, and how many of them are not in its pages,
-            which are all full: a head has (lens - newest) // PAGE of them (0 is legal). Checked on the host alone.
+        lens, newest: [B, Hkv] int32, contiguous: kept slots of each head, and the number of them outside its quantized
+            pages. Pages are full: a head has (lens - newest) // PAGE of them (0 is legal). Checked only if on the host.
         scaling: factor on q K^T, usually D ** -0.5.
-        rest: o [B, H, D] and lse [B, H] over other slots, to merge with.
-        splits: shares to cut each KV head into; chosen from M and the device when None.
+        rest: o [B, H, D] and lse [B, H] over other slots, merged into the result.
+        splits: number of shares per KV head; None chooses it from M and the device.
 
     Returns:
-        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where nothing is kept).
+        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf for empty heads).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, newest, splits)
     if not (q.is_cuda or INTERPRETED):
@@ -281,10 +281,10 @@ def decode_pages(
     if splits is None:
         B, Hkv, M = table.shape
         count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        # Half the pages: a share of four, of half the bytes or fewer, for the same share of partial results.
+        # Half the pages: shares of at least four pages, which have half the bytes or fewer, for the same overhead.
         splits = decode.choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M // 2, count)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         k, v = (Pool(x.bits, *(t.float() if t.is_floating_point() else t for t in x.tensors)) for x in (k, v))
         o, lse = _launch(q.float(), k, v, table, lens, newest, scaling, rest, splits)
         return o.to(q.dtype), lse
@@ -307,7 +307,7 @@ def _launch(
     G = H // Hkv
     part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
-    # With 16 bits nothing is read through the pointers to scale and zero.
+    # With 16 bits the pointers to scale and zero are not read.
     pools = [t for x in (k, v) for t in (x.tensors if x.bits < 16 else [x.words] * 3)]
     strides = [stride for t in (q, table) for stride in t.stride()[:2]]
     with torch.cuda.device(q.get_device()):
@@ -342,10 +342,10 @@ def _check(q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Ten
         P, bits = pool.words.shape[0], pool.bits
         shape = (P, PAGE * bits // 32, D) if name == "k" else (P, PAGE, -(-D * bits // 32))
         group = (P, PAGE // GROUP, D) if name == "k" else (P, PAGE, -(-D // GROUP))
-        want = [(shape, torch.int32), (group, stored), (group, stored)] if bits < 16 else [((P, PAGE, D), q.dtype)]
-        found = [(tuple(t.shape), t.dtype) for t in pool.tensors]
-        if bits not in BITS or found != want:
-            raise ValueError(f"{name} of {bits} bits must be {want} for q {tuple(q.shape)} {q.dtype}, got {found}")
+        expected = [(shape, torch.int32), (group, stored), (group, stored)] if bits < 16 else [((P, PAGE, D), q.dtype)]
+        actual = [(tuple(t.shape), t.dtype) for t in pool.tensors]
+        if bits not in BITS or actual != expected:
+            raise ValueError(f"{name} of {bits} bits must be {expected} for q {tuple(q.shape)} {q.dtype}, got {actual}")
     if k.words.shape[0] != v.words.shape[0]:
         raise ValueError(f"k and v must have as many pages, got {tuple(k.words.shape)} and {tuple(v.words.shape)}")
     if not table.dtype == lens.dtype == newest.dtype == torch.int32:
@@ -358,9 +358,11 @@ def _check(q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Ten
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
     if lens.device.type == "cpu" and lens.numel():
-        old = lens - newest
-        if old.min() < 0 or old.max() > M * PAGE or (old % PAGE).any():
-            raise ValueError(f"lens - newest must be 0 to {M} whole pages, got {old.tolist()} for {tuple(table.shape)}")
+        quantized = lens - newest
+        if quantized.min() < 0 or quantized.max() > M * PAGE or (quantized % PAGE).any():
+            raise ValueError(
+                f"lens - newest must be 0 to {M} whole pages, got {quantized.tolist()} for {tuple(table.shape)}"
+            )
 
 
 LIMITS = {
@@ -368,13 +370,12 @@ LIMITS = {
     ("quant_decode.split", "bf16"): Limit(255, SHARED, TENSOR_CORES),
     ("quant_decode.split", "fp32"): Limit(255, SHARED, (("LDGSTS",),)),
 }
-# Not every pair: what one side costs depends on its own bits, least of all with 16, and a float16 launch is compiled to
-# what a bfloat16 one is.
+# Not every pair: the cost of keys or values depends on their own bits (least at 16), and float16 compiles as bfloat16.
 GATED_BITS = {"fp16": ((4, 4),), "bf16": ((8, 8), (4, 4), (2, 2), (8, 4)), "fp32": ((4, 4),)}
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `decode_pages` asks for, for the pairs of `GATED_BITS`."""
+    """The specialisations that `decode_pages` uses, for the pairs of `GATED_BITS`."""
     for dtype, dims in USED_HEAD_DIMS.items():
         for dim in dims:
             yield from (split_variant(dtype, dim, *bits) for bits in GATED_BITS[dtype])

@@ -1,18 +1,18 @@
 # ruff: noqa: N803, N806
-"""How promising every unit of a compressed context is to one query token a sequence, from an index of its keys.
+"""Scores of every unit of a compressed context for one query token per sequence, from an index of its keys.
 
     score[u] = mean_g softmax_u(l_g)        l_g[u] = scaling * (estimate of q_g k^T from the index)
 
-over the G = H // Hkv query heads of a KV head (`select.promise`). Two indexes:
+over the G = H // Hkv query heads of a KV head (`select.mean_softmax`). Two indexes:
 
-    Bits    l_g = scaling * (q_g . zero +- q_g . scale): 32 slots of a group differ in signs alone. The bit flips the
+    Bits    l_g = scaling * (q_g . zero +- q_g . scale): the 32 slots of a group differ only in signs. The bit flips the
             sign of the stored scale, so every product is one of two stored 16-bit numbers, exact in float32. Bits i
             and i + 16 of a word turn into the signs of two 16-bit numbers in one shift and one xor.
     Bounds  l_g = scaling * (relu(q_g) . max - relu(-q_g) . min)
 
-Two passes. The first leaves logits (times log2 e) and of each block of them the maximum and the sum; the second merges
-the blocks' sums and writes the scores. Heads that hold at most `budget` slots have no index: size 0, no scores. The
-query heads of all rows that share a context meet its index together.
+Two passes. The first writes logits (times log2 e) and the maximum and sum of each block; the second merges the sums and
+writes the scores. Heads with at most `budget` slots have no index: size 0, no scores. The query heads of all rows that
+share a context are processed together.
 
     logits  [B', H, SUB, width]    SUB = 32 for Bits (slot u is row u % 32, column u // 32), 1 for Bounds
     scores  [B', Hkv, SUB * width]
@@ -33,10 +33,10 @@ from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, 
 
 
 def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """The definition, in float32, by the indexes' own `scores`.
+    """The definition, in float32, by `scores` of the index.
 
     Args:
-        q: [B', H, D], one query token of each row; B' / B rows share a sequence.
+        q: [B', H, D], one query token per row; B' / B rows share a sequence.
         index: of the heads with more than `budget` slots.
         lens: [B, Hkv] int32, slots of each head.
         budget: heads with at most this many are not scored.
@@ -44,7 +44,7 @@ def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scalin
 
     Returns:
         scores [B', Hkv, U] float32, 0 past a head's last unit, and sizes [B', Hkv] int32, units of each head, 0
-        where it is not scored. U is the number of units of the longest head.
+        if it is not scored. U is the number of units of the longest head.
     """
     rows, H, D = q.shape
     B, Hkv = lens.shape
@@ -57,18 +57,18 @@ def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scalin
     for b, counts in enumerate(large.tolist()):
         for h, n in enumerate(counts):
             if n:
-                own = index.scores(b * Hkv + h, n, grouped[None, b, :, h], scaling)[0]
-                scores[b, :, h, : own.shape[-1]] = own
+                head_scores = index.scores(b * Hkv + h, n, grouped[None, b, :, h], scaling)[0]
+                scores[b, :, h, : head_scores.shape[-1]] = head_scores
     return scores.flatten(0, 1), sizes.int().repeat_interleave(shared, 0)
 
 
-# All that differs between contexts, layers and models of one head_dim stays an argument of one binary.
+# Everything that differs between contexts, layers and models of one head_dim is an argument of one binary.
 _jit = jit("G", "shared", "kv_heads", "budget", "unit", "blocks")
 
 
 @_jit
 def first_unit(lens_ptr, row, budget, unit):  # type: ignore[no-untyped-def]
-    """Where head `row`'s part of the index begins: heads above the budget lie side by side, in order."""
+    """First unit of head `row` in the index, which concatenates the heads above the budget."""
     before = tl.zeros([64], tl.int32)
     for start in range(0, row, 64):
         offs = start + tl.arange(0, 64)
@@ -81,7 +81,7 @@ def first_unit(lens_ptr, row, budget, unit):  # type: ignore[no-untyped-def]
 def load_queries(  # type: ignore[no-untyped-def]
     q_ptr, row, G, shared, kv_heads, stride_qb, stride_qh, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M query heads of all rows that read KV head `row`: [D_PAD, BLOCK_M], their places in [B', H], a mask."""
+    """BLOCK_M query heads of all rows over KV head `row`: [D_PAD, BLOCK_M], their indices in [B', H], a mask."""
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D_PAD)
     mask_m = offs_m < shared * G
@@ -94,7 +94,7 @@ def load_queries(  # type: ignore[no-untyped-def]
 
 @_jit
 def store_sums(m, l, m_ptr, l_ptr, part, mask):  # type: ignore[no-untyped-def] # noqa: E741
-    """One maximum and one sum of a block, from each of its rows' own."""
+    """Reduce the maxima and sums of a block's rows to one of each."""
     m_block = tl.max(m, 0)
     tl.store(m_ptr + part, m_block, mask=mask)
     tl.store(l_ptr + part, tl.sum(l * tl.exp2(m - m_block[None, :]), 0), mask=mask)
@@ -136,7 +136,7 @@ def bits_kernel(  # type: ignore[no-untyped-def]
 
     out = logits_ptr + (heads * GROUP * width)[None, :] + offs_u[:, None]
     mask_out = mask_u[:, None] & mask_m[None, :]
-    # A finite floor: where nothing was seen yet, exp2(-inf - m) is 0 and not NaN.
+    # A finite floor: before the first slot, exp2(-inf - m) is 0 and not NaN.
     m = tl.full([BLOCK_U, BLOCK_M], -3.0e38, tl.float32)
     l = tl.zeros([BLOCK_U, BLOCK_M], tl.float32)  # noqa: E741
     for i in range(HALF):
@@ -202,12 +202,12 @@ def bounds_kernel(  # type: ignore[no-untyped-def]
 
 
 @_jit
-def promise_kernel(  # type: ignore[no-untyped-def]
+def score_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, m_ptr, l_ptr, lens_ptr, scores_ptr, sizes_ptr,
     G, shared, kv_heads, budget, unit, blocks, width,
     SUB: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """Scores of COLUMNS columns for one row and KV head, and its size. SPAN: columns whose sums are one of `blocks`."""
+    """Scores of COLUMNS columns for one row and KV head, and its size. SPAN: columns per block of sums."""
     row = tl.program_id(0).to(tl.int64)  # of [B', Hkv]
     n = tl.load(lens_ptr + row // kv_heads // shared * kv_heads + row % kv_heads)
     units = tl.where(n > budget, tl.cdiv(n, unit), 0)
@@ -245,7 +245,7 @@ OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 2, "enable_fp_fu
 
 
 def bits_options(constants: dict[str, int]) -> dict[str, int | bool]:
-    """How `bits_kernel` is compiled: the wide tiles are spread over 8 warps, where 4 ran out of registers."""
+    """The launch options of `bits_kernel`: wide tiles use 8 warps, since 4 ran out of registers."""
     wide = constants["BLOCK_U"] * constants["D_PAD"] * constants["BLOCK_M"] > 64 * 128 * 8
     return OPTIONS | {"num_warps": 8 if wide or constants["D_PAD"] == 256 else 4}
 
@@ -253,7 +253,7 @@ def bits_options(constants: dict[str, int]) -> dict[str, int | bool]:
 def scan_constants(dtype: torch.dtype, head_dim: int, queries: int, *, bits: bool) -> dict[str, int]:
     """The compile-time arguments of `bits_kernel` and `bounds_kernel`.
 
-    The index is the larger side of the product (64 rows are 4 warps of 16), 8 or 16 query heads the other. Float32 has
+    The index is the larger side of the product (64 rows are 4 warps of 16), 8 or 16 query heads the other. Float32 uses
     no tensor cores here and unrolls into FMAs.
     """
     D_PAD = 1 << (head_dim - 1).bit_length()
@@ -262,32 +262,32 @@ def scan_constants(dtype: torch.dtype, head_dim: int, queries: int, *, bits: boo
     return constants | ({"GROUP": GROUP} if bits else {"TILES": 256 // BLOCK_U})
 
 
-def promise_constants(span: int, *, bits: bool) -> dict[str, int]:
-    """The compile-time arguments of `promise_kernel`: 1024 units a program."""
+def score_constants(span: int, *, bits: bool) -> dict[str, int]:
+    """The compile-time arguments of `score_kernel`: 1024 units per program."""
     return {"SUB": GROUP if bits else 1, "COLUMNS": 1024 // (GROUP if bits else 1), "SPAN": span, "BLOCK_I": 128}
 
 
 def scan(
     q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int], budget: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Scores of every unit of the heads above `budget`, for one query token a row.
+    """Scores of every unit of the heads above `budget`, for one query token per row.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import.
 
     Args:
         q: [B', H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256; B' a multiple of B.
-        index: of the heads with more than `budget` slots, made from keys of q's dtype.
+        index: of the heads with more than `budget` slots, built from keys of q's dtype.
         lens: [B, Hkv] int32, contiguous: slots of each head.
         counts: lens on the host, row by row; at least one above the budget.
         budget, scaling: as in `reference`.
 
     Returns:
-        As `reference`, but that scores past a head's last unit are undefined.
+        As `reference`, but scores past a head's last unit are undefined.
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, index, lens, counts, budget)
     if not (q.is_cuda or INTERPRETED):
@@ -295,7 +295,7 @@ def scan(
     if not AVAILABLE:
         raise RuntimeError(f"scan on {q.device} needs the package triton, which is not installed")
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         q = q.float()
         if isinstance(index, Bits):
             index = Bits(index.words, index.zero.half(), index.scale.half(), index.starts)
@@ -324,8 +324,8 @@ def _launch(
             q, *_tensors(index), lens, logits, m, l, scaling,
             G, shared, Hkv, budget, *units, blocks, *q.stride()[:2], width, **constants, **options,
         )  # fmt: skip
-        constants = promise_constants(span, bits=bits)
-        promise_kernel[(rows * Hkv, -(-columns // constants["COLUMNS"]))](
+        constants = score_constants(span, bits=bits)
+        score_kernel[(rows * Hkv, -(-columns // constants["COLUMNS"]))](
             logits, m, l, lens, scores, sizes, G, shared, Hkv, budget, unit, blocks, width, **constants, **OPTIONS
         )
     return scores[..., : -(-most // unit)], sizes
@@ -362,31 +362,31 @@ def _check(q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int],
         raise ValueError(f"index and lens must be on q's device, {q.device}, got {tensors[0].device}, {lens.device}")
 
 
-# The 1-bit scan holds 64 words and 64 pairs of scales a thread, and reads neither again.
+# The 1-bit scan keeps 64 words and 64 pairs of scales per thread in registers and reads each once.
 LIMITS = {
     **{("scan.bits", dtype): Limit(255, SHARED, TENSOR_CORES[1:]) for dtype in ("fp16", "bf16")},
     **{("scan.bounds", dtype): Limit(168, SHARED, TENSOR_CORES) for dtype in ("fp16", "bf16")},
     ("scan.bits", "fp32"): Limit(255, SHARED),
     ("scan.bounds", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
-    ("scan.promise", "fp32"): Limit(168, SHARED),
+    ("scan.score", "fp32"): Limit(168, SHARED),
 }
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `scan` asks for."""
+    """The specialisations that `scan` uses."""
     for dtype, dims in USED_HEAD_DIMS.items():
         for dim, queries, bits in product(dims, (8, 16), (True, False)):
             yield _variant(dtype, dim, queries, bits=bits)
     for bits, span in ((True, 16), (True, 32), (True, 64), (False, 256)):
         yield Variant(
-            kernel="scan.promise",
+            kernel="scan.score",
             name=f"fp32 {'bits' if bits else 'bounds'} {span}",
-            fn=promise_kernel,
+            fn=score_kernel,
             pointers={"lens_ptr": "*i32", "sizes_ptr": "*i32"}
             | dict.fromkeys(("logits_ptr", "m_ptr", "l_ptr", "scores_ptr"), "*fp32"),
             floats=(),
             aligned=("width",),
-            constants=promise_constants(span, bits=bits),
+            constants=score_constants(span, bits=bits),
             options=OPTIONS,
         )
 

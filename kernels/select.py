@@ -1,12 +1,12 @@
-"""Selective attention: an index guesses which slots a query wants, and attention is exact over those alone.
+"""Sparse attention: an index selects slots for a query, and attention is exact over the selected slots.
 
-For every query token and KV head, an index that is much smaller than the keys estimates the attention logits
+For every query token and KV head, an index much smaller than the keys estimates the attention logits
 l_g = scaling * q_g k^T of the G query heads that share the KV head. The slots are ranked by mean_g softmax(l_g),
 the best `budget` are selected, and
 
     o_g = softmax(scaling * q_g K_sel^T) V_sel        lse_g = log sum exp(scaling * q_g K_sel^T)
 
-over the selected slots only. The whole context stays stored: what is saved is reading it.
+over the selected slots only. No memory is freed: the context stays stored, and fewer bytes are read.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor
 
 from lceval.kernels.paged import KV
 
-# Query tokens are taken in blocks of at most this many scores: an index may need several times that to make them.
+# Query tokens are processed in blocks of at most this many scores; computing them can need several times that memory.
 MAX_SCORES = 1 << 22
-# Heads of equal length are ranked together as long as their keys have at most this many elements.
+# Heads of equal length are scored together up to this many elements of their keys.
 MAX_KEYS = 1 << 24
 
 
 class Index(Protocol):
-    """A summary of one layer's keys that ranks slots without reading them. It covers the heads above the budget.
+    """A summary of one layer's keys that scores slots without reading the keys, for the heads above the budget.
 
     Attributes:
-        unit: consecutive slots that are ranked, and selected, together. The last unit of a head may be shorter.
+        unit: consecutive slots that are scored and selected together. The last unit of a head may be shorter.
     """
 
     @property
@@ -42,13 +42,13 @@ class Index(Protocol):
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of it that one decoding step reads."""
+        """Bytes of the index that one decoding step reads."""
 
     def scores(self, first: int, n: int, q: Tensor, scaling: float) -> Tensor:
-        """How promising each unit is to each query token; ties go to the earlier unit.
+        """Scores of each unit for each query token; ties select the earlier unit.
 
         Args:
-            first: a head of B * Hkv; the index is asked for it and the R - 1 that follow, which hold n slots each.
+            first: first of R consecutive heads of B * Hkv with n slots each.
             q: [R, Q, G, D], the G query heads of Q query tokens over each of the R heads.
 
         Returns:
@@ -56,13 +56,13 @@ class Index(Protocol):
         """
 
 
-def promise(logits: Tensor) -> Tensor:
+def mean_softmax(logits: Tensor) -> Tensor:
     """Scores of a KV head's units from its query heads' logits [..., G, U]: mean_g softmax(l_g), [..., U]."""
     return logits.softmax(-1).mean(-2)
 
 
 def top(scores: Tensor, count: int) -> Tensor:
-    """The `count` highest of the last dimension, as a mask; ties keep the earlier. scores: [..., U]."""
+    """The `count` highest of the last dimension as a mask; ties keep the earlier. scores: [..., U]."""
     if count == 0 or count >= scores.shape[-1]:
         return torch.full_like(scores, count > 0, dtype=torch.bool)
     # By threshold, not by sorting: a stable sort of 6000 scores takes ten times as long.
@@ -73,18 +73,18 @@ def top(scores: Tensor, count: int) -> Tensor:
 
 
 def indexed_keys(kv: KV, budget: int) -> Iterator[Tensor]:
-    """Keys [n, D] of every head in turn for an index to summarise, none ([0, D]) of a head within the budget."""
+    """Keys [n, D] of every head in turn, to build an index from; [0, D] for heads within the budget."""
     for row, n in enumerate(kv.counts):
         k = kv.head(row)[0]
         yield k if n > budget else k[:0]
 
 
 def selective(kv: KV, budget: int, build: Callable[[Iterator[Tensor]], Index]) -> KV:
-    """`kv` read selectively, or `kv` itself where no head holds more than `budget` slots.
+    """`kv` with sparse attention, or `kv` itself if no head has more than `budget` slots.
 
     Args:
         budget: slots to select per KV head and query token, at least 1.
-        build: makes the index from every head's `indexed_keys`.
+        build: builds the index from `indexed_keys`.
     """
     if max(kv.counts, default=0) <= budget:
         return kv
@@ -93,14 +93,14 @@ def selective(kv: KV, budget: int, build: Callable[[Iterator[Tensor]], Index]) -
 
 @dataclass(frozen=True)
 class Selective:
-    """One layer of a context of which every query token attends to `budget` slots per KV head.
+    """One layer of a context with sparse attention: a query token attends to `budget` slots per KV head.
 
-    Heads with at most `budget` slots are read whole. The budget is rounded down to whole units of the index, but
-    one unit is always selected.
+    Heads with at most `budget` slots are dense. The budget is rounded down to whole units of the index but is at least
+    one unit.
 
     Attributes:
-        kv: the slots, however they are stored.
-        index: ranks them.
+        kv: the slots in any layout.
+        index: scores the slots.
         budget: slots to select, at least 1 and below the count of some head.
     """
 
@@ -125,12 +125,12 @@ class Selective:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors, the index's too."""
+        """Bytes of all tensors, including the index."""
         return self.kv.allocated_bytes + self.index.stored_bytes
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that one decoding step reads: of the index, and the selected slots' share of the stored ones."""
+        """Bytes that one decoding step reads: of the index and of the selected slots."""
         selected = sum(n if n <= self.budget else min(n, self.units * self.index.unit) for n in self.counts)
         return self.index.read_bytes + self.kv.read_bytes * selected // sum(self.counts)
 
@@ -140,11 +140,11 @@ class Selective:
         return max(1, self.budget // self.index.unit)
 
     def kept_positions(self, b: int, h: int) -> Tensor:
-        """[n] int64, the original positions that one head kept, ascending."""
+        """[n] int64, the original positions of one head's slots, ascending."""
         return self.kv.kept_positions(b, h)
 
     def head(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, D] of head `row`, all of them."""
+        """Keys and values [n, D] of all slots of head `row`."""
         return self.kv.head(row)
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,37 +152,37 @@ class Selective:
         return self.kv.take(row, slots)
 
     def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """As `KV.attend`, each query token over the slots selected for it; lse is theirs alone."""
+        """As `KV.attend`, each query token over its selected slots; lse covers the selected slots only."""
         batch, heads, tokens, dim = q.shape
         sequences, kv_heads = self.lens.shape
         group, shared = heads // kv_heads, batch // sequences
-        # Query tokens over one KV head side by side, their G query heads together: [B * Hkv, Q, G, D].
+        # Query tokens per KV head with their G query heads: [B * Hkv, Q, G, D].
         rows = q.view(sequences, shared, kv_heads, group, tokens, dim).permute(0, 2, 1, 4, 3, 5)
         rows = rows.reshape(sequences * kv_heads, shared * tokens, group, dim)
         o = torch.empty_like(rows)
         lse = torch.empty(rows.shape[:3], dtype=torch.float32, device=q.device)
-        for own in self._batches(rows):
-            n = self.counts[own.start]
+        for span in self._batches(rows):
+            n = self.counts[span.start]
             if n <= self.budget:
-                self._read_all(own.start, rows[own], scaling, o[own], lse[own])
-            elif self._few(rows.shape[1], n):
-                self._gather(own.start, rows[own], scaling, o[own], lse[own])
+                self._read_all(span.start, rows[span], scaling, o[span], lse[span])
+            elif self._gather_is_cheaper(rows.shape[1], n):
+                self._gather(span.start, rows[span], scaling, o[span], lse[span])
             else:
-                self._mask(own.start, rows[own], scaling, o[own], lse[own])
+                self._mask(span.start, rows[span], scaling, o[span], lse[span])
         shape = (sequences, kv_heads, shared, tokens, group)
         return (
             o.view(*shape, dim).permute(0, 2, 1, 4, 3, 5).reshape(q.shape),
             lse.view(shape).permute(0, 2, 1, 4, 3).reshape(batch, heads, tokens),
         )
 
-    def _few(self, queries: int, n: int) -> bool:
-        """Whether gathering each query token's slots moves no more than reading the head once for all of them."""
+    def _gather_is_cheaper(self, queries: int, n: int) -> bool:
+        """Whether gathering each query token's slots moves at most as many bytes as reading the whole head once."""
         return queries == 1 or queries * self.units * self.index.unit <= n
 
     def _batches(self, rows: Tensor) -> list[slice]:
-        """Runs of heads to compute together: of one length, gathered, and small."""
+        """Runs of consecutive heads to process together: of one length, gathered, and small."""
         counts, step = self.counts, 1
-        if len(set(counts)) == 1 and self._few(rows.shape[1], counts[0]):
+        if len(set(counts)) == 1 and self._gather_is_cheaper(rows.shape[1], counts[0]):
             step = max(1, MAX_KEYS // (counts[0] * rows.shape[-1]))
         return [slice(i, min(i + step, len(counts))) for i in range(0, len(counts), step)]
 
@@ -191,7 +191,7 @@ class Selective:
         return [slice(i, i + step) for i in range(0, q.shape[1], step)]
 
     def select(self, first: int, q: Tensor, scaling: float) -> Tensor:
-        """[R, Q, U] bool, the units selected by queries [R, Q, G, D] over heads above the budget, `first` and on."""
+        """[R, Q, U] bool, the units that queries [R, Q, G, D] select of R heads above the budget, from `first` on."""
         return top(self.index.scores(first, self.counts[first], q, scaling), self.units)
 
     def _read_all(self, row: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
@@ -205,13 +205,13 @@ class Selective:
             o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, None)
 
     def _mask(self, row: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
-        """Many query tokens: the head is read once, and each sees its own selection of it."""
+        """Many query tokens: the whole head is read once, and each query token masks the slots it did not select."""
         n = self.counts[row]
         k, v = self.kv.head(row)
         for block in self._blocks(q, n):
             units = self.select(row, q[:, block], scaling)
-            seen = units if self.index.unit == 1 else units.repeat_interleave(self.index.unit, -1)[..., :n]
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, seen)
+            visible = units if self.index.unit == 1 else units.repeat_interleave(self.index.unit, -1)[..., :n]
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
 
     def _gather(self, first: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
         """Few query tokens: only the selected slots are read."""
@@ -220,24 +220,24 @@ class Selective:
         for block in self._blocks(q, n):
             mask = self.select(first, q[:, block], scaling)
             queries, width = mask.shape[1:]
-            # A known size: counting the mask would wait for the device.
+            # The size is known: counting the mask would wait for the device.
             slots = torch.nonzero_static(mask.view(-1), size=heads * queries * self.units)
             slots = slots.view(heads, queries, self.units, 1) % width
             if unit > 1:
                 slots = slots * unit + torch.arange(unit, device=q.device)
             slots = slots.view(heads, queries, -1)
-            seen = None
+            visible = None
             if n % unit:
-                seen, slots = slots < n, slots.clamp(max=n - 1)
+                visible, slots = slots < n, slots.clamp(max=n - 1)
             taken = [self.kv.take(first + i, slots[i].view(-1)) for i in range(heads)]
             k, v = (torch.stack(x).view(heads, queries, -1, dim) for x in zip(*taken, strict=True))
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, seen)
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, seen: Tensor | None) -> tuple[Tensor, Tensor]:
-    """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all of them; seen [R, Q, m]. Returns o and lse [R, Q, G]."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all; visible [R, Q, m]. Returns o and lse [R, Q, G]."""
     scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scaling)
-    if seen is not None:
-        scores.masked_fill_(~seen[:, :, None], -torch.inf)
+    if visible is not None:
+        scores.masked_fill_(~visible[:, :, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.matmul(scores.sub_(lse[..., None]).exp_().to(v.dtype), v), lse

@@ -1,21 +1,21 @@
 # ruff: noqa: N803, N806
 """Shifted sparse attention (LongLoRA, Chen et al. 2024, arXiv 2309.12307, section 3.2), forward and backward.
 
-The sequence is cut into groups of `group` tokens, and attention is causal inside each. The last half of the query
-heads cuts half a group later, so that what two groups hold meets in the next layer:
+The sequence is split into groups of `group` tokens with causal attention inside each. For the second half of the query
+heads the groups are shifted by half a group, so that information crosses group borders in the next layer:
 
     shift_h = 0 for h < H // 2, else group / 2
     start_h(t) = max(0, (t + shift_h) // group * group - shift_h)
     o_ht = softmax(scaling * q_ht K[start_h(t) .. t]^T) V[start_h(t) .. t]
 
-LongLoRA rolls the shifted heads around: there the last half group and the first become one group, in which the first
-tokens of a text read its last ones. Here nothing wraps: the first half group and the last each stand alone, so no
-token sees a later one, and an edge costs half of its heads half a group of the past.
+LongLoRA rolls the shifted heads: the last half group and the first form one group, in which the first tokens of a text
+attend to its last ones. Here nothing wraps: the first and the last half group are separate groups, so no token attends
+to a later one, and at the edges half of the heads lose half a group of past tokens.
 
-Sequences differ in length: rows from lens[b] on are padding, read nothing and get zeros. With s = scaling q k^T,
+Sequences differ in length: rows from lens[b] on are padding and get zeros. With s = scaling q k^T,
 p = exp(s - lse) and delta = sum_d o do, the gradients are dv = p^T do, ds = p (do v^T - delta), dq = scaling ds k and
-dk = scaling ds^T q. A program owns a tile of dk and dv and sums over the G query heads itself: no atomics, so a
-training step repeats bit for bit.
+dk = scaling ds^T q. A program owns a tile of dk and dv and sums over the G query heads: no atomics, so a training
+step is bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ HEAD_DIMS = (64, 128)
 def reference(
     q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The definition, in float32 (float64 stays), group by group; autograd differentiates it.
+    """The definition, in float32 (float64 for float64 inputs), group by group, differentiable by autograd.
 
     Args:
-        q: [B, H, T, D], RoPE applied.
+        q: [B, H, T, D], after RoPE.
         k, v: [B, Hkv, T, D].
-        lens: [B] int32, tokens of each sequence; None where all have T.
-        group: tokens of a group, even.
+        lens: [B] int32, tokens of each sequence; None if all have T.
+        group: tokens per group, even.
         scaling: factor on q K^T, usually D ** -0.5.
 
     Returns:
@@ -56,11 +56,11 @@ def reference(
     for heads, shift in ((slice(0, H // 2), 0), (slice(H // 2, H), group // 2)):
         parts = [(q[:, heads, :0], q[:, heads, :0, 0])]
         for first in range(-shift, T, group):
-            own = slice(max(0, first), min(T, first + group))
-            scores = scaling * (q[:, heads, own] @ k[:, heads, own].transpose(2, 3))
+            span = slice(max(0, first), min(T, first + group))
+            scores = scaling * (q[:, heads, span] @ k[:, heads, span].transpose(2, 3))
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu_(1)
             scores = scores.masked_fill(future, -math.inf)
-            parts.append((scores.softmax(-1) @ v[:, heads, own], scores.logsumexp(-1)))
+            parts.append((scores.softmax(-1) @ v[:, heads, span], scores.logsumexp(-1)))
         halves.append([torch.cat(x, 2) for x in zip(*parts, strict=True)])
     o, lse = (torch.cat(x, 1) for x in zip(*halves, strict=True))
     if lens is None:
@@ -69,7 +69,7 @@ def reference(
     return o.masked_fill(padding[..., None], 0.0), lse.masked_fill(padding, -math.inf)
 
 
-# Every batch of a training run has another length.
+# Every batch of a training run has a different length.
 _jit = jit("G", "heads", "kv_heads", "T", "group")
 
 
@@ -110,21 +110,21 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         k = tl.load(k_head + row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_head + row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
-        seen = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
-        scores = tl.where(seen, scores, float("-inf"))
+        visible = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
+        scores = tl.where(visible, scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
-        # A tile of queries may begin in one group and end in the next.
+        # A tile of queries can span two groups.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m - base)
         p = tl.exp2(scores - base[:, None])
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
-    some = mask_m & (l > 0)
-    l = tl.where(some, l, 1.0)  # noqa: E741
+    real = mask_m & (l > 0)
+    l = tl.where(real, l, 1.0)  # noqa: E741
     out = bh * T + offs_m
-    tl.store(lse_ptr + out, tl.where(some, (m + tl.log2(l)) * LN2, float("-inf")), mask=offs_m < T)
-    o = tl.where(some[:, None], acc / l[:, None], 0.0).to(o_ptr.dtype.element_ty)
+    tl.store(lse_ptr + out, tl.where(real, (m + tl.log2(l)) * LN2, float("-inf")), mask=offs_m < T)
+    o = tl.where(real[:, None], acc / l[:, None], 0.0).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=(offs_m < T)[:, None])
 
 
@@ -169,8 +169,8 @@ def query_kernel(  # type: ignore[no-untyped-def]
         k = tl.load(k_head + row * stride_kt + offs_d[None, :], mask=mask_n, other=0.0)
         v = tl.load(v_head + row * stride_vt + offs_d[None, :], mask=mask_n, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E) - lse[:, None]
-        seen = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
-        p = tl.exp2(tl.where(seen, scores, float("-inf")))
+        visible = (key[None, :] <= offs_m[:, None]) & (key[None, :] >= oldest[:, None])
+        p = tl.exp2(tl.where(visible, scores, float("-inf")))
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         acc = tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, acc, input_precision="ieee")
     tl.store(dq_ptr + at_o, (acc * scaling).to(dq_ptr.dtype.element_ty), mask=(offs_m < T)[:, None])
@@ -216,8 +216,8 @@ def key_kernel(  # type: ignore[no-untyped-def]
             lse = tl.load(lse_ptr + out + t, mask=mask_m, other=float("inf")) * LOG2E
             delta = tl.load(delta_ptr + out + t, mask=mask_m, other=0.0)
             scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
-            seen = (key[:, None] <= t[None, :]) & (newest[:, None] > t[None, :])
-            p = tl.exp2(tl.where(seen, scores, float("-inf")))
+            visible = (key[:, None] <= t[None, :]) & (newest[:, None] > t[None, :])
+            p = tl.exp2(tl.where(visible, scores, float("-inf")))
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
             dp = tl.dot(v, tl.trans(do), input_precision="ieee")
             dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision="ieee")
@@ -227,10 +227,10 @@ def key_kernel(  # type: ignore[no-untyped-def]
 
 
 def settings(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[dict[str, int], dict[str, int | bool]]:
-    """The compile-time arguments and options of `forward`, `query` or `key`: what the AOT gate measures.
+    """The compile-time arguments and options of `forward`, `query` or `key`: they define the AOT variants.
 
-    `key` holds two operands and two accumulators: at head_dim 128 only 32 keys fit, and on Hopper they use HMMA; 64
-    keys and 8 warps reach HGMMA there, but took 202 registers on sm_80. Float32 runs on FMAs, as in decode.
+    `key` has two operands and two accumulators: at head_dim 128 only 32 keys fit, which use HMMA on Hopper; 64 keys and
+    8 warps use HGMMA there, but took 202 registers on sm_80. Float32 runs on FMAs, as in decode.
     """
     options: dict[str, int | bool] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     if dtype == torch.float32:
@@ -247,14 +247,14 @@ def settings(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[dict[str, 
 def shifted(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, scaling: float) -> Tensor:
     """Shifted sparse attention with gradients to q, k and v.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import.
 
     Args:
-        q: [B, H, T, D] float16, bfloat16 or float32; the kernels take D 64 and 128, any H.
+        q: [B, H, T, D] float16, bfloat16 or float32; the kernels support D 64 and 128, any H.
         k, v: [B, Hkv, T, D] in q's dtype, rows contiguous, Hkv a divisor of H.
-        lens: [B] int32, at most T: rows from there on are padding. None where every sequence has T tokens.
-        group: tokens of a group, even.
+        lens: [B] int32, at most T: rows from there on are padding. None if every sequence has T tokens.
+        group: tokens per group, even.
         scaling: factor on q K^T, usually D ** -0.5.
 
     Returns:
@@ -262,7 +262,7 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, sc
 
     Raises:
         ValueError: a shape, dtype, device, layout or group that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     kernels = q.is_cuda or INTERPRETED
     _check(q, k, v, lens, group, kernels)
@@ -273,7 +273,7 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, sc
     if lens is None:
         lens = torch.full(q.shape[:1], q.shape[2], dtype=torch.int32, device=q.device)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         return _attend(q.float(), k.float(), v.float(), lens, group, scaling).to(q.dtype)
     return _attend(q, k, v, lens, group, scaling)
 
@@ -356,7 +356,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, ker
         raise ValueError(f"group must be an even number of tokens, got {group}")
 
 
-# 168 registers let three programs of 128 threads share a multiprocessor's 65,536.
+# 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = {
     (f"shifted.{kernel}", dtype): Limit(168, SHARED, needs)
     for kernel in ("forward", "query", "key")
@@ -365,7 +365,7 @@ LIMITS = {
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `shifted` asks for."""
+    """The specialisations that `shifted` uses."""
     for dtype in TORCH:
         for dim in HEAD_DIMS:
             for kernel, fn, written in (

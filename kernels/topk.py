@@ -1,13 +1,13 @@
 # ruff: noqa: N803, N806
-"""The highest scores of every row as ascending unit indices, exactly `select.top`, without sorting.
+"""Top-k: the highest scores of every row as ascending unit indices, equal to `select.top`, without sorting.
 
-A float's bits, flipped where the sign is set, are an unsigned number in the same order. With t the count-th highest
-of them, a unit is chosen if it is above t, or equal to t and among the first `count - #above` that are; its place in
-the output is the number of chosen units before it.
+The bits of a float map to an unsigned number in the same order. With t the count-th highest of them,
+a unit is chosen if it is above t, or equal to t and among the first `count - #above` such units; its index in the
+output is the number of chosen units before it.
 
-Rows of at most `SMALL` scores: one program holds the row in registers and finds t bit by bit. Longer rows: four
-passes find t a byte at a time from histograms over many programs; the last also counts, for every block and every
-last byte, what is above and what is equal, so that the writing pass knows where each block begins.
+Rows of at most `SMALL` scores: one program keeps the row in registers and determines t bit by bit. Longer rows: four
+passes determine t byte by byte from histograms over many programs; the last one also counts, for every block and last
+byte, the scores above and equal, so that the writing pass has the output offset of each block.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lceval.kernels.launch import AVAILABLE, INTERPRETED, jit, tl
 from lceval.kernels.select import top
 from lceval.kernels.variant import SHARED, Limit, Variant
 
-# A context of 128k tokens in pages of 16, held by 16 warps.
+# A context of 128k tokens in pages of 16, in the registers of 16 warps.
 SMALL = 8192
 BLOCK = 4096
 
@@ -32,11 +32,11 @@ def reference(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
 
     Args:
         scores: [R, U] float32 without NaN.
-        sizes: [R] int32, how many of a row's scores exist.
-        count: to choose of each row.
+        sizes: [R] int32, number of valid scores per row.
+        count: scores to choose per row.
 
     Returns:
-        [R, count] int32: the chosen indices in ascending order, all of a row that has fewer than `count`; then -1.
+        [R, count] int32: the chosen indices in ascending order, padded with -1 for rows with fewer than `count` scores.
     """
     out = torch.full((len(scores), count), -1, dtype=torch.int32, device=scores.device)
     for row, size in enumerate(sizes.tolist()):
@@ -50,7 +50,7 @@ _jit = jit("count", "blocks")
 
 @_jit
 def ordered(x):  # type: ignore[no-untyped-def]
-    """uint32 in the order of the floats; both zeros are equal."""
+    """uint32 keys in the order of the floats; both zeros are equal."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
     flip = tl.where(bits < 0, -1, -2147483648)
     return (bits ^ flip).to(tl.uint32, bitcast=True)
@@ -58,7 +58,7 @@ def ordered(x):  # type: ignore[no-untyped-def]
 
 @_jit
 def fill(out_ptr, size, count, BLOCK_I: tl.constexpr):  # type: ignore[no-untyped-def]
-    """-1 for what a row of fewer than `count` scores leaves empty."""
+    """Write -1 to the unused output of a row with fewer than `count` scores."""
     for start in range(size, count, BLOCK_I):
         offs = start + tl.arange(0, BLOCK_I)
         tl.store(out_ptr + offs, -1, mask=offs < count)
@@ -84,7 +84,7 @@ def small_kernel(  # type: ignore[no-untyped-def]
         t = tl.where(tl.sum((mask & (key >= higher)).to(tl.int32), 0) >= need, higher, t)
     above = (mask & (key > t)).to(tl.int32)
     equal = (mask & (key == t)).to(tl.int32)
-    # Both counts in one scan: neither passes 2**15.
+    # Both counts in one scan: neither exceeds 2**15.
     before = tl.cumsum(above | (equal << 16), 0) - (above | (equal << 16))
     room = need - tl.sum(above, 0)
     ties = before >> 16
@@ -94,13 +94,13 @@ def small_kernel(  # type: ignore[no-untyped-def]
 
 @_jit
 def threshold(counts_ptr, need, passes):  # type: ignore[no-untyped-def]
-    """The first `passes` bytes of t, and how many are needed among the scores that begin with them."""
+    """The first `passes` bytes of t, and how many scores with this prefix are still needed."""
     offs = tl.arange(0, 256)
     prefix = tl.zeros([], tl.uint32)
     for i in range(passes):
         counts = tl.load(counts_ptr + i * 256 + offs)
         above = tl.sum(counts, 0) - tl.cumsum(counts, 0)
-        # `above` falls with the byte: the first with fewer than `need` above it is the threshold's.
+        # `above` decreases with the byte: the threshold's byte is the first with fewer than `need` above it.
         byte = tl.sum((above >= need).to(tl.int32), 0)
         need -= tl.sum(tl.where(offs == byte, above, 0), 0)
         prefix = (prefix << 8) | byte.to(tl.uint32)
@@ -111,10 +111,10 @@ def threshold(counts_ptr, need, passes):  # type: ignore[no-untyped-def]
 def count_kernel(  # type: ignore[no-untyped-def]
     scores_ptr, sizes_ptr, counts_ptr, parts_ptr, count, blocks, stride, PASS: tl.constexpr, BLOCK_U: tl.constexpr,
 ):  # fmt: skip
-    """Count byte PASS of the scores that begin with the threshold's bytes before it, of one block of a row.
+    """Histogram of byte PASS over the scores of one block of a row whose preceding bytes equal the threshold's.
 
-    counts: [R, 4, 256] int32, zeros at first, the rows' histograms. parts: [R, blocks, 2, 256] int32, written with
-    the last byte: of a block's scores, how many are above the three bytes and this one, and how many equal them.
+    counts: [R, 4, 256] int32, initially zeros, the histograms of the rows. parts: [R, blocks, 2, 256] int32, written
+    in the last pass: for each last byte, the number of scores of a block above and equal to it.
     """
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -127,16 +127,16 @@ def count_kernel(  # type: ignore[no-untyped-def]
     mask = offs < size
     key = ordered(tl.load(scores_ptr + row * stride + offs, mask=mask, other=0.0))
     byte = ((key >> (24 - 8 * PASS)) & 255).to(tl.int32)
-    # The start of a key is cut off by two shifts: one by 32 bits is undefined.
+    # Two shifts, since a shift by 32 bits is undefined.
     start = (key >> (24 - 8 * PASS)) >> 8
-    found = tl.histogram(byte, 256, mask=mask & (start == prefix))
+    histogram = tl.histogram(byte, 256, mask=mask & (start == prefix))
     bins = tl.arange(0, 256)
-    tl.atomic_add(counts_ptr + PASS * 256 + bins, found, mask=found > 0, sem="relaxed")
+    tl.atomic_add(counts_ptr + PASS * 256 + bins, histogram, mask=histogram > 0, sem="relaxed")
     if PASS == 3:
-        above = tl.sum((mask & (start > prefix)).to(tl.int32), 0) + tl.sum(found, 0) - tl.cumsum(found, 0)
+        above = tl.sum((mask & (start > prefix)).to(tl.int32), 0) + tl.sum(histogram, 0) - tl.cumsum(histogram, 0)
         part = parts_ptr + (row * blocks + block) * 512 + bins
         tl.store(part, above)
-        tl.store(part + 256, found)
+        tl.store(part + 256, histogram)
 
 
 @_jit
@@ -177,7 +177,7 @@ OPTIONS: dict[str, int | bool] = {"num_warps": 8, "num_stages": 2, "enable_fp_fu
 
 
 def small_launch(width: int) -> tuple[dict[str, int], dict[str, int | bool]]:
-    """Constants and options of `small_kernel` for rows of at most `width` scores: up to 16 scores a thread."""
+    """Constants and options of `small_kernel` for rows of at most `width` scores: up to 16 scores per thread."""
     BLOCK_U = max(1024, 1 << (width - 1).bit_length())
     return {"BLOCK_U": BLOCK_U}, OPTIONS | {"num_warps": 16 if BLOCK_U > 4096 else 8}
 
@@ -185,20 +185,20 @@ def small_launch(width: int) -> tuple[dict[str, int], dict[str, int | bool]]:
 def top_indices(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     """The `count` highest scores of each row; ties keep the earlier.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import.
 
     Args:
-        scores: [R, U] float32 without NaN, rows contiguous; what lies past a row's size is not read.
+        scores: [R, U] float32 without NaN, rows contiguous; scores past a row's size are not read.
         sizes: [R] int32 in [0, U].
-        count: to choose of each row, at least 1.
+        count: scores to choose per row, at least 1.
 
     Returns:
         As `reference`.
 
     Raises:
         ValueError: a shape, dtype, device, layout or count that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     shape = tuple(scores.shape)
     if scores.ndim != 2 or scores.dtype != torch.float32 or (shape[1] > 1 and scores.stride(1) != 1):
@@ -243,7 +243,7 @@ LIMITS = {(f"topk.{name}", "fp32"): Limit(168, SHARED) for name in ("small", "co
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `top_indices` asks for."""
+    """The specialisations that `top_indices` uses."""
     f32, i32 = "*fp32", "*i32"
     rows = {"scores_ptr": f32, "sizes_ptr": i32, "counts_ptr": i32, "parts_ptr": i32, "out_ptr": i32}
     kinds: list[tuple[str, Any, dict[str, int], dict[str, int | bool]]] = []

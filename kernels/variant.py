@@ -1,4 +1,4 @@
-"""What the ahead-of-time gate needs to know of a kernel: its specialisations, and what each may cost."""
+"""The ahead-of-time check's description of a kernel: its specialisations and their resource limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 INSTRUCTIONS = ("LDGSTS", "HMMA", "HGMMA")
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Phi-3 has head_dim 96, Gemma 256, most others 64 or 128. G is an argument and asks for no variants.
+# Phi-3 has head_dim 96, Gemma 256, most others 64 or 128. G is an argument and needs no variants.
 USED_HEAD_DIMS = {"fp16": (64, 128), "bf16": (64, 96, 128, 256), "fp32": (64, 128)}
 
 
@@ -18,12 +18,12 @@ class Variant:
     """One specialisation of a kernel, as its launcher would compile it.
 
     Attributes:
-        kernel, name: what the row is called; name starts with the dtype.
+        kernel, name: label of the row; name starts with the dtype.
         fn: the jitted function.
         pointers: Triton type of each pointer argument.
         floats: the arguments that are Python floats; every other one is an int32.
-        aligned: prefixes of the int arguments that are multiples of 16 in every cache we build. A launch sees
-            that by itself; here, without the hint, the copies of a tile would not be vectorised.
+        aligned: prefixes of the int arguments that are multiples of 16 in every cache we build. A launch detects
+            that; without this hint the copies of a tile would not be vectorised here.
         constants: compile-time arguments.
         options: num_warps, num_stages and the like.
     """
@@ -40,14 +40,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a kernel may cost. `needs`: of each group at least one instruction must be present."""
+    """Resource limits of a kernel. `needs`: at least one instruction of each group must be present."""
 
     registers: int
     shared: int
     needs: tuple[tuple[str, ...], ...] = ()
 
 
-# HGMMA wants 64 rows, so 16 heads use HMMA.
+# HGMMA requires 64 rows, so 16 heads use HMMA.
 TENSOR_CORES = (("LDGSTS",), ("HMMA", "HGMMA"))
 SHARED = 99 * 1024
-"""The most shared memory that a block may have on sm_86 and sm_89."""
+"""Maximum shared memory per block on sm_86 and sm_89, in bytes."""

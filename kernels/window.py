@@ -1,17 +1,17 @@
 # ruff: noqa: N803, N806
-"""Attention that every key received from the last T queries: the scores of SnapKV, TOVA and H2O, in two passes over K.
+"""Attention that every key receives from the last T queries: the scores of SnapKV, TOVA and H2O, in two passes over K.
 
-With a_gts = softmax_s(scaling * q_gt k_s), query t seeing the keys up to S - T + t,
+With a_gts = softmax_s(scaling * q_gt k_s), where query t attends to the keys up to S - T + t,
 
     received_s = 1/G sum_g sum_t a_gts            (`received`: H2O's column sums)
-    window_s   = 1/T received_s                   (`window_scores`: SnapKV, TOVA, and what a question pays)
+    window_s   = 1/T received_s                   (`window_scores`: SnapKV, TOVA, attention of a question)
 
-for each KV head and the G = H // Hkv query heads that read it. Softmax needs a row's sum before any of its weights,
-so the first pass leaves lse_gt alone, over shares of the keys that are merged where rows are few, and the second
-recomputes the logits and sums exp(logit - lse) down the columns. No more than one tile of weights ever exists.
+for each KV head and its G = H // Hkv query heads. Softmax needs a row's sum before any of its weights, so the first
+pass computes only lse_gt (split into shares of the keys if there are few rows), and the second recomputes the logits
+and sums exp(logit - lse) over the rows. At most one tile of weights is materialized.
 
-Rows are packed token by token, r = t * G + g: K crosses the bus once for all G heads, and a tile of rows still ends at
-nearly one key. The average pool, the window's own scores and the budgets are left to the policies.
+Rows are packed token by token, r = t * G + g: K crosses the bus once for all G heads, and the rows of a tile have
+nearly the same last key. Pooling, scores of the window itself and budgets belong to the policies.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, OPT
 from lceval.kernels.paged import PAGE
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
 
-# Weights that the reference holds at once, in elements: few enough for a processor's cache.
+# Weights that the reference materializes at once, in elements: small enough for a CPU cache.
 MAX_WEIGHTS = 1 << 21
 
 
 def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """The definition, in float32, a block of queries at a time. Every test compares against this.
+    """The definition, in float32, in blocks of queries. Every test compares against this.
 
     Args:
         q: [B, H, T, D], queries of the last T of S positions, after RoPE.
@@ -53,15 +53,15 @@ def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     for start in range(0, T, step):
         block = q[..., start : start + step, :] * scaling
         rows = block.shape[3]
-        seen = S - T + start + rows  # later keys are seen by no row of this block
-        logits = torch.matmul(block, keys[..., :seen])
+        visible = S - T + start + rows  # no row of this block attends to later keys
+        logits = torch.matmul(block, keys[..., :visible])
         future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
         logits[..., -rows:].masked_fill_(future, -math.inf)
-        sums[..., :seen] += logits.softmax(-1).sum(3).mean(2)
+        sums[..., :visible] += logits.softmax(-1).sum(3).mean(2)
     return sums
 
 
-# A context's length must not compile again.
+# A new context length must not recompile.
 _jit = jit("G", "kv_heads", "T", "S")
 
 
@@ -74,7 +74,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     """The log-sum-exp of a block of rows over one share of the keys. lse: [splits, B, Hkv, T * G], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
-    # The last rows see most keys: they start first.
+    # The last rows attend to the most keys, so they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
     b = bh // kv_heads
@@ -92,7 +92,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
     q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
     newest = S - T + t
     tiles = tl.cdiv(S - T + tl.minimum((block * BLOCK_R + BLOCK_R - 1) // G, T - 1) + 1, BLOCK_S)
-    # 64 bits: 2**17 tiles times 128 shares pass 2**24, and a longer context would pass 2**31.
+    # 64-bit product: 2**17 tiles times 128 shares are 2**24, and a longer context would exceed 2**31.
     first = (split.to(tl.int64) * tiles // splits).to(tl.int32)
     last = ((split + 1).to(tl.int64) * tiles // splits).to(tl.int32)
 
@@ -106,7 +106,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
         scores = tl.where(slot[None, :] <= newest[:, None], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
-        # A share may begin beyond a row's newest key.
+        # A share can start after a row's last key.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         l = l * tl.exp2(m - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)  # noqa: E741
         m = m_new
@@ -123,7 +123,7 @@ def received_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Column sums of one tile of keys. lse: [B, Hkv, T * G], out: [B, Hkv, S], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
-    start = tl.program_id(0) * BLOCK_S  # the first keys are seen by most rows, and start first
+    start = tl.program_id(0) * BLOCK_S  # the most rows attend to the first keys, so they start first
     bh = tl.program_id(1).to(tl.int64)
     b = bh // kv_heads
     h = bh % kv_heads
@@ -145,19 +145,19 @@ def received_kernel(  # type: ignore[no-untyped-def]
         t = offs_r // G
         q_row = q_head + (offs_r % G) * stride_qh + t.to(tl.int64) * stride_qt
         q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
-        # Rows past the last weigh exp(-inf).
+        # Rows past the last have weight exp(-inf).
         lse = tl.load(lse_head + offs_r, mask=mask_r, other=float("inf")) * LOG2E
         scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
-        seen = slot[:, None] <= (S - T + t)[None, :]
-        acc += tl.sum(tl.exp2(tl.where(seen, scores, float("-inf"))), 1)
+        visible = slot[:, None] <= (S - T + t)[None, :]
+        acc += tl.sum(tl.exp2(tl.where(visible, scores, float("-inf"))), 1)
     tl.store(out_ptr + bh * S + slot, acc * weight, mask=mask_s)
 
 
 def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `lse` or `received`; with `OPTIONS` they decide what the AOT gate measures.
+    """The compile-time arguments of `lse` or `received`; with `OPTIONS` they define the AOT variants.
 
-    The operand that stays has 64 rows, one warp group's HGMMA tile; with two or three tiles of the one that streams
-    it takes 25 to 80 KiB. Float32 runs on FMAs, as in decode.
+    The stationary operand has 64 rows, one warp group's HGMMA tile; with two or three tiles of the streamed operand it
+    takes 25 to 80 KiB. Float32 runs on FMAs, as in decode.
     """
     D_PAD = 1 << (head_dim - 1).bit_length()
     stays, streams = (16, 16) if dtype == torch.float32 else (64, 64 if D_PAD <= 128 else 32)
@@ -166,23 +166,23 @@ def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
 
 
 def received(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None) -> Tensor:
-    """Causal attention that every key received from the last T queries: their sum, the mean over G query heads.
+    """Causal attention that every key receives from the last T queries: sum over queries, mean over G query heads.
 
-    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels where
+    CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
         q: [B, H, T, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
         k: [B, Hkv, S, D] in q's dtype, S >= T; the last query sees the last key.
         scaling: factor on q K^T, usually D ** -0.5.
-        splits: shares to cut the keys into for the first pass; chosen from the shapes and the device when None.
+        splits: shares of the keys in the first pass; None chooses them from the shapes and the device.
 
     Returns:
         [B, Hkv, S] float32.
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
-        RuntimeError: CUDA tensors where triton is not installed.
+        RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, splits)
     return _received(q, k, scaling, 1, splits)
@@ -210,7 +210,7 @@ def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | 
         count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         splits = choose_splits(max(1, k.shape[0] * k.shape[1] * blocks), -(-k.shape[2] // PAGE), count)
     if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter holds bf16 as raw 16-bit integers and multiplies those, without a word.
+        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         q, k = q.float(), k.float()
     return _launch(q, k, scaling, divisor, splits)
 
@@ -255,7 +255,7 @@ def _check(q: Tensor, k: Tensor, splits: int | None) -> None:
         raise ValueError(f"splits must be at least 1, got {splits}")
 
 
-# 168 registers let three programs of 128 threads share a multiprocessor's 65,536.
+# 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = {
     (f"window.{kernel}", dtype): Limit(168, SHARED, needs)
     for kernel in ("lse", "received")
@@ -264,7 +264,7 @@ LIMITS = {
 
 
 def variants() -> Iterator[Variant]:
-    """The specialisations that `received` and `window_scores` ask for."""
+    """The specialisations that `received` and `window_scores` use."""
     for dtype, dims in USED_HEAD_DIMS.items():
         for dim in dims:
             for kernel, fn in (("lse", lse_kernel), ("received", received_kernel)):

@@ -1,4 +1,4 @@
-"""`python -m lceval`, and so `accelerate launch -m lceval train RECIPE`."""
+"""`python -m lceval`, as used by `accelerate launch -m lceval train RECIPE`."""
 
 from lceval.cli import main
 

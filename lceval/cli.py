@@ -1,7 +1,7 @@
-"""The command line: verbs, results on stdout, progress on stderr, one line for an error.
+"""The command line: results on stdout, progress on stderr, one line per error.
 
 Exit codes: 0 done, 1 regression, 2 bad usage, 3 not comparable, 4 infrastructure or unexpected, 5 inconclusive.
-Everything heavy is imported by the command that needs it.
+Each command imports its heavy dependencies itself.
 """
 
 from __future__ import annotations
@@ -14,26 +14,39 @@ from typing import Annotated, Literal
 
 import typer
 
+from lceval.bench.commands import app as bench
+from lceval.bench.commands import pairs
+from lceval.data_commands import app as data
 from lceval.errors import LcevalError, UserError
 from lceval.judge.commands import app as judge
 from lceval.train.commands import app as train
 
 app = typer.Typer(
-    help="Long-context evaluation over compressed KV caches.",
+    help="Evaluate long-context language models over compressed KV caches.",
+    epilog="Exit codes: 0 done, 1 regression, 2 bad usage, 3 not comparable, 4 infrastructure or unexpected error, "
+    "5 inconclusive.",
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Format = Literal["terminal", "markdown", "latex", "csv", "html", "json"]
 
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    short_help="Evaluate; takes lm_eval's own `run` flags.",
+    short_help="Run an evaluation; takes the options of lm_eval's `run`.",
 )
 def run(context: typer.Context, as_json: Json = False) -> None:
-    """lm_eval's `run`, into a run folder (--output_path) that the same line resumes."""
+    """Run an evaluation in a run folder (--output_path); rerun the same command to resume.
+
+    Takes the options of lm_eval's `run` and prints the table of the finished run.
+    """
+    if {"-h", "--help"} & {*context.args}:
+        from lceval.run_help import run_help
+
+        typer.echo(run_help())
+        return
     from lceval.run import report
     from lceval.run import run as run_evaluation
     from lceval.table import main as table_text
@@ -45,11 +58,17 @@ def run(context: typer.Context, as_json: Json = False) -> None:
 
 @app.command()
 def demo(
-    output_path: Annotated[Path, typer.Option("--output_path", "--output-path")] = Path("runs/demo"),
-    limit: Annotated[int, typer.Option(help="Samples per recipe.")] = 32,
+    output_path: Annotated[
+        Path,
+        typer.Option("--output_path", "--output-path", metavar="FOLDER", help="Folder for the four run folders."),
+    ] = Path("runs/demo"),
+    limit: Annotated[int, typer.Option(help="Number of samples per recipe.")] = 32,
     as_json: Json = False,
 ) -> None:
-    """Evaluate the packaged model on the shipped suite under four KV recipes; needs no hub, no GPU, no data."""
+    """Evaluate a small packaged model under four KV recipes.
+
+    Needs no network, GPU or data.
+    """
     from lceval.demo import demo as run_demo
     from lceval.table import main as table_text
 
@@ -58,48 +77,98 @@ def demo(
 
 @app.command()
 def table(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, folders of them, or what lm_eval wrote.")],
-    form: Annotated[Format, typer.Option("--format", help="How to print it.")] = "terminal",
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run folders, folders of run folders, or lm_eval output folders."),
+    ],
+    output_format: Annotated[Format, typer.Option("--format", help="Output format.")] = "terminal",
     by: Annotated[
-        Literal["task", "suite", "length"], typer.Option(help="What a row is, or is the mean over.")
+        Literal["task", "suite", "length"],
+        typer.Option(help="Rows: one per task, or means per suite or per context length."),
     ] = "task",
     reference: Annotated[
-        list[str] | None, typer.Option(help="Quote published figures: paper-table1, paper-table2; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Published results to show below, marked as quoted: paper-table1, paper-table2 (repeatable; default "
+            "none).",
+        ),
     ] = None,
     require_kappa: Annotated[
-        float | None, typer.Option(help="Exit code 1 if a judge agrees less with people, or is uncalibrated.")
+        float | None,
+        typer.Option(
+            help="Minimum agreement of the judge with human labels (Cohen's kappa); exit code 1 if it is lower or "
+            "unknown (default no check)."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Set runs side by side: score with interval, what is left of full's, what was kept, what it cost."""
+    """Compare runs in one table.
+
+    Columns: score with confidence interval, retention against the full cache, KV size and speed.
+    """
     from lceval.table import main as table_text
 
-    typer.echo(
-        table_text(runs, "json" if as_json else form, by=by, reference=reference or (), require_kappa=require_kappa)
+    text = table_text(
+        runs, "json" if as_json else output_format, by=by, reference=reference or (), require_kappa=require_kappa
     )
+    typer.echo(text)
 
 
 @app.command()
 def sweep(
-    grid: Annotated[Path | None, typer.Argument(help="grid.yaml: models, recipes, contexts, tasks, …")] = None,
-    preset: Annotated[str | None, typer.Option(help="A shipped grid: mini, paper-table1, …")] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE over the grid; repeatable.")] = None,
-    output_path: Annotated[
-        Path | None, typer.Option("--output_path", "--output-path", help="Default runs/NAME.")
+    grid: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="GRID", help="YAML file with models, recipes, tasks, ... (see docs/sweep.md); or use --preset."
+        ),
     ] = None,
-    engine: Annotated[Literal["local", "ray"], typer.Option(help="Where cells are run.")] = "local",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes, each with a model; default one a GPU.")] = None,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; default one of this machine.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and its cost, run nothing.")] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Packaged grid: mini, paper-table1, paper-table2 or paper-table12 (default: none, use GRID).",
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a grid key, e.g. limit=8 (repeatable)."),
+    ] = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output_path", "--output-path", metavar="FOLDER", help="Folder for the run folders (default runs/NAME)."
+        ),
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Execution engine: processes of this machine, or a Ray cluster.")
+    ] = "local",
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of worker processes, each with its own model (default one per GPU, else 1)."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Address of a running Ray cluster (default: start one on this machine)."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and its estimated cost, then exit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run a grid of cells, each a run folder; the same line goes on. Exit code 4: some cells failed."""
+    """Evaluate all combinations of models, recipes, tasks and more.
+
+    Each combination is a cell with its own run folder. Rerun the same command to resume. Exit code 4: some cells
+    failed.
+    """
     from lceval.sweep import command
 
     text, code = command.run(
         grid,
         preset,
-        changes or [],
+        overrides or [],
         output_path,
         engine=engine,
         workers=workers,
@@ -114,19 +183,41 @@ def sweep(
 @app.command()
 def check(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="BASE and NEW: run folders; BASE may be a baseline.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN", help="BASE and NEW: run folders; BASE may also be a baseline file (see --write-baseline)."
+        ),
     ] = None,
-    gate: Annotated[float | None, typer.Option(help="The drop that is too much, in the metric's units.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What to gate on, as gold_nll; default the headline.")] = None,
-    inconclusive: Annotated[Literal["fail", "warn"], typer.Option(help="What too little data does.")] = "fail",
-    plan: Annotated[bool, typer.Option("--plan", help="How many samples the gate needs [for BASE].")] = False,
-    discordance: Annotated[float, typer.Option(help="For --plan: the share of scores that change.")] = 0.1,
-    write_baseline: Annotated[Path | None, typer.Option(help="Write the baseline of the one run given.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Also write JUnit XML.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write markdown.")] = None,
+    gate: Annotated[
+        float | None,
+        typer.Option(help="Largest acceptable drop, in the metric's units, e.g. 0.05 (required to compare)."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Metric to compare, e.g. gold_nll (default the task's headline metric)."),
+    ] = None,
+    inconclusive: Annotated[
+        Literal["fail", "warn"],
+        typer.Option(help="Exit status when the result is inconclusive: fail exits with 5, warn with 0."),
+    ] = "fail",
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the sample size that --gate requires, optionally for one BASE.")
+    ] = False,
+    discordance: Annotated[
+        float, typer.Option(help="With --plan: expected share of samples whose score changes.")
+    ] = 0.1,
+    write_baseline: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write a baseline file of one run and exit (scores and digests, no text)."),
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a JUnit XML report.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a markdown report.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Is NEW worse than BASE? 0 pass, 1 regression, 3 not comparable, 5 inconclusive."""
+    """Test whether run NEW is worse than run BASE, for use in CI.
+
+    Runs are compared sample by sample. Exit codes: 0 pass, 1 regression, 3 not comparable, 5 inconclusive.
+    """
     from lceval.check import command
 
     text, code = command.run(
@@ -147,25 +238,31 @@ def check(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders, or folders that lm_eval wrote.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write (an earlier report is replaced).")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Run folders, folders of run folders, or lm_eval output folders."),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write; an existing report is replaced.")],
     as_json: Json = False,
 ) -> None:
-    """One HTML page of runs: leaderboard, plots and every sample; opens offline."""
+    """Write an HTML report: leaderboard, plots and all samples.
+
+    The report is one file that opens offline.
+    """
     from lceval.report.page import write
 
-    made = write(runs, output)
+    page = write(runs, output)
     if as_json:
-        typer.echo(json.dumps({**vars(made), "html": str(made.html)}))
+        typer.echo(json.dumps({**vars(page), "html": str(page.html)}))
     else:
         typer.echo(
-            f"{made.html}: {made.runs} runs, {made.rows} rows, {made.samples} samples, {made.bytes / 1e6:.1f} MB"
+            f"{page.html}: {page.runs} runs, {page.rows} rows, {page.samples} samples, {page.bytes / 1e6:.1f} MB"
         )
 
 
 @app.command()
-def model(name: Annotated[str, typer.Argument(help="smollm2-135m")], as_json: Json = False) -> None:
-    """Print the folder of a packaged model, which `--model hf`, vLLM or kvpress can load."""
+def model(name: Annotated[str, typer.Argument(help="Name of the model: smollm2-135m.")], as_json: Json = False) -> None:
+    """Print the folder of a packaged model, in Hugging Face format."""
     from lceval.models import packaged
 
     if name != packaged.NAME:
@@ -176,7 +273,7 @@ def model(name: Annotated[str, typer.Argument(help="smollm2-135m")], as_json: Js
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check this installation; every finding comes with what to do about it."""
+    """Check this installation and print how to fix each problem."""
     from lceval.doctor import examine, render
 
     findings = examine()
@@ -187,11 +284,16 @@ def doctor(as_json: Json = False) -> None:
 
 @app.command()
 def tasks(
-    pattern: Annotated[str, typer.Argument(help="Part of a name, or a pattern with * and ?.")] = "",
-    groups: Annotated[bool, typer.Option("--groups", help="List groups and their members instead.")] = False,
+    pattern: Annotated[
+        str, typer.Argument(help="Part of a task name, or a pattern with * and ? (default: an overview of all tasks).")
+    ] = "",
+    groups: Annotated[bool, typer.Option("--groups", help="List task groups and their members instead.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What can be run: modes, lengths, contexts, and whether the data is at hand."""
+    """List the tasks and whether their data is available.
+
+    Also lists their modes, context lengths and context settings.
+    """
     from lceval import listing
 
     if as_json:
@@ -199,176 +301,63 @@ def tasks(
     elif groups:
         typer.echo(listing.groups_text(pattern))
     else:
-        typer.echo(listing.named(pattern) if pattern else listing.overview())
+        typer.echo(listing.tasks_text(pattern) if pattern else listing.overview())
 
 
-data = typer.Typer(help="The data of the tasks: what is at hand, and fetching the rest.", rich_markup_mode=None)
-app.add_typer(data, name="data")
-
-
-@data.command("list")
-def data_list(as_json: Json = False) -> None:
-    """Where each dataset comes from, and which files are missing."""
-    from lceval import listing
-
-    typer.echo(json.dumps(listing.data(), indent=2) if as_json else listing.data_text())
-
-
-@data.command("fetch")
-def data_fetch(
-    datasets: Annotated[list[str], typer.Argument(help="Datasets, or tasks and groups for the datasets they read.")],
-    to: Annotated[Path | None, typer.Option(help="The data folder; default LCEVAL_DATA.")] = None,
+@app.command()
+def methods(
+    name: Annotated[str, typer.Argument(help="A method to describe in full; default: list all.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Fill a data folder from the hub; what is there is skipped. Exit code 2: some files must be provided."""
-    from lceval.fetch import fetch
+    """List the KV methods of recipes with their keys, defaults and sources, or describe one."""
+    from lceval import methods as listing
 
-    outcomes = []
-    for outcome in fetch(datasets, to):
-        outcomes.append(outcome)
-        if not as_json:
-            typer.echo(str(outcome))
-    if as_json:
-        typer.echo(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
-    if any(outcome.status == "provide" for outcome in outcomes):
-        raise typer.Exit(2)
+    typer.echo(listing.text(name, as_json=as_json))
 
 
 @app.command()
 def score(
-    task: Annotated[str, typer.Argument(help="A task, or loft_retrieval, loft_rag, loft_rag_multi.")],
-    predictions: Annotated[Path, typer.Argument(help="jsonl: id, prediction and, without rows, ground_truth.")],
-    gold: Annotated[Path | None, typer.Option(help="LOFT's queries, for LOFT's predictions.")] = None,
-    by: Annotated[str | None, typer.Option(help="rows or ground_truth; default rows where they are at hand.")] = None,
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE, as pretrained=NAME; repeatable.")] = None,
+    task: Annotated[
+        str, typer.Argument(help="Task name, or loft_retrieval, loft_rag, loft_rag_multi for LOFT's own files.")
+    ],
+    predictions: Annotated[
+        Path,
+        typer.Argument(help="JSONL file with the fields id, prediction and, without the task's data, ground_truth."),
+    ],
+    gold: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="LOFT's file of queries (required for the loft_ tasks).")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[rows|ground_truth]",
+            help="Source of the references: the task's data or the predictions file (default rows where the data is "
+            "available).",
+        ),
+    ] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="lm_eval's --metadata, e.g. pretrained=NAME for the tokenizer (repeatable)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Apply a task's metrics to outputs made elsewhere; a missing or empty output is wrong, never dropped."""
+    """Score predictions made elsewhere with a task's metrics.
+
+    Missing and empty predictions count as wrong.
+    """
     from lceval.score import render
     from lceval.score import score as score_predictions
 
-    report = score_predictions(task, predictions, gold=gold, by=by, metadata=_pairs(metadata or []))
-    typer.echo(json.dumps(report, indent=2) if as_json else render(report))
+    scores = score_predictions(task, predictions, gold=gold, by=by, metadata=pairs(metadata or []))
+    typer.echo(json.dumps(scores, indent=2) if as_json else render(scores))
 
 
+app.add_typer(data, name="data")
 app.add_typer(judge, name="judge")
 app.add_typer(train, name="train")
-
-bench = typer.Typer(help="Measure this machine; every claim is a ratio within one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
-Pretrained = Annotated[str, typer.Option(help="A name or folder, as for --model hf.")]
-Recipes = Annotated[list[str], typer.Option("--kv", help="A KV recipe; may be given more than once.")]
-
-
-@bench.command("decode")
-def bench_decode(
-    kv: Recipes = ["snapkv:600"],  # noqa: B006
-    pretrained: Pretrained = "smollm2-135m",
-    tokens: Annotated[int, typer.Option(help="Tokens of the context.")] = 6000,
-    new_tokens: Annotated[int, typer.Option(help="Steps a round.")] = 16,
-    rounds: Annotated[int, typer.Option(help="Rounds; the sides take turns.")] = 3,
-    as_json: Json = False,
-) -> None:
-    """Decoding speed: --model hf, our own full cache, and recipes, in turns."""
-    from lceval.bench.decode import bench as measure
-    from lceval.bench.render import decode
-
-    report = measure(pretrained, kv, tokens=tokens, new_tokens=new_tokens, rounds=rounds)
-    typer.echo(json.dumps(report, indent=2) if as_json else decode(report))
-
-
-@bench.command("eval")
-def bench_eval(
-    task: Annotated[str, typer.Option("--tasks", "--task", help="One task.")],
-    kv: Recipes = ["full"],  # noqa: B006
-    pretrained: Pretrained = "smollm2-135m",
-    contexts: Annotated[int | None, typer.Option(help="Contexts, each with all its questions; default all.")] = None,
-    hf: Annotated[bool, typer.Option(help="Let --model hf answer too.")] = True,
-    diagnose: Annotated[str, typer.Option(help="none, gold or attention.")] = "none",
-    query_aware: Annotated[
-        bool, typer.Option("--query-aware", help="Let the question's tokens take part in the eviction scores.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option("--batch-size", "--batch_size", help="Questions at a time.")] = 1,
-    metadata: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of lm_eval's --metadata; repeatable.")] = None,
-    nll_only: Annotated[bool, typer.Option("--nll-only", help="Generate nothing; predict the gold answer.")] = False,
-    output: Annotated[Path | None, typer.Option(help="jsonl of samples; the same line goes on from it.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Quality and cost of recipes on one task: one prefill a context serves them all."""
-    from lceval.bench.evaluate import bench as measure
-    from lceval.bench.render import evaluation
-
-    report = measure(
-        task,
-        kv,
-        pretrained=pretrained,
-        contexts=contexts,
-        against_hf=hf,
-        diagnose=diagnose,
-        output=output,
-        nll_only=nll_only,
-        query_aware=query_aware,
-        batch_size=batch_size,
-        metadata=_pairs(metadata or []),
-    )
-    typer.echo(json.dumps(report, indent=2) if as_json else evaluation(report))
-
-
-@bench.command("kernels")
-def bench_kernels(
-    predict: Annotated[str | None, typer.Option(help="h100, h200 or a100: what bytes and operations allow.")] = None,
-    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; default 8k, 32k, 128k.")] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", help="Sequences; default 1, 8, 32.")] = None,
-    keeps: Annotated[list[float] | None, typer.Option("--keep", help="Shares; default 1, .5, .25, .1.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also write a page with a plot.")] = None,
-    as_json: Json = False,
-) -> None:
-    """On a GPU: a decoding step's attention for every store, against the memory's speed and against SDPA."""
-    from lceval.bench import render
-    from lceval.bench.kernels import bench as measure
-
-    report = measure(predict, lengths, batches, keeps)
-    if plot is not None:
-        plot.write_text(render.kernels_plot(report))
-    typer.echo(json.dumps(report, indent=2) if as_json else render.kernels(report))
-
-
-@bench.command("shifted")
-def bench_shifted(
-    lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; default 2k, 4k, 8k.")] = None,
-    heads: Annotated[int, typer.Option(help="Query heads.")] = 9,
-    kv_heads: Annotated[int, typer.Option("--kv-heads", help="KV heads.")] = 3,
-    dim: Annotated[int, typer.Option(help="Of a head.")] = 64,
-    group: Annotated[float, typer.Option(help="A group's share of the sequence.")] = 0.25,
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    rounds: Annotated[int, typer.Option(help="Rounds; the sides take turns.")] = 5,
-    as_json: Json = False,
-) -> None:
-    """Training's attention, full against LongLoRA's shifted, forward and backward."""
-    from lceval.bench.render import shifted
-    from lceval.bench.shifted import bench as measure
-
-    report = measure(lengths, heads=heads, kv_heads=kv_heads, dim=dim, share=group, dtype=dtype, rounds=rounds)
-    typer.echo(json.dumps(report, indent=2) if as_json else shifted(report))
-
-
-@bench.command("aot")
-def bench_aot(as_json: Json = False) -> None:
-    """Compile every kernel for sm_80 and sm_90, without a GPU, and hold its cost against the limits."""
-    from lceval.kernels import aot
-
-    raise typer.Exit(aot.main(["--json"] if as_json else []))
-
-
-def _pairs(texts: list[str]) -> dict[str, str | int]:
-    """KEY=VALUE as lm_eval reads them; a whole number is one."""
-    found: dict[str, str | int] = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not (key and separator):
-            raise UserError(f"--metadata {text!r}: expected KEY=VALUE")
-        found[key] = int(value) if value.isdecimal() else value
-    return found
 
 
 def main() -> None:
@@ -385,15 +374,15 @@ def invoke(argv: list[str]) -> int:
     except LcevalError as error:
         return _fail(str(error), error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
-        return _fail("interrupted; the same line goes on from here", 130)
+        return _fail("interrupted; rerun the same command to resume", 130)
     except Exception as error:
-        # Typer keeps its usage errors private; they are the ones that format themselves.
+        # Typer's usage errors are private classes; only they have `format_message`.
         if usage := getattr(error, "format_message", None):
             return _fail(f"{usage()} (see lceval --help)", 2)
         if os.environ.get("LCEVAL_DEBUG"):
             raise
-        first = (str(error).strip() or "no message").splitlines()[0]
-        return _fail(f"unexpected {type(error).__name__}: {first} (LCEVAL_DEBUG=1 shows the traceback)", 4)
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return _fail(f"unexpected {type(error).__name__}: {first_line} (LCEVAL_DEBUG=1 shows the traceback)", 4)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,4 +1,4 @@
-"""`lceval demo`: the main job on a machine that has neither hub, GPU nor data."""
+"""`lceval demo`: an evaluation that needs no network, GPU or data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
 
 def demo(output_path: Path, limit: int) -> list[Path]:
-    """Evaluate the packaged model under each recipe; returns the run folders."""
+    """Evaluate the packaged model under each recipe and return the run folders."""
     folders = []
     for number, recipe in enumerate(RECIPES, 1):
         folder = output_path / recipe.replace(":", "-")

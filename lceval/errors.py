@@ -1,25 +1,25 @@
-"""The exceptions that reach a user, and the exit code each one ends the process with."""
+"""The exceptions that reach the user, each with its exit code."""
 
 
 class LcevalError(Exception):
-    """Base of every error this package raises on purpose; printed as one line, without a traceback."""
+    """Base of all errors that lceval raises; printed as one line without a traceback."""
 
     exit_code = 4
 
 
 class UserError(LcevalError):
-    """Bad input: says what was wrong, the value, what is allowed and what to do."""
+    """Bad input. The message names the problem, the value, what is allowed and what to do."""
 
     exit_code = 2
 
 
 class NotComparableError(LcevalError):
-    """Two results that may not be set side by side."""
+    """Two results that cannot be compared."""
 
     exit_code = 3
 
 
 class InfrastructureError(LcevalError):
-    """The machine failed, not the user: a full disk, a result that was not written, a missing device."""
+    """A failure of the machine: a full disk, a result that was not written, a missing device."""
 
     exit_code = 4

@@ -1,7 +1,7 @@
-"""`lceval data fetch`: fills a data folder with the files that tasks read, so that they run without a network.
+"""`lceval data fetch`: download the files of tasks into a data folder, so that they run offline.
 
-Files of a hub repository go to `hub/<owner>/<name>/` of the folder, where lceval.tasks.sources looks first. They are
-downloaded beside it and put in place in one move, so what lies there is whole, whenever a download was cut off.
+Files of a hub repository are stored in `hub/<owner>/<name>/` of the folder, which lceval.tasks.sources checks first.
+They are downloaded to a temporary folder and moved into place, so an interrupted download leaves no partial copy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from lceval.tasks import catalogue, sources
 from lceval.tasks.catalogue import Dataset
 
 _REVISION = ".lceval-revision"
-"""In a copy that was fetched: the commit it is of. A copy that somebody provided has none and is left as it is."""
+"""File in a fetched copy with its commit. A copy provided by the user has none and is never replaced."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was done for a dataset; `provide`: nothing can be done here, somebody has to bring the files."""
+    """Result of fetching a dataset; `provide`: the files are not on the hub and have to be provided by the user."""
 
     dataset: str
     status: Literal["shipped", "there", "fetched", "provide"]
@@ -38,22 +38,22 @@ class Outcome:
 
 
 def fetch(names: Sequence[str], to: Path | None = None) -> Iterator[Outcome]:
-    """Fetch what is not there yet, dataset by dataset.
+    """Fetch the missing files of each dataset.
 
     Args:
-        names: Datasets; a task's or a group's name stands for its datasets.
-        to: The data folder; LCEVAL_DATA where it is None.
+        names: Names of datasets, tasks or groups.
+        to: Data folder; None for LCEVAL_DATA.
 
     Raises:
-        UserError: A name that does not exist, or no folder.
-        InfrastructureError: The network or the disk failed; what was fetched before stays.
+        UserError: An unknown name, or no folder.
+        InfrastructureError: The network or the disk failed; datasets fetched before are kept.
     """
-    wanted = {of.dataset: of for name in names for of in _datasets(name)}
+    selected = {dataset.dataset: dataset for name in names for dataset in _datasets(name)}
     root = to.expanduser() if to is not None else sources.data_folder()
     if root is None:
         raise UserError(f"no folder to fetch into: set {sources.DATA_VARIABLE} or pass --to FOLDER.")
-    # The names are judged before anything is downloaded, hence the generator inside.
-    return (_fetched(dataset, root) for dataset in wanted.values())
+    # A generator expression, so that names are validated before anything is downloaded.
+    return (_fetched(dataset, root) for dataset in selected.values())
 
 
 def _datasets(name: str) -> list[Dataset]:
@@ -63,31 +63,30 @@ def _datasets(name: str) -> list[Dataset]:
         return [catalogue.tasks()[name].dataset]
     if name in catalogue.groups():
         return [dataset for member in catalogue.groups()[name] for dataset in _datasets(member)]
-    near = get_close_matches(name, [*catalogue.datasets(), *catalogue.tasks(), *catalogue.groups()], n=3)
-    raise UserError(
-        f"unknown dataset {name!r}; {f'did you mean {chr(32).join(near)}?' if near else 'see `lceval data list`'}"
-    )
+    nearest = get_close_matches(name, [*catalogue.datasets(), *catalogue.tasks(), *catalogue.groups()], n=3)
+    hint = f"did you mean {' '.join(nearest)}?" if nearest else "see `lceval data list`"
+    raise UserError(f"unknown dataset {name!r}; {hint}")
 
 
 def _fetched(dataset: Dataset, root: Path) -> Outcome:
     name, absent = dataset.dataset, missing(dataset, root)
     if not dataset.files and dataset.hub is None:
-        return Outcome(name, "shipped", "ships with the package, nothing to fetch")
+        return Outcome(name, "shipped", "shipped with the package")
     if not absent and not _outdated(dataset, root):
-        return Outcome(name, "there", f"there already, in {root}")
+        return Outcome(name, "there", f"already in {root}")
     if dataset.hub is None and not dataset.fetch:
-        return Outcome(name, "provide", f"not on the hub in this form: put {' and '.join(absent)} into {root}")
+        return Outcome(name, "provide", f"not on the hub in this format: copy {' and '.join(absent)} into {root}")
     try:
         detail = _from_elsewhere(dataset, root) if dataset.fetch else _from_hub(dataset, root)
     except OSError as error:
         raise InfrastructureError(f"cannot fetch {name} into {root} ({_reason(error)})") from error
     if absent := missing(dataset, root):
-        raise InfrastructureError(f"fetched {name}, and {' and '.join(absent)} is still not in {root}")
+        raise InfrastructureError(f"fetched {name}, but {' and '.join(absent)} is still missing in {root}")
     return Outcome(name, "fetched", detail)
 
 
 def _outdated(dataset: Dataset, root: Path) -> bool:
-    """Whether an earlier fetch left the files of another commit, and those are what would be read."""
+    """Whether the copy that would be used is of another commit, from an earlier fetch."""
     if dataset.hub is None or (dataset.files and all((root / file).is_file() for file in dataset.files)):
         return False
     marker = hub_folder(dataset, root) / _REVISION
@@ -108,7 +107,7 @@ def _from_hub(dataset: Dataset, root: Path) -> str:
     assert dataset.hub is not None
     hub, folder = dataset.hub, hub_folder(dataset, root)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # A new folder each time: given one that holds something, the hub's client takes it for the data when it is offline.
+    # Always an empty folder: offline, the hub's client takes any files in it for the data.
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=f".{folder.name}-", suffix=".part", ignore_cleanup_errors=True
     ) as scratch:
@@ -122,37 +121,37 @@ def _from_hub(dataset: Dataset, root: Path) -> str:
                 allow_patterns=list(hub.files.values()),
                 local_dir=part,
             )
-        except Exception as error:  # of the hub, of its HTTP client, of the disk: they share no base
+        except Exception as error:  # from the hub, its HTTP client or the disk: no common base class
             raise InfrastructureError(
-                f"cannot fetch {dataset.dataset} from {hub.repo} on the hub ({_reason(error)}): connect, or bring "
-                f"{' and '.join(hub.files.values())} to {folder} from a machine that is connected."
+                f"cannot fetch {dataset.dataset} from {hub.repo} on the hub ({_reason(error)}): connect to the "
+                f"network, or copy {' and '.join(hub.files.values())} into {folder} from another machine."
             ) from error
         if absent := [pattern for pattern in hub.files.values() if not any(part.glob(pattern))]:
-            raise InfrastructureError(f"{hub.repo} at {hub.revision} has no {' and no '.join(absent)} to fetch.")
-        shutil.rmtree(part / ".cache", ignore_errors=True)  # the client's own notes
+            raise InfrastructureError(f"{hub.repo} at {hub.revision} has no {' and no '.join(absent)}.")
+        shutil.rmtree(part / ".cache", ignore_errors=True)  # the client's metadata
         (part / _REVISION).write_text(hub.revision, encoding="utf-8")
         if folder.exists():
             if not _outdated(dataset, root):
-                _keep(folder, part)
-            # A folder cannot be replaced in one step; between these two there is none, never half of one.
+                _keep_other_files(folder, part)
+            # A folder cannot be replaced atomically; between these two steps there is none, never a partial one.
             folder.rename(Path(scratch) / "old")
         part.rename(folder)
     return f"fetched {hub.repo} at {hub.revision[:12]} into {folder}"
 
 
-def _keep(folder: Path, part: Path) -> None:
-    """Give a new copy the files of other datasets that lie in the one it replaces."""
+def _keep_other_files(folder: Path, part: Path) -> None:
+    """Link the files of other datasets from the replaced copy into the new one."""
     for file in folder.rglob("*"):
         target = part / file.relative_to(folder)
         if file.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(file, target)
-            except OSError:  # a file system without links
+            except OSError:  # no hard links on this file system
                 shutil.copy2(file, target)
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error, short enough for a line."""
+    """First line of an error, at most 120 characters."""
     first = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
     return f"{first:.120}"

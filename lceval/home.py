@@ -1,4 +1,4 @@
-"""Where lceval keeps what it can build again: converted models and built rows."""
+"""Cache folder for what can be rebuilt: converted models and built rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a run this run: everything that can change its outputs, and nothing else.
+"""The identity of a run: everything that can change its outputs, and nothing else.
 
 A run is resumed, and a result reused, only under the same identity.
 """
@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# The fields of lm-eval's EvaluatorConfig. A test fails on one that stands in neither list.
+# The fields of lm-eval's EvaluatorConfig. A test fails on a field in neither list.
 CHANGES_OUTPUTS = (
     "apply_chat_template",
     "batch_size",
@@ -60,7 +60,7 @@ def of(config: Any, folders: dict[str, str]) -> dict[str, Any]:
 
     Args:
         config: the parsed configuration, recipe canonical.
-        folders: model and adapter names, resolved; those that are local folders enter by their content.
+        folders: resolved model and adapter names; local folders are hashed by content.
     """
     fields = {name: getattr(config, name) for name in CHANGES_OUTPUTS}
     hashes = {key: folder_hash(Path(name)) for key, name in folders.items() if Path(name).is_dir()}
@@ -76,14 +76,14 @@ def fingerprint(identity: dict[str, Any]) -> str:
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """The fields in which two identities differ, as `field: old -> new`."""
-    found = []
+    changes = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{prefix}{key}.")
+            changes += differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            found.append(f"{prefix}{key}: {a!r} -> {b!r}")
-    return found
+            changes.append(f"{prefix}{key}: {a!r} -> {b!r}")
+    return changes
 
 
 def folder_hash(folder: Path) -> str:
@@ -97,24 +97,24 @@ def folder_hash(folder: Path) -> str:
 
 @cache
 def _file_hash(file: Path, *_: int) -> str:
-    """Hex digest of a file; it is read again if its size, time or inode changed. A sweep asks for each cell."""
+    """Hex digest of a file; cached by size, time and inode, since a sweep needs it for every cell."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of the packages that take part in an answer."""
-    found = {"python": platform.python_version()}
+    """Installed versions of the packages that affect outputs."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def machine() -> dict[str, Any]:
-    """What the run ran on. Imports torch."""
+    """Hardware and threads of this machine. Imports torch."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,6 +1,6 @@
-"""`lceval tasks` and `lceval data list`: what can be run, and whether its data is at hand.
+"""`lceval tasks` and `lceval data list`: all tasks, and whether their data is available locally.
 
-Reads the catalogue and looks for files; imports neither torch nor lm_eval, so it answers at once.
+Reads the catalogue and checks for files; imports neither torch nor lm_eval, so it is fast.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from lceval.tasks.catalogue import Dataset, Task
 _CLIP = 24
 _NAMES = (
     "A task is lc_<dataset>_<mode>_<length>, e.g. lc_filings_ao_2k, or lc_<dataset>_<mode> without a length; "
-    "`lceval tasks PATTERN` lists them by name, `lceval tasks --groups` the groups."
+    "`lceval tasks PATTERN` lists tasks by name, `lceval tasks --groups` lists groups."
 )
 
 
 def hub_folder(dataset: Dataset, root: Path) -> Path:
-    """Where a data folder keeps the files of a dataset's hub repository."""
+    """Path of a dataset's hub repository in a data folder."""
     assert dataset.hub is not None, dataset.dataset
     return root / "hub" / dataset.hub.repo
 
 
 def missing(dataset: Dataset, root: Path | None) -> list[str]:
-    """The files that a dataset wants and a data folder has not; patterns stand for at least one file.
+    """Files of a dataset that are not in a data folder; a pattern is present if at least one file matches.
 
-    A dataset that has both a local form and a hub repository needs one of them.
+    A dataset with both local files and a hub repository requires one of them.
     """
     local = [name for name in dataset.files if root is None or not (root / name).is_file()]
     if dataset.hub is None or (dataset.files and not local):
         return local
     folder = hub_folder(dataset, root) if root is not None else None
-    absent = [of for of in dataset.hub.files.values() if folder is None or not any(folder.glob(of))]
+    absent = [pattern for pattern in dataset.hub.files.values() if folder is None or not any(folder.glob(pattern))]
     return [f"hub/{dataset.hub.repo}/{pattern}" for pattern in absent]
 
 
 def source(dataset: Dataset) -> str:
-    """Where its questions come from."""
+    """Source of the dataset, for tables."""
     if dataset.hub is not None:
         return f"hub {dataset.hub.repo}"
     if dataset.fetch:
@@ -51,12 +51,12 @@ def source(dataset: Dataset) -> str:
 
 
 def at_hand(dataset: Dataset) -> bool:
-    """Whether it runs without a network: shipped, or its files lie in the data folder."""
+    """Whether the dataset is available offline: shipped, or its files are in the data folder."""
     return not missing(dataset, sources.data_folder())
 
 
 def task_record(task: Task) -> dict[str, Any]:
-    """All there is to say of a task."""
+    """JSON record of a task."""
     dataset = task.dataset
     return {
         "task": task.name,
@@ -75,19 +75,19 @@ def task_record(task: Task) -> dict[str, Any]:
 
 
 def tasks(pattern: str = "") -> list[dict[str, Any]]:
-    """The tasks whose names match."""
-    every = catalogue.tasks()
-    return [task_record(every[name]) for name in _matching(pattern, list(every), "task")]
+    """Records of the tasks whose names match."""
+    by_name = catalogue.tasks()
+    return [task_record(by_name[name]) for name in _matching(pattern, list(by_name), "task")]
 
 
 def groups(pattern: str = "") -> list[dict[str, Any]]:
-    """The groups whose names match, with their members."""
-    every = catalogue.groups()
-    return [{"group": name, "members": every[name]} for name in _matching(pattern, list(every), "group")]
+    """Groups whose names match, with their members."""
+    by_name = catalogue.groups()
+    return [{"group": name, "members": by_name[name]} for name in _matching(pattern, list(by_name), "group")]
 
 
 def data() -> list[dict[str, Any]]:
-    """Where each dataset's files come from, and which are missing."""
+    """Source and missing files of each dataset."""
     root = sources.data_folder()
     return [
         {
@@ -105,19 +105,22 @@ def data() -> list[dict[str, Any]]:
 
 
 def _matching(pattern: str, names: Sequence[str], what: str) -> list[str]:
-    """The names that a pattern with * ? [ ] matches as a whole, or that a plain one is a part of."""
-    whole = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
-    found = [name for name in names if fnmatchcase(name, whole)]
-    if not found:
-        near = get_close_matches(pattern, names, n=3)
-        raise UserError(
-            f"no {what} matches {pattern!r}; {f'did you mean {chr(32).join(near)}?' if near else 'see `lceval tasks`'}"
-        )
-    return found
+    """Names that match a glob pattern, or contain a plain one.
+
+    Raises:
+        UserError: no match.
+    """
+    glob = pattern if set(pattern) & set("*?[") else f"*{pattern}*"
+    matches = [name for name in names if fnmatchcase(name, glob)]
+    if not matches:
+        nearest = get_close_matches(pattern, names, n=3)
+        hint = f"did you mean {' '.join(nearest)}?" if nearest else "see `lceval tasks`"
+        raise UserError(f"no {what} matches {pattern!r}; {hint}")
+    return matches
 
 
 def overview() -> str:
-    """One line a dataset: what its tasks' names are made of, and whether it can be run here."""
+    """Table of datasets: the parts of their task names, and whether they are available."""
     lines = [
         {
             "suite": dataset.suite,
@@ -127,7 +130,7 @@ def overview() -> str:
             "context": ",".join(dataset.contexts),
             "rows": _clipped(dataset.count),
             "source": source(dataset),
-            "at hand": "yes" if at_hand(dataset) else "no",
+            "available": "yes" if at_hand(dataset) else "no",
             "licence": _clipped(dataset.licence),
         }
         for dataset in catalogue.datasets().values()
@@ -135,9 +138,9 @@ def overview() -> str:
     return f"{_columns(lines)}\n\n{_NAMES}"
 
 
-def named(pattern: str) -> str:
-    """One line a task."""
-    shown = []
+def tasks_text(pattern: str) -> str:
+    """Table of the matching tasks, one per line."""
+    lines = []
     for record in tasks(pattern):
         line = {
             "task": record["task"],
@@ -145,29 +148,29 @@ def named(pattern: str) -> str:
             "retriever": ",".join(record["retrievers"]) or "-",
             "rows": record["rows"],
             "source": record["source"],
-            "at hand": "yes" if record["at_hand"] else "no",
+            "available": "yes" if record["at_hand"] else "no",
             "licence": record["licence"],
         }
-        shown.append(line)
-    return _columns(shown)
+        lines.append(line)
+    return _columns(lines)
 
 
 def groups_text(pattern: str = "") -> str:
-    """One line a group."""
-    return _columns([{"group": of["group"], "members": " ".join(of["members"])} for of in groups(pattern)])
+    """Table of the matching groups, one per line."""
+    return _columns([{"group": record["group"], "members": " ".join(record["members"])} for record in groups(pattern)])
 
 
 def data_text() -> str:
-    """One line a dataset: at hand or not, and what to do where not."""
+    """Table of datasets: available or not, and how to get missing files."""
     lines = [
         {
-            "dataset": of["dataset"],
-            "source": of["source"],
-            "at hand": "yes" if of["at_hand"] else "no",
-            "licence": of["licence"],
-            "missing": _remedy(of),
+            "dataset": record["dataset"],
+            "source": record["source"],
+            "available": "yes" if record["at_hand"] else "no",
+            "licence": record["licence"],
+            "missing": _remedy(record),
         }
-        for of in data()
+        for record in data()
     ]
     root = sources.data_folder()
     where = f"{sources.DATA_VARIABLE}={root}" if root is not None else f"{sources.DATA_VARIABLE} is not set"
@@ -183,12 +186,12 @@ def _remedy(record: Mapping[str, Any]) -> str:
 
 
 def _clipped(text: str) -> str:
-    """Words that fit a column of the overview; a task's own line has all of them."""
+    """Truncate a cell of the overview; the table of tasks has the full text."""
     return text if len(text) <= _CLIP else f"{text[: _CLIP - 1].rstrip(' ,;')}…"
 
 
 def _columns(lines: Sequence[Mapping[str, str]]) -> str:
-    """Aligned lines under their headings."""
+    """Aligned columns with headings."""
     rows = [{heading: heading.upper() for heading in lines[0]}, *lines]
     widths = {heading: max(len(row[heading]) for row in rows) for heading in lines[0]}
     return "\n".join("  ".join(f"{text:<{widths[key]}}" for key, text in row.items()).rstrip() for row in rows)

@@ -1,9 +1,9 @@
-"""Makes `lm_eval --model lcft --tasks lc_…` work in an environment where lceval was merely installed.
+"""Makes `lm_eval --model lcft --tasks lc_…` work wherever lceval is installed.
 
-lm-eval 0.4.13 discovers no plugins. A `.pth` line imports this module at every Python start, so it may cost next to
-nothing: it only puts a finder in front of the import system. When, and only when, lm_eval's model registry or task
-manager is imported, the finder lets it load as usual and then adds our model, our task folder and our task names.
-Releases that read entry points themselves are left to do so. `LCEVAL_AUTOLOAD=0` in the environment switches it off.
+lm-eval 0.4.13 discovers no plugins. A `.pth` line imports this module at every Python start, so it must be
+cheap: it only installs an import finder. Once lm_eval's model registry or task manager is imported, the finder lets it
+load as usual and then adds lceval's model, task folder and task names. Releases of lm-eval that read entry points find
+the model without it. `LCEVAL_AUTOLOAD=0` in the environment disables all of this.
 """
 
 import sys
@@ -18,13 +18,13 @@ MODEL = ("lcft", "lceval.models.lcft:LCFT")
 
 
 def install() -> None:
-    """Put the finder in place; a second call does nothing."""
+    """Install the finder; a second call does nothing."""
     if not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
 class _AfterImport:
-    """A meta path finder that runs an action after one of a few named modules was imported."""
+    """A meta path finder that runs an action after the import of one of a few modules."""
 
     def find_spec(self, name: str, path: "Sequence[str] | None", target: object = None) -> "ModuleSpec | None":
         action = _ACTIONS.get(name)
@@ -72,7 +72,7 @@ def _add_tasks(manager: "ModuleType") -> None:
         metadata: dict[str, object] | None = None,
     ) -> None:
         theirs = [] if not include_path else include_path if isinstance(include_path, list) else [include_path]
-        # Before the user's folders: later ones win, and a user may replace a task of ours.
+        # Before the user's folders: later folders win, so a user can replace our tasks.
         paths = [ours, *theirs] if include_defaults else theirs
         original(self, verbosity, paths, include_defaults, metadata)
         self.include_path = include_path  # type: ignore[attr-defined]
@@ -87,7 +87,7 @@ def _packaged_folder() -> str:
 
 
 def _add_names(index: "ModuleType") -> None:
-    """Let the index of our folder hold every name of the catalogue, and its groups."""
+    """Add all tasks and groups of the catalogue to the index of our folder."""
     from pathlib import Path
 
     ours = (Path(__file__).parent / "tasks").resolve()
@@ -95,22 +95,22 @@ def _add_names(index: "ModuleType") -> None:
 
     def build(paths: "Iterable[Path]", **options: object) -> "dict[str, object]":
         paths = [Path(path) for path in paths]
-        found: dict[str, object] = original(paths, **options)
+        entries: dict[str, object] = original(paths, **options)
         if any(path.resolve() == ours for path in paths):
             from lceval.tasks import catalogue
 
-            made = [(name, index.Kind.TASK, catalogue.task_config(task)) for name, task in catalogue.tasks().items()]
-            made += [(name, index.Kind.GROUP, catalogue.group_config(name)) for name in catalogue.groups()]
-            for name, kind, config in made:
-                # What a later folder of the user's calls by the same name stays.
-                found.setdefault(name, index.Entry(name=name, kind=kind, yaml_path=None, cfg=config))
-        return found
+            own = [(name, index.Kind.TASK, catalogue.task_config(task)) for name, task in catalogue.tasks().items()]
+            own += [(name, index.Kind.GROUP, catalogue.group_config(name)) for name in catalogue.groups()]
+            for name, kind, config in own:
+                # A task of the same name in one of the user's folders has precedence.
+                entries.setdefault(name, index.Entry(name=name, kind=kind, yaml_path=None, cfg=config))
+        return entries
 
     index.TaskIndex.build = staticmethod(build)
 
 
 def _add_judge(evaluator: "ModuleType") -> None:
-    """Let `simple_evaluate` give judged metrics where LCEVAL_JUDGE names a judge."""
+    """Add judged metrics to `simple_evaluate` if LCEVAL_JUDGE names a judge."""
     original = evaluator.simple_evaluate
 
     def simple_evaluate(*args: object, **kwargs: object) -> object:

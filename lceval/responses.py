@@ -1,7 +1,7 @@
-"""The responses of one run, kept as they arrive, so that a killed run goes on where it stopped.
+"""Response cache of one run: responses are stored as they arrive, so that a killed run can be resumed.
 
-One SQLite file per run folder holds JSON, never pickles. A response is filed under the request that it answers; the
-run's identity (lceval.identity) guards the file as a whole.
+One SQLite file per run folder, with JSON values (never pickles). The key of a response is its request; the file is
+valid only under the run's identity (lceval.identity).
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ METHODS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
 
 class Responses:
-    """Responses by request. A request asked several times (repeats) has as many responses, in order."""
+    """Responses by request. A repeated request has one response per repeat, in order.
+
+    Attributes:
+        reused: (task, doc_id) of the samples answered from the file alone.
+        requested: (task, doc_id) of all samples.
+    """
 
     def __init__(self, path: Path) -> None:
         self._db = sqlite3.connect(path)
@@ -31,25 +36,25 @@ class Responses:
         self._db.commit()
         self._lm: Any = None
         self.reused: set[tuple[str, Any]] = set()
-        self.asked: set[tuple[str, Any]] = set()
+        self.requested: set[tuple[str, Any]] = set()
 
     def close(self) -> None:
-        """Close the file; a model that was attached answers by itself again."""
+        """Close the file and detach the model."""
         self._db.close()
         for method in METHODS if self._lm is not None else ():
             delattr(self._lm, method)
         self._lm = None
 
     def attach(self, lm: Any) -> None:
-        """Make `lm` file every response as it is made, and answer from the file what was answered before."""
+        """Make `lm` store every response as it is generated, and reuse stored responses."""
         self._lm = lm
         lm.set_cache_hook(self)
         for method in METHODS:
             original = getattr(lm, method)
-            setattr(lm, method, _Serving(self, method, original))
+            setattr(lm, method, _CachedMethod(self, method, original))
 
     def add_partial(self, method: str, args: Iterable[Any], response: Any) -> None:
-        """lm-eval's cache hook: models call this with each response as soon as they have it."""
+        """lm-eval's cache hook: models call this with each response as it is generated."""
         request = _key(method, args)
         self._db.execute(
             "INSERT INTO response SELECT ?, count(*), ? FROM response WHERE request = ?",
@@ -58,21 +63,21 @@ class Responses:
         self._db.commit()
 
     def find(self, request: str) -> list[Any]:
-        """All responses filed under a request key, oldest first."""
+        """All responses stored under a request key, oldest first."""
         rows = self._db.execute("SELECT value FROM response WHERE request = ? ORDER BY place", (request,))
         return [_decode(value) for (value,) in rows]
 
     def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-        """Responses to `requests`: from the file where there are any, else from the model."""
+        """Responses to `requests`: from the file where stored, else from the model."""
         keys = [_key(method, request.args) for request in requests]
-        found = {key: self.find(key) for key in set(keys)}
-        taken: Counter[str] = Counter()
+        stored = {key: self.find(key) for key in set(keys)}
+        used: Counter[str] = Counter()
         responses: list[Any] = [None] * len(requests)
         missing = []
         for index, key in enumerate(keys):
-            if taken[key] < len(found[key]):
-                responses[index] = found[key][taken[key]]
-                taken[key] += 1
+            if used[key] < len(stored[key]):
+                responses[index] = stored[key][used[key]]
+                used[key] += 1
             else:
                 missing.append(index)
         self._count(requests, missing)
@@ -81,28 +86,28 @@ class Responses:
         for index, response in zip(missing, fresh, strict=True):
             responses[index] = response
             added[keys[index]].append((requests[index].args, response))
-        # Models that call no hook are filed here, after the whole batch.
+        # Responses of models that do not call the hook are stored here, after the whole batch.
         for key, answered in added.items():
-            filed = len(self.find(key)) - len(found[key])
-            for args, response in answered[filed:]:
+            hooked = len(self.find(key)) - len(stored[key])
+            for args, response in answered[hooked:]:
                 self.add_partial(method, args, response)
         return responses
 
     def _count(self, requests: list[Any], missing: list[int]) -> None:
-        """A sample was reused if all its requests were."""
-        asked = {(request.task_name, request.doc_id) for request in requests}
-        self.asked |= asked
-        self.reused |= asked - {(requests[i].task_name, requests[i].doc_id) for i in missing}
+        """A sample is reused if all its requests are."""
+        samples = {(request.task_name, request.doc_id) for request in requests}
+        self.requested |= samples
+        self.reused |= samples - {(requests[i].task_name, requests[i].doc_id) for i in missing}
 
 
-class _Serving:
-    """A model's method, answered by `Responses.serve`."""
+class _CachedMethod:
+    """A model's method, served by `Responses.serve`."""
 
-    def __init__(self, store: Responses, method: str, original: Callable[..., list[Any]]) -> None:
-        self.store, self.method, self.original = store, method, original
+    def __init__(self, responses: Responses, method: str, original: Callable[..., list[Any]]) -> None:
+        self.responses, self.method, self.original = responses, method, original
 
     def __call__(self, requests: list[Any], **kwargs: Any) -> list[Any]:
-        return self.store.serve(self.method, lambda missing: self.original(missing, **kwargs), requests)
+        return self.responses.serve(self.method, lambda missing: self.original(missing, **kwargs), requests)
 
 
 def _key(method: str, args: Iterable[Any]) -> str:

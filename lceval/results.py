@@ -1,9 +1,9 @@
-"""Reads what an evaluation left on disk: a lceval run folder or any `lm_eval --output_path` folder.
+"""Reads the results of an evaluation: a lceval run folder or any `lm_eval --output_path` folder.
 
-lm-eval writes `results_<date>.json` and, with --log_samples, one `samples_<task>_<date>.jsonl` a task, all
-with the same date. A lceval run folder holds them directly, beside `run.json`; plain lm-eval puts them in
-a sub-folder named after the model, and a second evaluation adds a second set. A folder of such folders (a
-sweep's) stands for all of them. Scores come from the samples, never from lm-eval's aggregates, because an
+lm-eval writes `results_<date>.json` and, with --log_samples, one `samples_<task>_<date>.jsonl` per task, all
+with the same date. A lceval run folder contains them directly, beside `run.json`; plain lm-eval puts them in
+a sub-folder named after the model, and a second evaluation adds a second set. A folder of run folders (a
+sweep) stands for all its runs. Scores come from the samples, never from lm-eval's aggregates, because an
 interval needs every sample with its cluster.
 """
 
@@ -18,27 +18,27 @@ from typing import Any
 
 from lceval.errors import UserError
 
-# Telemetry is logged as metrics too, because that is the only road lm-eval offers; none of it is a score.
+# lm-eval can log telemetry only as metrics; none of it is a score.
 DIAGNOSES = ("gold_kept", "gold_nll", "ndcg10")
 TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", *DIAGNOSES})
 LEVELS = 2
-"""How deep a folder of runs may hold them: `sweep/run`, or `sweep/group/run`."""
+"""Maximum depth of runs in a folder of runs: `sweep/run` or `sweep/group/run`."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One answer, its score and what it cost.
+    """One answer with its score and cost.
 
     score: the headline metric, or None where it is missing, not finite, or the sample ended in an error.
-    cluster: the context's name, or one of its own for a sample that names none.
+    cluster: the context's name; a sample without one is a cluster by itself.
     kv_bytes, kv_bytes_full: None without telemetry.
-    status: "ok", "truncated" or "error" (or what the `kv` telemetry says).
-    diagnosis: those of DIAGNOSES that were measured.
-    answer: the response that was scored: a text, or JSON of one log-likelihood a choice.
+    status: "ok", "truncated", "error", or the status in the `kv` telemetry.
+    diagnosis: the measured values of DIAGNOSES.
+    answer: the scored response: a text, or JSON with one log-likelihood per choice.
     prompt_hash: lm-eval's digest of the prompt; empty where there is none.
-    metrics: all that was logged as a number per sample and is no telemetry; empty for an error.
-    unjudged: whether a metric of a judge is missing here; None where the task logs none (an error needs no judge).
-    verdict: what the judge of the run said; empty where it had none.
+    metrics: every numeric per-sample metric except telemetry; empty for an error.
+    unjudged: whether a judge metric is missing; None where the task logs none (an error needs no judge).
+    verdict: the verdict of the run's judge; empty without one.
     """
 
     id: str
@@ -60,13 +60,13 @@ class Sample:
 class TaskResult:
     """The samples of one task, scored by its headline metric.
 
-    headline: None where no metric of the task is a number per sample (a corpus metric such as BLEU).
-    filters: all that lm-eval applied, in its order; scores are taken from the first.
-    expected: how many samples lm-eval says it evaluated, None where it does not say.
-    context: what the questions were shown, as the rows of our tasks say it; None for others.
-    file: the samples file, which has every prompt and response; None while there is none.
-    lower_is_better: the metrics that the task wants low.
-    sources: where the rows say they came from.
+    headline: None if the task has no numeric per-sample metric (only a corpus metric such as BLEU).
+    filters: the lm-eval filters, in order; scores are those of the first.
+    expected: number of samples according to lm-eval; None where it is not recorded.
+    context: the context setting in the rows of lceval tasks; None for other tasks.
+    file: the samples file with all prompts and responses; None before it exists.
+    lower_is_better: metrics for which lower is better.
+    sources: data sources named in the rows.
     samples: empty only in an unfinished run that has not written this task yet.
     """
 
@@ -103,7 +103,7 @@ class Run:
 
 
 def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
-    """Every run found in the folders, in their order; runs of the same name get the name of the folder above.
+    """All runs in the folders, in order; runs of the same name are prefixed with their parent folder's name.
 
     Raises:
         UserError: As `read_folder`.
@@ -116,28 +116,29 @@ def read_runs(paths: Sequence[Path]) -> tuple[Run, ...]:
 
 
 def _above(path: Path, run: Run) -> str:
-    """What tells a run's label from the same label elsewhere: the folder it is relative to."""
+    """The folder name that distinguishes a run from one with the same label elsewhere."""
     return path.resolve().name if run.path != path else path.resolve().parent.name
 
 
 def read_folder(path: Path) -> tuple[Run, ...]:
-    """The run of a lceval run folder, one run per results file of a plain lm-eval folder, or all in a folder of those.
+    """The run of a lceval run folder, one run per results file of a plain lm-eval folder, or all in a folder of runs.
 
-    Plain runs are labelled with their sub-folder and date where the folder's name alone would not tell
-    them apart. Runs in a folder of runs are labelled with their path in it, sorted; folders that hold none are passed
-    over.
+    Plain lm-eval runs are labelled with their sub-folder and date where the folder name is ambiguous. Runs in a folder
+    of runs are labelled with their relative path, sorted; folders without runs are skipped.
 
     Raises:
-        UserError: No such folder, no results in it, no samples, or a file that is not what it should be.
+        UserError: No such folder, no results, no samples, or a malformed file.
     """
     if not path.is_dir():
-        what = "not a folder" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {what}; give the run folder or the --output_path of an evaluation")
+        problem = "not a folder" if path.exists() else "no such folder"
+        raise UserError(f"{path}: {problem}; pass a run folder or the --output_path of an evaluation")
     if _is_one(path):
         return _read_one(path, path.resolve().name)
     below = list(_run_folders(path, LEVELS))
     if not below:
-        raise UserError(f"{path}: no results_*.json inside; give the folder an evaluation wrote to, or one of such")
+        raise UserError(
+            f"{path}: no results_*.json inside; pass the output folder of an evaluation, or a folder of these"
+        )
     return tuple(run for folder in below for run in _read_one(folder, folder.relative_to(path).as_posix()))
 
 
@@ -146,22 +147,22 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _is_one(path: Path) -> bool:
-    """Whether a folder is what one `--output_path` leaves: a run folder, or results in it or one level below."""
-    if _holds_results(path):
+    """Whether a folder is one evaluation's output: a run folder, or one with results in it or one level below."""
+    if _has_results(path):
         return True
     inside = _folders(path)
-    # Results below, but also run folders below: a folder of runs.
+    # A folder with results and run folders one level below is a folder of runs.
     return any(_results_files(folder) for folder in inside) and not any(
         (folder / "run.json").is_file() or (not _results_files(folder) and _is_one(folder)) for folder in inside
     )
 
 
-def _holds_results(path: Path) -> bool:
+def _has_results(path: Path) -> bool:
     return (path / "run.json").is_file() or bool(_results_files(path))
 
 
 def _run_folders(path: Path, levels: int) -> Iterator[Path]:
-    """The folders below that are runs; none is looked for inside a run."""
+    """The run folders below; folders inside a run are not searched."""
     for folder in _folders(path):
         if _is_one(folder):
             yield folder
@@ -170,28 +171,28 @@ def _run_folders(path: Path, levels: int) -> Iterator[Path]:
 
 
 def _read_one(path: Path, label: str) -> tuple[Run, ...]:
-    """The runs of a folder of which `_is_one` holds."""
+    """The runs of a folder for which `_is_one` is true."""
     if (path / "run.json").is_file():
         return (_read_lceval_run(path, label),)
     files = _results_files(path) or [file for folder in _folders(path) for file in _results_files(folder)]
     per_folder = Counter(file.parent for file in files)
     runs = []
     for file in files:
-        named = label
+        name = label
         if len(per_folder) > 1:
-            named += f"/{file.parent.name}"
+            name += f"/{file.parent.name}"
         if per_folder[file.parent] > 1:
-            named += f"@{_date(file)}"
-        runs.append(_assemble(path, named, file, run_json={}))
+            name += f"@{_date(file)}"
+        runs.append(_assemble(path, name, file, run_json={}))
     return tuple(runs)
 
 
 def _read_lceval_run(path: Path, label: str) -> Run:
-    """The run of a folder with run.json: its newest results; none at all is fine while it is unfinished."""
+    """The run of a folder with run.json: its newest results, or none while it is unfinished."""
     run_json = _read_json(path / "run.json")
     files = _results_files(path)
     if not files and run_json.get("status") == "finished":
-        raise UserError(f"{path}: run.json says finished, but there is no results_*.json; run it again")
+        raise UserError(f"{path}: the status in run.json is finished, but there is no results_*.json; run it again")
     return _assemble(path, label, files[-1] if files else None, run_json)
 
 
@@ -199,7 +200,7 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
     """One Run from one results file, its samples files and run.json (empty for plain lm-eval)."""
     finished = not run_json or run_json.get("status") == "finished"
     results = _read_json(results_file) if results_file else {}
-    # lm-eval notes the template beside its configuration.
+    # lm-eval stores the template hash beside its configuration.
     template = {"chat_template_sha": results.get("chat_template_sha")} if results else {}
     config = {**_mapping(results.get("config")), **template, **run_json}
     model = str(config.get("model", "-"))
@@ -212,7 +213,7 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
         names = run_json.get("tasks")
         tasks = tuple(TaskResult(str(task)) for task in (names if isinstance(names, list) else []))
     if not tasks:
-        raise UserError(f"{path}: no task recorded; give the folder of an evaluation that has started")
+        raise UserError(f"{path}: no task recorded; pass the folder of an evaluation that has started")
     return Run(
         path=path,
         label=label,
@@ -227,7 +228,7 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
 
 
 def _read_tasks(results_file: Path, results: Mapping[str, Any], finished: bool) -> Iterator[TaskResult]:
-    """The tasks of a results file, in the order they ran; every one must have its samples file."""
+    """The tasks of a results file, in run order; each requires its samples file."""
     configs = _mapping(results.get("configs"))
     for task in dict.fromkeys((*_mapping(results.get("n-samples")), *configs)):
         file = results_file.parent / f"samples_{task}_{_date(results_file)}.jsonl"
@@ -240,7 +241,7 @@ def _read_tasks(results_file: Path, results: Mapping[str, Any], finished: bool) 
 
 
 def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
-    """One task's samples; a task with several filters is read through its first."""
+    """One task's samples; of several filters, the first is used."""
     config = _mapping(_mapping(results.get("configs")).get(task))
     filters: dict[str, None] = {}
     rows = []
@@ -271,7 +272,7 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
 
 
 def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """The metric a task is known by: what it declares, else its first metric that is a number per sample."""
+    """The headline metric: the declared one, else the first numeric per-sample metric."""
     declared = _mapping(config.get("metadata")).get("headline")
     if isinstance(declared, str):
         return declared
@@ -284,7 +285,7 @@ def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
-    """One line of a samples file; `index` tells samples without a name apart."""
+    """One line of a samples file; `index` identifies samples without an id."""
     doc = _mapping(row.get("doc"))
     kv = _mapping(row.get("kv"))
     name, cluster = doc.get("id"), doc.get("cluster")
@@ -328,7 +329,7 @@ def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
 
 
 def _answer(responses: object) -> str:
-    """What was scored: the text of a generation, or the log-likelihoods of the choices as JSON."""
+    """The scored response: the generated text, or the log-likelihoods of the choices as JSON."""
     if not isinstance(responses, list) or not responses:
         return ""
     first = responses[0]
@@ -345,7 +346,7 @@ def model_args(value: object) -> Mapping[str, Any]:
 
 
 def _current_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Model arguments under the names of today: versions before 0.2 said `compress=agnostic|aware`."""
+    """Model arguments under their current names: versions before 0.2 had `compress=agnostic|aware`."""
     if "compress" not in arguments:
         return arguments
     others = {name: value for name, value in arguments.items() if name != "compress"}
@@ -353,13 +354,13 @@ def _current_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _context_setting(doc: Mapping[str, Any]) -> str | None:
-    """The context setting of a row of ours: `shown` in versions before 0.2, which also said `alike`."""
+    """The context setting of an lceval row; before 0.2 its key was `shown` and its suffix `:alike`."""
     setting = doc.get("context_setting") or doc.get("shown")
     return re.sub(r":alike$", ":length_matched", str(setting)) if setting else None
 
 
 def _results_files(folder: Path) -> list[Path]:
-    """The results files directly inside, oldest first: the ISO date in the name sorts as time."""
+    """The results files directly inside, oldest first (the ISO dates in their names sort by time)."""
     return sorted(folder.glob("results_*.json"))
 
 
@@ -378,7 +379,7 @@ def _read_json(file: Path) -> Mapping[str, Any]:
 
 
 def _read_lines(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The objects of a JSON Lines file, one in memory at a time: a line may carry a whole long context."""
+    """The objects of a JSON Lines file, one in memory at a time: a line may contain a long context."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -1,7 +1,7 @@
-"""`lceval run`: lm-eval's own `run`, into a run folder that can be resumed.
+"""`lceval run`: lm-eval's `run` with a run folder that can be resumed.
 
-The folder holds run.json (identity and status), responses.sqlite (every response as it came), and, once finished,
-lm-eval's results_*.json and samples_*.jsonl.
+The folder contains run.json (identity and status), responses.sqlite (responses, written as they arrive) and, once
+finished, lm-eval's results_*.json and samples_*.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RUNNING, FINISHED = "running", "finished"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished run: its folder, how many samples it has, and how many of them came from an earlier start."""
+    """A finished run: its folder, its number of samples, and how many of them an earlier start answered."""
 
     folder: Path
     samples: int
@@ -39,10 +39,12 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A run whose folder is this process's alone, as it was found.
+class OpenRun:
+    """A run whose folder this process has locked.
 
-    identity: what must not change between two starts. previous: run.json of an earlier start, None on the first.
+    Attributes:
+        identity: everything that must not change between two starts.
+        previous: run.json of an earlier start, None on the first.
     """
 
     config: Any
@@ -52,29 +54,29 @@ class Opened:
 
     @property
     def finished(self) -> Outcome | None:
-        """The outcome of a run that an earlier start finished."""
+        """The outcome if an earlier start finished the run, else None."""
         if self.previous is None or self.previous["status"] != FINISHED:
             return None
         return Outcome(self.folder, self.previous["samples"], self.previous["samples"])
 
 
 def run(argv: Sequence[str]) -> Outcome:
-    """Run an evaluation given as lm-eval's `run` flags, or resume it.
+    """Run or resume the evaluation that lm-eval's `run` flags describe.
 
     Raises:
-        UserError: bad flags, or a folder that holds another run.
+        UserError: bad flags, or a folder that contains another run.
         InfrastructureError: lm-eval did not write its results.
     """
-    with opened(argv) as found:
-        return found.finished or evaluate(found, load_model)
+    with opened(argv) as open_run:
+        return open_run.finished or evaluate(open_run, load_model)
 
 
 @contextmanager
-def opened(argv: Sequence[str]) -> Iterator[Opened]:
-    """The run that lm-eval's flags describe, its folder made and locked.
+def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
+    """The run that lm-eval's flags describe, with its folder created and locked.
 
     Raises:
-        UserError: bad flags, or a folder that holds another run.
+        UserError: bad flags, or a folder that contains another run.
     """
     config = _configure(argv)
     if os.environ.get("LCEVAL_JUDGE"):
@@ -85,18 +87,18 @@ def opened(argv: Sequence[str]) -> Iterator[Opened]:
 
     folders = {k: packaged.resolve(str(config.model_args[k])) for k in ("pretrained", "peft") if k in config.model_args}
     folder = Path(config.output_path)
-    ours = identity.of(config, folders)
+    current = identity.of(config, folders)
     with _locked(folder):
         previous = _read(folder)
         if previous is None and any(f.name != ".lock" for f in folder.iterdir()):
-            raise UserError(f"{folder} holds files but no {RUN}: choose another --output_path")
-        if previous is not None and (changed := identity.differences(previous["identity"], ours)):
-            raise UserError(f"{folder} holds another run ({'; '.join(changed)}): choose another --output_path")
-        yield Opened(config, folder, ours, previous)
+            raise UserError(f"{folder} contains files but no {RUN}: choose another --output_path")
+        if previous is not None and (changed := identity.differences(previous["identity"], current)):
+            raise UserError(f"{folder} contains another run ({'; '.join(changed)}): choose another --output_path")
+        yield OpenRun(config, folder, current, previous)
 
 
 def _configure(argv: Sequence[str]) -> Any:
-    """lm-eval's configuration from its own flags, with our defaults and checks."""
+    """lm-eval's configuration from its flags, with lceval's defaults and checks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lm_eval.models  # noqa: F401  # fills the registry
     from lm_eval._cli.run import Run
@@ -105,19 +107,19 @@ def _configure(argv: Sequence[str]) -> Any:
 
     parser = argparse.ArgumentParser(prog="lceval")
     Run(parser.add_subparsers())
-    given = parser.parse_args(["run", *argv])
-    template = getattr(given, "apply_chat_template", None)
+    arguments = parser.parse_args(["run", *argv])
+    template = getattr(arguments, "apply_chat_template", None)
     if template in ("false", "none"):
-        del given.apply_chat_template
-    given.log_samples = True
-    if not given.output_path:
-        raise UserError("say where the run folder goes: --output_path runs/NAME")
-    if given.use_cache:
-        raise UserError("leave --use_cache out: the run folder keeps every response and resumes by itself")
-    if not given.tasks and not given.config:
-        raise UserError("say what to evaluate: --tasks NAME[,NAME…]; `lm_eval ls tasks` lists them")
+        del arguments.apply_chat_template
+    arguments.log_samples = True
+    if not arguments.output_path:
+        raise UserError("--output_path is required: the run folder, e.g. --output_path runs/NAME")
+    if arguments.use_cache:
+        raise UserError("--use_cache is not supported: the run folder already stores every response")
+    if not arguments.tasks and not arguments.config:
+        raise UserError("--tasks is required: NAME[,NAME...]; `lceval tasks` and `lm_eval ls tasks` list the names")
     try:
-        config = EvaluatorConfig.from_cli(given)
+        config = EvaluatorConfig.from_cli(arguments)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
     if config.model not in model_registry:
@@ -127,7 +129,7 @@ def _configure(argv: Sequence[str]) -> Any:
 
         config.model_args["kv"] = str(recipe.parse(str(config.model_args.get("kv", recipe.FULL))))
         if "pretrained" not in config.model_args:
-            raise UserError("say which model: --model_args pretrained=NAME (smollm2-135m is the packaged one)")
+            raise UserError("pretrained is required: --model_args pretrained=NAME (smollm2-135m is the packaged model)")
     if template is None and _has_template(config.model_args):
         config.apply_chat_template = True
         config.fewshot_as_multiturn = True
@@ -135,7 +137,7 @@ def _configure(argv: Sequence[str]) -> Any:
 
 
 def _has_template(model_args: dict[str, Any]) -> bool:
-    """Whether the tokenizer that the model arguments name has a chat template."""
+    """Whether the tokenizer in the model arguments has a chat template."""
     from transformers import AutoTokenizer
 
     from lceval.models import packaged
@@ -152,34 +154,34 @@ def _has_template(model_args: dict[str, Any]) -> bool:
 
 
 def tasks_of(config: Any) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's task manager, and what it loaded: rows are built before any model, so that missing data shows first."""
+    """lm-eval's task manager and the loaded tasks; loaded before any model, so that missing data is reported first."""
     manager = _task_manager(config)
     return manager, manager.load(config.tasks)
 
 
-def begin(found: Opened) -> dict[str, Any]:
-    """Write run.json of a run that starts or goes on; returns it. A second call changes nothing."""
-    config, ours = found.config, found.identity
-    record = _read(found.folder) or {
+def begin(open_run: OpenRun) -> dict[str, Any]:
+    """Write run.json of a run that starts or resumes, and return it. A second call changes nothing."""
+    config, current = open_run.config, open_run.identity
+    record = _read(open_run.folder) or {
         "status": RUNNING,
         "model": config.model,
         "model_args": config.model_args,
         "recipe": config.model_args.get("kv", "-"),
         "tasks": config.tasks,
         "apply_chat_template": config.apply_chat_template,
-        "versions": ours["versions"],
-        "identity": ours,
-        "fingerprint": identity.fingerprint(ours),
+        "versions": current["versions"],
+        "identity": current,
+        "fingerprint": identity.fingerprint(current),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": identity.machine(),
         "wall_s": 0.0,
     }
-    _write(found.folder, record)
+    _write(open_run.folder, record)
     return record
 
 
 def load_model(config: Any) -> Any:
-    """The model that a configuration names."""
+    """Load the model of a configuration."""
     from lm_eval.api.registry import get_model
 
     sizes = {
@@ -190,24 +192,24 @@ def load_model(config: Any) -> Any:
     return get_model(config.model).create_from_arg_obj(dict(config.model_args), sizes)
 
 
-def evaluate(found: Opened, load: Callable[[Any], Any], *, spent_s: float = 0.0) -> Outcome:
-    """Answer what is not answered yet, score, and finish the run folder.
+def evaluate(open_run: OpenRun, load: Callable[[Any], Any], *, spent_s: float = 0.0) -> Outcome:
+    """Answer the remaining requests, score all of them, and finish the run folder.
 
     Args:
-        load: gives the model of a configuration.
-        spent_s: seconds that answering has taken before, which `wall_s` includes.
+        load: returns the model of a configuration.
+        spent_s: seconds spent on this run before this call; `wall_s` includes them.
     """
     from lm_eval import simple_evaluate
 
-    config, folder = found.config, found.folder
+    config, folder = open_run.config, open_run.folder
     manager, loaded = tasks_of(config)
     tasks = [loaded.get("groups", {}).get(name) or loaded["tasks"].get(name, name) for name in config.tasks]
     started = time.monotonic()
-    record = begin(found)
+    record = begin(open_run)
     lm = load(config)
     store = Responses(folder / "responses.sqlite")
     seeds = dict(zip(_SEEDS, config.seed, strict=True)) if config.seed else {}
-    # Closed also where this fails: a model that goes on elsewhere must not answer from this folder.
+    # Closed also on failure: a sweep reuses the model, which must not answer other cells from this folder.
     with closing(store):
         store.attach(lm)
         results = simple_evaluate(
@@ -230,7 +232,7 @@ def evaluate(found: Opened, load: Callable[[Any], Any], *, spent_s: float = 0.0)
             metadata=config.metadata,
             **seeds,
         )
-    outcome = Outcome(folder, len(store.asked), len(store.reused))
+    outcome = Outcome(folder, len(store.requested), len(store.reused))
     if results is None:  # not the main process of a distributed run
         return outcome
     results["config"] |= {"model": config.model, "model_args": config.model_args}
@@ -254,7 +256,7 @@ _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_rand
 
 
 def own_tasks(metadata: dict[str, Any] | None) -> Any:
-    """lm-eval's task manager of our tasks alone: indexing lm-eval's own takes seconds."""
+    """lm-eval's task manager with lceval's tasks only: indexing lm-eval's own tasks takes seconds."""
     from lm_eval.tasks import TaskManager
 
     folder = str(Path(__file__).parent / "tasks")
@@ -265,11 +267,11 @@ def _task_manager(config: Any) -> Any:
     """lm-eval's task manager, with the names in `config.tasks` resolved."""
     from lm_eval.tasks import TaskManager
 
-    asked = [name for text in config.tasks for name in text.split(",")]
-    ours = own_tasks(config.metadata)
-    if not config.include_path and all(ours.match_tasks([name]) for name in asked):
-        config.tasks = ours.match_tasks(asked)
-        return ours
+    names = [name for text in config.tasks for name in text.split(",")]
+    own = own_tasks(config.metadata)
+    if not config.include_path and all(own.match_tasks([name]) for name in names):
+        config.tasks = own.match_tasks(names)
+        return own
     try:
         return config.process_tasks(config.metadata)
     except ValueError as error:
@@ -280,14 +282,18 @@ def _task_manager(config: Any) -> Any:
 
 def _nearest(name: str, known: list[str]) -> str:
     near = get_close_matches(str(name), known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else "see `lm_eval ls tasks` and `lm_eval run --help`"
+    return (
+        f"did you mean {' or '.join(near)}?"
+        if near
+        else "see `lceval tasks`, `lm_eval ls tasks` and `lceval run --help`"
+    )
 
 
 def _save(config: Any, folder: Path, lm: Any, results: dict[str, Any]) -> None:
-    """Let lm-eval write its files, then move them into the run folder: all of them or none."""
+    """Write lm-eval's files to a temporary folder and move them into the run folder only if all were written."""
     from lm_eval.loggers import EvaluationTracker
 
-    # lm-eval swallows errors while saving, so the files themselves are looked for.
+    # lm-eval suppresses errors while saving, so the files themselves are counted.
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as partial:
         tracker = EvaluationTracker(output_path=partial)
         tracker.general_config_tracker.log_experiment_args(
@@ -310,7 +316,7 @@ def _save(config: Any, folder: Path, lm: Any, results: dict[str, Any]) -> None:
 
 
 def _sources(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
-    """Per task, where its rows came from, as the rows say."""
+    """The sources of each task's rows, from their field `source`."""
     return {
         task: sorted({str(s["doc"]["source"]) for s in rows if isinstance(s["doc"], dict) and "source" in s["doc"]})
         for task, rows in samples.items()
@@ -330,11 +336,11 @@ def _write(folder: Path, record: dict[str, Any]) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """The folder, made if need be, for this process alone."""
+    """Lock the folder for this process; create it if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}") from None
+        raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
     with (folder / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -344,6 +350,6 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def report(outcome: Outcome) -> None:
-    """Say on stderr where the run is and what it reused."""
+    """Print the run folder and the number of reused samples to stderr."""
     fresh = outcome.samples - outcome.reused
     print(f"{outcome.folder}: {outcome.samples} samples, {outcome.reused} reused, {fresh} run", file=sys.stderr)

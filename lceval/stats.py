@@ -1,6 +1,6 @@
 """Intervals for scores whose samples share contexts.
 
-Questions about one context succeed and fail together, so the unit that is resampled is the context
+Scores of questions about one context are correlated, so the unit of resampling is the context
 (cluster), not the sample. With s_c the sum of scores and m_c the number of samples of cluster c, the
 estimate is the ratio sum(s_c) / sum(m_c), which is the plain mean over samples, and a resample draws
 K of the K clusters with replacement.
@@ -28,24 +28,24 @@ def cluster_bootstrap(
 ) -> tuple[float, float, float]:
     """Mean score with the percentile bootstrap interval over clusters.
 
-    The order of the samples and the names of the clusters change nothing, to the last bit: sums are
-    exactly rounded, and clusters are drawn from in the order of their (s_c, m_c).
+    The result is bitwise independent of sample order and cluster names: sums are exactly rounded, and
+    clusters are drawn in the order of their (s_c, m_c).
 
-    Where the bootstrap knows nothing it does not pretend to: the bounds are NaN with fewer than two
-    clusters, and when every cluster has the same mean (all resamples agree, which would print as an
-    interval of width zero). One such case has an answer: scores that are all 0 or all 1 get the Wilson
-    score interval of K successes (or none) in K trials, K the number of clusters; counting clusters
-    instead of samples is the cautious end, since the samples of a cluster may be copies of one another.
+    The bounds are NaN where the bootstrap is uninformative: with fewer than two clusters, and when every
+    cluster has the same mean (all resamples are equal, an interval of width zero). Exception: scores that
+    are all 0 or all 1 get the Wilson score interval of K successes (or none) in K trials, K the number of
+    clusters; counting clusters instead of samples is conservative, since the samples of a cluster may be
+    copies of one another.
 
     Args:
         scores: n finite scores.
         clusters: n labels, the context each score belongs to.
         level: Coverage, in (0, 1).
         resamples: Bootstrap resamples.
-        seed: Of the resampling; same input and seed give the same interval.
+        seed: Seed of the resampling; equal input and seed give the same interval.
 
     Returns:
-        (mean, lo, hi); NaN for what is undefined, all three when there are no scores.
+        (mean, lo, hi); NaN where undefined, all three without scores.
 
     Raises:
         ValueError: Different lengths, a score that is not finite, a level outside (0, 1), no resamples.
@@ -55,7 +55,7 @@ def cluster_bootstrap(
     if not 0 < level < 1 or resamples < 1:
         raise ValueError(f"level {level} must lie in (0, 1) and resamples {resamples} be at least 1")
     if not all(math.isfinite(score) for score in scores):
-        raise ValueError("scores must be finite; give an error the score it counts as")
+        raise ValueError("scores must be finite; score an error explicitly (as 0)")
     if not scores:
         return math.nan, math.nan, math.nan
 
@@ -72,7 +72,7 @@ def cluster_bootstrap(
         return mean, math.nan, math.nan
 
     lo, hi = _percentiles(pairs, level, resamples, seed)
-    # A bound that equals the mean up to rounding must not land on its wrong side.
+    # Rounding must not place a bound on the wrong side of the mean.
     return mean, min(lo, mean), max(hi, mean)
 
 
@@ -93,10 +93,10 @@ def _percentiles(pairs: list[tuple[float, int]], level: float, resamples: int, s
 
 
 def _wilson_unanimous(proportion: float, trials: int, level: float) -> tuple[float, float]:
-    """Wilson score interval where every one of `trials` agrees: proportion is 0 or 1.
+    """Wilson score interval of a proportion of 0 or 1.
 
-    Both general bounds (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) collapse: the near one to
-    the proportion itself, the far one to z²/(n + z²) or its complement.
+    Both general bounds (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n) simplify: the near one to
+    the proportion, the far one to z²/(n + z²) or its complement.
     """
     z_squared = NormalDist().inv_cdf((1 + level) / 2) ** 2
     reach = z_squared / (trials + z_squared)

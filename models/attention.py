@@ -1,4 +1,4 @@
-"""The attention function that transformers calls: it hands the queries to the cache layer that holds the keys."""
+"""The attention function registered with transformers: passes the queries to the cache layer that stores the keys."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def lceval_attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer. q: [B, H, T, D]; k, v: [B, Hkv, S, D]. Returns ([B, T, H, D], None).
 
-    Registered without a mask function, so transformers builds no mask and passes none. A `packing` given to the model
-    (`lceval.training.packing`) says by itself who sees whom. Keys that no cache of ours
-    has seen (a plain forward pass over unpadded or right-padded rows) get ordinary causal attention.
+    Registered without a mask function, so transformers builds no mask and passes none. A `packing` argument
+    (`lceval.training.packing`) defines its own attention pattern. Keys that come from none of our caches (a plain
+    forward pass over unpadded or right-padded rows) get ordinary causal attention.
     """
     assert mask is None, "transformers built a mask for an attention function that has none registered"
     layer, packing = getattr(k, "lceval_layer", None), kwargs.get("packing")
@@ -32,7 +32,7 @@ def lceval_attention(
     elif layer is not None:
         o = layer.attend(q, scaling)
     else:
-        assert q.shape[2] == k.shape[2], "a foreign cache cannot be continued by this attention function"
+        assert q.shape[2] == k.shape[2], "this attention function cannot continue another cache class"
         window, tokens = kwargs.get("sliding_window"), q.shape[2]
         if window is None or window >= tokens:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
@@ -43,18 +43,18 @@ def lceval_attention(
 
 
 def register() -> str:
-    """Make the function known to transformers; returns the name for `attn_implementation`."""
+    """Register the function with transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(NAME, lceval_attention)
     return NAME
 
 
 def use_kernels(attn: str, device: torch.device) -> bool:
-    """Whether decoding goes through the Triton kernels.
+    """Whether decoding uses the Triton kernels.
 
     Raises:
-        UserError: they are asked for and cannot run on `device`.
+        UserError: attn=triton where they cannot run on `device`.
     """
-    able = launch.AVAILABLE and (device.type == "cuda" or launch.INTERPRETED)
-    if attn == "triton" and not able:
-        raise UserError(f"attn=triton needs triton and a CUDA device, and this is {device}: use attn=auto")
-    return able and (attn == "triton" or (attn == "auto" and device.type == "cuda"))
+    available = launch.AVAILABLE and (device.type == "cuda" or launch.INTERPRETED)
+    if attn == "triton" and not available:
+        raise UserError(f"attn=triton requires triton and a CUDA device, got {device}: use attn=auto")
+    return available and (attn == "triton" or (attn == "auto" and device.type == "cuda"))

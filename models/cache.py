@@ -1,8 +1,8 @@
-"""The KV cache in its two states: a context being prefilled, and questions over a compressed context.
+"""The KV cache in its two states: a context during prefill, and questions over a compressed context.
 
-Eviction happens between the two, outside the model: the prefill keeps every token's keys and values and what the
-policies asked to observe, so one uncompressed prefill can serve any number of recipes. A compressed context never
-changes; each question appends to a tail of its own (`fork`), so sharing costs nothing and rolling back is forgetting
+Eviction happens between the two, outside the model: the prefill keeps the keys and values of every token and the
+statistics that policies require, so one uncompressed prefill serves any number of recipes. A compressed context is
+immutable; each question appends to its own tail (`fork`), so contexts are shared without copies and a rollback drops
 the tail.
 """
 
@@ -29,13 +29,13 @@ from lceval.models.recipe import Recipe
 
 
 class Prefill(Cache):  # type: ignore[misc]
-    """The cache that a model fills while it reads a context of `tokens` tokens, in one piece or in chunks.
+    """The cache of a context of `tokens` tokens during its prefill, in one pass or in chunks.
 
     Attributes:
-        kernels: whether scores and compaction go through the Triton kernels.
-        read_s: seconds that reading the context took, whoever asks; set by whoever runs the model, as `rereads`.
-        rereads: the attention that repeating the context paid to it, per layer that sees all (`Needs.reread`); set
-            by whoever runs the model.
+        kernels: whether scores and compaction use the Triton kernels.
+        prefill_s: seconds of the prefill; set by the engine.
+        reconstruction_attention: per full-attention layer the attention [B, Hkv, S] that the context received during
+            reconstruction (`StatsSpec.reconstruction`); set by the engine, None without.
     """
 
     def __init__(self, geometry: Geometry, tokens: int, stats_spec: StatsSpec, *, kernels: bool = False) -> None:
@@ -55,35 +55,37 @@ class Prefill(Cache):  # type: ignore[misc]
 
     @classmethod
     def for_model(cls, model: Any, tokens: int, stats_spec: StatsSpec) -> Prefill:
-        """For a causal LM of transformers."""
+        """An empty cache for a causal LM of transformers."""
         return cls(Geometry.of(model), tokens, stats_spec)
 
     @property
     def keys(self) -> list[Tensor | None]:
-        """Per layer the keys [B, Hkv, S, D] of the whole context; None where the model slides."""
+        """Per layer the keys [B, Hkv, S, D] of the whole context; None for sliding-window layers."""
         return [None if layer.is_sliding else layer.keys[:, :, : layer.seen] for layer in self.layers]
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values that a cache without compression holds: sliding layers hold their window."""
+        """KV bytes of the uncompressed context; for sliding-window layers, of their window."""
         return sum(layer.kv_bytes for layer in self.layers)
 
     def compress(
         self, recipe: Recipe, *, consume: bool, question_cache: QuestionCache | None = None
     ) -> CompressedContext:
-        """The context under a recipe.
+        """The context compressed by a recipe.
 
         Args:
-            consume: free each layer's dense keys and values as soon as it is compressed. The prefill can then serve
-                no other recipe.
-            question_cache: a question already prefilled over the whole context (`Engine.ask`): its tokens join the
-                scores (query-aware).
+            consume: free each layer's dense keys and values once it is compressed. The prefill then serves no other
+                recipe.
+            question_cache: a question prefilled over the whole context (`Engine.prefill_question`), whose tokens join
+                the scores (query-aware).
         """
         start, full_bytes = time.perf_counter(), self.kv_bytes
         device, dtype = self.layers[0].keys.device, self.layers[0].keys.dtype
-        held = peak = sum(layer.held_bytes for layer in self.layers)
+        current = peak = sum(layer.buffer_bytes for layer in self.layers)
         full_attention = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
-        masks = dict(zip(full_attention, _counted(self._select(recipe, full_attention, question_cache)), strict=True))
+        masks = dict(
+            zip(full_attention, _with_counts(self._select(recipe, full_attention, question_cache)), strict=True)
+        )
         compressed: list[PagedKV | Any] = []
         for index, layer in enumerate(self.layers):
             if layer.is_sliding:
@@ -93,21 +95,21 @@ class Prefill(Cache):  # type: ignore[misc]
             mask, counts = masks[index]
             kv: Any
             if self.kernels and isinstance(recipe.quantizer, Quantizer):
-                # In one pass: the full-precision pages of what is kept never exist.
+                # One pass: the kept slots are never materialized as full-precision pages.
                 kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
             else:
                 kept = self._kept(layer, mask, counts)
                 in_place = kept.k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
                 copied = 0 if in_place else kept.allocated_bytes
-                # Bytes that are counted with the pages already, be they the prefill's own or copies.
+                # Bytes already counted with the pages, whether they are the prefill's buffers or copies.
                 pages = 0 if recipe.quantizer else kept.allocated_bytes
                 kv = recipe.quantizer.quantize(kept) if recipe.quantizer else kept
-            stored = self._stored(kv, recipe, full_attention.index(index), len(full_attention), layer)
-            compressed.append(stored)
-            peak = max(peak, held + copied + stored.allocated_bytes - pages)
-            held += stored.allocated_bytes - (0 if copied else pages)
+            layer_kv = self._with_sparse_attention(kv, recipe, full_attention.index(index), len(full_attention), layer)
+            compressed.append(layer_kv)
+            peak = max(peak, current + copied + layer_kv.allocated_bytes - pages)
+            current += layer_kv.allocated_bytes - (0 if copied else pages)
             if consume and (recipe.quantizer or copied):
-                held -= layer.held_bytes
+                current -= layer.buffer_bytes
                 layer.release()
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -116,7 +118,7 @@ class Prefill(Cache):  # type: ignore[misc]
     def _select(
         self, recipe: Recipe, full_attention: list[int], question_cache: QuestionCache | None
     ) -> Sequence[Tensor | None]:
-        """What stays of each layer that sees all, as a mask [B, Hkv, S]; None where everything does."""
+        """The kept slots of each full-attention layer as a mask [B, Hkv, S]; None where nothing is evicted."""
         evictor = recipe.evictor
         if evictor is None or evictor.amount.tokens(self.tokens) >= self.tokens:
             return [None] * len(full_attention)
@@ -147,12 +149,13 @@ class Prefill(Cache):  # type: ignore[misc]
         return compact.gather(k, v, mask, counts) if self.kernels else PagedKV.gather(k, v, mask)
 
     @staticmethod
-    def _quantize(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], store: Quantizer) -> QuantKV:
+    def _quantize(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], quantizer: Quantizer) -> QuantKV:
         k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
         counts = counts or (layer.seen,) * (k.shape[0] * k.shape[1])
-        return compact.quantize(k, v, mask, counts, store.k_bits, store.v_bits, store.residual)
+        return compact.quantize(k, v, mask, counts, quantizer.k_bits, quantizer.v_bits, quantizer.residual)
 
-    def _stored(self, kv: Any, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
+    def _with_sparse_attention(self, kv: Any, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
+        """The layer under `when=always` or sparse attention, or `kv` itself."""
         evictor = recipe.evictor
         if isinstance(evictor, StepEvictor) and evictor.when == "always":
             sums = layer.stats.column_sums
@@ -164,8 +167,8 @@ class Prefill(Cache):  # type: ignore[misc]
         return kv if recipe.sparse_attention is None else recipe.sparse_attention.wrap(kv, place, self.tokens)
 
 
-def _counted(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
-    """Each layer's mask with how many tokens each of its heads keeps; a device is waited for once, not once a layer."""
+def _with_counts(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
+    """Each layer's mask with the kept tokens of each head; one device synchronization for all layers."""
     sums = [mask.sum(-1).flatten() for mask in masks if mask is not None]
     counts = iter(torch.stack(sums).tolist() if sums else ())
     return [(mask, () if mask is None else tuple(next(counts))) for mask in masks]
@@ -176,12 +179,12 @@ class CompressedContext:
     """A compressed context, shared by every question about it.
 
     Attributes:
-        layers: one KV a layer (`kernels.paged.KV`; a WindowKV where the model slides).
-        tokens: how many tokens were read, kept or not: the position of the next one.
-        dtype: of the model's keys and values.
-        full_bytes: KV bytes of all `tokens` tokens in all layers, nothing dropped.
-        peak_bytes: the most KV bytes held at once while compressing.
-        compress_s: seconds that scoring, gathering, quantising and indexing took.
+        layers: one `kernels.paged.KV` per layer; a WindowKV for sliding-window layers.
+        tokens: length of the context before eviction; the position of the next token.
+        dtype: dtype of the model's keys and values.
+        full_bytes: KV bytes of all `tokens` tokens in all layers without compression.
+        peak_bytes: peak KV bytes during compression.
+        compress_s: seconds of scoring, gathering, quantizing and indexing.
     """
 
     layers: tuple[Any, ...]
@@ -193,7 +196,7 @@ class CompressedContext:
 
     @classmethod
     def empty(cls, layers: int, dtype: torch.dtype, device: torch.device) -> CompressedContext:
-        """No context at all: a prompt of one token is all question."""
+        """A context of no tokens: a prompt of one token is a question only."""
         none = torch.empty(0, PAGE, 0, dtype=dtype, device=device)
         table, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((1, 0, 0), (1, 0)))
         return cls((PagedKV(none, none, table, lens, None, ()),) * layers, 0, dtype, 0, 0, 0.0)
@@ -205,7 +208,7 @@ class CompressedContext:
 
     @property
     def allocated_bytes(self) -> int:
-        """Bytes of all tensors in all layers: page slack and tables too."""
+        """Bytes of all tensors in all layers, including page slack and tables."""
         return sum(layer.allocated_bytes for layer in self.layers)
 
     @property
@@ -215,16 +218,16 @@ class CompressedContext:
 
     @property
     def full_attention_layers(self) -> list[Any]:
-        """The layers that see all tokens."""
+        """The layers without a sliding window."""
         return [layer for layer in self.layers if not isinstance(layer, WindowKV)]
 
     def kept_tokens(self) -> list[dict[str, float]]:
-        """Per layer that sees all, the fewest, mean and most tokens that a KV head kept."""
+        """Minimum, mean and maximum kept tokens of a KV head, per full-attention layer."""
         counts = [layer.counts for layer in self.full_attention_layers if layer.counts]
         return [{"min": min(c), "mean": sum(c) / len(c), "max": max(c)} for c in counts]
 
-    def kept_of(self, tokens: Tensor) -> float:
-        """The share of `tokens` (bool [S], not all False) whose slots survived, over all layers and KV heads."""
+    def kept_share_of(self, tokens: Tensor) -> float:
+        """The kept share of `tokens` (bool [S], not all False), over full-attention layers and KV heads."""
         shares = [
             tokens[layer.kept_positions(0, head)].sum().item() / tokens.sum().item()
             for layer in self.full_attention_layers
@@ -233,16 +236,16 @@ class CompressedContext:
         return sum(shares) / len(shares)
 
     def fork(self, capacity: int, *, kernels: bool = False) -> QuestionCache:
-        """A cache that continues from this context, with room for `capacity` more tokens (it grows if need be).
+        """A cache that continues from this context, with an initial capacity of `capacity` more tokens.
 
         Args:
-            kernels: decode through the Triton kernels instead of PyTorch.
+            kernels: decode with the Triton kernels instead of PyTorch.
         """
         return QuestionCache([self], Rows((0,), (self.tokens,)), capacity, kernels)
 
 
 class QuestionCache(Cache):  # type: ignore[misc]
-    """Rows of tokens after compressed contexts: one or more rows over each."""
+    """A batch of rows that continue compressed contexts, one or more rows per context."""
 
     def __init__(self, contexts: Sequence[CompressedContext], rows: Rows, capacity: int, kernels: bool) -> None:
         layers: list[Any] = []
@@ -257,38 +260,38 @@ class QuestionCache(Cache):  # type: ignore[misc]
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Let `first_step` be the moment at which the second forward pass from now begins."""
+        """Set `first_step` to the start time of the second forward pass from now."""
         self._passes = 0
         self.first_step: float | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if layer_idx == 0:
             self._passes += 1
-            # The first token is out when the model is called again: that call marks the start of decoding.
+            # The second call starts once the first token is decoded: it marks the start of decoding.
             if self._passes == 2:
                 self.first_step = time.perf_counter()
         return super().update(k, v, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
 
     def collect(self, collectors: Sequence[QueryAwareStats | ReconstructionStats | None]) -> None:
-        """Collect statistics of the queries to come: one collector a layer, None for sliding layers."""
+        """Collect statistics of later queries: one collector per layer, None for sliding-window layers."""
         for layer, collector in zip(self.layers, collectors, strict=True):
             if collector is not None:
                 layer.collector = collector
 
-    def over(self, context: CompressedContext) -> None:
-        """Continue over another compression of the same context; what was read stays in the tail."""
+    def rebase(self, context: CompressedContext) -> None:
+        """Continue from another compression of the same context; the tail stays."""
         for layer, kv in zip(self.layers, context.layers, strict=True):
             layer.contexts = (kv,)
             layer.collector = None
 
     def next_positions(self, tokens: int) -> Tensor:
-        """[B, T] int64, the positions of each row's next tokens."""
+        """[B, T] int64, positions of the next tokens of each row."""
         rows, length = self.layers[0].rows, self.layers[0].length
         first = torch.tensor([n - p for n, p in zip(rows.tokens, rows.pads or (0,) * len(rows.tokens), strict=True)])
         return (first[:, None] + torch.arange(length, length + tokens)).clamp_(min=0)
 
     def fork(self) -> QuestionCache:
-        """A copy that goes on by itself."""
+        """An independent copy; contexts stay shared."""
         other = object.__new__(QuestionCache)
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
@@ -296,7 +299,7 @@ class QuestionCache(Cache):  # type: ignore[misc]
 
     @classmethod
     def joined(cls, caches: Sequence[QuestionCache], capacity: int) -> QuestionCache:
-        """One cache of the rows of several, which hold one row each, with room for `capacity` more tokens."""
+        """One cache with the rows of several single-row caches, and a capacity of `capacity` more tokens."""
         lengths, tokens = [c.layers[0].length for c in caches], [c.layers[0].rows.tokens[0] for c in caches]
         pads = tuple(max(lengths) - length for length in lengths)
         rows = Rows(tuple(range(len(caches))), tuple(tokens), pads if any(pads) else None)
@@ -309,15 +312,15 @@ class QuestionCache(Cache):  # type: ignore[misc]
         return other
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep those rows, in that order; rows of one context must stay side by side."""
+        """Keep these rows, in this order; rows of one context must stay adjacent."""
         for layer in self.layers:
             layer.select(rows)
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that belong to the questions alone, in all layers."""
+        """Bytes of the tails in all layers."""
         return sum(layer.own_bytes for layer in self.layers)
 
     def rollback(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens."""
+        """Drop the last `tokens` tokens."""
         self.crop(-tokens)

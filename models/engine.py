@@ -1,4 +1,4 @@
-"""Running a causal LM over our caches: reading contexts, asking questions, and the batches between."""
+"""Runs a causal LM over the caches: prefill of contexts and questions, and batched forward passes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
 
-# Tokens of the context that are repeated in one pass (KVzip, section 3.3).
+# Context tokens per reconstruction pass (KVzip, section 3.3).
 RECONSTRUCTION_CHUNK = 2048
-# How many tokens before the chunk lead into it.
+# Tokens before the chunk that precede it in the reconstruction input.
 RECONSTRUCTION_LEAD = 8
 
 
 class Engine:
-    """A causal LM whose attention function is ours.
+    """A causal LM that attends through lceval's attention function.
 
     Args:
-        model: what generates: a transformers model, or a PEFT model around it.
+        model: the model that generates: a transformers model, or a PEFT model around it.
         base: the transformers model itself.
-        chunk: tokens per forward pass while reading a context; 0 reads it in one pass.
-        kernels: score, compact and decode through the Triton kernels.
-        autocast: makes the context manager that forward passes run under.
-        repeat_ids: tokens of the request to repeat the context (`Needs.reread`).
+        chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
+        kernels: score, compact and decode with the Triton kernels.
+        autocast: returns the context manager for forward passes.
+        repeat_ids: tokens of the request to repeat the context (`StatsSpec.reconstruction`).
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Engine:
         self.geometry = Geometry.of(base)
         self.kernels = kernels
         self._decoder = base.get_decoder()
-        _read_in_one_piece(base.get_output_embeddings())
+        _make_input_contiguous(base.get_output_embeddings())
         self._chunk = chunk
         self._autocast = autocast
         self._repeat_ids = tuple(repeat_ids)
@@ -58,8 +58,8 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], stats_spec: StatsSpec) -> Prefill:
-        """Read a context of at least one token and observe what `needs` says."""
-        began = time.perf_counter()
+        """Prefill a context of at least one token and collect the statistics of `stats_spec`."""
+        start_s = time.perf_counter()
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
         step = self._chunk or len(ids)
         for start in range(0, len(ids), step):
@@ -68,11 +68,11 @@ class Engine:
             prefill.reconstruction_attention = self._reconstruct(prefill, ids)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        prefill.prefill_s = time.perf_counter() - began
+        prefill.prefill_s = time.perf_counter() - start_s
         return prefill
 
-    def nothing(self) -> CompressedContext:
-        """The context of a prompt that is all question."""
+    def empty_context(self) -> CompressedContext:
+        """The context of a prompt that is a question only."""
         return CompressedContext.empty(len(self.geometry.windows), self._dtype, self.device)
 
     def _decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
@@ -80,25 +80,28 @@ class Engine:
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
     def _reconstruct(self, prefill: Prefill, ids: Sequence[int]) -> list[Tensor]:
-        """The most attention that each token received while the model repeated the context, chunk by chunk."""
+        """Per layer [B, Hkv, S] float32, the maximum attention that each token receives in the reconstruction.
+
+        The model repeats the context chunk by chunk.
+        """
         whole = prefill.compress(Recipe(), consume=False)
         received = []
         for start in range(0, len(ids), RECONSTRUCTION_CHUNK):
             chunk = ids[start : start + RECONSTRUCTION_CHUNK]
-            said = [*self._repeat_ids, *ids[max(0, start - RECONSTRUCTION_LEAD) : start], *chunk]
-            cache = whole.fork(len(said))
+            input_ids = [*self._repeat_ids, *ids[max(0, start - RECONSTRUCTION_LEAD) : start], *chunk]
+            cache = whole.fork(len(input_ids))
             collectors = [
                 ReconstructionStats(k, slice(start, start + len(chunk))) if k is not None else None
                 for k in prefill.keys
             ]
             cache.collect(collectors)
-            self._decode(cache, [said])
-            received.append([w.received for w in collectors if w is not None])
+            self._decode(cache, [input_ids])
+            received.append([c.received for c in collectors if c is not None])
         return [torch.cat(parts, -1) for parts in zip(*received, strict=True)]
 
     @torch.inference_mode()
-    def ask(self, prefill: Prefill, question: Sequence[int], capacity: int) -> QuestionCache:
-        """A question read over the whole, uncompressed context, observed as the context was."""
+    def prefill_question(self, prefill: Prefill, question: Sequence[int], capacity: int) -> QuestionCache:
+        """A question prefilled over the uncompressed context, with the same statistics collected as for the context."""
         cache = prefill.compress(Recipe(), consume=False).fork(capacity, kernels=self.kernels)
         cache.collect(
             [
@@ -112,10 +115,10 @@ class Engine:
     def batch(
         self, contexts: Sequence[CompressedContext], questions: Sequence[Sequence[int]], capacity: int
     ) -> QuestionCache:
-        """A cache for one row a question, over its context; rows of the same context stand side by side.
+        """A cache with one row per question over its context; rows of the same context must be adjacent.
 
         Args:
-            capacity: room for tokens after the longest question.
+            capacity: tokens after the longest question.
         """
         distinct = list({id(context): context for context in contexts}.values())
         owners = tuple(next(i for i, d in enumerate(distinct) if d is context) for context in contexts)
@@ -126,7 +129,7 @@ class Engine:
 
     @torch.inference_mode()
     def forward(self, cache: QuestionCache, ids: Tensor, keep: int = 0) -> Tensor:
-        """Logits [B, T or `keep`, V] of ids [B, T] that continue `cache`; `keep` = 0 gives all T."""
+        """Logits [B, T or `keep`, V] of ids [B, T] that continue `cache`; `keep` = 0 returns all T."""
         with self._autocast():
             out = self.model(
                 input_ids=ids,
@@ -139,11 +142,11 @@ class Engine:
         return logits
 
 
-def _read_in_one_piece(head: torch.nn.Module | None) -> None:
-    """Give an output layer its input contiguous.
+def _make_input_contiguous(head: torch.nn.Module | None) -> None:
+    """Make the input of an output layer contiguous.
 
-    transformers slices the last positions of a batch out of all; PyTorch multiplies such a slice by a frozen matrix as
-    a batched product, with a copy of the matrix for every row of the batch (under an adapter all matrices are frozen).
+    transformers slices the last positions of a batch; PyTorch multiplies such a slice by a frozen matrix as a batched
+    product, with a copy of the matrix for every row (under an adapter all matrices are frozen).
     """
     if head is not None and _contiguous not in head._forward_pre_hooks.values():
         head.register_forward_pre_hook(_contiguous)

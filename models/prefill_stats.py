@@ -1,6 +1,6 @@
-"""What the policies asked to see of a layer's attention while a context is read: `Needs`, answered.
+"""Prefill statistics: collects what a `StatsSpec` requires of a layer's attention during prefill.
 
-Nothing of size T x S outlives a block of rows: sums and moments are accumulated, and only the last queries are kept.
+No T x S matrix outlives a block of rows: sums and moments are accumulated, and only the last queries are kept.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from lceval.kernels import window
 from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS
 
-# Attention weights that exist at once, in elements: few enough for a processor's cache, where larger blocks took twice
-# as long.
+# Attention weights materialized at once, in elements: small enough for a CPU cache; larger blocks took twice as long.
 MAX_WEIGHTS = 1 << 21
 
 
 class PrefillStats:
-    """One layer's observations. `fork` continues them for a question without touching the context's own."""
+    """The statistics of one layer. `fork` continues them for a question and leaves the context's unchanged."""
 
     def __init__(
         self, stats_spec: StatsSpec, rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None, *, kernels: bool = False
@@ -38,11 +37,11 @@ class PrefillStats:
         self._scatter: Tensor | None = None
 
     def fork(self) -> PrefillStats:
-        """A copy that sees on by itself: every update makes new tensors."""
+        """An independent copy: every update creates new tensors."""
         return copy.copy(self)
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
-        """Observe T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], theirs included, the last T being their own."""
+        """Add T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], whose last T are the keys of the new tokens."""
         if self.stats_spec.queries:
             # A clone: a view would keep the queries of the whole context alive.
             last = q[:, :, -self.stats_spec.queries :].clone()
@@ -58,7 +57,7 @@ class PrefillStats:
             self._add_moments(q, start=k.shape[2] - q.shape[2])
 
     def view(self, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int, **more: Any) -> LayerView:
-        """What was observed, as policies look at it. keys, values: [B, Hkv, S, D]; `more` as in LayerView."""
+        """The statistics as a LayerView. keys, values: [B, Hkv, S, D]; `more`: other fields of LayerView."""
         return LayerView(
             keys=keys,
             values=values,
@@ -74,7 +73,7 @@ class PrefillStats:
         )
 
     def _add_moments(self, q: Tensor, start: int) -> None:
-        """Chan's pairwise update of mean and scatter, over the queries as they were before RoPE."""
+        """Update mean and scatter of the queries before RoPE (Chan's pairwise algorithm)."""
         q = q[:, :, max(0, SINKS - start) :].float()
         n = q.shape[2]
         if n == 0:
@@ -95,31 +94,31 @@ class PrefillStats:
 
     @property
     def query_mean(self) -> Tensor | None:
-        """[B, H, D] float32, of the queries before RoPE, the first SINKS left out."""
+        """[B, H, D] float32, mean of the queries before RoPE, without the first SINKS."""
         return self._mean
 
     @property
     def query_cov(self) -> Tensor | None:
-        """[B, H, D, D] float32, likewise."""
+        """[B, H, D, D] float32, covariance of the same queries."""
         return None if self._scatter is None else self._scatter / self._count
 
 
 class QueryAwareStats:
-    """Lets a question's tokens join what was observed of the whole context before it (`compress=aware`)."""
+    """Adds a question's tokens to the statistics of its context (`query_aware=true`)."""
 
     def __init__(self, stats: PrefillStats, context_keys: Tensor) -> None:
         self.stats = stats.fork()
         self._context_keys = context_keys
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
-        """q: [1, H, T, D]; k: [1, Hkv, L, D], the question's keys so far."""
+        """Add T tokens. q: [1, H, T, D]; k: [1, Hkv, L, D], all keys of the question so far."""
         self.stats.update(q, torch.cat([self._context_keys, k], 2), scaling)
 
 
 class ReconstructionStats:
-    """The most attention that each token of a chunk receives while the model repeats the chunk (KVzip, eq. 2).
+    """The maximum attention that each token of a chunk receives while the model repeats the chunk (KVzip, eq. 2).
 
-    Softmax runs over the sinks, the chunk and the repetition alone, as in KVzip's chunked scoring.
+    The softmax is over the sinks, the chunk and the repetition only, as in KVzip's chunked scoring.
     """
 
     def __init__(self, context_keys: Tensor, chunk: slice) -> None:
@@ -128,7 +127,7 @@ class ReconstructionStats:
         self._keys = torch.cat([context_keys[:, :, : self._sinks], context_keys[:, :, chunk]], 2)
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
-        """q: [1, H, T, D]; k: [1, Hkv, T, D], read in one piece."""
+        """Add the whole repetition in one call. q: [1, H, T, D]; k: [1, Hkv, T, D]."""
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
         past = self._keys.shape[2]
@@ -139,28 +138,26 @@ class ReconstructionStats:
             block = q[..., start : start + step, :] * scaling
             rows = block.shape[3]
             weights = _causal_weights(block, keys[..., : past + start + rows])
-            most = weights[..., self._sinks : past].amax((2, 3))
-            self.received = torch.maximum(self.received, most)
+            self.received = torch.maximum(self.received, weights[..., self._sinks : past].amax((2, 3)))
 
 
 def _causal_weights(q: Tensor, keys: Tensor) -> Tensor:
-    """softmax(q keys), where the last query sees the last key. q: [B, Hkv, G, R, D]; keys: [B, Hkv, 1, D, S]."""
+    """Causal softmax(q keys); the last query attends to the last key. q: [B, Hkv, G, R, D]; keys: [B, Hkv, 1, D, S]."""
     rows = q.shape[3]
     logits = torch.matmul(q, keys)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
     logits[..., -rows:].masked_fill_(future, -math.inf)
-    most = logits.amax(-1, keepdim=True)
-    weights = logits.sub_(most).exp_()
+    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE undone. x: [B, H, T, D]; cos, sin: [T, R], R <= D: only the first R dimensions turn.
+    """Inverse of RoPE. x: [B, H, T, D]; cos, sin: [T, R], R <= D: only the first R dimensions rotate.
 
     RoPE is y = x cos + r(x) sin with r(a, b) = (-b, a), so x = (y cos - r(y) sin) / (cos^2 + sin^2). The divisor is
     not 1 where RoPE scales attention (YaRN).
     """
-    turning, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = turning.chunk(2, -1)
-    turned = (turning * cos - torch.cat([-b, a], -1) * sin) / (cos * cos + sin * sin)
-    return torch.cat([turned, rest], -1)
+    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    a, b = rotary.chunk(2, -1)
+    unrotated = (rotary * cos - torch.cat([-b, a], -1) * sin) / (cos * cos + sin * sin)
+    return torch.cat([unrotated, rest], -1)

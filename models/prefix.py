@@ -1,4 +1,4 @@
-"""Where a prompt's context ends and its question begins, which prompts share a context, and which fit the model."""
+"""Splits prompts into context and question, groups them by context, and fits them to the model's length."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lceval.errors import UserError
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt, cut at the end of its context.
+    """One prompt, split at the end of its context.
 
     Attributes:
-        index: its place among the requests, where the response goes.
-        ids: the prompt's tokens.
-        boundary: how many of them belong to the context; the rest is the question.
-        found: whether the doc's context was found in the prompt. If not, there is nothing to compress.
-        truncated: whether context tokens were cut away to make the prompt fit.
-        answer_tokens: how many tokens may be read after the prompt.
-        payload: whatever the caller needs to finish the job.
-        prompt, doc: the text, and the row of the task that it was made from.
+        index: index of the request, and of its response.
+        ids: tokens of the prompt.
+        boundary: number of context tokens; the rest is the question.
+        has_context: whether the doc's context is part of the prompt. If not, the prompt runs uncompressed.
+        truncated: whether context tokens were removed to fit the model's length.
+        answer_tokens: the maximum number of tokens that are fed after the prompt.
+        payload: data of the caller: generation arguments, or the choices to score.
+        prompt, doc: the text, and the task's row it was rendered from.
     """
 
     index: int
     ids: tuple[int, ...]
     boundary: int
-    found: bool
+    has_context: bool
     truncated: bool = False
     answer_tokens: int = 0
     payload: Any = field(default=None, compare=False)
@@ -45,45 +45,46 @@ class Job:
 
     @property
     def room(self) -> int:
-        """Tokens that follow the context: the question, and the longest answer that is read after it."""
+        """Maximum number of tokens after the context: question and answer."""
         return len(self.question) + self.answer_tokens
 
 
 def find_boundary(
     prompt: str, ids: Sequence[int], context: str | None, encode: Callable[[str], Sequence[int]]
 ) -> int | None:
-    """How many of the prompt's tokens belong to its context and whatever stands before it.
+    """The number of prompt tokens up to the end of its context, including everything before the context.
 
-    Tokens may merge across the cut, so the cut goes after the last token that the prompt shares with its own
-    beginning. At least one token is left to the question. None if the prompt does not contain `context`.
+    Tokens may merge across the boundary, so it lies after the last token that the prompt shares with its own text up
+    to the end of the context. At least one token is left for the question. None if the prompt does not contain
+    `context`.
     """
     at = prompt.rfind(context) if context else -1
     if at < 0 or context is None:
         return None
     shared = 0
-    for ours, theirs in zip(encode(prompt[: at + len(context)]), ids, strict=False):
-        if ours != theirs:
+    for prefix_id, prompt_id in zip(encode(prompt[: at + len(context)]), ids, strict=False):
+        if prefix_id != prompt_id:
             break
         shared += 1
     return min(shared, len(ids) - 1)
 
 
-def cut(ids: Sequence[int], boundary: int, excess: int, where: str) -> tuple[tuple[int, ...], int]:
-    """Drop `excess` context tokens at the context's `end` or from its `middle`; returns the ids and the boundary."""
+def truncate(ids: Sequence[int], boundary: int, excess: int, where: str) -> tuple[tuple[int, ...], int]:
+    """Remove `excess` context tokens from the context's `end` or `middle`; returns the ids and the new boundary."""
     kept = boundary - excess
-    assert kept >= 0, "only context tokens may be cut"
+    assert kept >= 0, "only context tokens may be removed"
     head = kept if where == "end" else kept - kept // 2
     return (*ids[:head], *ids[head + excess :]), kept
 
 
 def fit(jobs: Sequence[Job], max_length: int, overlong: str, names: Sequence[str]) -> list[Job]:
-    """The jobs that will run, cut to `max_length` tokens where `overlong` says so.
+    """The jobs that will run, truncated to `max_length` tokens under overlong=middle and overlong=end.
 
     Args:
-        names: the task of each request.
+        names: task name of each request.
 
     Raises:
-        UserError: some are too long, and none of `skip`, `middle` and `end` was asked for.
+        UserError: some do not fit, and `overlong` is `error`, or their question alone is too long to truncate.
     """
     fitting, too_long = [], []
     for job in jobs:
@@ -91,7 +92,7 @@ def fit(jobs: Sequence[Job], max_length: int, overlong: str, names: Sequence[str
         if excess <= 0:
             fitting.append(job)
         elif overlong in ("middle", "end") and excess <= job.boundary:
-            ids, boundary = cut(job.ids, job.boundary, excess, overlong)
+            ids, boundary = truncate(job.ids, job.boundary, excess, overlong)
             fitting.append(replace(job, ids=ids, boundary=boundary, truncated=True))
         else:
             too_long.append((names[job.index], job.boundary + job.room))
@@ -108,14 +109,14 @@ def fit(jobs: Sequence[Job], max_length: int, overlong: str, names: Sequence[str
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
-    """Rows of one length, padded on the left."""
+    """Rows padded on the left to the same length."""
     longest = max(len(row) for row in rows)
     return [[pad] * (longest - len(row)) + list(row) for row in rows]
 
 
 def by_context(jobs: Iterable[Job]) -> list[list[Job]]:
-    """The jobs, those with the same context together, in order of first appearance."""
+    """The jobs grouped by context, in order of first appearance."""
     groups: dict[tuple[bool, tuple[int, ...]], list[Job]] = {}
     for job in jobs:
-        groups.setdefault((job.found, job.context), []).append(job)
+        groups.setdefault((job.has_context, job.context), []).append(job)
     return list(groups.values())

@@ -1,4 +1,4 @@
-"""The layers of a question's cache: shared, compressed context before it; a dense tail of its own."""
+"""The layers of a question's cache: a shared compressed context, then the question's own dense tail."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
 
 @dataclass(frozen=True)
 class Rows:
-    """Who the rows of a batch are.
+    """The rows of a batch: their contexts, lengths and padding.
 
     Attributes:
-        owners: for each row the index of its context; rows of one context lie side by side.
-        tokens: for each row how many tokens its context has read.
-        pads: for each row how many columns of padding precede its question; None without padding.
+        owners: index of each row's context; rows of one context are adjacent.
+        tokens: context length of each row before eviction.
+        pads: padding columns before each row's question; None without padding.
     """
 
     owners: tuple[int, ...]
@@ -36,22 +36,22 @@ class Rows:
     pads: tuple[int, ...] | None = None
 
     def select(self, rows: Sequence[int]) -> Rows:
-        """Those rows, in that order; a row may be asked for more than once."""
+        """These rows, in this order; a row may be repeated."""
         pick = [tuple(x[r] for r in rows) for x in (self.owners, self.tokens, self.pads or (0,) * len(self.owners))]
         return Rows(pick[0], pick[1], pick[2] if self.pads else None)
 
     def groups(self) -> list[tuple[int, slice]]:
-        """Each context with the rows that read it."""
-        found, start = [], 0
+        """Each context with the slice of its rows."""
+        slices, start = [], 0
         for owner, same in groupby(self.owners):
             end = start + len(list(same))
-            found.append((owner, slice(start, end)))
+            slices.append((owner, slice(start, end)))
             start = end
-        return found
+        return slices
 
 
 class TailLayer(AttendingLayer):
-    """A dense buffer of the tokens after the context, one row a question."""
+    """A dense buffer of the tokens after the context, one row per question."""
 
     is_croppable = True
 
@@ -80,26 +80,26 @@ class TailLayer(AttendingLayer):
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, Hkv, L, D] of the tokens so far."""
+        """Keys and values [B, Hkv, L, D] of the tail's tokens."""
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
     def get_seq_length(self) -> int:
-        """The logical length of the longest row: tokens seen, so that positions stay right after eviction."""
+        """The length of the longest row before eviction, from which transformers derives positions."""
         return max(self.rows.tokens) + self.length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -`tokens_to_remove` tokens of the tail (transformers' convention: a negative number)."""
+        """Drop the last -`tokens_to_remove` tokens of the tail (a negative number, as in transformers)."""
         self.length += min(tokens_to_remove, 0)
-        assert self.length >= 0, "a rollback cannot reach into the context"
+        assert self.length >= 0, "a rollback cannot drop tokens of the context"
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep those rows of the tail, in that order; the contexts stay shared."""
+        """Keep these rows of the tail, in this order; contexts stay shared."""
         self.rows = self.rows.select(rows)
         if self.is_initialized:
             self.keys, self.values = self.keys[list(rows)], self.values[list(rows)]
 
     def fork(self) -> TailLayer:
-        """A copy with a tail of its own."""
+        """A copy with its own tail."""
         other = copy.copy(self)
         if self.is_initialized:
             other.keys, other.values = self.keys.clone(), self.values.clone()
@@ -107,12 +107,12 @@ class TailLayer(AttendingLayer):
 
     @staticmethod
     def joined(layers: Sequence[TailLayer], rows: Rows, capacity: int) -> TailLayer:
-        """One layer of the rows of several, one row each: tails end together, contexts stay the rows' own."""
+        """One layer with the rows of several single-row layers: tails are right-aligned, contexts are kept."""
         other = copy.copy(layers[0])
         other.rows, other.capacity, other.length = rows, capacity, max(layer.length for layer in layers)
         other.contexts = tuple(context for layer in layers for context in layer.contexts)
         shape = (len(layers), other.keys.shape[1], capacity, other.keys.shape[3])
-        # Nobody sees the padding, but it has to be finite.
+        # No row attends to the padding, but it must be finite.
         other.keys, other.values = other.keys.new_zeros(shape), other.values.new_zeros(shape)
         for row, layer in enumerate(layers):
             own = slice(other.length - layer.length, other.length)
@@ -121,12 +121,12 @@ class TailLayer(AttendingLayer):
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that belong to the question alone."""
+        """Bytes of the question's own tokens."""
         return 2 * self.keys.numel() * self.keys.element_size() if self.is_initialized else 0
 
 
 class QuestionLayer(TailLayer):
-    """A tail after compressed contexts, which every row sees whole."""
+    """A tail after compressed contexts without a sliding window."""
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
         super().__init__(contexts, rows, capacity)
@@ -136,30 +136,30 @@ class QuestionLayer(TailLayer):
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         if self.collector is not None:
             self.collector.update(q, self.tail[0], scaling)
-            return self._whole(q, scaling)
+            return self._attend_uncompressed(q, scaling)
         own = paged.attend_causal(q, *self.tail, scaling, self.rows.pads)
         if not any(self.rows.tokens):
             return own[0]
-        parts = [self._past(self.contexts[owner], q[rows], scaling) for owner, rows in self.rows.groups()]
+        parts = [self._attend_context(self.contexts[owner], q[rows], scaling) for owner, rows in self.rows.groups()]
         past = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
         return paged.merge(past[0], past[1], *own)
 
-    def _whole(self, q: Tensor, scaling: float) -> Tensor:
-        """Over a context of which nothing was dropped, one product is faster than two that are merged."""
+    def _attend_uncompressed(self, q: Tensor, scaling: float) -> Tensor:
+        """Attention over an uncompressed context: one product is faster than two that are merged."""
         kv = self.contexts[0]
-        assert isinstance(kv, PagedKV), "a question is watched over an uncompressed context alone"
+        assert isinstance(kv, PagedKV), "statistics of a question require an uncompressed context"
         past = (pool.view(1, kv.lens.shape[1], -1, pool.shape[-1])[:, :, : kv.counts[0]] for pool in (kv.k, kv.v))
         k, v = (torch.cat(x, 2) for x in zip(past, self.tail, strict=True))
         mask = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
 
-    def _past(self, kv: KV, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def _attend_context(self, kv: KV, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         return dispatch.attend(q, kv, scaling) if self.kernels else kv.attend(q, scaling)
 
 
 @dataclass(frozen=True)
 class WindowKV:
-    """A sliding layer's context: the last tokens [1, Hkv, n, D] that a query within `window` tokens can see."""
+    """The context of a sliding-window layer: its last tokens [1, Hkv, n, D], n < window."""
 
     k: Tensor
     v: Tensor
@@ -171,7 +171,7 @@ class WindowKV:
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of keys and values; all are occupied, and all are read."""
+        """Bytes of keys and values; all slots are occupied and read."""
         return 2 * self.k.numel() * self.k.element_size()
 
     allocated_bytes = kept_bytes
@@ -179,7 +179,7 @@ class WindowKV:
 
 
 class WindowLayer(TailLayer):
-    """A tail in a sliding layer: a query sees the last `window` tokens, be they the context's or the tail's."""
+    """A tail in a sliding-window layer: a query attends to the last `window` tokens of context and tail."""
 
     is_sliding = True
 
@@ -190,15 +190,15 @@ class WindowLayer(TailLayer):
         for row, owner in enumerate(self.rows.owners):
             context, pad = self.contexts[owner], self.rows.pads[row] if self.rows.pads else 0
             n = context.k.shape[2]
-            # Columns count from the question's first token; the context's are negative, the padding's are nobody's.
+            # Columns are relative to the question's first token; those of the context are negative, padding is masked.
             columns = torch.cat([torch.arange(pad - n, pad), torch.arange(self.length)]).to(q.device)
             padding = torch.cat([torch.zeros(n, dtype=torch.bool), torch.arange(self.length) < pad]).to(q.device)
-            seen = (columns <= queries) & (columns > queries - context.window) & ~(padding & (columns != queries))
+            visible = (columns <= queries) & (columns > queries - context.window) & ~(padding & (columns != queries))
             o[row] = F.scaled_dot_product_attention(
                 q[row],
                 torch.cat([context.k[0], k[row]], 1),
                 torch.cat([context.v[0], v[row]], 1),
-                attn_mask=seen,
+                attn_mask=visible,
                 scale=scaling,
                 enable_gqa=True,
             )
@@ -207,13 +207,14 @@ class WindowLayer(TailLayer):
 
 @dataclass(frozen=True)
 class BoundedKV:
-    """A context whose slots make way for later tokens (`when=always`): slots [1, Hkv, N, D], and what ranks them.
+    """A context whose slots later tokens can evict (`when=always`): slots [1, Hkv, N, D] and their attention sums.
 
     Attributes:
-        kv: the slots that survived the prefill.
-        column_sums: [1, Hkv, N] float32, the attention each of them received so far.
-        budget: slots that each head may hold.
-        layer: index among the `layers` that see all tokens.
+        kv: slots kept at the end of prefill.
+        column_sums: [1, Hkv, N] float32, attention that each slot received so far.
+        budget: maximum slots per KV head.
+        layer: index among the `layers` full-attention layers.
+        tokens: length of the context before eviction.
     """
 
     kv: PagedKV
@@ -231,7 +232,7 @@ class BoundedKV:
 
     @property
     def kept_bytes(self) -> int:
-        """Slots, and the sum that ranks each of them."""
+        """Bytes of the slots and their attention sums."""
         return self.kv.kept_bytes + self.column_sums.numel() * self.column_sums.element_size()
 
     @property
@@ -249,7 +250,7 @@ class BoundedKV:
         return self.kv.kept_positions(b, h)
 
     def slots(self) -> Slots:
-        """The slots, for one row to change."""
+        """A mutable copy of the slots for one row."""
         heads = self.kv.lens.shape[1]
         k, v = (torch.stack(x)[None] for x in zip(*(self.kv.head(h) for h in range(heads)), strict=True))
         positions = torch.stack([self.kv.kept_positions(0, h) for h in range(heads)])[None]
@@ -268,21 +269,21 @@ class Slots:
     memory: dict[str, Any]
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, rule: BoundedKV) -> Tensor:
-        """Take in T tokens, attend, and give up what is over the budget. q: [1, H, T, D]; k, v: [1, Hkv, T, D]."""
+        """Append T tokens, attend, and evict down to the budget. q: [1, H, T, D]; k, v: [1, Hkv, T, D]."""
         _, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
         new = torch.arange(self.seen, self.seen + tokens, device=k.device).expand(1, kv_heads, -1)
         self.seen += tokens
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.positions = torch.cat([self.positions, new], 2)
-        held = self.k.shape[2]
+        slots = self.k.shape[2]
         logits = torch.matmul(q.view(1, kv_heads, -1, dim), self.k.transpose(2, 3)).float() * scaling
-        logits = logits.view(1, kv_heads, heads // kv_heads, tokens, held)
-        future = torch.ones(tokens, held, dtype=torch.bool, device=q.device).triu_(held - tokens + 1)
+        logits = logits.view(1, kv_heads, heads // kv_heads, tokens, slots)
+        future = torch.ones(tokens, slots, dtype=torch.bool, device=q.device).triu_(slots - tokens + 1)
         weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
         self.column_sums = F.pad(self.column_sums, (0, tokens)) + weights.sum(3).mean(2)
-        o = torch.matmul(weights.to(v.dtype).view(1, kv_heads, -1, held), self.v).view(q.shape)
-        if held > rule.budget:
+        o = torch.matmul(weights.to(v.dtype).view(1, kv_heads, -1, slots), self.v).view(q.shape)
+        if slots > rule.budget:
             view = StepView(
                 self.positions,
                 weights,
@@ -293,7 +294,7 @@ class Slots:
                 rule.budget,
                 self.memory,
             )
-            # Every head gives up equally many, so what stays is a dense block again.
+            # Every head evicts the same number of slots, so the rest is dense again.
             keep = top(rule.evictor.step_scores(view), rule.budget)
             index = keep.nonzero()[:, 2].view(1, kv_heads, rule.budget)
             self.positions, self.column_sums = (x.gather(2, index) for x in (self.positions, self.column_sums))
@@ -303,7 +304,7 @@ class Slots:
 
 
 class BoundedLayer(AttendingLayer):
-    """Rows that hold a fixed number of slots for context, question and answer together."""
+    """Rows with a fixed slot budget for context, question and answer together (`when=always`)."""
 
     def __init__(self, contexts: Sequence[BoundedKV], rows: Rows) -> None:
         super().__init__()
@@ -322,7 +323,7 @@ class BoundedLayer(AttendingLayer):
         o, start = torch.zeros_like(q), self.length
         self.length += q.shape[2]
         for row, (owner, slots) in enumerate(zip(self.rows.owners, self.slots, strict=True)):
-            # Padding takes no slot.
+            # Padding occupies no slot.
             new = slice(max(0, (self.rows.pads[row] if self.rows.pads else 0) - start), None)
             one = slice(row, row + 1)
             q_new, k_new, v_new = (x[one, :, new] for x in (q, self.keys, self.values))
@@ -334,17 +335,17 @@ class BoundedLayer(AttendingLayer):
         return max(self.rows.tokens) + self.length
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep those rows, in that order."""
+        """Keep these rows, in this order."""
         self.rows = self.rows.select(rows)
         self.slots = [replace(self.slots[r], memory=copy.deepcopy(self.slots[r].memory)) for r in rows]
 
     def fork(self) -> BoundedLayer:
-        """A copy with slots of its own: a step replaces tensors and never writes into them."""
+        """A copy with its own slots: a step replaces tensors and never writes into them."""
         other = copy.copy(self)
         other.select(range(len(self.slots)))
         return other
 
     @property
     def own_bytes(self) -> int:
-        """Bytes that belong to the question alone."""
+        """Bytes of the question's own tokens."""
         return sum(s.k.numel() * s.k.element_size() * 2 for s in self.slots)

@@ -1,9 +1,9 @@
-"""The KV recipe: one short string that says how a context's cache is compressed, and labels every table row.
+"""The KV recipe: a short string that defines how a context's cache is compressed and labels every table row.
 
     recipe = part { "+" part }          part = name [ ":" amount ] { ":" key "=" value }
 
-A part is an evictor, a quantization or a sparse attention, at most one of each; `full` keeps everything. An amount with
-a decimal point is a share of the context's tokens, an integer is tokens.
+A part is an evictor, a quantization or a sparse attention, at most one of each; `full` is the uncompressed cache. An
+amount with a decimal point is a share of the context's tokens, an integer a number of tokens.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lceval.models.policies import (
 
 FULL = "full"
 ADAKV_OF = "snapkv"
-# Those that give every head of a layer the same budget, so that it can be given differently.
+# Evictors with the same budget for every head of a layer, which AdaKV can redistribute.
 INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
 NAMES = [FULL, *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
@@ -39,7 +39,7 @@ NAMES = [FULL, *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe. `str` is its canonical form (defaults left out): `parse(str(r)) == r`."""
+    """A parsed recipe. `str` is its canonical form, without defaults: `parse(str(r)) == r`."""
 
     evictor: Evictor | None = None
     quantizer: Quantizer | None = None
@@ -52,12 +52,12 @@ class Recipe:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """The policies by axis, those that are there."""
+        """The policies by axis, absent axes left out."""
         axes = {"evict": self.evictor, "store": self.quantizer, "read": self.sparse_attention}
         return {axis: policy for axis, policy in axes.items() if policy is not None}
 
     def expanded(self) -> dict[str, Any]:
-        """Every parameter with its value, defaults too, for the record."""
+        """Every parameter with its value, including defaults, for run.json."""
         record: dict[str, Any] = {"evict": None, "store": None, "read": None}
         return record | {axis: {"name": _name(p), **_parameters(p)} for axis, p in self.parts.items()}
 
@@ -66,11 +66,10 @@ class Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """The recipe that `text` spells.
+    """Parse a recipe.
 
     Raises:
-        UserError: unknown name, key or value, or parts that do not go together; the message names the nearest valid
-            one.
+        UserError: unknown name, key or value, or incompatible parts; the message names the nearest valid one.
     """
     parts: dict[str, Any] = {}
     for part in text.strip().split("+"):
@@ -97,16 +96,16 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         k_bits, v_bits = QUANTIZERS[name]
         return _make(Quantizer, name, keys, text, k_bits=k_bits, v_bits=v_bits)
     if not arguments or "=" in arguments[0]:
-        raise _bad(text, f"{name} needs an amount, as in {name}:0.25 or {name}:2048")
+        raise _bad(text, f"{name} requires an amount, as in {name}:0.25 or {name}:2048")
     amount = _amount(arguments[0], text)
     if name != "adakv":
         return _make(EVICTORS.get(name) or SPARSE_ATTENTION[name], name, keys, text, amount=amount)
     of = keys.pop("of", ADAKV_OF)
     if of not in INSIDE_ADAKV:
         raise _unknown("evictor of adakv", of, INSIDE_ADAKV, text)
-    own = {key: keys.pop(key) for key in list(keys) if key in _types(AdaKV)}
-    inner = _make(EVICTORS[of], f"adakv or {of}", keys, text, also=["of", *_types(AdaKV)], amount=amount)
-    return _make(AdaKV, name, own, text, amount=amount, inner=inner)
+    adakv_keys = {key: keys.pop(key) for key in list(keys) if key in key_types(AdaKV)}
+    inner = _make(EVICTORS[of], f"adakv or {of}", keys, text, also=["of", *key_types(AdaKV)], amount=amount)
+    return _make(AdaKV, name, adakv_keys, text, amount=amount, inner=inner)
 
 
 def _key_values(arguments: list[str], text: str) -> list[tuple[str, str]]:
@@ -114,13 +113,13 @@ def _key_values(arguments: list[str], text: str) -> list[tuple[str, str]]:
         if "=" not in argument:
             raise _bad(text, f"{argument!r} is not key=value")
     pairs = [(key, value) for key, _, value in (argument.partition("=") for argument in arguments)]
-    if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
-        raise _bad(text, f"{twice[0]} is given twice")
+    if repeated := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+        raise _bad(text, f"duplicate key {repeated[0]}")
     return pairs
 
 
 def _make(cls: Any, name: str, keys: dict[str, str], text: str, also: Sequence[str] = (), **fixed: Any) -> Any:
-    types = _types(cls)
+    types = key_types(cls)
     for key in keys:
         if key not in types:
             raise _unknown(f"key of {name}", key, [*types, *also], text)
@@ -136,8 +135,8 @@ def _amount(value: str, text: str) -> Amount:
     except ValueError:
         raise _bad(
             text,
-            f"the amount {value!r} is neither a share above 0.0 and at most 1.0, "
-            "written with a decimal point (0.25), nor a number of tokens (2048)",
+            f"the amount {value!r} is neither a share above 0.0 and at most 1.0 "
+            "with a decimal point (0.25) nor a number of tokens (2048)",
         ) from None
 
 
@@ -151,16 +150,25 @@ def _value(key: str, value: str, kind: type, text: str) -> Any:
 def _unknown(what: str, got: str, known: Sequence[str], text: str) -> UserError:
     near = get_close_matches(got, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return _bad(text, f"unknown {what} {got!r}; {hint}" + (f"known: {', '.join(known)}" if known else "it has none"))
+    return _bad(text, f"unknown {what} {got!r}; {hint}" + (f"known: {', '.join(known)}" if known else "it has no keys"))
 
 
-def _bad(text: str, why: str) -> UserError:
-    return UserError(f"bad KV recipe {text!r}: {why}")
+def _bad(text: str, reason: str) -> UserError:
+    return UserError(f"bad KV recipe {text!r}: {reason}")
 
 
-def _types(cls: Any) -> dict[str, type]:
-    """The keys that a recipe may set, with their types: the fields that have a default."""
+def key_types(cls: Any) -> dict[str, type]:
+    """The keys of a policy in a recipe and their types: the dataclass fields that have a default."""
     return {f.name: type(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+
+
+def defaults(name: str) -> dict[str, Any]:
+    """The keys that a method of `NAMES` accepts in a recipe, with their defaults; adakv also accepts those of `of`."""
+    if name == FULL:
+        return {}
+    cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
+    values = {f.name: f.default for f in dataclasses.fields(cls) if f.name in key_types(cls)}
+    return {"of": ADAKV_OF, **values} if cls is AdaKV else values
 
 
 def _name(policy: Any) -> str:
@@ -170,7 +178,7 @@ def _name(policy: Any) -> str:
 
 
 def _parameters(policy: Any) -> dict[str, Any]:
-    """Amount and keys as the recipe spells them; adakv's include those of the evictor it allocates for."""
+    """Amount and keys as in the recipe; those of adakv include the keys of its inner evictor."""
     values = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     if "amount" in values:
         values["amount"] = values["amount"].value
@@ -179,12 +187,12 @@ def _parameters(policy: Any) -> dict[str, Any]:
 
 
 def _spell(policy: Any) -> str:
-    given = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy) if f.name in _types(type(policy))}
+    values = {key: getattr(policy, key) for key in key_types(type(policy))}
     defaults = {f.name: f.default for f in dataclasses.fields(policy)}
-    words = [f"{key}={value}" for key, value in given.items() if value != defaults[key]]
+    keys = [f"{key}={value}" for key, value in values.items() if value != defaults[key]]
     inner = getattr(policy, "inner", None)
     if inner is not None:
-        name, _, *keys = _spell(inner).split(":")
-        words = [*words, *([f"of={name}"] if name != ADAKV_OF else []), *keys]
+        name, _, *inner_keys = _spell(inner).split(":")
+        keys = [*keys, *([f"of={name}"] if name != ADAKV_OF else []), *inner_keys]
     amount = [str(policy.amount)] if hasattr(policy, "amount") else []
-    return ":".join([_name(policy), *amount, *words])
+    return ":".join([_name(policy), *amount, *keys])

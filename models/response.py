@@ -1,7 +1,7 @@
-"""Model responses that carry what they cost.
+"""Model responses with telemetry.
 
-lm-eval passes responses on as plain strings and pairs. These are strings and pairs, with a `meta` dict that scoring
-reads: `kv_bytes`, `kv_bytes_full` and the dict `kv`.
+lm-eval passes responses on as plain strings and pairs. These are strings and pairs with a `meta` dict for scoring:
+`kv_bytes`, `kv_bytes_full` and the dict `kv`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Text(str):
 
 
 class Score(tuple[float, bool]):
-    """A continuation's log-likelihood, and whether it is what greedy decoding would have written."""
+    """A continuation's log-likelihood, and whether greedy decoding would produce it."""
 
     meta: dict[str, Any]
 
@@ -43,11 +43,11 @@ class Score(tuple[float, bool]):
 
 
 def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: float) -> dict[str, Any]:
-    """A sample's `meta`, as far as its context determines it; what answering costs is added afterwards.
+    """The context's part of a sample's `meta`; the cost of its question and answer is added later.
 
     Args:
-        shared: whether an earlier sample was charged with reading the context.
-        prefill_s: seconds that reading it took, charged to this sample.
+        shared: whether an earlier sample was charged with the prefill.
+        prefill_s: seconds of the prefill that are charged to this sample.
     """
     return {
         "kv_bytes": context.kept_bytes,
@@ -70,11 +70,11 @@ def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: 
             "new_tokens": 0,
             "peak_bytes": context.peak_bytes,
             "truncated": job.truncated,
-            "boundary": job.found,
+            "boundary": job.has_context,
         },
     }
 
 
 def skipped() -> dict[str, Any]:
-    """The `meta` of a sample that was not run because its prompt does not fit the model."""
+    """The `meta` of a sample that was skipped because its prompt does not fit the model."""
     return {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error", "error": "overlong", "kept_share": 1.0}}

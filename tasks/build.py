@@ -1,4 +1,4 @@
-"""From a task's name to its rows: what lm-eval calls, and what every builder is given and gives back."""
+"""Build the rows of a task from its name: the entry point for lm-eval, and the interface of the row builders."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Request:
-    """What a builder is asked for.
+    """Input of a row builder.
 
     Attributes:
-        task: the name, for messages.
-        meter: of the run's tokenizer; None where none is named and the source fixes the length.
-        limit: tokens of prompt plus reply that no row exceeds and every row nearly reaches; None: as the source is.
+        task: task name, for messages.
+        dataset: the task's dataset.
+        output_format: template in `modes/`.
+        meter: token counter of the run's tokenizer; None if no tokenizer is set and the source fixes the length.
+        limit: maximum tokens of prompt plus reply, reached within 2%; None if the source fixes the length.
+        seed: data seed.
         metadata: model_args and metadata of the run.
-        choice: what the questions are shown, and what their context is drawn from.
+        setting: context setting.
     """
 
     task: str
@@ -37,12 +40,12 @@ class Request:
 
     @property
     def questions(self) -> int:
-        """How many questions a context is to have, where that is not the source's to say."""
+        """Questions per context, for datasets drawn from a pool."""
         return self.setting.questions or self.dataset.per_context
 
     @property
-    def fitted(self) -> tuple[TokenMeter, int]:
-        """The meter and the limit of a task that has a length."""
+    def meter_and_limit(self) -> tuple[TokenMeter, int]:
+        """Meter and token limit of a task with a fixed length."""
         assert self.meter is not None, self.task
         assert self.limit is not None, self.task
         return self.meter, self.limit
@@ -61,9 +64,9 @@ class Request:
         choices: Sequence[str] | None = None,
         **more: Any,
     ) -> Row:
-        """A row with its prompt. `more` holds fields of the dataset's own that its scorer or a reader wants."""
+        """Return a row with its prompt; `more` are dataset-specific fields, e.g. for its scorer."""
         output_format, layout = self.output_format, self.dataset.layout
-        made: dict[str, Any] = {
+        row: dict[str, Any] = {
             "id": id,
             "question": question,
             "answers": list(answers),
@@ -81,31 +84,31 @@ class Request:
             **more,
         }
         if choices is not None:
-            made["choices"] = list(choices)
-        return made  # type: ignore[return-value]
+            row["choices"] = list(choices)
+        return row  # type: ignore[return-value]
 
     def totals(self, docs: Sequence[Document], questions: Sequence[str]) -> list[int]:
-        """Tokens of each question's rendered prompt on one context, plus the room for the reply.
+        """Tokens of each question's rendered prompt on a shared context, plus the tokens reserved for the reply.
 
-        The longest is rendered and counted; the others differ from it only after the context, so the difference of
-        their ends is added instead of counting the context again.
+        Only the prompt of the longest question is rendered and counted. The others differ from it only after the
+        context, so they are derived from the token counts of the prompt endings.
         """
-        meter, _ = self.fitted
+        meter, _ = self.meter_and_limit
         layout, output_format = self.dataset.layout, self.output_format
-        ends = meter.pieces([prompts.render(layout, output_format, "", question) for question in questions])
-        longest = max(range(len(questions)), key=ends.__getitem__)
+        ending_tokens = meter.pieces([prompts.render(layout, output_format, "", question) for question in questions])
+        longest = max(range(len(questions)), key=ending_tokens.__getitem__)
         context = prompts.block(layout, [document["text"] for document in docs])
         (total,) = meter.prompts([prompts.render(layout, output_format, context, questions[longest])])
-        return [total + catalogue.new_tokens(output_format) + end - ends[longest] for end in ends]
+        return [total + catalogue.new_tokens(output_format) + end - ending_tokens[longest] for end in ending_tokens]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Rows to come.
+class RowPlan:
+    """A deferred row builder.
 
     Attributes:
-        inputs: what they depend on besides the request and the code: the identity of the sources, JSON values.
-        build: makes them.
+        inputs: JSON values that the rows depend on besides the request and the code, e.g. the identity of the sources.
+        build: returns the rows.
     """
 
     inputs: Mapping[str, Any]
@@ -116,28 +119,27 @@ def dataset(*, lc_task: str, **metadata: Any) -> "dict[str, datasets.Dataset]":
     """lm-eval's `custom_dataset` of every task.
 
     Args:
-        lc_task: The task's name.
-        **metadata: model_args and metadata of the run: the tokenizer, `data_seed`, and what lceval.tasks.contexts
-            reads.
+        lc_task: Task name.
+        **metadata: model_args and metadata of the run: the tokenizer, `data_seed` and the context setting.
 
     Raises:
-        UserError: No tokenizer where lengths are measured, no data, damaged data, a length that nothing fits, or a
-            context that the task does not have.
+        UserError: No tokenizer for a task with a length, missing or invalid data, a length that no context fits, or a
+            context setting that the task does not support.
     """
     return as_dataset(rows_of(catalogue.find(lc_task), metadata))
 
 
 def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None = None) -> list[Row]:
-    """The rows of a task, built or from the cache.
+    """Rows of a task, built or loaded from the cache.
 
     Args:
-        task: What to build.
+        task: Task to build.
         metadata: As for `dataset`.
-        limit_tokens: In place of the length of a task that has one, for rows that no task is made of (training).
+        limit_tokens: Overrides the length of a task that has one (training rows).
     """
     setting = contexts.setting(task, metadata)
-    needs_meter = task.length_k is not None or setting.needs_meter
-    meter = meter_for(task.name, metadata) if needs_meter or names_tokenizer(metadata) else None
+    requires_meter = task.length_k is not None or setting.requires_meter
+    meter = meter_for(task.name, metadata) if requires_meter or names_tokenizer(metadata) else None
     request = Request(
         task=task.name,
         dataset=task.dataset,
@@ -159,10 +161,10 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
     return cached_rows(task.name, inputs, lambda: _build(request, plan, setting))
 
 
-def _build(request: Request, plan: Plan, setting: "contexts.ContextSetting") -> list[Row]:
+def _build(request: Request, plan: RowPlan, setting: "contexts.ContextSetting") -> list[Row]:
     rows = plan.build()
     if not rows:
-        raise UserError(f"{request.task} has no rows: its source ({plan.inputs}) holds none that can be asked.")
+        raise UserError(f"{request.task} has no rows: its source ({plan.inputs}) contains no usable question.")
     rows = contexts.apply(rows, request, setting)
     if request.meter is not None:
         _measure(rows, request.meter, request.output_format)
@@ -170,17 +172,15 @@ def _build(request: Request, plan: Plan, setting: "contexts.ContextSetting") -> 
 
 
 def _measure(rows: list[Row], meter: TokenMeter, output_format: str) -> None:
-    """Set `length_tokens` where it is not known yet: the rendered prompt and the room for the reply."""
+    """Set missing `length_tokens`: tokens of the rendered prompt plus tokens reserved for the reply."""
     config = catalogue.output_format_config(output_format)
-    begin = config.get("gen_prefix", "")
-    unknown = [row for row in rows if row["length_tokens"] is None]
-    prompts_of = (prompts.prompt(row) for row in unknown)
-    for row, text in zip(unknown, prompts_of, strict=True):
-        (total,) = meter.prompts([text], begin)
+    gen_prefix = config.get("gen_prefix", "")
+    unmeasured = [row for row in rows if row["length_tokens"] is None]
+    prompts_of = (prompts.prompt(row) for row in unmeasured)
+    for row, text in zip(unmeasured, prompts_of, strict=True):
+        (total,) = meter.prompts([text], gen_prefix)
         choices = row.get("choices") if config["output_type"] == "multiple_choice" else None
         reply = (
-            max(meter.pieces([f" {setting}" for setting in choices]))
-            if choices
-            else catalogue.new_tokens(output_format)
+            max(meter.pieces([f" {choice}" for choice in choices])) if choices else catalogue.new_tokens(output_format)
         )
         row["length_tokens"] = total + reply

@@ -1,8 +1,8 @@
-"""Which tasks there are: every dataset's YAML, crossed with its modes and lengths.
+"""Catalogue of tasks: every dataset, crossed with its modes and lengths.
 
-A dataset is described once, in `<suite>/<name>.yaml` (data only); what its samples generate and how they are scored
-stands in `modes/<form>.yaml`. The names follow from both: `lc_<dataset>_<mode>_<length>`, or `lc_<dataset>_<mode>`
-where the source fixes the length. lm-eval's index gets an entry for each (lceval/plugin.py): no name has a file.
+A dataset is described in `<suite>/<name>.yaml` (data only); generation and scoring are configured in
+`modes/<output format>.yaml`. A task name is `lc_<dataset>_<mode>_<length>`, or `lc_<dataset>_<mode>` where the source
+fixes the length. Tasks have no files of their own: lceval/plugin.py adds them to lm-eval's index.
 """
 
 import importlib
@@ -17,21 +17,21 @@ import yaml
 from lceval.errors import UserError
 
 if TYPE_CHECKING:
-    from lceval.tasks.build import Plan, Request
+    from lceval.tasks.build import Request, RowPlan
 
 FOLDER = Path(__file__).parent
 CONTEXTS = ("full", "gold", "none", "rag")
 GROUPED_K = 8
-"""Suite groups hold the lengths up to this many thousand tokens, so that they run on the packaged model."""
+"""Maximum length of a suite group's tasks, in thousands of tokens: the packaged model supports 8k."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """Files of a dataset repository on the hub, at a commit.
+    """Files of a dataset repository on the hub, at a pinned commit.
 
     Attributes:
-        files: what to read, by split name; patterns as `datasets` takes them.
-        features: for files whose columns `datasets` cannot infer: column -> "string", "int64" or "list".
+        files: split -> file name or glob pattern.
+        features: column -> "string", "int64" or "list", for files whose schema `datasets` cannot infer.
     """
 
     repo: str
@@ -42,26 +42,29 @@ class Hub:
 
 @dataclass(frozen=True)
 class Dataset:
-    """One source of questions.
+    """A dataset of the catalogue.
 
     Attributes:
+        dataset: name, the third part of task names.
         suite: icr, finance, mc, longdoc or tabular.
-        rows: dotted name of the function that plans its rows.
-        version: raised with any change of its rows or prompts; `metadata.version` is `<version>.<form's version>`.
-        layout: how its context is laid out (prompts.LAYOUTS).
-        modes: mode -> form, the template in `modes/`.
+        about: one-line description.
+        rows: dotted name of the row builder, `(Request) -> RowPlan`.
+        version: increased with any change of rows or prompts; `metadata.version` is `<version>.<format version>`.
+        layout: layout of the context (prompts.LAYOUTS).
+        modes: mode -> output format, a template in `modes/`.
         lengths: in thousands of tokens; empty where the source fixes the length.
-        contexts: which of CONTEXTS make sense.
-        retrievers: what `retriever=` may be.
-        files: local files under LCEVAL_DATA, as the builder reads them; empty for a shipped or generated dataset.
-        hub: where they come from otherwise.
-        fetch: dotted name of a function `(dataset, folder)` that puts `files` into a data folder, for those whose
-            source is neither ours nor a hub repository.
-        count: questions, as a person would say it.
-        grouped: whether the suite's group holds it.
-        splits: sides that `split=` may ask for, by source document; empty where the source is not ours to part.
-        per_context: questions on a context where `questions=` may ask for another number; 0 where it may not.
-        options: further keys for the builder.
+        contexts: supported values of `context=` (of CONTEXTS).
+        retrievers: supported values of `retriever=`, the default first.
+        files: files under LCEVAL_DATA; empty for a shipped or generated dataset.
+        hub: hub repository used if the files are missing.
+        fetch: dotted name of a function `(dataset, folder)` that downloads the files, for sources that need more than
+            a copy of hub files.
+        count: number of questions, as text.
+        licence: licence of the data.
+        grouped: whether the suite's group includes it.
+        splits: supported values of `split=`, by source document; empty if the dataset cannot be split.
+        per_context: default of `questions=`, the questions per context; 0 if it cannot be set.
+        options: further keys of the builder.
     """
 
     dataset: str
@@ -85,16 +88,16 @@ class Dataset:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def plan(self) -> "Callable[[Request], Plan]":
-        """The function that plans its rows."""
+    def plan(self) -> "Callable[[Request], RowPlan]":
+        """The row builder."""
         module, _, name = self.rows.rpartition(".")
-        function: Callable[[Request], Plan] = getattr(importlib.import_module(module), name)
+        function: Callable[[Request], RowPlan] = getattr(importlib.import_module(module), name)
         return function
 
 
 @dataclass(frozen=True)
 class Task:
-    """One name that lm_eval can run."""
+    """One task of lm-eval: a dataset in a mode at a length."""
 
     dataset: Dataset
     mode: str
@@ -110,95 +113,96 @@ class Task:
 
 
 def group_name(dataset: Dataset, mode: str) -> str:
-    """The name of all lengths of a dataset in a mode."""
+    """Name of the group of all lengths of a dataset in a mode."""
     return f"lc_{dataset.dataset}_{mode}"
 
 
 @cache
 def datasets() -> dict[str, Dataset]:
-    """Every dataset, by name."""
-    found: dict[str, Dataset] = {}
+    """All datasets by name."""
+    by_name: dict[str, Dataset] = {}
     for file in sorted(FOLDER.glob("*/*.yaml")):
         if file.parent.name != "modes":
-            made = _dataset(yaml.safe_load(file.read_text(encoding="utf-8")))
-            assert (made.dataset, made.suite) == (file.stem, file.parent.name), file
-            found[made.dataset] = made
-    return found
+            dataset = _dataset(yaml.safe_load(file.read_text(encoding="utf-8")))
+            assert (dataset.dataset, dataset.suite) == (file.stem, file.parent.name), file
+            by_name[dataset.dataset] = dataset
+    return by_name
 
 
-def _dataset(said: dict[str, Any]) -> Dataset:
-    if "hub" in said:
-        said["hub"] = Hub(**said["hub"])
+def _dataset(fields: dict[str, Any]) -> Dataset:
+    if "hub" in fields:
+        fields["hub"] = Hub(**fields["hub"])
     for key in ("lengths", "contexts", "retrievers", "files", "splits"):
-        if key in said:
-            said[key] = tuple(said[key])
-    return Dataset(**said)
+        if key in fields:
+            fields[key] = tuple(fields[key])
+    return Dataset(**fields)
 
 
 @cache
 def tasks() -> dict[str, Task]:
-    """Every task, by name."""
-    every = [
+    """All tasks by name."""
+    all_tasks = [
         Task(dataset, mode, length)
         for dataset in datasets().values()
         for mode in dataset.modes
         for length in dataset.lengths or (None,)
     ]
-    return {task.name: task for task in every}
+    return {task.name: task for task in all_tasks}
 
 
 def find(name: str) -> Task:
-    """The task of a name.
+    """Return the task of a name.
 
     Raises:
-        UserError: there is none.
+        UserError: unknown task.
     """
     from difflib import get_close_matches
 
     if name in tasks():
         return tasks()[name]
-    near = get_close_matches(name, tasks(), n=3)
-    raise UserError(f"unknown task {name!r}; {f'did you mean {chr(32).join(near)}?' if near else 'see `lceval tasks`'}")
+    nearest = get_close_matches(name, tasks(), n=3)
+    hint = f"did you mean {' '.join(nearest)}?" if nearest else "see `lceval tasks`"
+    raise UserError(f"unknown task {name!r}; {hint}")
 
 
 @cache
 def groups() -> dict[str, list[str]]:
-    """Members by group name: all lengths of a dataset in a mode, suites, everything.
+    """Members by group name: all lengths of a dataset in a mode, suites, and `lc_all`.
 
-    A suite's group holds the first mode of each dataset that belongs in it, at lengths that an 8k model can read.
+    A suite's group has the first mode of each grouped dataset, at lengths that fit an 8k model.
     """
-    found: dict[str, list[str]] = {}
+    by_mode: dict[str, list[str]] = {}
     suites: dict[str, list[str]] = {}
     for dataset in datasets().values():
         for mode in dataset.modes:
             members = [task.name for task in tasks().values() if task.dataset is dataset and task.mode == mode]
             if dataset.lengths:
-                found[group_name(dataset, mode)] = members
+                by_mode[group_name(dataset, mode)] = members
         if dataset.grouped:
             first = next(iter(dataset.modes))
             short = [Task(dataset, first, k).name for k in dataset.lengths if k <= GROUPED_K]
             suites.setdefault(f"lc_{dataset.suite}", []).extend(short or [group_name(dataset, first)])
-    return {**found, **suites, "lc_all": sorted(suites)}
+    return {**by_mode, **suites, "lc_all": sorted(suites)}
 
 
 @cache
 def output_format_config(output_format: str) -> dict[str, Any]:
-    """A template of `modes/` with its includes, functions left as their dotted names."""
+    """Return a template of `modes/` with its includes; functions stay dotted names."""
 
     class Loader(yaml.SafeLoader):
         pass
 
     Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))  # type: ignore[arg-type]
-    said: dict[str, Any] = yaml.load((FOLDER / "modes" / f"{output_format}.yaml").read_text(encoding="utf-8"), Loader)
-    included = said.pop("include", None)
-    return {**output_format_config(included.removesuffix(".yaml")), **said} if included else said
+    config: dict[str, Any] = yaml.load((FOLDER / "modes" / f"{output_format}.yaml").read_text(encoding="utf-8"), Loader)
+    base = config.pop("include", None)
+    return {**output_format_config(base.removesuffix(".yaml")), **config} if base else config
 
 
 class _Function(str):
-    """The dotted name of a function that a template names."""
+    """Dotted name of a function in a template."""
 
 
-_METRIC = {"aggregation": "mean", "higher_is_better": True}  # of a template's metric, unless it says otherwise
+_METRIC = {"aggregation": "mean", "higher_is_better": True}  # defaults of a metric in a template
 
 
 def _resolved(value: Any) -> Any:
@@ -211,14 +215,14 @@ def _resolved(value: Any) -> Any:
 
 
 def new_tokens(output_format: str) -> int:
-    """Room for the reply; part of the length contract. 0 for forms whose promise is the prompt alone."""
+    """Tokens reserved for the reply, counted in the length; 0 if the format's length is that of the prompt alone."""
     config = output_format_config(output_format)
-    alone = config["metadata"].get("length_of") == "prompt"
-    return 0 if alone else int(config.get("generation_kwargs", {}).get("max_gen_toks", 0))
+    prompt_only = config["metadata"].get("length_of") == "prompt"
+    return 0 if prompt_only else int(config.get("generation_kwargs", {}).get("max_gen_toks", 0))
 
 
 def task_config(task: Task) -> dict[str, Any]:
-    """lm-eval's configuration of a task."""
+    """Return lm-eval's configuration of a task."""
     config: dict[str, Any] = _resolved(output_format_config(task.output_format))
     metadata = config["metadata"]
     metrics = [*config["metric_list"], *_resolved(output_format_config("_telemetry"))["metric_list"]]
@@ -239,5 +243,5 @@ def _custom_dataset(**metadata: Any) -> Any:
 
 
 def group_config(name: str) -> dict[str, Any]:
-    """lm-eval's configuration of a group."""
+    """Return lm-eval's configuration of a group."""
     return {"group": name, "task": list(groups()[name]), "metadata": {"version": "1"}}

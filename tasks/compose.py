@@ -1,11 +1,10 @@
-"""Fit a context to a length: choose filler so that the rendered prompts just reach the limit.
+"""Fit a context to a length: select filler documents so that the rendered prompts reach the limit within 2%.
 
-A task named `Nk` promises, for every row, that the rendered prompt (instruction, documents, question)
-plus the room for the answer takes at most N*1024 tokens of the model and at least 98% of that. The promise
-is kept with the tokenizer's chat template applied, if it has one. Without the template the same prompt is
-shorter by the template's tokens: never over the limit, and still within the 2% wherever the template is
-small enough to leave room for both (SmolLM2's 30 tokens: yes from 2k on, no at 1k). A system instruction
-given on the command line comes on top and is not counted.
+For every row of a task `Nk`, the rendered prompt (instruction, documents, question) plus the tokens reserved for the
+reply come to at most N*1024 tokens and at least 98% of that, with the tokenizer's chat template applied, if it has
+one. Without the template the prompt is shorter by the template's tokens: never over the limit, and still within 2% if
+the template is small enough (SmolLM2's 30 tokens are from 2k on, not at 1k). A system instruction of the command line
+is not counted.
 """
 
 import random
@@ -20,52 +19,52 @@ import numpy as np
 from lceval.tasks.tokens import TokenMeter
 
 TOLERANCE = 0.02
-_SPREAD_TOKENS = 8  # room that the questions on one context need: they differ in length
-_GOOD_ENOUGH_TOKENS = 2  # below the limit; a tighter fit is not worth another rendering
+_SPREAD_TOKENS = 8  # the questions on a context differ in length
+_GOOD_ENOUGH_TOKENS = 2  # below the limit; a tighter fit does not justify another rendering
 _ATTEMPTS = 6
-_ALIKE = 0.1  # by which a piece may differ from the cost it imitates
+_LENGTH_TOLERANCE = 0.1  # maximum relative difference from the target cost
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Contract:
-    """The totals that a row may have: at most `limit` tokens, at least `floor`."""
+    """Allowed total tokens of a row: `floor` to `limit`."""
 
     limit: int
     floor: float
 
     @classmethod
-    def promised(cls, limit: int) -> "Contract":
-        """What the task's name promises, with the chat template applied."""
+    def guaranteed(cls, limit: int) -> "Contract":
+        """The guaranteed length, with the chat template applied."""
         return cls(limit, (1 - TOLERANCE) * limit)
 
     @classmethod
     def preferred(cls, limit: int, meter: TokenMeter) -> "Contract":
-        """What also holds without the chat template; the promised one where there is no room for both."""
+        """A contract that is also met without the chat template; `guaranteed` if the template is too long for that."""
         floor = (1 - TOLERANCE) * limit + meter.template_tokens
-        return cls(limit, floor) if limit - floor >= _SPREAD_TOKENS else cls.promised(limit)
+        return cls(limit, floor) if limit - floor >= _SPREAD_TOKENS else cls.guaranteed(limit)
 
-    def holds(self, totals: Sequence[int]) -> bool:
-        """Whether the totals of all questions on a context are allowed."""
+    def allows(self, totals: Sequence[int]) -> bool:
+        """Return whether the totals of all questions on a context are allowed."""
         return self.floor <= min(totals) and max(totals) <= self.limit
 
 
 def fill(capacity: int, costs: Sequence[int]) -> list[int]:
-    """Choose pieces in the given order, then the one that best fills the rest.
+    """Select candidates in order, then the one that best fills the remainder.
 
     Args:
         capacity: Tokens to fill.
-        costs: Tokens of each candidate, in the order in which they are to be considered.
+        costs: Tokens of each candidate, in order of preference.
 
     Returns:
-        Indices of the chosen candidates; the sum of their costs is at most `capacity`.
+        Indices of the selected candidates; the sum of their costs is at most `capacity`.
     """
     reserve = median(costs) if costs else 0
     chosen: dict[int, None] = {}
     rest = capacity
     for index, cost in enumerate(costs):
-        # Between one and two median pieces are left for the last: there most candidates are on offer.
+        # One to two median costs are left for the last candidate: most candidates are of about that length.
         if rest <= 2 * reserve:
             break
         if cost <= rest - reserve:
@@ -76,58 +75,66 @@ def fill(capacity: int, costs: Sequence[int]) -> list[int]:
     return [*chosen] if last is None else [*chosen, last]
 
 
-def fill_alike(capacity: int, costs: Sequence[int], like: Sequence[int], first: int, rng: random.Random) -> list[int]:
-    """Choose pieces whose costs are distributed as those of `like`.
+def fill_length_matched(
+    capacity: int, costs: Sequence[int], reference_costs: Sequence[int], preferred: int, rng: random.Random
+) -> list[int]:
+    """Select candidates whose costs follow the distribution of `reference_costs`.
 
-    As many as fit at their mean; each takes its share of what is left, so that the last fills the rest.
+    The number is what fits at the mean reference cost. Targets are rescaled to the remaining capacity after each
+    selection, so that the last candidate fills the remainder.
 
     Args:
         capacity: Tokens to fill.
-        costs: Tokens of each candidate, in the order in which they are to be considered.
-        like: The costs to imitate; at least one.
-        first: So many candidates are preferred to the others where their cost is about right.
-        rng: Which costs are imitated.
+        costs: Tokens of each candidate, in order of preference.
+        reference_costs: Costs to match; at least one.
+        preferred: The first `preferred` candidates are used before the others if their cost is close to the target.
+        rng: Draws the targets.
 
     Returns:
-        Indices of the chosen candidates; the sum of their costs is at most `capacity`.
+        Indices of the selected candidates; the sum of their costs is at most `capacity`.
     """
-    size = np.array(costs)
-    free = np.ones(len(size), bool)
-    count = max(1, round(capacity * len(like) / sum(like)))
-    wanted = [cost for _ in range(-(-count // len(like))) for cost in rng.sample(list(like), len(like))][:count]
+    sizes = np.array(costs)
+    free = np.ones(len(sizes), bool)
+    count = max(1, round(capacity * len(reference_costs) / sum(reference_costs)))
+    repeats = -(-count // len(reference_costs))
+    targets = [cost for _ in range(repeats) for cost in rng.sample(list(reference_costs), len(reference_costs))][:count]
     chosen: list[int] = []
-    for place, cost in enumerate(wanted):
-        target = cost * capacity / sum(wanted[place:])
-        fitting = free & (size <= capacity)
+    for position, cost in enumerate(targets):
+        target = cost * capacity / sum(targets[position:])
+        fitting = free & (sizes <= capacity)
         if not fitting.any():
             break
-        off = np.where(fitting, np.abs(size - target), np.inf)
-        good = off <= _ALIKE * target
-        if place == len(wanted) - 1:
-            at = int(np.where(fitting, size, -1).argmax())
-        elif good[:first].any():
-            at = int(good[:first].argmax())
+        difference = np.where(fitting, np.abs(sizes - target), np.inf)
+        close = difference <= _LENGTH_TOLERANCE * target
+        if position == len(targets) - 1:
+            index = int(np.where(fitting, sizes, -1).argmax())
+        elif close[:preferred].any():
+            index = int(close[:preferred].argmax())
         else:
-            at = int(good.argmax()) if good.any() else int(off.argmin())
-        chosen.append(at)
-        free[at] = False
-        capacity -= costs[at]
+            index = int(close.argmax()) if close.any() else int(difference.argmin())
+        chosen.append(index)
+        free[index] = False
+        capacity -= costs[index]
     return chosen
 
 
 class Fitter:
-    """Chooses pieces so that the rendered prompts on a context keep a contract.
+    """Selects documents so that the rendered prompts on a context meet a contract.
 
-    Costs of pieces measured one by one do not add up exactly to the tokens of a prompt (pieces merge,
-    document numbers grow). The error is measured in a rendered prompt and corrected for until the choice
-    fits; the next context starts from the error of the last.
+    Token counts of single documents do not add up exactly to those of a prompt (tokens merge, document numbers grow).
+    The error is measured on a rendered prompt and corrected for until the selection fits; the next context starts from
+    the last error.
     """
 
     def __init__(self, contract: Contract, choose: Callable[[int, Sequence[int]], list[int]] = fill) -> None:
-        """`choose` is `fill`, or another function that fills a capacity."""
+        """
+        Args:
+            contract: Allowed totals.
+            choose: `(capacity, costs) -> indices`, e.g. `fill`.
+        """
         self._contract = contract
         self._choose = choose
-        self._error = 0  # tokens by which costs overstate what their pieces add to a prompt
+        self._error = 0  # tokens by which the costs exceed what the documents add to a prompt
 
     def fit(
         self,
@@ -135,15 +142,15 @@ class Fitter:
         totals: Callable[[list[int]], list[int]],
         choose: Callable[[int, Sequence[int]], list[int]] | None = None,
     ) -> tuple[list[int], list[int]] | None:
-        """Choose pieces.
+        """Select candidates for one context.
 
         Args:
             costs: Estimated tokens of each candidate, in order of preference.
-            totals: The exact totals of the questions on a context that has the pieces of the given indices.
-            choose: Another function than the usual one, for this choice.
+            totals: Returns the exact total of each question on a context with the candidates of the given indices.
+            choose: Overrides `choose` of the constructor.
 
         Returns:
-            The chosen indices and their totals, or None if no choice was found that keeps the contract.
+            The selected indices and their totals; None if no selection was found that meets the contract.
         """
         limit = self._contract.limit
         room = limit - max(totals([]))
@@ -152,24 +159,24 @@ class Fitter:
         best: tuple[list[int], list[int]] | None = None
         for _ in range(_ATTEMPTS):
             chosen = (choose or self._choose)(room + self._error, costs)
-            reached = totals(chosen)
-            self._error = sum(costs[index] for index in chosen) + limit - room - max(reached)
-            if self._contract.holds(reached) and (best is None or max(reached) > max(best[1])):
-                best = chosen, reached
+            measured = totals(chosen)
+            self._error = sum(costs[index] for index in chosen) + limit - room - max(measured)
+            if self._contract.allows(measured) and (best is None or max(measured) > max(best[1])):
+                best = chosen, measured
             if best is not None and limit - max(best[1]) <= _GOOD_ENOUGH_TOKENS:
                 break
         return best
 
 
 def spread(golds: Sequence[T], fillers: Sequence[T], rng: random.Random) -> list[T]:
-    """Interleave: each gold at a random place of its own stretch of the context, in random order.
+    """Place each gold document at a random position of its own segment of the context, in random order.
 
-    With n documents and k golds the context is cut into k stretches of n/k documents, so that every depth
-    is asked for equally often.
+    With n documents and k golds the context is divided into k segments of n/k documents, so that all depths are
+    equally frequent.
     """
     count = len(golds) + len(fillers)
-    edges = [count * stretch // len(golds) for stretch in range(len(golds) + 1)]
-    places = [rng.randrange(start, end) for start, end in pairwise(edges)]
-    placed = dict(zip(places, rng.sample(list(golds), len(golds)), strict=True))
-    rest = iter(fillers)
-    return [placed[place] if place in placed else next(rest) for place in range(count)]
+    segment_starts = [count * segment // len(golds) for segment in range(len(golds) + 1)]
+    positions = [rng.randrange(start, end) for start, end in pairwise(segment_starts)]
+    gold_at = dict(zip(positions, rng.sample(list(golds), len(golds)), strict=True))
+    remaining = iter(fillers)
+    return [gold_at[position] if position in gold_at else next(remaining) for position in range(count)]

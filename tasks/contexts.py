@@ -1,11 +1,11 @@
-"""What a question is shown: everything (`full`), its gold documents, nothing, or what a retriever finds (`rag`).
+"""Context settings: all documents (`full`), the gold documents (`gold`), none (`none`) or retrieved chunks (`rag`).
 
-`rag` retrieves from exactly the documents that `full` would show. Documents are cut into chunks of at most `chunk`
-tokens (a shorter one stays whole); the best chunks that fit into `budget` tokens are shown, in the order in which the
-full context has them (Yu et al. 2024 found that order to be the better one).
+`rag` retrieves from exactly the documents of `full`. Documents longer than `chunk` tokens are split into chunks; the
+best chunks that fit into `budget` tokens are used, in the order of the full context (better than by rank: Yu et al.
+2024).
 
-Where contexts are drawn from a pool of passages, `split`, `questions`, `negatives` and `alike` say from which side of
-it and how; they are part of the choice because samples of different draws are not comparable.
+For datasets built from passage pools, `split`, `questions`, `negatives` and `length_matched` control how contexts are
+drawn. They are part of the setting because samples from different draws are not comparable.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,18 +23,22 @@ if TYPE_CHECKING:
 CHUNK_TOKENS = 2048
 BUDGET_TOKENS = 4096
 POOL_KEYS = ("split", "questions", "negatives", "length_matched")
-_MOST_QUESTIONS = 64  # on a context
+_MOST_QUESTIONS = 64  # per context
 
 
 @dataclass(frozen=True)
 class ContextSetting:
-    """A context, as `--metadata` names it; its text is part of a row's identity.
+    """A context setting of `--metadata`; its string is part of a row's identity.
 
     Attributes:
-        split: the side of the pool that questions and documents come from, `train` or `test`; empty: all of it.
-        questions: on a context; 0: as many as the dataset usually has.
-        negatives: what ranks the hard negatives, of RETRIEVERS or `random`; empty: as the dataset usually does.
-        alike: whether the other documents are chosen to be as long as the gold ones.
+        kind: full, gold, none or rag.
+        retriever: one of RETRIEVERS (rag).
+        chunk: maximum tokens per chunk (rag).
+        budget: maximum tokens of all retrieved chunks (rag).
+        split: `train` or `test`, the split of questions and documents; empty for all.
+        questions: questions per context; 0 for the dataset's default.
+        negatives: ranking of hard negatives, one of RETRIEVERS or `random`; empty for the dataset's default.
+        length_matched: whether filler documents are selected to match the lengths of the gold documents.
     """
 
     kind: str = "full"
@@ -47,8 +51,8 @@ class ContextSetting:
     length_matched: bool = False
 
     @property
-    def needs_meter(self) -> bool:
-        """Whether tokens are counted for it."""
+    def requires_meter(self) -> bool:
+        """Whether the setting requires a token meter."""
         return self.kind == "rag"
 
     def __str__(self) -> str:
@@ -58,75 +62,81 @@ class ContextSetting:
 
 
 def setting(task: Task, metadata: Mapping[str, Any]) -> ContextSetting:
-    """What the run's metadata ask for.
+    """Parse the context setting of a run's metadata.
 
     Raises:
-        UserError: a context, retriever, size, split or number of questions that the task does not have.
+        UserError: a context, retriever, size, split or number of questions that the task does not support.
     """
     kind, allowed = metadata.get("context", "full"), task.dataset.contexts
     if kind not in CONTEXTS:
         raise UserError(f"context={kind!r}: expected one of {', '.join(CONTEXTS)}.")
     if kind not in allowed:
-        raise UserError(f"{task.name} has no context={kind}: it has {', '.join(allowed)}.")
+        raise UserError(f"{task.name} does not support context={kind}: expected one of {', '.join(allowed)}.")
     pool = _pool(task, metadata)
     if kind != "rag":
-        given = [key for key in ("chunk", "budget") if key in metadata]
-        if given or ("retriever" in metadata and "rag" in allowed):
-            raise UserError(f"{task.name}: {(given or ['retriever'])[0]}= goes with context=rag; here context={kind}.")
+        rag_keys = [key for key in ("chunk", "budget") if key in metadata]
+        if rag_keys or ("retriever" in metadata and "rag" in allowed):
+            key = (rag_keys or ["retriever"])[0]
+            raise UserError(f"{task.name}: {key}= requires context=rag, got context={kind}.")
         return ContextSetting(kind, **pool)
     retriever = metadata.get("retriever", task.dataset.retrievers[0])
     if retriever not in task.dataset.retrievers:
-        raise UserError(f"{task.name} has no retriever={retriever!r}: it has {', '.join(task.dataset.retrievers)}.")
+        allowed = task.dataset.retrievers
+        raise UserError(f"{task.name} does not support retriever={retriever!r}: expected one of {', '.join(allowed)}.")
     sizes = {"chunk": metadata.get("chunk", CHUNK_TOKENS), "budget": metadata.get("budget", BUDGET_TOKENS)}
     for key, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{task.name} has {key}={value!r}: expected a positive number of tokens.")
+            raise UserError(f"{task.name}: invalid {key}={value!r}: expected a positive number of tokens.")
     return ContextSetting(kind, retriever, **sizes, **pool)
 
 
 def _pool(task: Task, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What the metadata ask of the pool that contexts are drawn from; what it usually is is left out."""
+    """Pool settings of the metadata that differ from the dataset's defaults."""
     dataset = task.dataset
-    asked = {key: metadata[key] for key in POOL_KEYS if key in metadata}
-    if asked and not dataset.splits:
-        having = [name for name, other in datasets().items() if other.splits]
-        raise UserError(f"{task.name} has no {next(iter(asked))}=: only {', '.join(having)} are drawn from a pool.")
-    if not asked:
+    overrides = {key: metadata[key] for key in POOL_KEYS if key in metadata}
+    if overrides and not dataset.splits:
+        pooled = [name for name, other in datasets().items() if other.splits]
+        raise UserError(
+            f"{task.name} does not support {next(iter(overrides))}=: only the passage pools do ({', '.join(pooled)})."
+        )
+    if not overrides:
         return {}
-    usual = {
+    defaults = {
         "split": "all",
         "questions": dataset.per_context,
         "negatives": dataset.retrievers[0],
         "length_matched": False,
     }
     for key, allowed in (("split", ("all", *dataset.splits)), ("negatives", (*dataset.retrievers, "random"))):
-        if key in asked and asked[key] not in allowed:
-            raise UserError(f"{task.name} has no {key}={asked[key]!r}: it has {', '.join(allowed)}.")
-    questions, length_matched = asked.get("questions", 1), asked.get("length_matched", False)
+        if key in overrides and overrides[key] not in allowed:
+            raise UserError(
+                f"{task.name} does not support {key}={overrides[key]!r}: expected one of {', '.join(allowed)}."
+            )
+    questions, length_matched = overrides.get("questions", 1), overrides.get("length_matched", False)
     if isinstance(questions, bool) or not isinstance(questions, int) or not 1 <= questions <= _MOST_QUESTIONS:
-        raise UserError(f"{task.name} has questions={questions!r}: expected a number from 1 to {_MOST_QUESTIONS}.")
+        raise UserError(f"{task.name}: invalid questions={questions!r}: expected a number from 1 to {_MOST_QUESTIONS}.")
     if not isinstance(length_matched, bool):
-        raise UserError(f"{task.name} has length_matched={length_matched!r}: expected true or false.")
-    return {key: value for key, value in asked.items() if value != usual[key]}
+        raise UserError(f"{task.name}: invalid length_matched={length_matched!r}: expected true or false.")
+    return {key: value for key, value in overrides.items() if value != defaults[key]}
 
 
 def apply(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
-    """The rows with the documents that the choice shows; they were built with all of theirs."""
+    """Reduce rows built with full contexts to the documents of the setting."""
     if setting.kind == "full":
         return list(rows)
     if setting.kind == "rag":
         return _retrieved(rows, request, setting)
-    return [_shown(row, request, setting, _gold(row) if setting.kind == "gold" else []) for row in rows]
+    return [_with_docs(row, request, setting, _gold(row) if setting.kind == "gold" else []) for row in rows]
 
 
 def _gold(row: Row) -> list[Document]:
     return [document for document in row["docs"] if document["pid"] in row["gold_pids"]]
 
 
-def _shown(row: Row, request: "Request", setting: ContextSetting, docs: Sequence[Document]) -> Row:
-    """The row with other documents; its length is measured anew."""
+def _with_docs(row: Row, request: "Request", setting: ContextSetting, docs: Sequence[Document]) -> Row:
+    """Return the row with other documents; its length is measured again."""
     layout = request.dataset.layout
-    made: Row = {
+    return {
         **row,
         "context_setting": str(setting),
         "docs": list(docs),
@@ -134,29 +144,28 @@ def _shown(row: Row, request: "Request", setting: ContextSetting, docs: Sequence
         "instruction": row["instruction"] if docs else prompts.instruction("none", request.output_format),
         "length_tokens": None,
     }
-    return made
 
 
 def _retrieved(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
     from lceval.tasks.retrieval import Collection, chunked
 
     assert request.meter is not None
-    made: list[Row] = []
+    retrieved: list[Row] = []
     collections: dict[str, tuple[Sequence[Document], Collection, list[int]]] = {}
     for row in rows:
-        known = collections.get(row["cluster"])
-        if known is None or known[0] != row["docs"]:
+        cached = collections.get(row["cluster"])
+        if cached is None or cached[0] != row["docs"]:
             chunks = chunked(row["docs"], setting.chunk, request.meter)
             costs = request.meter.pieces([chunk.text for chunk in chunks])
-            known = row["docs"], Collection(chunks, setting.retriever), costs
-            collections = {row["cluster"]: known}  # the questions on a context stand together
-        _, collection, costs = known
-        chosen, left = [], setting.budget
+            cached = row["docs"], Collection(chunks, setting.retriever), costs
+            collections = {row["cluster"]: cached}  # rows of one context are adjacent
+        _, collection, costs = cached
+        chosen, budget_left = [], setting.budget
         for index in collection.ranked(row["question"]):
-            if costs[index] <= left:
+            if costs[index] <= budget_left:
                 chosen.append(index)
-                left -= costs[index]
+                budget_left -= costs[index]
         chunks = [collection.chunks[index] for index in sorted(chosen)]
         docs = [Document(pid=chunk.pid, title=chunk.title, text=chunk.text) for chunk in chunks]
-        made.append(_shown(row, request, setting, docs))
-    return made
+        retrieved.append(_with_docs(row, request, setting, docs))
+    return retrieved

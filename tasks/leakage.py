@@ -1,4 +1,4 @@
-"""Which passages give an answer away: those whose normalised text contains the normalised answer."""
+"""Answer leakage: find the passages whose normalised text contains a normalised answer."""
 
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -7,9 +7,9 @@ from lceval.tasks.parsing import normalize
 
 
 class LeakIndex:
-    """Substring search over a pool of passages, all normalised once.
+    """Substring search over a pool of passages, each normalised once.
 
-    The texts are searched as one string with line feeds between, which normalised text never contains.
+    The texts are joined by line feeds, which normalised text never contains, and searched as one string.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -20,15 +20,15 @@ class LeakIndex:
         for text in self.normalized:
             self._starts.append(start)
             start += len(text) + 1
-        self._starts.append(start)  # past the end, where a search finds nothing
+        self._starts.append(start)  # past the end: str.find then returns -1
 
-    def holders(self, answers: Iterable[str]) -> set[int]:
+    def containing(self, answers: Iterable[str]) -> set[int]:
         """Indices of the passages that contain any of the answers (already normalised, not empty)."""
-        found: set[int] = set()
+        passages: set[int] = set()
         for answer in answers:
-            at = self._joined.find(answer)
-            while at >= 0:
-                passage = bisect_right(self._starts, at) - 1
-                found.add(passage)
-                at = self._joined.find(answer, self._starts[passage + 1])
-        return found
+            offset = self._joined.find(answer)
+            while offset >= 0:
+                passage = bisect_right(self._starts, offset) - 1
+                passages.add(passage)
+                offset = self._joined.find(answer, self._starts[passage + 1])
+        return passages

@@ -1,22 +1,21 @@
-"""The prompts, as plain text: an instruction with the output format, the context, the question.
+"""Prompts as plain text: instruction with the output format, context, question.
 
-The context stands verbatim in the prompt and is also a field of the row, so that a model can find where
-the question begins. A prompt neither begins nor ends a message with white space that a chat template
-would strip from the context. What is asked for depends on two things: the `layout` of the context
-(documents, pairs, a text, ...) and the `form` of the reply, which is the name of a template in `modes/`.
+The context is verbatim in the prompt and also a field of the row, so that a model can locate where the question begins.
+A prompt neither begins nor ends with white space, which a chat template would strip. The instruction depends on the
+`layout` of the context (documents, pairs, text, ...) and on the output format of the reply, a template in `modes/`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 ANSWER_PREFIX = "Answer:"
-"""How a short reply in the required form begins; multiple-choice tasks give it and score options after it."""
+"""Prefix of a short reply; multiple-choice tasks append it to the prompt and score the options after it."""
 
 FINAL_PREFIX = "The answer is:"
-"""How the last line of a longer reply begins."""
+"""Prefix of the last line of a longer reply."""
 
 LAYOUTS: dict[str, tuple[str, str]] = {
-    # The format is asked for before the context: after the question it makes a small model forget the question.
+    # The output format precedes the context: after the question, small models ignore the question.
     "documents": ("Read the numbered documents below and answer the question that follows them.", "documents"),
     "pairs": (
         "Read the list of keys and their values below, one pair a line, and answer the question that follows it.",
@@ -31,7 +30,7 @@ LAYOUTS: dict[str, tuple[str, str]] = {
     ),
     "none": ("Answer the question below.", "text"),
 }
-"""By layout: what to do, and how the texts of the documents are joined."""
+"""By layout: instruction, and how the texts of the documents are joined."""
 
 _THEN_ANSWER = f'Then give the answer alone, on a line of its own that begins with "{FINAL_PREFIX}".'
 OUTPUT_FORMATS: dict[str, str] = {
@@ -74,7 +73,7 @@ OUTPUT_FORMATS: dict[str, str] = {
     "infinite_qa": 'Give only the answer, on one line that begins with "Answer:".',
     "judged": "Give a complete answer, and nothing but the answer.",
 }
-"""By form: what the reply must look like."""
+"""By output format: its instruction."""
 
 _FOUR = "A question about it follows, with four options of which one is correct."
 _WHAT_FOLLOWS = {
@@ -85,31 +84,31 @@ _WHAT_FOLLOWS = {
     "sum": "What to write about it follows.",
     "infinite_sum": "What to write about it follows.",
 }
-"""By form, where the reply's form is asked for after the question; without a context there is no `it`."""
+"""Instruction of output formats that are specified after the question; without a context, `about it` is removed."""
 
 _LETTER_CLOSINGS = {
     "letter": 'Reply with one line: "The correct answer is (X)".',
     "letter_ll": "Reply with its letter.\n",
-    "infinite_letter": "Reply with its letter alone.",  # one of its scorers reads nothing but the first character
+    "infinite_letter": "Reply with its letter alone.",  # one of its scorers uses only the first character
 }
-_SUMMARY_WORDS = {"sum": 250, "infinite_sum": 850}  # what the references have in the mean
+_SUMMARY_WORDS = {"sum": 250, "infinite_sum": 850}  # mean length of the references
 LETTERS = "ABCD"
 
 
 def instruction(layout: str, output_format: str) -> str:
-    """What stands before the context."""
+    """The part of the prompt before the context."""
     if follows := _WHAT_FOLLOWS.get(output_format):
         return follows.replace(" about it", "") if layout == "none" else f"Read the text below. {follows}"
     return f"{LAYOUTS[layout][0]} {OUTPUT_FORMATS[output_format]}"
 
 
 def ask(output_format: str, question: str, choices: Sequence[str] = ()) -> str:
-    """What stands after the context."""
+    """The part of the prompt after the context: question, options and their output format."""
     if output_format == "options":
-        options = "\n".join(f"- {setting}" for setting in choices)
+        options = "\n".join(f"- {choice}" for choice in choices)
         return f"Question: {question}\nOptions:\n{options}\nReply with the text of the correct option.\n"
     if output_format in _LETTER_CLOSINGS:
-        options = "\n".join(f"({letter}) {setting}" for letter, setting in zip(LETTERS, choices, strict=True))
+        options = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
         return f"Question: {question}\n{options}\n{_LETTER_CLOSINGS[output_format]}"
     if output_format in _SUMMARY_WORDS:
         return f"{question}\nReply with a summary of about {_SUMMARY_WORDS[output_format]} words, and nothing else."
@@ -117,23 +116,23 @@ def ask(output_format: str, question: str, choices: Sequence[str] = ()) -> str:
 
 
 def block(layout: str, texts: Sequence[str]) -> str:
-    """The context: the texts of the documents, joined as the layout says.
+    """Join the texts of the documents into the context, by layout.
 
-    Documents are numbered from 0: `[DOC i]`, the text, a blank line between.
+    Layout `documents` numbers them from 0: `[DOC i]`, the text, a blank line between.
     """
-    how = LAYOUTS[layout][1]
-    if how == "documents":
+    joining = LAYOUTS[layout][1]
+    if joining == "documents":
         return "\n\n".join(f"[DOC {number}]\n{text}" for number, text in enumerate(texts))
-    return ("\n" if how == "lines" else "\n\n").join(texts)
+    return ("\n" if joining == "lines" else "\n\n").join(texts)
 
 
 def render(layout: str, output_format: str, context: str, question: str, choices: Sequence[str] = ()) -> str:
-    """A whole prompt."""
+    """Render a complete prompt."""
     return join(instruction(layout, output_format), context, ask(output_format, question, choices))
 
 
 def join(before: str, context: str, after: str) -> str:
-    """The three parts of a prompt, a blank line between; without a context there are two."""
+    """Join the parts of a prompt with blank lines; empty parts are left out."""
     return "\n\n".join(part for part in (before, context, after) if part)
 
 
@@ -144,7 +143,7 @@ def prompt(doc: Mapping[str, Any]) -> str:
 
 _REPLY_PREFIXES = {
     **dict.fromkeys(("id", "idc", "idq", "rj"), FINAL_PREFIX),
-    # The scored options follow the prompt, which ends with the prefix.
+    # The prompt already ends with the prefix; the scored options follow.
     **dict.fromkeys(("options", "letter_ll"), ""),
     **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "docid"), ""),
     "letter": "The correct answer is",
@@ -152,15 +151,15 @@ _REPLY_PREFIXES = {
 
 
 def reply_prefix(output_format: str) -> str:
-    """How the reply begins right before the answer itself."""
+    """Text of the reply right before the answer."""
     return _REPLY_PREFIXES.get(output_format, ANSWER_PREFIX)
 
 
 def pair_line(key: str, value: str) -> str:
-    """A pair of the key-value task as it stands in the context."""
+    """A key-value pair as a line of the context."""
     return f'"{key}": "{value}"'
 
 
 def key_question(key: str) -> str:
-    """What the key-value task asks."""
+    """The question of the key-value task."""
     return f'What is the value of the key "{key}"?'

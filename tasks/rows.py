@@ -1,8 +1,8 @@
-"""The row that every task shares, and the cache of built rows.
+"""The row schema of all tasks, and the cache of built rows.
 
-Rows are a pure function of their inputs, so a cache entry is named by a hash of all of them: the source
-files, the tokenizer, the length, the seed, and the code and templates of this package. An entry is a jsonl file whose
-first line states the inputs and the number of rows; it appears whole or not at all.
+Rows are a pure function of their inputs, so the key of a cache entry is a hash of all of them: source files, tokenizer,
+length, seed, and the code and templates of this package. An entry is a jsonl file whose first line has the inputs and
+the number of rows; it is written atomically.
 """
 
 import hashlib
@@ -37,11 +37,18 @@ class Document(TypedDict):
 class Row(TypedDict):
     """One question on one context.
 
-    The prompt is `instruction`, `context` and `ask`, a blank line between; `context` holds the texts of `docs`
-    exactly as the prompt shows them (empty without any) and `context_setting` is the `contexts.ContextSetting`;
-    `cluster` names the full context that several rows share; `length_tokens` is the rendered prompt plus the
-    room for the answer, in the tokens of the model (None where no tokenizer is named and the task's length
-    does not depend on one); `reply_prefix` is how a reply in the required form begins, before the answer.
+    Attributes:
+        docs: documents of the context, in order.
+        gold_pids: ids of the gold documents.
+        cluster: id of the full context, shared by its questions.
+        context_setting: the `contexts.ContextSetting` as a string.
+        length_tokens: tokens of the rendered prompt plus those reserved for the reply; None if no tokenizer is set and
+            the source fixes the length.
+        instruction: the part of the prompt before the context; the parts are joined by blank lines.
+        context: texts of `docs` exactly as in the prompt; empty without documents.
+        ask: the part of the prompt after the context.
+        reply_prefix: beginning of a reply in the required format, before the answer.
+        gold: index of the correct choice.
     """
 
     id: str
@@ -63,50 +70,54 @@ class Row(TypedDict):
 
 
 def as_dataset(rows: Sequence[Row]) -> "dict[str, Dataset]":
-    """What lm-eval expects of a `custom_dataset` function: the rows as the split `test`."""
+    """Return the rows as the split `test`, as lm-eval expects from a `custom_dataset` function."""
     from datasets import Dataset  # heavy, and scoring must not need it
 
     return {"test": Dataset.from_list([dict(row) for row in rows])}
 
 
 def together(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a context next to each other, contexts in the order of their first row."""
-    places: dict[str, int] = {}
+    """Group rows by context; contexts in the order of their first row."""
+    order: dict[str, int] = {}
     for row in rows:
-        places.setdefault(row["cluster"], len(places))
-    return sorted(rows, key=lambda row: places[row["cluster"]])
+        order.setdefault(row["cluster"], len(order))
+    return sorted(rows, key=lambda row: order[row["cluster"]])
 
 
 def checked_seed(task: str, seed: object) -> int:
-    """The seed of the rows, which must be a whole number."""
+    """Validate a data seed.
+
+    Raises:
+        UserError: not an integer.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int):
-        raise UserError(f"{task} has data_seed={seed!r}: expected a whole number, e.g. {DEFAULT_SEED}.")
+        raise UserError(f"{task}: invalid data_seed={seed!r}: expected an integer, e.g. {DEFAULT_SEED}.")
     return seed
 
 
 def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a task, built once for the same inputs.
+    """Rows of a task, built once for the same inputs.
 
     Args:
-        task: The task's name; part of the file's name.
+        task: Task name; part of the file name.
         inputs: Everything the rows depend on besides the code, as JSON values.
-        build: Makes the rows.
+        build: Returns the rows.
     """
-    stated = {"task": task, **inputs, "code": code_digest()}
-    key = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()[:24]
+    key_fields = {"task": task, **inputs, "code": code_digest()}
+    key = hashlib.sha256(json.dumps(key_fields, sort_keys=True).encode()).hexdigest()[:24]
     name = f"{task}-{key}.jsonl"
     rows = _load(name)
     if rows is None:
         rows = build()
         try:
-            _store(name, stated, rows)
+            _store(name, key_fields, rows)
         except OSError as error:
             _log.warning("%s: rows not cached (%s); set LCEVAL_CACHE to a writable folder", task, error)
     return rows
 
 
 def _load(name: str) -> list[Row] | None:
-    """The rows of an entry, or None if there is none or it is damaged (then it is built again)."""
+    """Rows of a cache entry; None if it is missing or damaged."""
     try:
         header, *lines = (cache_dir("rows") / name).read_text(encoding="utf-8").splitlines()
         rows: list[Row] = [json.loads(line) for line in lines]
@@ -115,8 +126,8 @@ def _load(name: str) -> list[Row] | None:
         return None
 
 
-def _store(name: str, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    lines = [json.dumps(line) for line in ({"rows": len(rows), "inputs": stated}, *rows)]
+def _store(name: str, key_fields: Mapping[str, Any], rows: Sequence[Row]) -> None:
+    lines = [json.dumps(line) for line in ({"rows": len(rows), "inputs": key_fields}, *rows)]
     folder = cache_dir("rows")
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
     try:
@@ -130,7 +141,7 @@ def _store(name: str, stated: Mapping[str, Any], rows: Sequence[Row]) -> None:
 
 @cache
 def code_digest(folder: Path = Path(__file__).parent) -> str:
-    """Hash of a package's sources and templates, of this one by default: how rows are built is among their inputs."""
+    """Hash of the sources and templates in a folder, this package by default; part of the cache key."""
     digest = hashlib.sha256()
     for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.yaml")]):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

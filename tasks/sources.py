@@ -1,8 +1,8 @@
-"""Source data: from the folder that LCEVAL_DATA names, else from the hub at a pinned commit; checked and hashed.
+"""Source data: from the folder LCEVAL_DATA, else from the hub at a pinned commit; validated and hashed.
 
-A dataset comes in one of two shapes: jsonl files of our own schema (`nq_open/questions.jsonl`), which exist only
-locally, or the files of a hub repository as they are there. The latter are looked for under `hub/<owner>/<name>/` of
-the data folder first (what `lceval data fetch` fills), so a machine without network reads them with the same code.
+Sources are either jsonl files in our own schema (`nq_open/questions.jsonl`), which exist only locally, or unmodified
+files of a hub repository. For the latter, `hub/<owner>/<name>/` in the data folder (written by `lceval data fetch`)
+takes precedence, so that they can be used offline.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ DATA_VARIABLE = "LCEVAL_DATA"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A checked jsonl file; `identity` names it by content and becomes part of every row built from it."""
+    """A validated jsonl file; `identity` identifies its content and is part of every row built from it."""
 
     name: str
     records: list[dict[str, Any]]
@@ -39,22 +39,22 @@ def read_sources(task: str, schemas: Mapping[str, Mapping[str, type]]) -> list[S
     """Read the jsonl files a task is built from.
 
     Args:
-        task: The task's name, for messages.
-        schemas: For each file, by its path in the data folder, the fields every line must have: `str`, `int`,
-            `list` for a list of one or more strings, or `object` for anything but null.
+        task: Task name, for messages.
+        schemas: Path in the data folder -> required fields of every line: `str`, `int`, `list` for a non-empty list of
+            strings, or `object` for anything but null.
 
     Raises:
-        UserError: No data folder, a missing file, or a line that does not fit the schema.
+        UserError: No data folder, a missing file, or a line that does not match the schema.
     """
     folder = os.environ.get(DATA_VARIABLE, "")
-    wanted = " and ".join(schemas)
-    advice = f"set {DATA_VARIABLE} to a folder that holds {wanted}"
+    files = " and ".join(schemas)
+    advice = f"set {DATA_VARIABLE} to a folder with {files}"
     if not folder:
-        raise UserError(f"{task} needs a data folder and {DATA_VARIABLE} is not set: {advice}.")
+        raise UserError(f"{task} requires a data folder and {DATA_VARIABLE} is not set: {advice}.")
     root = Path(folder).expanduser()
     missing = [name for name in schemas if not (root / name).is_file()]
     if missing:
-        raise UserError(f"{task} finds no {' and no '.join(missing)} in {DATA_VARIABLE}={folder}: {advice}.")
+        raise UserError(f"{task}: missing {' and '.join(missing)} in {DATA_VARIABLE}={folder}: {advice}.")
     return [_read(root / name, name, fields) for name, fields in schemas.items()]
 
 
@@ -66,7 +66,7 @@ def _read(path: Path, name: str, fields: Mapping[str, type]) -> SourceFile:
         if line.strip()
     ]
     if not records:
-        raise UserError(f"{name} in {DATA_VARIABLE} is empty: expected one JSON object a line.")
+        raise UserError(f"{name} in {DATA_VARIABLE} is empty: expected one JSON object per line.")
     return SourceFile(name, records, hashlib.sha256(content).hexdigest())
 
 
@@ -74,20 +74,19 @@ def _record(line: bytes, where: str, fields: Mapping[str, type]) -> dict[str, An
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): expected one object a line.") from error
+        raise UserError(f"{where} is not JSON ({error}): expected one object per line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is a {type(record).__name__}: expected an object with {', '.join(fields)}.")
     return _checked(record, where, fields)
 
 
-_FORMS = {list: "a list of one or more strings", str: "a string", int: "a whole number", object: "a value"}
+_EXPECTED = {list: "a non-empty list of strings", str: "a string", int: "an integer", object: "a value"}
 
 
 def _checked(record: dict[str, Any], where: str, fields: Mapping[str, type]) -> dict[str, Any]:
     for field, kind in fields.items():
         if not _fits(record.get(field), kind):
-            output_format = _FORMS[kind]
-            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {output_format}.")
+            raise UserError(f"{where}: invalid {field}={record.get(field)!r:.80}: expected {_EXPECTED[kind]}.")
     return record
 
 
@@ -100,59 +99,60 @@ def _fits(value: object, kind: type) -> bool:
 
 
 def data_folder() -> Path | None:
-    """The folder that LCEVAL_DATA names, or None where it names none."""
-    named = os.environ.get(DATA_VARIABLE, "")
-    return Path(named).expanduser() if named else None
+    """The folder LCEVAL_DATA; None if it is not set."""
+    folder = os.environ.get(DATA_VARIABLE, "")
+    return Path(folder).expanduser() if folder else None
 
 
 def hub_copy(hub: "Hub") -> Path | None:
-    """Where the data folder holds a copy of the repository, or None."""
+    """Folder with the local copy of a repository; None without one."""
     root = data_folder()
     copy = root / "hub" / hub.repo if root is not None else None
     return copy if copy is not None and copy.is_dir() else None
 
 
 def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> SourceFile:
-    """The records of one split of a hub repository, from the local copy if there is one, else from the hub.
+    """Read one split of a hub repository, from the local copy if there is one, else from the hub.
 
     Args:
-        task: The task's name, for messages.
-        hub: The repository; `hub.files[split]` says which of its files to read.
-        split: One of `hub.files`.
-        fields: What every record must have, as for `read_sources`; further columns are kept.
+        task: Task name, for messages.
+        hub: Repository.
+        split: Key of `hub.files`.
+        fields: Required fields of every record, as for `read_sources`; further columns are kept.
 
     Raises:
-        UserError: Neither is at hand, or a record that does not fit.
+        UserError: Neither the copy nor the hub can be read, or a record does not match the schema.
     """
     import datasets  # heavy
 
     copy, pattern = hub_copy(hub), hub.files[split]
-    if copy is not None and not (found := sorted(copy.glob(pattern))):
-        raise UserError(f"{task} finds no {pattern} in {copy}: run `lceval data fetch {task}` or remove that folder.")
+    if copy is not None and not (files := sorted(copy.glob(pattern))):
+        raise UserError(f"{task}: missing {pattern} in {copy}: run `lceval data fetch {task}` or remove that folder.")
     options: dict[str, Any] = {"features": _features(hub)} if hub.features else {}
     try:
         if copy is not None:
-            kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}[found[0].suffix]
-            table = datasets.load_dataset(kind, data_files=[str(file) for file in found], split="train", **options)
+            kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}[files[0].suffix]
+            table = datasets.load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
         else:
-            files = {split: pattern}
             revision = _commit(hub)
-            table = datasets.load_dataset(hub.repo, data_files=files, revision=revision, split=split, **options)
-    except Exception as error:  # of the hub, of its HTTP client, of a damaged file: they share no base
+            table = datasets.load_dataset(
+                hub.repo, data_files={split: pattern}, revision=revision, split=split, **options
+            )
+    except Exception as error:  # from the hub, its HTTP client or a damaged file: no common base class
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise UserError(
-            f"{task} reads {hub.repo} from the hub ({reason:.120}): connect, or set {DATA_VARIABLE} to a folder that "
-            f"holds hub/{hub.repo}/{pattern} (`lceval data fetch {task}` fills it where there is a network)."
+            f"{task} cannot load {hub.repo} from the hub ({reason:.120}): connect to the network, or set "
+            f"{DATA_VARIABLE} to a folder with hub/{hub.repo}/{pattern} (`lceval data fetch {task}` downloads it)."
         ) from error
     name = f"{hub.repo}/{pattern}"
     records = [_checked(dict(record), f"{name} record {n}", fields) for n, record in enumerate(table, start=1)]
     if not records:
         raise UserError(f"{name} is empty.")
-    return SourceFile(name, records, _digest(found) if copy is not None else revision)
+    return SourceFile(name, records, _digest(files) if copy is not None else revision)
 
 
 def _commit(hub: "Hub") -> str:
-    """The commit that is read: the pinned one, or, for a repository of which we know none, the one it has today."""
+    """The pinned commit; for a repository without one, the current commit."""
     if re.fullmatch("[0-9a-f]{40}", hub.revision):
         return hub.revision
     from huggingface_hub import HfApi
@@ -176,15 +176,19 @@ def _digest(files: Sequence[Path]) -> str:
 
 
 def by_key(source: SourceFile, key: str) -> dict[str, dict[str, Any]]:
-    """The records by a field that must be unique."""
-    found: dict[str, dict[str, Any]] = {}
+    """Index records by a field that must be unique.
+
+    Raises:
+        UserError: a duplicate value.
+    """
+    by_value: dict[str, dict[str, Any]] = {}
     for record in source.records:
-        if record[key] in found:
-            raise UserError(f"{source.name} has {key}={record[key]!r} twice: each must be unique.")
-        found[record[key]] = record
-    return found
+        if record[key] in by_value:
+            raise UserError(f"{source.name}: duplicate {key}={record[key]!r}: each must be unique.")
+        by_value[record[key]] = record
+    return by_value
 
 
 def joint_identity(sources: Sequence[SourceFile]) -> str:
-    """One string that names several files by content."""
+    """Identity of several files as one string."""
     return ", ".join(source.identity for source in sources)

@@ -1,7 +1,7 @@
-"""Lengths in the model's own tokens: the tokenizer of model_args, with its chat template.
+"""Lengths in the model's tokens: the tokenizer of model_args, with its chat template.
 
-Counts follow what lm-eval's `hf` model does with a prompt: special tokens as the tokenizer adds them,
-except when the text already begins with the beginning-of-sequence token.
+Special tokens are counted as lm-eval's `hf` model adds them: as the tokenizer does, unless the text already begins with
+the beginning-of-sequence token.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 from lceval.errors import UserError
 
 ALIASES: dict[str, Callable[[], str]] = {}
-"""Short model names and how to turn each into a folder or hub name; filled where models are registered."""
+"""Short model name -> function that returns a folder or hub name; filled where models are registered."""
 
 _OPTIONS = {
     "revision": "revision",
@@ -22,11 +22,11 @@ _OPTIONS = {
     "use_fast_tokenizer": "use_fast",
     "add_bos_token": "add_bos_token",
 }
-"""Model arguments that change the tokenizer, by the name that `from_pretrained` knows."""
+"""Model argument -> keyword of `from_pretrained`, for arguments that change the tokenizer."""
 
 
 class TokenMeter:
-    """Counts tokens of prompts as a model will see them."""
+    """Counts tokens of prompts as the model receives them."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class TokenMeter:
         """
         Args:
             tokenizer: A transformers tokenizer.
-            add_bos: lm-eval's `add_bos_token`; None leaves it to the tokenizer.
+            add_bos: lm-eval's `add_bos_token`; None for the tokenizer's default.
             template_args: Further arguments of the chat template (`enable_thinking`, ...).
         """
         self._tokenizer = tokenizer
@@ -47,13 +47,13 @@ class TokenMeter:
 
     @property
     def has_template(self) -> bool:
-        """Whether the tokenizer has a chat template that applies without being named."""
+        """Whether the tokenizer has a default chat template."""
         template = getattr(self._tokenizer, "chat_template", None)
         return "default" in template if isinstance(template, dict) else bool(template)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides a count."""
+        """Hash of everything that affects token counts."""
         backend = getattr(self._tokenizer, "backend_tokenizer", None)
         state = backend.to_str() if backend is not None else sorted(self._tokenizer.get_vocab().items())
         parts = [
@@ -68,21 +68,21 @@ class TokenMeter:
 
     @cached_property
     def template_tokens(self) -> int:
-        """Tokens that the chat template adds to a prompt; 0 without one."""
+        """Tokens that the chat template adds to a prompt; 0 without a template."""
         (rendered,) = self.prompts(["question"])
         (plain,) = self._counts(["question"], add_special_tokens=self._add_bos is not False)
         return rendered - plain
 
     def pieces(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text by itself, without special tokens."""
+        """Tokens of each text, without special tokens."""
         return self._counts(texts, add_special_tokens=False)
 
     def prompts(self, prompts: Sequence[str], reply_prefix: str = "") -> list[int]:
-        """Tokens of each prompt as it is sent: in the chat template, if the tokenizer has one.
+        """Tokens of each prompt, with the chat template if the tokenizer has one.
 
         Args:
-            prompts: The user's messages.
-            reply_prefix: How the reply begins (lm-eval's `gen_prefix`), counted with the prompt.
+            prompts: User messages.
+            reply_prefix: Beginning of the reply (lm-eval's `gen_prefix`), counted with the prompt.
         """
         rendered = [self._render(prompt, reply_prefix) for prompt in prompts]
         bos = self._tokenizer.bos_token
@@ -108,7 +108,7 @@ class TokenMeter:
     def _counts(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[int]:
         if not texts:
             return []
-        # verbose=False: a text longer than the model's context is expected here and needs no warning
+        # verbose=False: texts longer than the model's context are expected here
         encoded = self._tokenizer(
             list(texts),
             add_special_tokens=add_special_tokens,
@@ -120,10 +120,10 @@ class TokenMeter:
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
-    """The tokenizer of an alias, a folder or a hub name; `options` go to `from_pretrained`.
+    """Load the tokenizer of an alias, a folder or a hub name; `options` are passed to `from_pretrained`.
 
     Raises:
-        UserError: It cannot be loaded.
+        UserError: The tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
 
@@ -139,15 +139,15 @@ def load_tokenizer(name: str, **options: Any) -> Any:
 
 
 def names_tokenizer(metadata: Mapping[str, Any]) -> bool:
-    """Whether model_args say which tokenizer to measure with."""
+    """Whether model_args include a tokenizer."""
     return bool(metadata.get("tokenizer") or metadata.get("pretrained"))
 
 
 def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
-    """The meter of a run: `tokenizer` of model_args, else `pretrained`.
+    """Token meter of a run: `tokenizer` of model_args, else `pretrained`.
 
     Raises:
-        UserError: Neither is given, or it cannot be loaded.
+        UserError: Neither is set, or the tokenizer cannot be loaded.
     """
     name = metadata.get("tokenizer") or metadata.get("pretrained")
     if not name:
@@ -159,7 +159,7 @@ def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
             f"{task} measures its length in the model's tokens and got a {type(name).__name__} as tokenizer: "
             "pass its name or folder as tokenizer=... in --model_args."
         )
-    options = {key: metadata[given] for given, key in _OPTIONS.items() if metadata.get(given) is not None}
+    options = {key: metadata[argument] for argument, key in _OPTIONS.items() if metadata.get(argument) is not None}
     if not metadata.get("tokenizer") and metadata.get("gguf_file"):
         options["gguf_file"] = metadata["gguf_file"]
     template_args = dict(metadata.get("chat_template_args") or {})

@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: one loaded model a session, and the shared data when it is at hand."""
+"""Fixtures that several test files share: the packaged model, loaded once a session, and real benchmark samples."""
 
 from __future__ import annotations
 
@@ -9,14 +9,43 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import interpreter
 import pytest
 
 import lceval.plugin
+from lceval.models import packaged
 
-# No test asks a hub: without one, its client tries again for most of a minute. It reads this when it is imported.
+# No test uses a model hub: where there is none, its client retries for most of a minute. Set before it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
-# The installed package does this by its .pth line; here it must also hold for a run from the source tree.
+# The installed package does this by its .pth line; a run from the source tree needs it too.
 lceval.plugin.install()
+
+# A test that requests one of these loads the packaged model's weights or tokenizer.
+MODEL_FIXTURES = {"smollm2", "lcft_model", "hf", "lcft", "instances"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `model` what requests the packaged model; a child process that loads it needs the mark by hand."""
+    for item in items:
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.model)
+
+
+@pytest.fixture(autouse=True)
+def _packaged_model_only_where_marked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unmarked test that loads the packaged model fails, so that `-m "not model"` leaves out all that do."""
+
+    def refuse() -> Path:
+        pytest.fail("this test loads the packaged model: request the fixture smollm2 or mark the test `model`")
+
+    if request.node.get_closest_marker("model") is None:
+        monkeypatch.setattr(packaged, "folder", refuse)
+
+
+@pytest.fixture(scope="module")
+def interpreted(request: pytest.FixtureRequest) -> Callable[[str], Any]:
+    """A function that returns the result of one of the file's cases, all run under Triton's interpreter."""
+    return interpreter.run_cases(request.module.__file__)
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +53,7 @@ def data_folder() -> Path:
     """The folder of real benchmark samples."""
     value = os.environ.get("LCEVAL_DATA")
     if not value or not Path(value).is_dir():
-        pytest.skip("LCEVAL_DATA names no folder with benchmark samples")
+        pytest.skip("LCEVAL_DATA is not set to a folder with benchmark samples")
     return Path(value)
 
 
@@ -46,15 +75,13 @@ def study_of() -> Callable[[str], ModuleType]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> str:
-    """Folder of the packaged model; `make install` brings its package, so its absence is a failure."""
-    from lceval.models import packaged
-
+    """Folder of the packaged model; `make install` installs its package, so its absence is a failure."""
     return str(packaged.folder())
 
 
 @pytest.fixture(scope="session")
 def lcft_model(smollm2: str) -> Any:
-    """The packaged model, loaded once; tests wrap it with `lcft`."""
+    """The packaged model, loaded once; `lcft` wraps it."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(smollm2).eval()
@@ -70,7 +97,7 @@ def hf(smollm2: str) -> Any:
 
 @pytest.fixture
 def lcft(lcft_model: Any, smollm2: str) -> Any:
-    """A function that wraps the loaded model under a recipe."""
+    """A function that wraps the loaded model with a KV recipe."""
     from lceval.models.lcft import LCFT
 
     def make(kv: str = "full", **kwargs: Any) -> LCFT:

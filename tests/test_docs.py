@@ -1,4 +1,4 @@
-"""The documentation against the code: the page on adding a policy is followed, the tables name what there is."""
+"""The documentation against the code: the example of a new policy is run, and tables match the methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lceval.errors import UserError
 from lceval.models import attention, policies, recipe
-from lceval.models.cache import Context
+from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec
@@ -38,7 +38,7 @@ LAYERS, HEADS, KV_HEADS, TOKENS = 3, 6, 2, 101
 
 
 def table(text: str) -> dict[str, str]:
-    """Rows of all tables, by their first cell without backticks; a cell of several names stands under each of them."""
+    """Rows of all tables by their first cell without backticks; a cell of several names is listed under each."""
     rows = {}
     for line in text.splitlines():
         if line.startswith("| `"):
@@ -48,27 +48,27 @@ def table(text: str) -> dict[str, str]:
 
 
 def keys(cls: Any) -> dict[str, Any]:
-    """What a recipe may set, with the defaults."""
-    given = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
-    return given | ({"of": recipe.ADAKV_OF} if cls is policies.AdaKV else {})
+    """The keys of a recipe with their defaults."""
+    defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    return defaults | ({"of": recipe.ADAKV_OF} if cls is policies.AdaKV else {})
 
 
 def wrong(text: str) -> list[str]:
-    """What the tables of methods.md leave out, or say that is not so."""
-    rows, found = table(text), []
+    """The differences between the tables of methods.md and the methods."""
+    rows, differences = table(text), []
     methods: dict[str, Any] = {**EVICTORS, **SPARSE_ATTENTION}
     for name, bits in QUANTIZERS.items():
         methods[f"int{bits[0]}" if bits[0] == bits[1] else "kvAvB"] = Quantizer
         if not all(re.search(rf"\b{b}\b", rows.get("kvAvB", "")) for b in bits):
-            found.append(f"{name}: its bits")
+            differences.append(f"{name}: its bits")
     for name, cls in methods.items():
         if name not in rows:
-            found.append(f"{name}: missing")
+            differences.append(f"{name}: missing")
             continue
-        said = dict(re.findall(r"`(\w+)` \(([^)]*)\)", rows[name].split(" | ")[1]))
+        documented = dict(re.findall(r"`(\w+)` \(([^)]*)\)", rows[name].split(" | ")[1]))
         defaults = {key: str(value) for key, value in keys(cls).items()}
-        found += [f"{name}: {key}" for key, _ in said.items() ^ defaults.items()]
-    return found + [f"{name}: no such method" for name in rows if name not in methods]
+        differences += [f"{name}: {key}" for key, _ in documented.items() ^ defaults.items()]
+    return differences + [f"{name}: no such method" for name in rows if name not in methods]
 
 
 def test_every_method_and_every_key_with_its_default_is_in_the_tables() -> None:
@@ -76,7 +76,7 @@ def test_every_method_and_every_key_with_its_default_is_in_the_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "found"),
+    ("before", "after", "differences"),
     [
         ("| `tova` |", "| `tovo` |", ["tova: missing", "tovo: no such method"]),
         ("`pool` (5)", "`pool` (7)", ["snapkv: pool", "pyramidkv: pool"]),
@@ -88,14 +88,14 @@ def test_every_method_and_every_key_with_its_default_is_in_the_tables() -> None:
         ("| `knorm` | |", "| `knorm` | `window` (64) |", ["knorm: window"]),
     ],
 )
-def test_a_wrong_table_is_noticed(before: str, after: str, found: list[str]) -> None:
+def test_a_wrong_table_is_detected(before: str, after: str, differences: list[str]) -> None:
     text = METHODS.read_text()
     assert before in text
-    assert {*found} <= {*wrong(text.replace(before, after))}
+    assert {*differences} <= {*wrong(text.replace(before, after))}
 
 
 @pytest.mark.parametrize("document", [METHODS, ADDING, REFERENCE], ids=lambda d: d.name)
-def test_every_recipe_shown_is_in_canonical_form(document: Path, added: Added) -> None:
+def test_every_recipe_of_the_page_is_in_canonical_form(document: Path, added: Added) -> None:
     part = r"\w+(:([\d.]+|\w+=[\w.]+))*"
     spans = re.findall(r"`([^`\s]+)`", document.read_text())
     recipes = [text for text in spans if re.search("[:+]", text) and re.fullmatch(rf"{part}(\+{part})*", text)]
@@ -129,7 +129,7 @@ def test_every_model_argument_is_in_the_reference_with_its_default_and_its_choic
     assert refused == {"overlong", "attn", "diagnose"}
 
 
-def test_the_page_names_all_that_a_policy_may_look_at() -> None:
+def test_the_page_names_all_inputs_of_a_policy() -> None:
     text = ADDING.read_text()
     for field in dataclasses.fields(LayerView):
         assert f"`{field.name}`" in text, field.name
@@ -137,12 +137,12 @@ def test_the_page_names_all_that_a_policy_may_look_at() -> None:
         assert f"`{field.name}=" in text, field.name
 
 
-# The page on adding a policy, followed ---------------------------------------------------------------------------
+# The example of docs/adding-a-policy.md ---------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Added:
-    """The page's policy: its name, its class, and `models/recipe.py` as it is once the name is registered."""
+    """The page's policy: its name, its class, and `models/recipe.py` with the name registered."""
 
     name: str
     cls: type[policies.Evictor]
@@ -151,7 +151,7 @@ class Added:
 
 @pytest.fixture
 def added(monkeypatch: pytest.MonkeyPatch) -> Added:
-    """Does what the page says: one file in models/policies, one line in EVICTORS. All is undone after the test."""
+    """Follow the page: one file in models/policies, one line in EVICTORS; undone after the test."""
     text = ADDING.read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     (file,) = re.findall(r"`models/policies/(\w+)\.py`:\n\n```python", text)
@@ -162,14 +162,14 @@ def added(monkeypatch: pytest.MonkeyPatch) -> Added:
     name, cls = line[0], getattr(module, line[1])
     assert name not in EVICTORS
     monkeypatch.setitem(EVICTORS, name, cls)
-    # A second copy of the module, which reads its names from EVICTORS on import; the first stays as it was.
+    # A second copy of the module, which reads its names from EVICTORS on import; the first stays unchanged.
     spec = importlib.util.spec_from_file_location("recipe_with_the_new_policy", recipe.__file__)
     assert spec is not None
     assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, again)
-    spec.loader.exec_module(again)
-    return Added(name, cls, again)
+    copied = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, copied)
+    spec.loader.exec_module(copied)
+    return Added(name, cls, copied)
 
 
 def test_the_new_name_is_part_of_the_grammar(added: Added) -> None:
@@ -183,20 +183,20 @@ def test_the_new_name_is_part_of_the_grammar(added: Added) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("vapt:0.25", "did you mean 'vatp'"),
         ("vatp:0.25:sink=2", "did you mean 'sinks'"),
-        ("vatp:0.25:sinks=-1", "bad KV recipe 'vatp:0.25:sinks=-1': sinks is at least 0"),
+        ("vatp:0.25:sinks=-1", "bad KV recipe 'vatp:0.25:sinks=-1': sinks must be at least 0"),
         ("vatp:0.25:sinks=few", "sinks='few' is not of type int"),
     ],
 )
-def test_what_the_new_policy_refuses_is_said_in_one_line(added: Added, text: str, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_the_new_policy_refuses_bad_recipes_in_one_line(added: Added, text: str, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         added.recipe.parse(text)
 
 
-def test_the_new_name_leaves_with_the_test() -> None:
+def test_the_new_name_is_removed_after_the_test() -> None:
     assert "vatp" not in EVICTORS
     assert "vatp" not in recipe.NAMES
 
@@ -236,10 +236,10 @@ def definition(model: Any, ids: Tensor, layer: int) -> list[list[float]]:
     ]
 
 
-def read(model: Any, ids: Tensor, how: Any, chunk: int = 0) -> Context:
+def compressed(model: Any, ids: Tensor, kv: Any, chunk: int = 0) -> CompressedContext:
     model.set_attn_implementation(attention.register())
     engine = Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repeat_ids=[5, 7, 11])
-    return engine.prefill(ids[0].tolist(), how.stats_spec).compress(how, consume=True)
+    return engine.prefill(ids[0].tolist(), kv.stats_spec).compress(kv, consume=True)
 
 
 @torch.inference_mode()
@@ -247,11 +247,11 @@ def read(model: Any, ids: Tensor, how: Any, chunk: int = 0) -> Context:
 @pytest.mark.parametrize(
     ("rest", "budget", "sinks"), [("0.25", 25, 4), ("33", 33, 4), ("3", 3, 4), ("33:sinks=30", 33, 30)]
 )
-def test_the_new_policy_keeps_what_its_docstring_says(
+def test_the_new_policy_keeps_the_tokens_of_its_definition(
     tiny: Any, added: Added, rest: str, budget: int, sinks: int, chunk: int
 ) -> None:
     ids = torch.randint(0, 99, (1, TOKENS), generator=torch.Generator().manual_seed(1))
-    context = read(tiny, ids, added.recipe.parse(f"{added.name}:{rest}"), chunk)
+    context = compressed(tiny, ids, added.recipe.parse(f"{added.name}:{rest}"), chunk)
     for layer in range(LAYERS):
         for head, scores in enumerate(definition(tiny, ids, layer)):
             best = sorted(range(sinks, TOKENS), key=lambda i: -scores[i])
@@ -261,11 +261,11 @@ def test_the_new_policy_keeps_what_its_docstring_says(
 
 
 @torch.inference_mode()
-def test_the_new_policy_goes_with_the_other_axes_and_inside_adakv(tiny: Any, added: Added) -> None:
+def test_the_new_policy_combines_with_the_other_axes_and_adakv(tiny: Any, added: Added) -> None:
     ids = torch.randint(0, 99, (1, 200), generator=torch.Generator().manual_seed(2))
-    for how in (f"{added.name}:150+int4:residual=16+fier:0.2", f"adakv:150:of={added.name}", f"{added.name}:1.0"):
-        context = read(tiny, ids, added.recipe.parse(how))
-        slots = 200 if how.endswith("1.0") else 150
+    for text in (f"{added.name}:150+int4:residual=16+fier:0.2", f"adakv:150:of={added.name}", f"{added.name}:1.0"):
+        context = compressed(tiny, ids, added.recipe.parse(text))
+        slots = 200 if text.endswith("1.0") else 150
         assert [sum(layer.counts) for layer in context.layers] == [KV_HEADS * slots] * LAYERS
         logits = tiny(torch.randint(0, 99, (1, 5)), cache=context.fork(5)).logits
         assert logits.isfinite().all()

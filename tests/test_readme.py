@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand there, in an empty folder; and its claims that a machine can check."""
+"""The documentation's commands, links and generated tables."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_command_works_in_an_empty_folder(tmp_path: Path, smollm2: str) ->
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)
-def test_relative_links_lead_somewhere(document: Path) -> None:
+def test_relative_links_have_a_target(document: Path) -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", document.read_text()):
         assert (document.parent / target).exists(), target
 
@@ -51,7 +51,7 @@ def test_make_targets_named_in_the_readme_exist() -> None:
     assert named <= targets
 
 
-def test_every_dataset_is_in_the_documentation_as_it_is() -> None:
+def test_every_dataset_is_in_the_documentation_with_its_properties() -> None:
     text = (ROOT / "docs" / "tasks.md").read_text()
     for dataset in catalogue.datasets().values():
         lengths = ", ".join(map(str, dataset.lengths)) or "as the source"

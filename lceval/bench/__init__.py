@@ -1,1 +1,1 @@
-"""Measurements of this machine, every side in one run, so that each claim is a ratio."""
+"""Benchmarks on this machine; all sides are measured in one run, so that results are ratios."""

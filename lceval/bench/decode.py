@@ -1,7 +1,7 @@
-"""Decoding speed over one context: `--model hf`, our full cache, and recipes, in turns within one run.
+"""Decoding speed over one context: `--model hf`, lceval's full cache, and KV recipes, alternating within one run.
 
-Each side decodes the same tokens step by step; a side's figure is the median step over all rounds. The context is
-random tokens: what is measured does not depend on what they say.
+Each side decodes the same tokens step by step; its result is the median step over all rounds. The context is random
+tokens, because speed does not depend on their content.
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ SEED = 0
 def bench(
     pretrained: str, recipes: Sequence[str], *, tokens: int, new_tokens: int, rounds: int, **model_args: Any
 ) -> dict[str, Any]:
-    """Milliseconds a token of each side, and their ratios.
+    """Milliseconds per token of each side, and their ratios.
 
     Args:
-        recipes: compared with `hf` and with our own `full`; the first is the run's headline.
-        tokens: of the context.
-        new_tokens: steps of each side in each round.
+        recipes: compared with `hf` and with `full`; the first one's ratios are the headline.
+        tokens: context length.
+        new_tokens: decoding steps per side and round.
 
     Raises:
-        UserError: a bad recipe, or a context that leaves no room.
+        UserError: a bad recipe, or a context that does not fit the model.
     """
-    hows = [parse(text) for text in recipes]
-    if not hows or tokens < 1 or new_tokens < 1 or rounds < 1:
-        raise UserError("bench decode needs a recipe, and at least one token, new token and round")
+    parsed = [parse(text) for text in recipes]
+    if not parsed or tokens < 1 or new_tokens < 1 or rounds < 1:
+        raise UserError("bench decode requires a recipe, and at least one token, new token and round")
     model = LCFT(pretrained, device=device(), **model_args)
     if tokens + new_tokens > model.max_length:
-        raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: --tokens fewer")
+        raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
     stats_spec = Recipe().stats_spec
-    for how in hows:
-        stats_spec |= how.stats_spec
+    for kv in parsed:
+        stats_spec |= kv.stats_spec
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
     prefill = model.engine.prefill(ids, stats_spec)
     contexts = {"full": prefill.compress(Recipe(), consume=False)}
-    contexts |= {str(how): prefill.compress(how, consume=False) for how in hows}
+    contexts |= {str(kv): prefill.compress(kv, consume=False) for kv in parsed}
     steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
 
-    def ours(context: CompressedContext) -> list[float]:
+    def timed(context: CompressedContext) -> list[float]:
         return _decode(model, attention.NAME, context.fork(new_tokens, kernels=model.engine.kernels), steps)
 
     sides: dict[str, Callable[[], list[float]]] = {"hf": lambda: _decode(model, "sdpa", _copied(model, prefill), steps)}
-    sides |= {name: (lambda c=context: ours(c)) for name, context in contexts.items()}  # type: ignore[misc]
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    for each in range(rounds + 1):
+    sides |= {name: (lambda c=context: timed(c)) for name, context in contexts.items()}  # type: ignore[misc]
+    step_s: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
         for name, side in sides.items():
-            # The first round warms up.
-            took[name] += side() if each else side()[:0]
-    medians = {name: statistics.median(times) for name, times in took.items()}
+            # The first round is a warm-up.
+            step_s[name] += side() if number else side()[:0]
+    medians = {name: statistics.median(times) for name, times in step_s.items()}
     report = [
         {
             "name": name,
@@ -76,7 +76,7 @@ def bench(
         }
         for name in sides
     ]
-    headline = next(side for side in report if side["name"] == str(hows[0]))
+    headline = next(side for side in report if side["name"] == str(parsed[0]))
     return {
         "bench": "decode",
         "model": pretrained,
@@ -92,7 +92,7 @@ def bench(
 
 
 def _copied(model: LCFT, prefill: Prefill) -> DynamicCache:
-    """transformers' own cache with the same keys and values."""
+    """A transformers cache with the same keys and values."""
     cache = DynamicCache(config=model.model.config)
     for index, layer in enumerate(prefill.layers):
         k, v = layer.last if layer.is_sliding else (layer.keys, layer.values)
@@ -105,14 +105,14 @@ def _decode(model: LCFT, implementation: str, cache: Any, steps: Tensor) -> list
     """Seconds of each step."""
     base = model.model.get_base_model() if model.peft else model.model
     base.set_attn_implementation(implementation)
-    took = []
+    step_s = []
     try:
         for step in steps.to(model.device):
             start = time.perf_counter()
             logits = model.model(input_ids=step[None, None], cache=cache, use_cache=True).logits
-            # Reads the result back, as a loop that picks the next token does.
+            # Transfers the result to the CPU, as a loop that picks the next token does.
             int(logits[0, -1].argmax())
-            took.append(time.perf_counter() - start)
+            step_s.append(time.perf_counter() - start)
     finally:
         base.set_attn_implementation(attention.NAME)
-    return took
+    return step_s

@@ -1,7 +1,7 @@
-"""Quality and cost of many recipes on one task, against `--model hf` in the same run.
+"""Quality and cost of KV recipes on one task, against `--model hf` in the same run.
 
-One uncompressed prefill of a context serves every recipe. Per-sample results go to a file as they come, so that the
-same line goes on where it stopped.
+All recipes share one uncompressed prefill per context. Samples are written to a file as they arrive, so that rerunning
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lceval.stats import cluster_bootstrap
 
 HF = "hf"
 MEASURED = ("gold_nll", "gold_kept", "ndcg10", "kv_bytes", "kv_bytes_full")
-SHOWN = ("subem", "em", "acc", "acc_norm", "gold_nll", "gold_kept", "ndcg10")
+METRICS = ("subem", "em", "acc", "acc_norm", "gold_nll", "gold_kept", "ndcg10")
 TELEMETRY = ("kept_share", "bytes_read_per_step", "prefill_s", "compress_s")
 
 
@@ -43,31 +43,31 @@ def bench(
     metadata: Mapping[str, Any] | None = None,
     **model_args: Any,
 ) -> dict[str, Any]:
-    """Every recipe on the same questions.
+    """Evaluate every recipe on the same questions.
 
     Args:
         task: one task name, as lm_eval knows it.
-        contexts: how many contexts to take, with all their questions; None takes all.
-        against_hf: whether `--model hf` answers too, which reads the context anew for every request.
-        output: jsonl of per-sample results; what it holds is not run again.
-        nll_only: only predict the gold answer (`diagnose=gold`), and generate nothing.
-        template: whether the prompt is put into the model's chat template.
-        begin: how the reply begins, given with the prompt; empty keeps what the task has.
-        metadata: what lm_eval's `--metadata` takes: `context`, `data_seed`, ...
+        contexts: number of contexts, each with all its questions; None is all.
+        against_hf: also evaluate `--model hf`, which prefills the context for every request.
+        output: JSONL file of samples; those it contains are not run again.
+        nll_only: compute gold_nll only (`diagnose=gold`), without generation.
+        template: apply the model's chat template.
+        begin: beginning of the reply, part of the prompt; empty is the task's default.
+        metadata: lm_eval's `--metadata`: `context`, `data_seed`, ...
 
     Raises:
-        UserError: no such task, a bad recipe, or a file of another bench.
+        UserError: an unknown task, a bad recipe, or the file of another benchmark.
     """
     if nll_only and (diagnose != "gold" or against_hf):
-        raise UserError("without answers only gold_nll is left: pass --diagnose gold and --no-hf with --nll-only")
-    hows = [parse(text) for text in recipes]
-    if Recipe() not in hows:
-        hows.insert(0, Recipe())
+        raise UserError("--nll-only computes gold_nll only: it requires --diagnose gold and --no-hf")
+    parsed = [parse(text) for text in recipes]
+    if Recipe() not in parsed:
+        parsed.insert(0, Recipe())
     model = LCFT(pretrained, device=device(), diagnose=diagnose, **model_args)
     loaded, groups = requests_of(task, pretrained, model, template, metadata, begin)
     if nll_only and loaded.OUTPUT_TYPE != "generate_until":
-        raise UserError(f"{task} generates nothing: leave --nll-only out")
-    chosen = list(groups)[:contexts]
+        raise UserError(f"{task} generates no answers: --nll-only does not apply")
+    clusters = list(groups)[:contexts]
     identity = {
         "task": task,
         "version": loaded.VERSION,
@@ -81,31 +81,31 @@ def bench(
     }
     results = _Results(output, identity)
     stats_spec = Recipe().stats_spec
-    for how in hows:
-        if not all(results.has(cluster, str(how)) for cluster in chosen):
-            stats_spec |= how.stats_spec
+    for kv in parsed:
+        if not all(results.has(cluster, str(kv)) for cluster in clusters):
+            stats_spec |= kv.stats_spec
     model.scheduler.keep_for = stats_spec
-    for cluster in chosen:
-        for how in hows:
-            if not results.has(cluster, str(how)):
-                model.recipe = how
-                results.add(_side(loaded, model, str(how), groups[cluster], cluster, nll_only))
+    for cluster in clusters:
+        for kv in parsed:
+            if not results.has(cluster, str(kv)):
+                model.recipe = kv
+                results.add(_side(loaded, model, str(kv), groups[cluster], cluster, nll_only))
         if against_hf and not results.has(cluster, HF):
             results.add(_hf_side(loaded, model, groups[cluster], cluster))
-    names = [*([HF] if against_hf else []), *map(str, hows)]
-    wanted = {(cluster, name) for cluster in chosen for name in names}
-    rows = [row for row in results.rows if (row["cluster"], row["kv"]) in wanted]
+    names = [*([HF] if against_hf else []), *map(str, parsed)]
+    selected = {(cluster, name) for cluster in clusters for name in names}
+    rows = [row for row in results.rows if (row["cluster"], row["kv"]) in selected]
     sides = [_summary(name, [row for row in rows if row["kv"] == name]) for name in names]
     by_name = {side["kv"]: side for side in sides}
     for side in sides:
         side["same_as_full"] = None if nll_only else _agreement(rows, side["kv"])
         side["speedup_vs_hf"] = by_name[HF]["seconds"] / side["seconds"] if against_hf else None
         side["speedup_vs_full"] = by_name["full"]["seconds"] / side["seconds"]
-    headline = by_name[str(hows[-1])]
+    headline = by_name[str(parsed[-1])]
     return {
         "bench": "eval",
         **identity,
-        "contexts": len(chosen),
+        "contexts": len(clusters),
         "samples": by_name["full"]["n"],
         "recipe": headline["kv"],
         "speedup_vs_hf": headline["speedup_vs_hf"],
@@ -116,7 +116,7 @@ def bench(
 
 
 class _Results:
-    """Rows of samples, in memory and in a file whose first line says what it belongs to."""
+    """Rows of samples, in memory and in a file whose first line is the identity of the benchmark."""
 
     def __init__(self, file: Path | None, identity: dict[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -126,7 +126,7 @@ class _Results:
         if file.exists():
             first, *rest = (json.loads(line) for line in file.read_text().splitlines())
             if first != identity:
-                raise UserError(f"{file} holds other results ({first}): name another --output")
+                raise UserError(f"{file} contains results of another benchmark ({first}): choose another --output")
             self.rows = rest
         else:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ class _Results:
         return any(row["cluster"] == cluster and row["kv"] == kv for row in self.rows)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """All rows of one side on one context, at once: a side is never half there."""
+        """Add all rows of one side on one context at once, so that a side is never incomplete."""
         self.rows += rows
         if self._file is not None and rows:
             with self._file.open("a") as out:
@@ -154,12 +154,14 @@ def requests_of(
     """The task, and its requests by context."""
     from lm_eval.tasks import TaskManager
 
-    chosen = {**(metadata or {}), "pretrained": pretrained}
-    manager = own_tasks(chosen)
+    metadata = {**(metadata or {}), "pretrained": pretrained}
+    manager = own_tasks(metadata)
     if task not in manager.all_tasks:
-        manager = TaskManager(metadata=chosen)
+        manager = TaskManager(metadata=metadata)
     if task not in manager.all_subtasks:
-        raise UserError(f"no task {task!r} (a group is not one task): see lm_eval ls tasks")
+        raise UserError(
+            f"no task {task!r} (a group is not one task): `lceval tasks` and `lm_eval ls tasks` list the names"
+        )
     loaded = manager.load([task])["tasks"][task]
     if begin:
         loaded.set_config("gen_prefix", begin)
@@ -177,17 +179,18 @@ def _side(task: Any, model: Any, name: str, requests: list[Any], cluster: str, n
     if nll_only:
         for request in requests:
             request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 0})
-    answer = model.generate_until if task.OUTPUT_TYPE == "generate_until" else model.loglikelihood
-    read, start = _contexts_read(model), time.perf_counter()
-    responses = answer(requests, disable_tqdm=True)
+    respond = model.generate_until if task.OUTPUT_TYPE == "generate_until" else model.loglikelihood
+    prefills, start = _prefills(model), time.perf_counter()
+    responses = respond(requests, disable_tqdm=True)
     seconds = time.perf_counter() - start
-    if _contexts_read(model) == read:
-        # Another side read the context for all: each is charged with what it takes by itself.
+    if _prefills(model) == prefills:
+        # Another side prefilled the context for all: charge this side with that prefill too.
         seconds += math.fsum(r.meta["kv"].get("prefill_s", 0.0) for r in responses if hasattr(r, "meta"))
     return list(_rows(task, name, requests, responses, cluster, seconds, nll_only))
 
 
-def _contexts_read(model: Any) -> int:
+def _prefills(model: Any) -> int:
+    """The number of contexts that the model has prefilled."""
     return int(model.totals["contexts"]) if isinstance(model, LCFT) else 0
 
 
@@ -205,7 +208,7 @@ def _hf_side(task: Any, model: LCFT, requests: list[Any], cluster: str) -> list[
 def _rows(
     task: Any, name: str, requests: list[Any], responses: list[Any], cluster: str, seconds: float, nll_only: bool
 ) -> Iterator[dict[str, Any]]:
-    """One row a question; a side's wall time is charged to its questions in equal parts."""
+    """One row per question; a side's wall time is charged to its questions in equal parts."""
     by_doc: dict[int, list[tuple[Any, Any]]] = defaultdict(list)
     for request, response in zip(requests, responses, strict=True):
         by_doc[request.doc_id].append((request, response))
@@ -225,10 +228,10 @@ def _rows(
 
 
 def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means with intervals over contexts."""
+    """Means with confidence intervals over contexts."""
     summary: dict[str, Any] = {"kv": name, "n": len(rows)}
     clusters = [row["cluster"] for row in rows]
-    for metric in SHOWN:
+    for metric in METRICS:
         known = [(row[metric], c) for row, c in zip(rows, clusters, strict=True) if row.get(metric) is not None]
         if known:
             mean, low, high = cluster_bootstrap([v for v, _ in known], [c for _, c in known])
@@ -241,7 +244,7 @@ def _summary(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | None:
-    """Six digits: files of samples are kept, and timings have no more."""
+    """Round to six significant digits, to keep files of samples short."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
@@ -250,12 +253,14 @@ def _finite(value: float) -> float | None:
 
 
 def _agreement(rows: list[dict[str, Any]], name: str) -> float:
-    """The share of questions answered as our own full cache answers them: the same text, or the same best choice."""
+    """The share of questions with the answer of the full cache: the same text, or the same best choice."""
 
     def answer(row: dict[str, Any]) -> str | int:
-        said = row["response"]
-        return str(said[0]) if isinstance(said[0], str) else max(range(len(said)), key=said.__getitem__)
+        response = row["response"]
+        if isinstance(response[0], str):
+            return response[0]
+        return max(range(len(response)), key=response.__getitem__)
 
     full = {row["id"]: answer(row) for row in rows if row["kv"] == "full"}
-    ours = {row["id"]: answer(row) for row in rows if row["kv"] == name}
-    return sum(full[key] == value for key, value in ours.items()) / len(ours)
+    answers = {row["id"]: answer(row) for row in rows if row["kv"] == name}
+    return sum(full[key] == value for key, value in answers.items()) / len(answers)

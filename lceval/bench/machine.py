@@ -1,4 +1,4 @@
-"""Where a measurement was taken: numbers without it mean nothing."""
+"""The hardware and software that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def _processor() -> str:
 
 
 def device() -> str:
-    """Where models run: the accelerator if there is one."""
+    """The device that models run on: cuda if available, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"

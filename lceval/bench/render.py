@@ -1,15 +1,15 @@
-"""Benchmarks as text."""
+"""Benchmark reports as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from lceval.bench.evaluate import SHOWN
+from lceval.bench.evaluate import METRICS
 
 
 def decode(report: dict[str, Any]) -> str:
-    """The sides of `bench decode`, one a line."""
+    """The sides of `bench decode`, one per line."""
     rows = [["cache", "ms/token", "KV MB", "read MB/step", "x hf", "x full"]]
     rows += [
         [
@@ -27,9 +27,9 @@ def decode(report: dict[str, Any]) -> str:
 
 
 def evaluation(report: dict[str, Any]) -> str:
-    """The sides of `bench eval`, one a line; metrics that were not measured have no column."""
-    metrics = [m for m in SHOWN if any(m in side for side in report["sides"])]
-    rows = [["KV", *metrics, "kept", "KV MB", "read MB/step", "seconds", "x hf", "x full", "same"]]
+    """The sides of `bench eval`, one per line; metrics that were not measured have no column."""
+    metrics = [m for m in METRICS if any(m in side for side in report["sides"])]
+    rows = [["KV", *metrics, "KV kept", "KV MB", "read MB/step", "seconds", "x hf", "x full", "same"]]
     rows += [
         [
             side["kv"],
@@ -49,23 +49,23 @@ def evaluation(report: dict[str, Any]) -> str:
 
 
 def shifted(report: dict[str, Any]) -> str:
-    """The lengths of `bench shifted`, one a line."""
+    """The lengths of `bench shifted`, one per line."""
     rows = [["tokens", "group", "full ms", "shifted ms", "x full"]]
     rows += [
         [str(r["tokens"]), str(r["group"]), f"{r['full_ms']:.1f}", f"{r['shifted_ms']:.1f}", f"{r['speedup']:.2f}"]
         for r in report["rows"]
     ]
-    where = report["machine"]
-    place = where["processor"] if where["device"] == "cpu" else where["device"]
+    machine = report["machine"]
+    device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     head = f"{report['heads']} heads, {report['kv_heads']} KV heads of {report['dim']}, {report['dtype']}, forward and"
-    return f"{head} backward, {place}, {where['threads']} threads\n{columns(rows)}"
+    return f"{head} backward, {device}, {machine['threads']} threads\n{columns(rows)}"
 
 
 def kernels(report: dict[str, Any]) -> str:
-    """The cases of `bench kernels`, one a line."""
+    """The cases of `bench kernels`, one per line."""
     predicted = report["predicted"]
     bound = "bound" if predicted else "of copy"
-    rows = [["store", "length", "batch", "keep", "us", "floor us", bound, "sdpa us", "x sdpa", "ideal x"]]
+    rows = [["KV", "length", "batch", "keep", "us", "floor us", bound, "sdpa us", "x sdpa", "ideal x"]]
     for row in report["rows"]:
         head = [row["store"], str(row["length"]), str(row["batch"]), f"{row['keep']:g}"]
         if error := row.get("error"):
@@ -81,48 +81,50 @@ def kernels(report: dict[str, Any]) -> str:
     text = (
         f"{report['machine']['device']}, copy {report['copy_bytes_s'] / 1e12:.2f} TB/s, one layer of Llama-3.1-8B, bf16"
     )
-    after = (
-        f"scoring and compacting {side['length']} tokens to a quarter: {side['score_us'] + side['compact_us']:.0f} us, "
+    prefill = (
+        f"scoring and compacting {side['length']} tokens to 25%: {side['score_us'] + side['compact_us']:.0f} us, "
         f"{100 * side['share']:.1f}% of the layer's prefill ({100 * side['share_int4']:.1f}% with int4)"
     )
-    return f"{text}\n{columns(rows)}\n{after}"
+    return f"{text}\n{columns(rows)}\n{prefill}"
 
 
 def kernels_plot(report: dict[str, Any]) -> str:
-    """A self-contained page: speed over SDPA by share kept, a panel a length and batch."""
+    """A self-contained page: speedup over SDPA by share kept, one panel per length and batch."""
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     rows = [row for row in report["rows"] if row.get("speedup_vs_sdpa")]
-    lengths, batches, stores = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "batch", "store"))
+    lengths, batches, recipes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("length", "batch", "store"))
     titles = [f"{length:,} tokens, batch {batch}" for length in lengths for batch in batches]
     figure = make_subplots(len(lengths), len(batches), subplot_titles=titles, shared_xaxes=True, shared_yaxes=True)
     palette = ("#1f6feb", "#d1495b", "#2a9d8f", "#8f5bd1", "#e08e0b", "#5c6773")
-    for number, store in enumerate(stores):
-        for place, (length, batch) in enumerate((length, batch) for length in lengths for batch in batches):
-            own = [row for row in rows if (row["store"], row["length"], row["batch"]) == (store, length, batch)]
+    for number, recipe in enumerate(recipes):
+        for panel, (length, batch) in enumerate((length, batch) for length in lengths for batch in batches):
+            own = [row for row in rows if (row["store"], row["length"], row["batch"]) == (recipe, length, batch)]
             figure.add_trace(
                 go.Scatter(
                     x=[row["keep"] for row in own],
                     y=[row["speedup_vs_sdpa"] for row in own],
-                    name=store,
-                    legendgroup=store,
-                    showlegend=place == 0,
+                    name=recipe,
+                    legendgroup=recipe,
+                    showlegend=panel == 0,
                     mode="lines+markers",
                     line={"color": palette[number % len(palette)]},
                 ),
-                row=place // len(batches) + 1,
-                col=place % len(batches) + 1,
+                row=panel // len(batches) + 1,
+                col=panel % len(batches) + 1,
             )
-    of = f"predicted for {report['predicted']}" if report["predicted"] else report["machine"]["device"]
-    figure.update_layout(title=f"A step's attention, times SDPA on the full cache ({of})", template="plotly_white")
+    source = f"predicted for {report['predicted']}" if report["predicted"] else report["machine"]["device"]
+    figure.update_layout(
+        title=f"Decode attention: speedup over SDPA on the full cache ({source})", template="plotly_white"
+    )
     figure.update_xaxes(type="log", tickvals=[0.1, 0.25, 0.5, 1])
     figure.update_yaxes(type="log")
     return str(figure.to_html(include_plotlyjs=True, div_id="kernels"))
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
-    return "-" if value is None else form.format(value * scale)
+def _number(value: float | None, template: str, scale: float = 1.0) -> str:
+    return "-" if value is None else template.format(value * scale)
 
 
 def _interval(score: dict[str, Any] | None) -> str:
@@ -134,7 +136,7 @@ def _interval(score: dict[str, Any] | None) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns; the first is flush left."""
+    """Align rows of text in columns; the first column is left-aligned."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(

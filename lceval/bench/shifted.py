@@ -1,7 +1,7 @@
-"""Training's attention, full against shifted: forward and backward of one layer, in turns within one run.
+"""Full against shifted attention in training: forward and backward of one layer, alternating within one run.
 
-Full is SDPA's causal attention, which models run otherwise. A side's figure is the median over the rounds, and the
-speed-up the median of the rounds' ratios: load that comes and goes hits both sides of a round.
+Full attention is SDPA's causal attention. A side's time is the median over the rounds; the speedup is the median of the
+rounds' ratios, because a temporary load slows down both sides of a round.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def bench(
     """Milliseconds of each side and length.
 
     Args:
-        lengths: tokens; None takes 2k, 4k and 8k.
-        share: a group's share of the sequence.
+        lengths: sequence lengths in tokens; None is 2k, 4k and 8k.
+        share: group size as a share of the sequence length.
         dtype: fp32 or bf16.
 
     Raises:
-        UserError: sizes that make no layer.
+        UserError: invalid sizes.
     """
     if min(heads, kv_heads, dim, rounds, *(lengths or LENGTHS)) < 1 or heads % kv_heads or not 0 < share <= 1:
-        raise UserError("bench shifted needs positive numbers, heads a multiple of KV heads and a share up to 1")
+        raise UserError("bench shifted requires positive numbers, heads a multiple of KV heads and a share up to 1")
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
     rows = [_row(tokens, heads, kv_heads, dim, share, DTYPES[dtype], rounds) for tokens in lengths or LENGTHS]
@@ -59,28 +59,28 @@ def _row(
     tokens: int, heads: int, kv_heads: int, dim: int, share: float, dtype: torch.dtype, rounds: int
 ) -> dict[str, Any]:
     rng = torch.Generator(device()).manual_seed(SEED)
-    # As a projection lays them: [B, T, heads, D] seen as [B, heads, T, D].
-    made = [
+    # Strided like the output of a projection: [B, T, heads, D] transposed to [B, heads, T, D].
+    tensors = [
         torch.randn(1, tokens, n, dim, generator=rng, device=device(), dtype=dtype).transpose(1, 2)
         for n in (heads, kv_heads, kv_heads, heads)
     ]
-    (q, k, v), do = (x.requires_grad_() for x in made[:3]), made[3]
+    (q, k, v), do = (x.requires_grad_() for x in tensors[:3]), tensors[3]
     group, scaling = even_group(tokens, share), dim**-0.5
     sides: dict[str, Callable[[], Tensor]] = {
         "full": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True),
         "shifted": lambda: attend(q, k, v, None, group, scaling),
     }
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    for each in range(rounds + 1):
+    times_s: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
         for name, side in sides.items():
             seconds = _timed(side, (q, k, v), do)
-            if each:  # the first round warms up
-                took[name].append(seconds)
+            if number:  # the first round is a warm-up
+                times_s[name].append(seconds)
     return {
         "tokens": tokens,
         "group": group,
-        **{f"{name}_ms": 1000 * statistics.median(times) for name, times in took.items()},
-        "speedup": statistics.median(a / b for a, b in zip(took["full"], took["shifted"], strict=True)),
+        **{f"{name}_ms": 1000 * statistics.median(times) for name, times in times_s.items()},
+        "speedup": statistics.median(a / b for a, b in zip(times_s["full"], times_s["shifted"], strict=True)),
     }
 
 

@@ -1,1 +1,1 @@
-"""`lceval check`: fails a build on a real regression, and not on noise."""
+"""`lceval check`: regression gate for CI with a paired statistical test."""

@@ -1,7 +1,8 @@
-"""What of a run takes part in a comparison, in a form small enough to commit.
+"""Baselines: the part of a run that is compared, small enough to commit.
 
-A baseline has every sample's id, cluster, prompt digest, answer digest and values, and what makes two runs comparable;
-it has no text. A run is turned into one before it is compared, so a file and a folder go the same way.
+A baseline contains every sample's id, cluster, prompt digest, answer digest and values, and the settings in which
+comparable runs must agree, but no text. Runs are converted to baselines before comparison, so files and folders are
+treated alike.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 from lceval.errors import InfrastructureError, UserError
 from lceval.results import DIAGNOSES, TELEMETRY, Run, Sample, TaskResult, read_runs
 
-# Diagnoses that can be gated on, with whether higher is better.
+# Diagnoses available as gate metrics: whether higher is better.
 GATED = {"gold_nll": False, "gold_kept": True, "ndcg10": True}
 assert set(GATED) == set(DIAGNOSES)
 
@@ -35,7 +36,7 @@ class _Strict(BaseModel):
 
 
 class Item(_Strict):
-    """One sample. answer: digest of what was scored. values: by metric; empty for an error."""
+    """One sample. answer: digest of the scored response. values: by metric; empty for an error."""
 
     id: str
     cluster: str
@@ -45,7 +46,7 @@ class Item(_Strict):
 
 
 class Task(_Strict):
-    """One task's samples and what they were scored by. filter: lm-eval's, the first; None where none is named."""
+    """One task: samples and scoring. filter: the first lm-eval filter; None without one."""
 
     task: str
     version: str | None
@@ -57,9 +58,9 @@ class Task(_Strict):
 
 
 class Baseline(_Strict):
-    """One run. template: "off", or the digest of the chat template ("on" where only that is known).
+    """One run. template: digest of the chat template, "on" if it is unknown, or "off".
 
-    fingerprint: of the run's whole identity, as run.json has it; None for plain lm-eval. It is not compared.
+    fingerprint: of the run's identity, from run.json; None for plain lm-eval. It is not compared.
     """
 
     format: Literal["lceval-baseline"] = "lceval-baseline"
@@ -75,30 +76,30 @@ class Baseline(_Strict):
 
 
 def read(path: Path) -> tuple[Baseline, Run | None]:
-    """A baseline file, or the one run in a folder together with that run.
+    """A baseline from a file, or from the single run in a folder; in the second case also the run.
 
     Raises:
-        UserError: no such path, no baseline, or a folder without exactly one run.
-        InfrastructureError: a run that is not finished.
+        UserError: no such path, not a baseline, or a folder without exactly one run.
+        InfrastructureError: an unfinished run.
     """
     if path.is_file():
         return _read_file(path), None
     runs = read_runs([path])
     if len(runs) != 1:
         raise UserError(
-            f"{path}: holds {len(runs)} evaluations ({', '.join(r.label for r in runs)}); keep one a folder"
+            f"{path}: {len(runs)} evaluations ({', '.join(r.label for r in runs)}); expected one per folder"
         )
     return of(runs[0]), runs[0]
 
 
 def of(run: Run) -> Baseline:
-    """The part of a finished run that is compared."""
+    """The baseline of a finished run."""
     for task in run.tasks:
         missing = (task.expected or 0) - len(task.samples)
         if not run.finished or missing > 0 or not task.samples:
             raise InfrastructureError(
                 f"{run.path}: not finished ({len(task.samples)} of {task.expected or '?'} samples of {task.task}): "
-                "run the same line again"
+                "rerun the same command to resume"
             )
     sha = run.config.get("chat_template_sha")
     applied = run.config.get("apply_chat_template", bool(sha)) not in (False, None, "")
@@ -108,14 +109,14 @@ def of(run: Run) -> Baseline:
         pretrained=run.pretrained,
         peft=run.peft,
         recipe=run.recipe,
-        fingerprint=str(found) if (found := run.config.get("fingerprint")) else None,
+        fingerprint=str(digest) if (digest := run.config.get("fingerprint")) else None,
         template=(str(sha)[:16] if sha else "on") if applied else "off",
         tasks=[_task(task) for task in run.tasks],
     )
 
 
 def keys(samples: list[Item] | tuple[Sample, ...]) -> list[str]:
-    """A name for every sample: its id, and for the second of an id `id#2`."""
+    """A unique name per sample: its id, or `id#2` for the second with that id."""
     seen: Counter[str] = Counter()
     names = []
     for sample in samples:
@@ -125,10 +126,10 @@ def keys(samples: list[Item] | tuple[Sample, ...]) -> list[str]:
 
 
 def write(path: Path, run: Path) -> Baseline:
-    """Write the baseline of a run, one sample a line, so that version control shows what changed.
+    """Write the baseline of a run, one sample per line for readable diffs.
 
     Raises:
-        UserError: as `read`; `path` names a folder or cannot be written.
+        UserError: as `read`, or `path` is a folder or not writable.
     """
     baseline, _ = read(run)
     data = baseline.model_dump()
@@ -154,21 +155,20 @@ def _read_file(path: Path) -> Baseline:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path}: not valid JSON ({error}); give a run folder, or write it with --write-baseline"
+            f"{path}: not valid JSON ({error}); pass a run folder, or create it with --write-baseline"
         ) from None
     if not isinstance(data, dict) or data.get("format") != "lceval-baseline":
-        raise UserError(f"{path}: no baseline; give a run folder, or a file that --write-baseline wrote")
+        raise UserError(f"{path}: not a baseline; pass a run folder, or a file created with --write-baseline")
     if data.get("format_version") != 1:
         raise UserError(
-            f"{path}: format version {data.get('format_version')!r}, this lceval reads 1; write it again with "
-            "--write-baseline"
+            f"{path}: format version {data.get('format_version')!r}, expected 1; recreate it with --write-baseline"
         )
     try:
         return Baseline.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; write it again with --write-baseline") from None
+        raise UserError(f"{path}: {place}: {first['msg']}; recreate it with --write-baseline") from None
 
 
 def _task(task: TaskResult) -> Task:
@@ -184,7 +184,7 @@ def _task(task: TaskResult) -> Task:
 
 
 def _item(sample: Sample, headline: str | None) -> Item:
-    """The values of an error are none at all, also what it was diagnosed with before it failed."""
+    """One sample; an error has no values, not even its diagnoses."""
     values = {**sample.metrics, **sample.diagnosis}
     if headline and sample.score is not None:
         values[headline] = sample.score

@@ -1,4 +1,4 @@
-"""What `lceval check` does with its arguments: compare, plan, or write a baseline."""
+"""Implementation of `lceval check`: compare, plan, or write a baseline."""
 
 from __future__ import annotations
 
@@ -33,21 +33,23 @@ def run(
     """The text for stdout, and the exit code.
 
     Raises:
-        UserError, NotComparableError, InfrastructureError: as the modules of this package say.
+        UserError, NotComparableError, InfrastructureError: as in the modules of this package.
     """
     if write_baseline is not None:
-        (only,) = _count(runs, (1,), "--write-baseline FILE takes one RUN")
+        (only,) = _count(runs, (1,), "--write-baseline FILE requires one RUN")
         written = baseline.write(write_baseline, only)
         sizes = {task.task: len(task.samples) for task in written.tasks}
         text = f"{write_baseline}: {written.label}, {sum(sizes.values())} samples of {', '.join(sizes)}"
         return json.dumps({"file": str(write_baseline), "samples": sizes}) if as_json else text, 0
     if gate is None:
-        raise UserError("say how large a drop is too large: --gate 0.05 (in the metric's units)")
+        raise UserError("missing --gate: the largest acceptable drop in the metric's units, for example --gate 0.05")
     if plan:
-        given = _count(runs, (0, 1), "--plan takes at most one BASE")
-        found = plans.plan(gate, discordance, baseline.read(given[0])[0] if given else None)
-        return json.dumps(asdict(found), indent=2) if as_json else plans.render(found), 0
-    first, second = _count(runs, (2,), "expected BASE and NEW, as in: lceval check runs/base runs/new --gate 0.05")
+        bases = _count(runs, (0, 1), "--plan accepts at most one BASE")
+        sample_sizes = plans.plan(gate, discordance, baseline.read(bases[0])[0] if bases else None)
+        return json.dumps(asdict(sample_sizes), indent=2) if as_json else plans.render(sample_sizes), 0
+    first, second = _count(
+        runs, (2,), "expected BASE and NEW, for example: lceval check runs/base runs/new --gate 0.05"
+    )
     (base, base_run), (new, new_run) = baseline.read(first), baseline.read(second)
     report = render.Report(
         check(base, new, gate=gate, metric=metric),
@@ -59,15 +61,15 @@ def run(
     )
     verdict = report.check.verdict
     code = 0 if verdict == "inconclusive" and report.warn else EXIT[verdict]
-    for file, form in ((junit, render.junit), (markdown, render.markdown)):
+    for file, renderer in ((junit, render.junit), (markdown, render.markdown)):
         if file is not None:
-            _write(file, form(report) + "\n")
+            _write(file, renderer(report) + "\n")
     return render.as_json(report, code) if as_json else render.terminal(report), code
 
 
 def _count(runs: Sequence[Path], allowed: tuple[int, ...], message: str) -> Sequence[Path]:
     if len(runs) not in allowed:
-        raise UserError(f"{message}; {len(runs)} given")
+        raise UserError(f"{message}; received {len(runs)}")
     return runs
 
 

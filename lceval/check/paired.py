@@ -1,17 +1,17 @@
-"""Statistics of paired differences whose samples share contexts: is there a drop, and how large may it be?
+"""Test and confidence bounds for paired differences of samples that share contexts.
 
-A sample's drop d_i is what NEW lost on it, so positive is worse. Samples of one context (cluster) succeed and fail
-together, so the unit is the cluster c of K, with S_c the sum of its drops and m_c its samples; the estimate is the
+A sample's drop d_i is the loss of NEW against BASE, so positive is worse. Samples of one context (cluster) are
+correlated, so the unit is the cluster c of K, with S_c the sum of its drops and m_c its samples; the estimate is the
 ratio sum(S_c) / sum(m_c), the plain mean over samples.
 
-Is there a drop: McNemar's exact test where every cluster is one sample and every score 0 or 1, else clusters' signs are
-flipped (under the null BASE and NEW could change places in any cluster).
+Test: McNemar's exact test if every cluster has one sample and every score is 0 or 1, else a sign-flip test over
+clusters (under the null, BASE and NEW are exchangeable within a cluster).
 
-How large may it be: with weights w ~ Dirichlet(1, ..., 1) over the K clusters *and one unseen cluster that lost all it
-could*, the bound is the 95% quantile of sum(w_c S_c) / sum(w_c m_c) (Gaffke 2005). For drops of 0 or 1 in clusters of
-one it is Clopper-Pearson's bound exactly, so K clusters without a change give 1 - 0.05^(1/K), never 0. A percentile or
-t bound says "no drop" when the one context in twenty that breaks was not drawn. Where nothing limits a loss (an NLL),
-the unseen cluster lies half the observed range beyond the worst one, and the bound is never below Student's.
+Bound: with weights w ~ Dirichlet(1, ..., 1) over the K clusters *and one unseen cluster with the largest possible
+loss*, the bound is the 95% quantile of sum(w_c S_c) / sum(w_c m_c) (Gaffke 2005). For drops of 0 or 1 in clusters of
+one it is exactly Clopper-Pearson's bound, so K clusters without a change give 1 - 0.05^(1/K), never 0. A percentile or
+t bound would be 0 if the one failing context in twenty was not sampled. For unbounded losses (an NLL), the unseen
+cluster lies half the observed range beyond the worst one, and the bound is never below Student's.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LEVEL = 0.95
 DRAWS = 20_000
 PERMUTATIONS = 9_999
 SEED = 0
-# Up to here all 2^k sign patterns are walked through, beyond it PERMUTATIONS random ones.
+# Up to this many changed clusters all 2^k sign patterns are enumerated, above it PERMUTATIONS random ones.
 EXACT_CLUSTERS = 14
-# Clusters below which a change that nothing limits has no bound: the range of fewer says too little about the next one.
-LEAST_CLUSTERS = 6
-# Normal quantiles that turn the width of a 95% bound into the drop that is seen with 80% power.
+# Minimum clusters for a bound of an unbounded loss: the range of fewer predicts the next one too poorly.
+MIN_CLUSTERS = 6
+# Normal quantiles that convert the width of a 95% bound into the drop detected with 80% power.
 _Z_LEVEL, _Z_POWER = 1.6448536269514722, 0.8416212335729143
 _BLOCK = 2_000_000
 
@@ -41,13 +41,13 @@ Method = Literal["mcnemar", "sign-flip exact", "sign-flip"]
 
 @dataclass(frozen=True)
 class Paired:
-    """What n paired drops say.
+    """Result of a comparison of n paired samples.
 
     drop: mean over samples, positive is worse.
-    lower, upper: one-sided 95% bounds of it; infinite where the data set no bound.
-    p: one-sided, small when a drop is not chance.
-    changed: samples whose value differs.
-    visible: the drop (or the gate, where nothing is lost) that a comparison like this one decides 4 times in 5.
+    lower, upper: one-sided 95% bounds of the drop; infinite if the data give no bound.
+    p: one-sided p-value of the drop.
+    changed: number of samples whose value differs.
+    visible: the drop (or the gate, if nothing is lost) detected with 80% power by a comparison of this size.
     """
 
     n: int
@@ -73,10 +73,10 @@ def compare(
 
     Args:
         drops: n finite numbers.
-        clusters: n labels, the context each belongs to.
-        largest: the most that a sample can lose or gain (1 for a score in [0, 1]); None where nothing limits it. There
-            is then no bound below LEAST_CLUSTERS clusters, nor where all changed alike.
-        draws: of the bound. permutations: of the test where not all are walked through.
+        clusters: n labels, the context of each sample.
+        largest: maximum loss or gain of a sample (1 for a score in [0, 1]); None if unbounded. Then there is no bound
+            below MIN_CLUSTERS clusters, nor if all clusters have the same mean.
+        draws: number of draws for the bound. permutations: of the sign-flip test, if not enumerated.
 
     Raises:
         ValueError: no drops, different lengths, or a drop that is not finite.
@@ -90,7 +90,7 @@ def compare(
     members: dict[Hashable, list[float]] = {}
     for drop, cluster in zip(drops, clusters, strict=True):
         members.setdefault(cluster, []).append(drop)
-    # Sorted, so that the order of samples and the names of clusters change nothing.
+    # Sorted, so that sample order and cluster names do not matter.
     pairs = sorted((math.fsum(values), len(values)) for values in members.values())
     sums, sizes = np.asarray(pairs, dtype=np.float64).T
     lost, gained = sum(drop > 0 for drop in drops), sum(drop < 0 for drop in drops)
@@ -116,33 +116,33 @@ def compare(
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """P(at least `lost` of the lost + gained discordant pairs are losses), each way as likely: exact, one-sided."""
+    """P(at least `lost` of lost + gained discordant pairs are losses) with equal probabilities: exact, one-sided."""
     from scipy.stats import binom
 
     return float(binom.sf(lost - 1, lost + gained, 0.5))
 
 
 def sign_flip(sums: NDArray[Any], *, permutations: int = PERMUTATIONS, seed: int = SEED) -> tuple[float, Method]:
-    """P(sum of clusters' drops with random signs >= the one seen), one-sided.
+    """P(sum of cluster drops with random signs >= the observed sum), one-sided.
 
-    sums: [K] float64, the sum of drops of each cluster. Clusters that did not change carry no information.
+    sums: [K] float64, the sum of drops of each cluster. Unchanged clusters carry no information.
     """
     import numpy as np
 
     moved = sums[sums != 0]
-    # Sums are compared up to rounding: patterns that tie with the one seen must count.
-    seen = math.fsum(moved) - 1e-9 * float(np.abs(moved).sum())
+    # With a tolerance, because patterns that tie with the observed one must count.
+    observed = math.fsum(moved) - 1e-9 * float(np.abs(moved).sum())
     if len(moved) <= EXACT_CLUSTERS:
         totals = np.zeros(1)
         for value in moved:
             totals = np.concatenate([totals + value, totals - value])
-        return float(np.mean(totals >= seen)), "sign-flip exact"
+        return float(np.mean(totals >= observed)), "sign-flip exact"
     rng = np.random.default_rng(seed)
     hits, block = 0, max(1, _BLOCK // len(moved))
     for start in range(0, permutations, block):
         rows = min(block, permutations - start)
         signs = rng.integers(0, 2, size=(rows, len(moved)), dtype=np.int8) * 2.0 - 1.0
-        hits += int(np.count_nonzero(signs @ moved >= seen))
+        hits += int(np.count_nonzero(signs @ moved >= observed))
     return (1 + hits) / (1 + permutations), "sign-flip"
 
 
@@ -155,7 +155,7 @@ def bound(
     draws: int = DRAWS,
     seed: int = SEED,
 ) -> float:
-    """One-sided upper bound of the mean drop; infinite where there is none.
+    """One-sided upper bound of the mean drop; infinite if there is none.
 
     sums, sizes: [K] float64, drops and samples of each cluster. largest: as in `compare`.
     """
@@ -164,11 +164,11 @@ def bound(
     student = -math.inf
     if largest is None:
         means = sums / sizes
-        if len(sums) < LEAST_CLUSTERS or np.ptp(means) == 0:
+        if len(sums) < MIN_CLUSTERS or np.ptp(means) == 0:
             return math.inf
         largest = float(means.max() + np.ptp(means) / 2)
         student = _student(sums, sizes, level)
-    # Clusters that are alike share one gamma variate: the sum of their exponentials.
+    # Identical clusters share one gamma variate: the sum of their exponentials.
     kinds, counts = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
     kinds = np.vstack([kinds, [largest * sizes.max(), sizes.max()]])
     shapes = np.append(counts, 1).astype(np.float64)
@@ -193,7 +193,7 @@ def _student(sums: NDArray[Any], sizes: NDArray[Any], level: float) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted by Holm's step-down rule, in the order given: all may be compared with one level at once."""
+    """Holm-adjusted p-values, in the given order."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(order):

@@ -1,4 +1,4 @@
-"""A check as text, markdown, JSON and JUnit XML. Nothing is computed here."""
+"""Renderers of a check: text, markdown, JSON and JUnit XML."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lceval.check.paired import LEVEL
 
 FLIPS = 10
 _WIDTH = 100
-_HEADER = ("task", "metric", "n", "clusters", "base", "new", "drop [lo, hi]", "p", "Holm p", "sees", "verdict")
+_HEADER = ("task", "metric", "n", "clusters", "base", "new", "drop [lo, hi]", "p", "Holm p", "detects", "verdict")
 Texts = Mapping[tuple[str, str], str]
 
 
 @dataclass(frozen=True)
 class Report:
-    """A check with what the renderers show beside it.
+    """A check with its context for rendering.
 
-    base_texts, new_texts: answers by (task, sample), as far as they are at hand.
+    base_texts, new_texts: answers by (task, sample), where available.
     warn: an inconclusive task does not fail.
     """
 
@@ -36,10 +36,10 @@ class Report:
 
 
 def terminal(report: Report) -> str:
-    """The table, a reason per task, the most damaging flips, and the verdict in the last line."""
+    """The table, a reason per task, the samples with the largest drops, and the verdict in the last line."""
     rows = [_HEADER, *(_cells(task) for task in report.check.tasks)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    # Names to the left, numbers to the right.
+    # Text left-aligned, numbers right-aligned.
     lines = [
         "  ".join(
             c.ljust(w) if i in (0, 1, 10) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
@@ -51,7 +51,7 @@ def terminal(report: Report) -> str:
     if any(task.paired for task in report.check.tasks):
         lines += _CAPTION
     if flips := _worst(report.check):
-        lines += ["", f"Most damaging, {len(flips)} of {sum(len(t.flips) for t in report.check.tasks)} that lost:"]
+        lines += ["", f"Largest drops, {len(flips)} of {sum(len(t.flips) for t in report.check.tasks)} worse samples:"]
         for task, flip in flips:
             lines.append(f"  {task.task} {flip.key}: {_number(flip.base)} -> {_number(flip.new)}")
             old, new = (_answer(texts.get((task.task, flip.key))) for texts in (report.base_texts, report.new_texts))
@@ -60,7 +60,7 @@ def terminal(report: Report) -> str:
 
 
 def markdown(report: Report) -> str:
-    """The same for a CI's step summary."""
+    """The check as markdown, for the step summary of a CI job."""
     lines = [f"### {_conclusion(report)}", "", *(f"- {_escaped(line)}" for line in _title(report)), ""]
     lines += ["| " + " | ".join(_HEADER) + " |", "|" + "|".join([" --- ", " --- ", *[" ---: "] * 8, " --- "]) + "|"]
     lines += ["| " + " | ".join(_escaped(cell) for cell in _cells(task)) + " |" for task in report.check.tasks]
@@ -70,7 +70,7 @@ def markdown(report: Report) -> str:
     if flips := _worst(report.check):
         lines += [
             "",
-            "| lost most | base | new | answer of base | answer of new |",
+            "| largest drops | base | new | base answer | new answer |",
             "| --- | ---: | ---: | --- | --- |",
         ]
         for task, flip in flips:
@@ -82,11 +82,11 @@ def markdown(report: Report) -> str:
 
 
 def as_json(report: Report, exit_code: int) -> str:
-    """Every number as computed; null where there is none or no bound."""
+    """Unrounded numbers; null without a value or bound."""
     tasks = []
     for task in report.check.tasks:
         row = asdict(task)
-        # A bound that does not exist is infinite; JSON has no word for that.
+        # A missing bound is infinite, which JSON cannot represent.
         paired = row.pop("paired") or {}
         row["paired"] = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in paired.items()
@@ -114,7 +114,7 @@ def as_json(report: Report, exit_code: int) -> str:
 
 
 def junit(report: Report) -> str:
-    """One testcase a task: failure for a regression, and for what stays open unless that only warns (skipped)."""
+    """One testcase per task: failure for a regression or inconclusive result, skipped if the latter only warns."""
     tasks = report.check.tasks
     failed = [t for t in tasks if t.verdict == "regression" or (t.verdict == "inconclusive" and not report.warn)]
     suite = ElementTree.Element("testsuite", name="lceval check", errors="0", tests=str(len(tasks)))
@@ -126,17 +126,16 @@ def junit(report: Report) -> str:
             ElementTree.SubElement(case, "failure", type=task.verdict, message=task.reason)
         elif task.verdict == "inconclusive":
             ElementTree.SubElement(case, "skipped", message=f"inconclusive: {task.reason}")
-        lost = "".join(f"\n{f.key}: {_number(f.base)} -> {_number(f.new)}" for f in task.flips[:FLIPS])
+        drops = "".join(f"\n{f.key}: {_number(f.base)} -> {_number(f.new)}" for f in task.flips[:FLIPS])
         numbers = ", ".join(f"{name} {cell}" for name, cell in zip(_HEADER, _cells(task), strict=True))
-        ElementTree.SubElement(case, "system-out").text = _printable(f"{numbers}{lost}")
+        ElementTree.SubElement(case, "system-out").text = _printable(f"{numbers}{drops}")
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
 
 
 _CAPTION = (
-    f"drop: positive is worse. lo and hi hold with {LEVEL:.0%} each, "
-    "allowing for one more context that changed all it can.",
-    "sees: the drop that a comparison of this size, and with this much change, decides 4 times in 5.",
+    f"drop: positive is worse. lo, hi: one-sided {LEVEL:.0%} bounds, with one unseen context of maximum change.",
+    "detects: the drop that a comparison of this size and variability detects with 80% power.",
 )
 
 
@@ -145,8 +144,8 @@ def _title(report: Report) -> list[str]:
 
 
 def _run(run: Baseline) -> str:
-    named = [run.model, run.pretrained or "", f"+{run.peft}" if run.peft else "", run.recipe]
-    return f"{run.label} ({' '.join(part for part in named if part)})"
+    parts = [run.model, run.pretrained or "", f"+{run.peft}" if run.peft else "", run.recipe]
+    return f"{run.label} ({' '.join(part for part in parts if part)})"
 
 
 def _cells(task: TaskCheck) -> tuple[str, ...]:
@@ -159,19 +158,19 @@ def _cells(task: TaskCheck) -> tuple[str, ...]:
 
 def _conclusion(report: Report) -> str:
     check = report.check
-    open_ = ", which only warns" if report.warn and check.verdict == "inconclusive" else ""
-    return f"{check.verdict} at gate {check.gate:g}{open_}"
+    suffix = " (warning only)" if report.warn and check.verdict == "inconclusive" else ""
+    return f"{check.verdict} at gate {check.gate:g}{suffix}"
 
 
 def _errors(task: TaskCheck) -> str:
     if not (task.errors_base or task.errors_new):
         return ""
-    return f" (without a value, counted as 0: {task.errors_base} in base, {task.errors_new} in new)"
+    return f" (samples without a value, scored 0: {task.errors_base} in base, {task.errors_new} in new)"
 
 
 def _worst(check: Check) -> list[tuple[TaskCheck, Flip]]:
-    lost = [(task, flip) for task in check.tasks for flip in task.flips]
-    return sorted(lost, key=lambda pair: -pair[1].drop)[:FLIPS]
+    worse = [(task, flip) for task in check.tasks for flip in task.flips]
+    return sorted(worse, key=lambda pair: -pair[1].drop)[:FLIPS]
 
 
 def _number(value: float | None) -> str:
@@ -181,15 +180,15 @@ def _number(value: float | None) -> str:
 
 
 def _answer(text: str | None) -> str:
-    """One line of an answer."""
+    """An answer on one line."""
     if text is None:
-        return "(not kept in a baseline)"
+        return "(not stored in a baseline)"
     line = _printable(" ".join(text.split())) or "(empty)"
     return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
 
 
 def _printable(text: str) -> str:
-    """Without what neither XML nor a terminal may be sent."""
+    """The text without characters that are invalid in XML or unsafe in a terminal."""
     return "".join(c for c in text if c in "\n\t" or (c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF))
 
 

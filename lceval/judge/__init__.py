@@ -1,1 +1,1 @@
-"""Judged metrics: rubrics, judges (an endpoint, a local model, a rule), and what they are worth against people."""
+"""LLM-as-judge metrics: rubrics, judges (endpoint, local model, rule), and their agreement with human labels."""

@@ -1,8 +1,8 @@
-"""`lceval judge RUN`: judged metrics for runs that are done, beside their own results, which stay as they are.
+"""`lceval judge RUN`: judge metrics for finished runs, stored next to their unchanged results.
 
-A run folder gets `judged_<task>.jsonl` (a line a sample: grades, the judge's reply) and `judge.json` (means with
-intervals). Both are those of the last judge asked; its replies, and those of earlier judges, stay in the file of
-replies, so that asking again costs nothing. A sample whose judge failed is unjudged: counted, and in no mean.
+A run folder gets `judged_<task>.jsonl` (one line per sample: grades and reply) and `judge.json` (means with intervals),
+both of the latest judge. The replies of all judges stay in the reply cache, so that judging again is free. A sample
+without a valid reply is unjudged: counted, and excluded from all means.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from lceval.results import Run, TaskResult, read_folder
 __all__ = ["SUMMARY", "judge_folder", "missing", "render", "report_of", "rubric_of"]
 
 SUMMARY = "judge.json"
-READ = ("unparsable", "empty", "cut")
-"""Reasons of replies that came and gave no verdict: asking again gives the same."""
+UNUSABLE = ("unparsable", "empty", "cut")
+"""Reasons for which a retry is useless: the reply is cached and has no verdict."""
 
 
 def judge_folder(folder: Path, judge: Judge, client: Client) -> dict[str, Any]:
-    """Judge what a run folder has, and write the verdicts into it; the content of its `judge.json`.
+    """Judge the run in a folder and write the verdicts into the folder; returns the content of `judge.json`.
 
     Raises:
-        UserError: no run, an unfinished one, several in one folder, or none of its tasks has a rubric.
+        UserError: no run, an unfinished run, several runs, or no task with a rubric.
     """
     runs = read_folder(folder)
     if len(runs) > 1:
-        raise UserError(f"{folder} holds {len(runs)} evaluations: name the folder of one")
+        raise UserError(f"{folder} contains {len(runs)} evaluations: pass the folder of one")
     run = runs[0]
     chosen = [(task, task.file, name) for task in run.tasks if task.file and (name := rubric_of(task.task))]
     if not chosen:
-        raise UserError(_nothing(run))
+        raise UserError(_not_judgeable(run))
     home = chosen[0][1].parent
     tasks = {}
     for task, file, name in chosen:
@@ -51,7 +51,7 @@ def judge_folder(folder: Path, judge: Judge, client: Client) -> dict[str, Any]:
 
 
 def report_of(judge: Judge, spent: Spent, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """Whose verdicts these are, the means of each task, and what asking took."""
+    """The judge, the means of each task, and the calls and tokens used."""
     return {
         "judge": judge.name,
         "label": judge.label,
@@ -67,17 +67,17 @@ def report_of(judge: Judge, spent: Spent, tasks: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _nothing(run: Run) -> str:
+def _not_judgeable(run: Run) -> str:
     names = ", ".join(task.task for task in run.tasks)
     if not run.finished:
-        return f"{run.path} is not finished: run the same line again, then judge"
-    return f"{run.path} has nothing for a judge ({names}): judged are rj, Loong, FinanceBench and generated letters"
+        return f"{run.path} is not finished: rerun the same command to resume it, then judge"
+    return f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
 
 
 def _judge_task(task: TaskResult, file: Path, name: str, client: Client, home: Path) -> dict[str, Any]:
     rubric = rubrics.load(name)
-    found = list(_samples(file, name))
-    scored = samples.score(found, client.judge_all(rubric, [s.case for s in found if not s.failed]), rubric)
+    rows = list(_samples(file, name))
+    scored = samples.score(rows, client.judge_all(rubric, [s.case for s in rows if not s.failed]), rubric)
     judge = client.judge
     lines = (json.dumps(samples.line(one, judge.name, judge.revision, rubric), ensure_ascii=False) for one in scored)
     _write(home / f"judged_{task.task}.jsonl", "".join(f"{line}\n" for line in lines))
@@ -85,7 +85,7 @@ def _judge_task(task: TaskResult, file: Path, name: str, client: Client, home: P
 
 
 def _samples(file: Path, rubric: str) -> Iterable[samples.Sample]:
-    """The samples of a file, as its first filter left them."""
+    """The samples of a file under its first filter."""
     first: str | None = None
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
@@ -98,20 +98,23 @@ def _samples(file: Path, rubric: str) -> Iterable[samples.Sample]:
                 if name == first:
                     yield samples.sample_of(row, rubric)
             except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{file}:{number}: no sample of a task of ours ({error!r:.80})") from None
+                raise UserError(f"{file}:{number}: not a sample of an lceval task ({error!r:.80})") from None
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     partial = file.with_name(f".{file.name}.part")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, file)
 
 
 def missing(report: Mapping[str, Any]) -> int:
-    """Unjudged samples that asking again may judge."""
+    """Number of unjudged samples that a retry may judge."""
     return sum(
-        count for task in report["tasks"].values() for reason, count in task["reasons"].items() if reason not in READ
+        count
+        for task in report["tasks"].values()
+        for reason, count in task["reasons"].items()
+        if reason not in UNUSABLE
     )
 
 
@@ -120,17 +123,15 @@ def render(report: Mapping[str, Any]) -> str:
     judge = f"{report['judge']} ({report['label']})" if report["rule_based"] else report["judge"]
     lines = []
     for name, task in report["tasks"].items():
-        why = "".join(f"; {count} {reason}" for reason, count in task["reasons"].items())
+        reasons = "".join(f"; {count} {reason}" for reason, count in task["reasons"].items())
         lines.append(f"{report['run']} {name} by {judge}, rubric {task['rubric']}")
-        lines.append(f"{task['judged']} of {task['n']} judged, {task['unjudged']} unjudged{why}")
+        lines.append(f"{task['judged']} of {task['n']} judged, {task['unjudged']} unjudged{reasons}")
         for metric, value in task["scores"].items():
             interval = task["intervals"][metric]
             bounds = f"[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "-"
             lines.append(f"  {metric:<18}{value:>8.3f}  {bounds}")
         for stratum in ("level", "set"):
-            for value, found in task.get(f"by_{stratum}", {}).items():
-                shown = ", ".join(f"{k} {v:.3f}" for k, v in found.items() if k not in ("n", "unjudged"))
-                lines.append(
-                    f"  {stratum} {value}: n {found['n']}, unjudged {found['unjudged']}, {shown or 'none judged'}"
-                )
+            for value, row in task.get(f"by_{stratum}", {}).items():
+                means = ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("n", "unjudged"))
+                lines.append(f"  {stratum} {value}: n {row['n']}, unjudged {row['unjudged']}, {means or 'none judged'}")
     return "\n".join(lines)

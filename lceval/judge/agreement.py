@@ -1,4 +1,4 @@
-"""How far two lists of labels agree: accuracy, Cohen's kappa with an interval, the confusion, and self-consistency."""
+"""Agreement of two label lists: accuracy, Cohen's kappa with interval, confusion matrix, and self-consistency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESAMPLES = 2_000
 
 
 def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
-    """Cohen's kappa: agreement beyond chance, (p_o - p_e) / (1 - p_e); nan where chance alone agrees, or on nothing."""
+    """Cohen's kappa, (p_o - p_e) / (1 - p_e); nan for p_e = 1 or without labels."""
     n = len(ours)
     if not n:
         return math.nan
@@ -29,8 +29,8 @@ def kappa_interval(
 ) -> tuple[float, float]:
     """The 95% percentile bootstrap interval of kappa over clusters.
 
-    It is nan where the bootstrap knows nothing: with fewer than two clusters, and where one side has one label, so that
-    kappa is 0 in every resample. A resample where kappa is undefined is left out.
+    It is nan where the bootstrap is uninformative: with fewer than two clusters, and if one side has a single label, so
+    that kappa is 0 in every resample. Resamples with undefined kappa are dropped.
     """
     import numpy as np
 
@@ -57,9 +57,9 @@ def kappa_interval(
 def agreement(
     judged: Sequence[str | None], human: Sequence[str], clusters: Sequence[Hashable], labels: Sequence[str]
 ) -> dict[str, Any]:
-    """What a judge is worth against people. Unjudged rows (None) are counted, and are in no figure but `coverage`.
+    """Agreement of a judge with human labels. Unjudged rows (None) are counted, but enter only `coverage`.
 
-    `confusion[human][judge]` counts rows. `majority` is the accuracy of always giving the most frequent human label.
+    `confusion[human][judge]` counts rows. `majority` is the accuracy of the most frequent human label.
     """
     known = [(one, other, c) for one, other, c in zip(judged, human, clusters, strict=True) if one is not None]
     ours, theirs = [one for one, _, _ in known], [other for _, other, _ in known]
@@ -83,10 +83,10 @@ def agreement(
 
 
 def consistency(repeats: Sequence[Sequence[str | None]]) -> dict[str, Any] | None:
-    """How often repeats of a case give one label; cases that were judged only once say nothing.
+    """Self-consistency over repeated verdicts; cases judged only once are ignored.
 
     Args:
-        repeats: the labels of all cases, once for each repeat.
+        repeats: the labels of all cases, one list per repeat.
     """
     per_case = [[label for label in labels if label is not None] for labels in zip(*repeats, strict=True)]
     several = [labels for labels in per_case if len(labels) > 1]

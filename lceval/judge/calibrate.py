@@ -1,4 +1,4 @@
-"""`lceval judge calibrate`: what a judge is worth against the people who graded FinanceBench's predictions."""
+"""`lceval judge calibrate`: agreement of a judge with the human labels of FinanceBench's predictions."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ RUBRIC = "financebench"
 LABELS = {"Correct Answer": "correct", "Incorrect Answer": "incorrect", "Refusal": "refusal"}
 SEED = 1234
 PROBED_CHARACTERS = 300
-"""Probes dress up wrong answers up to this long."""
+"""Maximum length of the wrong answers used in injection probes."""
 
 
 @dataclass(frozen=True)
 class Graded:
-    """A prediction that a person graded: its line in the file (from 0), its question's id, the grade."""
+    """A human-graded prediction: its line in the file (from 0), its question's id, the human label."""
 
     row: int
     question_id: str
@@ -37,39 +37,41 @@ class Graded:
 
 
 def graded(file: Path | None = None) -> list[Graded]:
-    """The predictions at hand.
+    """The human-graded predictions.
 
     Raises:
-        UserError: no data folder, no such file, or a line that is none.
+        UserError: no data folder, no such file, or an invalid line.
     """
     if file is None:
         folder = os.environ.get("LCEVAL_DATA")
         if not folder:
             raise UserError(
-                f"calibration reads {FILE}: set LCEVAL_DATA to the folder that holds it, or pass --data FILE"
+                f"calibration requires {FILE}: set LCEVAL_DATA to the folder that contains it, or pass --data FILE"
             )
         file = Path(folder) / FILE
-    found = []
+    predictions = []
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}; it holds FinanceBench's graded predictions") from None
+        raise UserError(
+            f"cannot read {file}: {error.strerror}; expected FinanceBench's human-graded predictions"
+        ) from None
     for number, line in enumerate(lines):
         try:
             row = json.loads(line)
             case = Case(str(row["question"]), (str(row["gold_answer"]),), str(row["model_answer"]))
-            found.append(Graded(number, str(row["financebench_id"]), LABELS[row["label"]], case))
+            predictions.append(Graded(number, str(row["financebench_id"]), LABELS[row["label"]], case))
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} line {number + 1} is no graded prediction ({error!r:.80})") from None
-    return found
+            raise UserError(f"{file} line {number + 1} is not a graded prediction ({error!r:.80})") from None
+    return predictions
 
 
 def stratified(rows: Sequence[Graded], limit: int | None) -> list[Graded]:
-    """`limit` rows with the labels in the proportions of all, the same for the same limit; in the file's order."""
+    """`limit` rows, stratified by label and deterministic; in the file's order."""
     if limit is None or limit >= len(rows):
         return list(rows)
     if limit < len(LABELS):
-        raise UserError(f"--limit {limit}: expected {len(LABELS)} or more, one a label")
+        raise UserError(f"--limit {limit}: expected {len(LABELS)} or more, one per label")
     rng = random.Random(SEED)
     pools = {label: [row for row in rows if row.human == label] for label in LABELS.values()}
     exact = {label: limit * len(pool) / len(rows) for label, pool in pools.items()}
@@ -83,11 +85,11 @@ def stratified(rows: Sequence[Graded], limit: int | None) -> list[Graded]:
 def calibrate(
     judge: Judge, client: Client, rows: Sequence[Graded], *, repeats: int = 1, probed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The report, and one line a row: its place, ids and grades, without any text.
+    """The report, and one line per row with its index, id and labels, without text.
 
     Args:
-        repeats: how often every row is judged, with the labels in another order each time.
-        probed: how many wrong answers are dressed up; 0 leaves the probes out.
+        repeats: verdicts per row, with the labels in a different order each time.
+        probed: number of injection probes; 0 disables them.
     """
     rubric = rubrics.load(RUBRIC)
     cases = [row.case for row in rows]
@@ -123,7 +125,7 @@ def calibrate(
 
 
 def _log_likelihoods(reply: str) -> dict[str, Any]:
-    """Those of the labels, where the judge chose by them."""
+    """The log-likelihoods of the labels, if the judge chose by them."""
     try:
         return {SCORES: json.loads(reply)[SCORES]["verdict"]}
     except (ValueError, KeyError, TypeError):
@@ -134,14 +136,14 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     interval = report["kappa_interval"]
     bounds = f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""
-    shown = report["judge"] if not report["rule_based"] else f"{report['judge']} ({LABEL})"
+    judge = report["judge"] if not report["rule_based"] else f"{report['judge']} ({LABEL})"
     lines = [
-        f"{shown}, rubric {report['rubric']}: {report['judged']} of {report['n']} judged, {report['unjudged']} unjudged"
+        f"{judge}, rubric {report['rubric']}: {report['judged']} of {report['n']} judged, {report['unjudged']} unjudged"
         f", {report['clipped']} clipped",
-        f"kappa {_number(report['kappa'])}{bounds} (95% over {report['clusters']} questions)",
-        f"accuracy {_number(report['accuracy'])}; always the most frequent label {_number(report['majority'])}",
+        f"kappa {_number(report['kappa'])}{bounds} (95% CI over {report['clusters']} questions)",
+        f"accuracy {_number(report['accuracy'])}; majority baseline {_number(report['majority'])}",
         "",
-        "people / judge".ljust(16) + "".join(f"{label:>12}" for label in report["confusion"]),
+        "human / judge".ljust(16) + "".join(f"{label:>12}" for label in report["confusion"]),
     ]
     lines += [
         f"{label:<16}" + "".join(f"{count:>12}" for count in row.values()) for label, row in report["confusion"].items()
@@ -149,10 +151,10 @@ def render(report: dict[str, Any]) -> str:
     if same := report["consistency"]:
         lines += ["", f"{same['repeats']} repeats: {same['unanimous']:.3f} of {same['cases']} rows unanimous"]
     if attacks := report["probes"]:
-        lines += ["", f"{'probe':<14}{'fooled':>8}{'flipped':>9}{'n':>5}  wrong answers, and what was done to them"]
+        lines += ["", f"{'probe':<14}{'fooled':>8}{'flipped':>9}{'n':>5}  modification of a wrong answer"]
         lines += [
-            f"{name:<14}{found['fooled']:>8}{found['flipped']:>9}{found['n']:>5}  {found['about']}"
-            for name, found in attacks.items()
+            f"{name:<14}{row['fooled']:>8}{row['flipped']:>9}{row['n']:>5}  {row['about']}"
+            for name, row in attacks.items()
         ]
     return "\n".join(lines)
 

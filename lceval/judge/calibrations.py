@@ -1,7 +1,7 @@
-"""What each judge was found to be worth: kept by `lceval judge calibrate`, shown beside what that judge graded.
+"""Stored agreement of judges with human labels: written by `lceval judge calibrate`, shown next to a judge's metrics.
 
-One small file a judge, revision and rubric with its version, in the cache. People graded only whether an answer is
-right, so that one figure stands beside all that a judge grades. A smaller sample never replaces a larger one.
+One small file per judge, revision and rubric version, in the cache. Human labels exist only for the correctness of an
+answer, so one kappa applies to all metrics of a judge. A smaller sample never replaces a larger one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lceval.home import cache_dir
 from lceval.judge import rubrics
 
 RUBRIC = "financebench"
-_KEPT = ("judge", "revision", "rubric", "data", "n", "judged", "kappa", "kappa_interval", "accuracy", "clusters")
+_STORED = ("judge", "revision", "rubric", "data", "n", "judged", "kappa", "kappa_interval", "accuracy", "clusters")
 
 
 class BelowError(LcevalError):
-    """The judge agrees less with people than was required, or nobody knows how much."""
+    """The judge's agreement with human labels is below the required one, or unknown."""
 
     exit_code = 1
 
@@ -33,40 +33,40 @@ def _file(judge: str, revision: str, rubric: str) -> Path:
 
 
 def keep(report: Mapping[str, Any]) -> None:
-    """File a report of `calibrate`, unless one over more judged rows is there."""
+    """Store a report of `calibrate`, unless one with more judged rows exists."""
     file = _file(report["judge"], report["revision"], report["rubric"])
-    known = _read(file)
-    if known is not None and known["judged"] > report["judged"]:
+    stored = _read(file)
+    if stored is not None and stored["judged"] > report["judged"]:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
-    partial.write_text(json.dumps({name: report[name] for name in _KEPT}, indent=2, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps({name: report[name] for name in _STORED}, indent=2, ensure_ascii=False) + "\n")
     os.replace(partial, file)
 
 
 def find(judge: str, revision: str) -> dict[str, Any] | None:
-    """What a judge was found to be worth under today's rubric; None: not calibrated, or kappa undefined."""
-    found = _read(_file(judge, revision, rubrics.load(RUBRIC).key))
-    return found if found is not None and found["kappa"] is not None else None
+    """The calibration of a judge under the current rubric version; None: uncalibrated, or kappa undefined."""
+    calibration = _read(_file(judge, revision, rubrics.load(RUBRIC).key))
+    return calibration if calibration is not None and calibration["kappa"] is not None else None
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        calibration = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and set(_KEPT) <= set(found) else None
+    return calibration if isinstance(calibration, dict) and set(_STORED) <= set(calibration) else None
 
 
-def require(kappa: float | None, least: float, judge: str) -> None:
-    """Refuse a judge that agrees too little.
+def require(kappa: float | None, minimum: float, judge: str) -> None:
+    """Require a minimum agreement with human labels.
 
     Raises:
-        BelowError: kappa is None (uncalibrated) or below `least`.
+        BelowError: kappa is None (uncalibrated) or below `minimum`.
     """
     if kappa is None:
         raise BelowError(
-            f"{judge} is uncalibrated, and a kappa of {least:g} was required: lceval judge calibrate --judge NAME"
+            f"{judge} is uncalibrated, but a kappa of {minimum:g} is required: lceval judge calibrate --judge NAME"
         )
-    if kappa < least:
-        raise BelowError(f"kappa of {judge} is {kappa:.3f}, and {least:g} was required")
+    if kappa < minimum:
+        raise BelowError(f"kappa of {judge} is {kappa:.3f}; {minimum:g} is required")

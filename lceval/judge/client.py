@@ -1,7 +1,7 @@
-"""Asks a judge many things: in parallel, with retries, within a budget, and never twice for the same reply.
+"""Client of a judge: parallel calls with retries, a budget, and a reply cache.
 
-What cannot be had is counted, with its reason, and never scored: a call that failed to the end, a budget that is spent,
-a reply that cannot be read.
+A case without a verdict is counted with its reason and never scored: all retries failed, the budget is exhausted, or
+the reply is unparsable.
 """
 
 from __future__ import annotations
@@ -21,23 +21,22 @@ from lceval.judge.rubrics import MAX_CHARACTERS, Case, Label, Prompt, Rubric, re
 from lceval.judge.store import Key, Reply, Store
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
-_LONGEST_ASKED_WAIT_S = 120.0  # what a server may ask for
-_CHARACTERS_A_TOKEN = 3  # a cautious guess, for what a call will cost before it is made
-_HOPELESS = 3  # times the concurrency: calls that failed to the end, none having succeeded between
+_LONGEST_RETRY_AFTER_S = 120.0  # limit on a server's Retry-After
+_CHARACTERS_A_TOKEN = 3  # low estimate, to bound the tokens of a call in advance
+_GIVE_UP_AFTER = 3  # times the concurrency: consecutive calls that failed all retries
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How a judge may be asked.
+    """Limits on calls.
 
     Attributes:
-        concurrency: calls at a time.
-        retries: further attempts at a call that failed.
-        calls: attempts altogether, in this run of the command; None for any number.
-        tokens: of prompts and replies altogether; a call is made only if its prompt (guessed) and the longest
-            reply fit.
-        first_wait: seconds before the first retry, doubled each time up to half a minute; the wait is drawn between
-            half of that and all of it.
+        concurrency: parallel calls.
+        retries: maximum retries of a failed call.
+        calls: maximum calls of this command, retries included; None: unlimited.
+        tokens: maximum total tokens of prompts and replies; a call is made only if its estimated prompt and the
+            longest reply fit.
+        first_wait: seconds before the first retry, doubled each time up to 30 s, with a jitter of 50 to 100%.
     """
 
     concurrency: int = 16
@@ -47,20 +46,21 @@ class Limits:
     first_wait: float = _FIRST_WAIT_S
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("retries", 0), ("calls", 0), ("tokens", 0)):
+        for name, minimum in (("concurrency", 1), ("retries", 0), ("calls", 0), ("tokens", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name} {value}: expected {least} or more")
+            if value is not None and value < minimum:
+                raise UserError(f"--{name} {value}: expected {minimum} or more")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of one case.
+    """The verdict on one case.
 
     Attributes:
-        grades: by field; None where it is unjudged.
-        reason: why it is unjudged: "unparsable", "empty", "cut", "budget", "stopped" or what the call failed with.
-        clipped: characters that the judge was not shown.
+        grades: by field; None if unjudged.
+        reason: why it is unjudged: "unparsable", "empty", "cut" (truncated reply), "budget", "stopped" or the error of
+            the call.
+        clipped: number of characters omitted from the prompt.
     """
 
     grades: dict[str, Label | float] | None
@@ -73,7 +73,7 @@ class Verdict:
 
 @dataclass
 class Spent:
-    """What asking took: calls made and replies reused, tokens as the judge counts them, who served."""
+    """Usage: calls, reused replies, tokens as counted by the judge, and served models."""
 
     calls: int = 0
     reused: int = 0
@@ -84,14 +84,14 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class _Ask:
+class _Request:
     key: Key
     case: Case
     prompt: Prompt
 
 
 class Client:
-    """Asks one judge; its budget is for all that it is asked."""
+    """Client of one judge; the budget applies to all its calls."""
 
     def __init__(
         self,
@@ -105,9 +105,9 @@ class Client:
     ) -> None:
         """
         Args:
-            max_characters: of a block that the judge is shown.
-            max_tokens: of a reply, where the judge was not made with the rubrics' own limits.
-            on_verdict: called with (done, total) as replies come.
+            max_characters: maximum characters of a block of the prompt.
+            max_tokens: maximum tokens of a reply; None: the rubric's limit.
+            on_verdict: called with (done, total) as replies arrive.
         """
         self.judge, self.limits, self.spent = judge, limits or Limits(), Spent()
         self._store, self._max_characters, self._on_verdict = store, max_characters, on_verdict
@@ -117,65 +117,66 @@ class Client:
         self._failed_in_a_row = 0
 
     def judge_all(self, rubric: Rubric, cases: Sequence[Case], *, repeat: int = 0) -> list[Verdict]:
-        """A verdict a case, in their order. Equal prompts are asked once.
+        """One verdict per case, in order. Equal prompts are sent once.
 
         Raises:
             UserError: no call can succeed (a wrong key, an unknown model).
         """
-        asks = []
+        requests = []
         for case in cases:
             prompt = render(rubric, case, repeat=repeat, limit=self._max_characters)
-            asks.append(_Ask(Key(self.judge.name, self.judge.revision, rubric.key, prompt.hash, repeat), case, prompt))
+            key = Key(self.judge.name, self.judge.revision, rubric.key, prompt.hash, repeat)
+            requests.append(_Request(key, case, prompt))
         replies: dict[Key, Reply | str] = {}
-        missing: dict[Key, _Ask] = {}
-        for ask in asks:
-            if ask.key not in replies and (kept := self._store.get(ask.key)) is not None:
-                replies[ask.key] = kept
+        missing: dict[Key, _Request] = {}
+        for request in requests:
+            if request.key not in replies and (cached := self._store.get(request.key)) is not None:
+                replies[request.key] = cached
                 self.spent.reused += 1
-            elif ask.key not in replies:
-                missing[ask.key] = ask
-        self._ask_all(rubric, list(missing.values()), replies, len(replies) + len(missing))
-        return [self._verdict(rubric, ask, replies[ask.key], repeat) for ask in asks]
+            elif request.key not in replies:
+                missing[request.key] = request
+        self._call_all(rubric, list(missing.values()), replies, len(replies) + len(missing))
+        return [self._verdict(rubric, request, replies[request.key], repeat) for request in requests]
 
-    def _ask_all(self, rubric: Rubric, asks: list[_Ask], replies: dict[Key, Reply | str], total: int) -> None:
-        self._tell(len(replies), total)
+    def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str], total: int) -> None:
+        self._report_progress(len(replies), total)
         if not self.judge.parallel or self.limits.concurrency == 1:
-            for ask in asks:
-                replies[ask.key] = self._ask(rubric, ask)
-                self._tell(len(replies), total)
+            for request in requests:
+                replies[request.key] = self._call(rubric, request)
+                self._report_progress(len(replies), total)
             return
         pool = ThreadPoolExecutor(self.limits.concurrency, thread_name_prefix="judge")
         try:
-            pending = {pool.submit(self._ask, rubric, ask): ask.key for ask in asks}
+            pending = {pool.submit(self._call, rubric, request): request.key for request in requests}
             while pending:
                 done, _ = wait(pending, return_when=FIRST_COMPLETED)
                 for future in done:
                     replies[pending.pop(future)] = future.result()
-                self._tell(len(replies), total)
+                self._report_progress(len(replies), total)
         except BaseException:
             self._stop.set()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _tell(self, done: int, total: int) -> None:
+    def _report_progress(self, done: int, total: int) -> None:
         if self._on_verdict is not None:
             self._on_verdict(done, total)
 
-    def _ask(self, rubric: Rubric, ask: _Ask) -> Reply | str:
-        """The reply, on disk when it is returned; or why there is none."""
-        written = len(ask.prompt.system) + len(ask.prompt.user)
-        worth = written // _CHARACTERS_A_TOKEN + (self._max_tokens or rubric.max_tokens)
+    def _call(self, rubric: Rubric, request: _Request) -> Reply | str:
+        """The reply, already stored on disk, or the reason for its absence."""
+        characters = len(request.prompt.system) + len(request.prompt.user)
+        estimate = characters // _CHARACTERS_A_TOKEN + (self._max_tokens or rubric.max_tokens)
         for attempt in range(self.limits.retries + 1):
             if self._stop.is_set():
                 return "stopped"
-            if not self._reserve(worth):
+            if not self._reserve(estimate):
                 return "budget"
             counted = 0
             try:
-                reply = self.judge.ask(rubric, ask.case, ask.prompt)
-                self._store.put(ask.key, reply)
-                counted = reply.tokens_in + reply.tokens_out or worth
+                reply = self.judge.ask(rubric, request.case, request.prompt)
+                self._store.put(request.key, reply)
+                counted = reply.tokens_in + reply.tokens_out or estimate
             except TryAgainError as error:
                 reason, pause = str(error), self._pause(attempt, error.after)
             except RefusedError as error:
@@ -184,7 +185,7 @@ class Client:
                 self._succeeded(reply)
                 return reply
             finally:
-                self._settle(worth, counted)
+                self._settle(estimate, counted)
             with self._lock:
                 self.spent.retried[reason] += 1
             if attempt < self.limits.retries:
@@ -192,27 +193,27 @@ class Client:
         self._gave_up()
         return f"failed: {reason}"
 
-    def _pause(self, attempt: int, asked: float | None) -> float:
+    def _pause(self, attempt: int, retry_after: float | None) -> float:
         longest = min(self.limits.first_wait * 2**attempt, _LONGEST_WAIT_S)
-        drawn = random.uniform(longest / 2, longest)  # of no consequence for any result
-        return max(drawn, min(asked, _LONGEST_ASKED_WAIT_S)) if asked is not None else drawn
+        drawn = random.uniform(longest / 2, longest)  # does not affect results
+        return max(drawn, min(retry_after, _LONGEST_RETRY_AFTER_S)) if retry_after is not None else drawn
 
-    def _reserve(self, worth: int) -> bool:
-        """Whether one more call is within the budget, for all that are on their way to cost what they may."""
+    def _reserve(self, estimate: int) -> bool:
+        """Reserve the budget of one more call; False if calls in flight and this one may exceed it."""
         if not self.judge.priced:
             return True
         with self._lock:
             if self.limits.calls is not None and self.spent.calls >= self.limits.calls:
                 return False
-            if self.limits.tokens is not None and self._reserved + worth > self.limits.tokens:
+            if self.limits.tokens is not None and self._reserved + estimate > self.limits.tokens:
                 return False
             self.spent.calls += 1
-            self._reserved += worth
+            self._reserved += estimate
             return True
 
-    def _settle(self, worth: int, counted: int) -> None:
+    def _settle(self, estimate: int, counted: int) -> None:
         with self._lock:
-            self._reserved += counted - worth
+            self._reserved += counted - estimate
 
     def _succeeded(self, reply: Reply) -> None:
         with self._lock:
@@ -222,39 +223,39 @@ class Client:
             self.spent.served[reply.served] += 1
 
     def _gave_up(self) -> None:
-        """An endpoint that answers nothing at all is not asked to the end."""
+        """Stop calling an endpoint that no longer answers."""
         with self._lock:
             self._failed_in_a_row += 1
-            if self._failed_in_a_row >= _HOPELESS * self.limits.concurrency:
+            if self._failed_in_a_row >= _GIVE_UP_AFTER * self.limits.concurrency:
                 self._stop.set()
 
-    def _verdict(self, rubric: Rubric, ask: _Ask, reply: Reply | str, repeat: int) -> Verdict:
-        clipped = ask.prompt.clipped
+    def _verdict(self, rubric: Rubric, request: _Request, reply: Reply | str, repeat: int) -> Verdict:
+        clipped = request.prompt.clipped
         if isinstance(reply, str):
-            return Verdict(None, reply, "", ask.prompt.hash, clipped, repeat)
+            return Verdict(None, reply, "", request.prompt.hash, clipped, repeat)
         grades = verdicts.parse(rubric, reply.text)
         reason = "" if grades else "cut" if reply.cut else "unparsable" if reply.text.strip() else "empty"
-        return Verdict(grades, reason, reply.text, ask.prompt.hash, clipped, repeat)
+        return Verdict(grades, reason, reply.text, request.prompt.hash, clipped, repeat)
 
 
 class Progress:
-    """A bar on stderr where that is a terminal, else a line now and then."""
+    """A progress bar on stderr if it is a terminal, else a line every `every_s` seconds."""
 
-    def __init__(self, what: str, every_s: float = 30.0) -> None:
+    def __init__(self, label: str, every_s: float = 30.0) -> None:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
         self._console = Console(stderr=True)
-        self._what, self._every_s, self._last = what, every_s, time.monotonic()
+        self._label, self._every_s, self._last = label, every_s, time.monotonic()
         self._bar = Bar(console=self._console, transient=True) if self._console.is_terminal else None
-        self._task = self._bar.add_task(what) if self._bar else None
+        self._task = self._bar.add_task(label) if self._bar else None
 
     def __call__(self, done: int, total: int) -> None:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total)
         elif done and time.monotonic() - self._last >= self._every_s:
             self._last = time.monotonic()
-            self._console.print(f"{self._what}: {done} of {total}", highlight=False)
+            self._console.print(f"{self._label}: {done} of {total}", highlight=False)
 
     def __enter__(self) -> Progress:
         if self._bar is not None:

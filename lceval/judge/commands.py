@@ -1,4 +1,4 @@
-"""The command line of the judge: `lceval judge RUN…` and `lceval judge calibrate`."""
+"""Command line of the judge: `lceval judge RUN...` and `lceval judge calibrate`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,28 @@ _RUNS = "runs"
 
 app = typer.Typer(
     cls=group_or(_RUNS),
-    help="Judged metrics for runs that are done (lceval judge RUN…), and what a judge is worth (calibrate).",
+    help="Grade finished runs (lceval judge RUN...), or measure a judge's agreement with human labels (calibrate).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Spec = Annotated[str | None, typer.Option("--judge", help="openai:MODEL@BASE_URL, hf:NAME or rule; else LCEVAL_JUDGE.")]
-Concurrency = Annotated[int, typer.Option(help="Calls at a time.")]
-Timeout = Annotated[float, typer.Option(help="Seconds for one reply.")]
-Retries = Annotated[int, typer.Option(help="Further attempts at a call that failed.")]
-Calls = Annotated[int | None, typer.Option(help="At most so many calls, retries included.")]
-Tokens = Annotated[int | None, typer.Option(help="At most so many tokens, prompts and replies together.")]
-MaxTokens = Annotated[int | None, typer.Option("--max-tokens", help="Of a reply; a judge that thinks needs more.")]
-MaxCharacters = Annotated[int, typer.Option("--max-characters", help="Of a block that the judge is shown.")]
-Replies = Annotated[Path | None, typer.Option(help="The file of replies; default in LCEVAL_CACHE.")]
+Spec = Annotated[
+    str | None, typer.Option("--judge", help="Judge: openai:MODEL@BASE_URL, hf:NAME or rule (default: LCEVAL_JUDGE).")
+]
+Concurrency = Annotated[int, typer.Option(help="Number of parallel calls.")]
+Timeout = Annotated[float, typer.Option(help="Timeout of a call in seconds.")]
+Retries = Annotated[int, typer.Option(help="Maximum retries of a failed call.")]
+Calls = Annotated[int | None, typer.Option(help="Maximum number of calls, retries included.")]
+Tokens = Annotated[int | None, typer.Option(help="Maximum total tokens of prompts and replies.")]
+MaxTokens = Annotated[
+    int | None, typer.Option("--max-tokens", help="Maximum tokens of a judge reply (raise for reasoning judges).")
+]
+MaxCharacters = Annotated[
+    int,
+    typer.Option(
+        "--max-characters", help="Maximum characters of each block (document, answer, ...) in a judge prompt."
+    ),
+]
+Replies = Annotated[Path | None, typer.Option(help="Reply cache, an SQLite file (default: in LCEVAL_CACHE).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -44,18 +53,19 @@ def runs(
     max_tokens: MaxTokens = None,
     max_characters: MaxCharacters = 24_000,
     require_kappa: Annotated[
-        float | None, typer.Option(help="Refuse a judge calibrated below this, or not at all; exit code 1.")
+        float | None,
+        typer.Option(help="Minimum Cohen's kappa with human labels; exit with 1 if lower or uncalibrated."),
     ] = None,
     replies: Replies = None,
     as_json: Json = False,
 ) -> None:
-    """Add judged metrics beside a run's own. Exit code 4: some samples are unjudged; the same line goes on."""
+    """Add judge metrics to finished runs. Exit code 4: some samples are unjudged; rerun the same command to resume."""
     from lceval.judge import afterwards, calibrations
-    from lceval.judge.asking import asking
     from lceval.judge.client import Limits
+    from lceval.judge.connect import connect
 
     limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
-    with asking(
+    with connect(
         judge,
         "judging",
         replies=replies,
@@ -63,27 +73,31 @@ def runs(
         max_tokens=max_tokens,
         max_characters=max_characters,
         limits=limits,
-    ) as (made, client):
+    ) as (loaded, client):
         if require_kappa is not None:
-            known = calibrations.find(made.name, made.revision)
-            calibrations.require(known["kappa"] if known else None, require_kappa, made.name)
-        reports = [afterwards.judge_folder(folder, made, client) for folder in folders]
+            calibration = calibrations.find(loaded.name, loaded.revision)
+            calibrations.require(calibration["kappa"] if calibration else None, require_kappa, loaded.name)
+        reports = [afterwards.judge_folder(folder, loaded, client) for folder in folders]
     typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(afterwards.render, reports)))
     if missing := sum(map(afterwards.missing, reports)):
         raise InfrastructureError(
-            f"{missing} samples are unjudged for want of a reply: the same line asks for them again"
+            f"{missing} samples are unjudged, because their calls failed: rerun the same command to resume"
         )
 
 
 @app.command("calibrate")
 def calibrate_judge(
     judge: Spec = None,
-    limit: Annotated[int | None, typer.Option(help="Rows, the grades in their proportions; default all.")] = None,
-    repeats: Annotated[int, typer.Option(help="Times that each row is judged.", min=1)] = 1,
-    probes: Annotated[int, typer.Option(help="Wrong answers to dress up; 0 for none.", min=0)] = 0,
-    require_kappa: Annotated[float | None, typer.Option(help="Exit code 1 below this agreement.")] = None,
-    data: Annotated[Path | None, typer.Option(help="The graded predictions; default in LCEVAL_DATA.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write a line a row: ids and grades, no text.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Number of rows, stratified by label (default: all).")] = None,
+    repeats: Annotated[int, typer.Option(help="Number of verdicts per row.", min=1)] = 1,
+    probes: Annotated[int, typer.Option(help="Number of injection probes (0 disables).", min=0)] = 0,
+    require_kappa: Annotated[float | None, typer.Option(help="Minimum Cohen's kappa; exit with 1 if lower.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="File of human-graded predictions (default: in LCEVAL_DATA).")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON Lines file to write, with ids and labels of every row.")
+    ] = None,
     concurrency: Concurrency = 16,
     timeout: Timeout = 120.0,
     retries: Retries = 6,
@@ -94,14 +108,14 @@ def calibrate_judge(
     replies: Replies = None,
     as_json: Json = False,
 ) -> None:
-    """Agreement with the people who graded FinanceBench's predictions, self-consistency, and attacks."""
+    """Measure agreement with human labels, self-consistency and robustness to injection on FinanceBench."""
     from lceval.judge import calibrate, calibrations
-    from lceval.judge.asking import asking
     from lceval.judge.client import Limits
+    from lceval.judge.connect import connect
 
     rows = calibrate.stratified(calibrate.graded(data), limit)
     limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
-    with asking(
+    with connect(
         judge,
         "calibrating",
         replies=replies,
@@ -109,14 +123,14 @@ def calibrate_judge(
         max_tokens=max_tokens,
         max_characters=max_characters,
         limits=limits,
-    ) as (made, client):
-        report, lines = calibrate.calibrate(made, client, rows, repeats=repeats, probed=probes)
+    ) as (loaded, client):
+        report, lines = calibrate.calibrate(loaded, client, rows, repeats=repeats, probed=probes)
     calibrations.keep(report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text("".join(json.dumps(line) + "\n" for line in lines))
     typer.echo(json.dumps(report, indent=2) if as_json else calibrate.render(report))
-    found = report["kappa"]
-    if require_kappa is not None and (found is None or found < require_kappa):
-        said = "is undefined" if found is None else f"is {found:.3f}"
-        raise calibrations.BelowError(f"kappa of {made.name} {said}, and {require_kappa} was required")
+    kappa = report["kappa"]
+    if require_kappa is not None and (kappa is None or kappa < require_kappa):
+        value = "undefined" if kappa is None else f"{kappa:.3f}"
+        raise calibrations.BelowError(f"kappa of {loaded.name} is {value}; --require-kappa is {require_kappa}")

@@ -1,7 +1,7 @@
-"""A judge behind an OpenAI-compatible endpoint: the vendor's, or vLLM's, llama.cpp's and the like.
+"""A judge behind an OpenAI-compatible endpoint: OpenAI, vLLM, llama.cpp and others.
 
-The key comes from LCEVAL_JUDGE_KEY or OPENAI_API_KEY. It goes to the endpoint and nowhere else: what the endpoint says
-is cleaned of it before it is raised or filed, since some repeat a key in their errors.
+The key comes from LCEVAL_JUDGE_KEY or OPENAI_API_KEY. It is sent to the endpoint only, and removed from replies and
+errors before they are stored or raised, since some servers echo keys in their errors.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from lceval.judge.rubrics import Case, Prompt, Rubric
 from lceval.judge.store import Reply
 
 KEYS = ("LCEVAL_JUDGE_KEY", "OPENAI_API_KEY")
-_NO_KEY = "none"  # the client insists on one; local servers do not
+_NO_KEY = "none"  # required by the client, ignored by local servers
 _LONGEST_REASON = 160
-# What a server may not know, in the order in which it is left out after a 400.
+# Arguments that a server may not support, in the order of removal after a 400.
 _OPTIONAL = ("response_format", "max_tokens", "temperature")
 
 
 class EndpointJudge:
-    """See the module."""
+    """Judge behind an OpenAI-compatible endpoint."""
 
     parallel = True
     priced = True
@@ -33,9 +33,7 @@ class EndpointJudge:
         try:
             import openai
         except ModuleNotFoundError:
-            raise UserError(
-                "a judge behind an endpoint needs the openai package: pip install 'lceval[judge]'"
-            ) from None
+            raise UserError("an endpoint judge requires the openai package: pip install 'lceval[judge]'") from None
         self.name, self.revision = str(spec), spec.revision
         self._errors, self._model, self._max_tokens = openai, spec.model, max_tokens
         self._key = next((key for name in KEYS if (key := os.environ.get(name, "").strip())), "")
@@ -53,19 +51,19 @@ class EndpointJudge:
         self._client.close()
 
     def ask(self, rubric: Rubric, case: Case, prompt: Prompt) -> Reply:
-        """One chat completion at temperature 0; after a 400, once more for each optional argument left out."""
+        """One chat completion at temperature 0; a 400 is retried with one optional argument less each time."""
         dropped = self._dropped
         while True:
             try:
                 reply = self._complete(rubric, prompt, dropped)
             except self._errors.BadRequestError as error:
-                rest = [name for name in _OPTIONAL if name not in dropped and self._sends(name, rubric)]
-                if not rest:
+                optional = [name for name in _OPTIONAL if name not in dropped and self._sends(name, rubric)]
+                if not optional:
                     raise RefusedError(f"400: {self._reason(error)}") from None
-                named = [name for name in rest if name in str(error)]
-                dropped = (*dropped, (named or rest)[0])
+                mentioned = [name for name in optional if name in str(error)]
+                dropped = (*dropped, (mentioned or optional)[0])
             else:
-                with self._lock:  # it answers like this: no later call need find out again
+                with self._lock:  # later calls start with these arguments
                     self._dropped = max(self._dropped, dropped, key=len)
                 return reply
 
@@ -78,23 +76,23 @@ class EndpointJudge:
         arguments: dict[str, Any] = {"model": self._model, "messages": prompt.messages}
         if "temperature" not in dropped:
             arguments["temperature"] = 0
-        # Newer endpoints of the vendor know the limit by the second name alone, most servers by the first.
+        # Newer OpenAI models support only max_completion_tokens, most other servers only max_tokens.
         arguments["max_completion_tokens" if "max_tokens" in dropped else "max_tokens"] = tokens
         if schema is not None and "response_format" not in dropped:
             output_format = {"name": rubric.rubric, "strict": True, "schema": schema}
             arguments["response_format"] = {"type": "json_schema", "json_schema": output_format}
         errors = self._errors
         try:
-            made = self._client.chat.completions.create(**arguments)
-            choice, usage = made.choices[0], made.usage
-            text, model = choice.message.content or "", made.model or ""
-            fingerprint = getattr(made, "system_fingerprint", None) or ""
+            completion = self._client.chat.completions.create(**arguments)
+            choice, usage = completion.choices[0], completion.usage
+            text, model = choice.message.content or "", completion.model or ""
+            fingerprint = getattr(completion, "system_fingerprint", None) or ""
             cut = choice.finish_reason == "length"
         except errors.BadRequestError:
             raise
         except (errors.AuthenticationError, errors.PermissionDeniedError, errors.NotFoundError) as error:
             raise UserError(
-                f"the judge {self.name} answers {error.status_code} ({self._reason(error)}): check the model's name, "
+                f"the judge {self.name} returns {error.status_code} ({self._reason(error)}): check the model's name, "
                 f"the address and {' or '.join(KEYS)}"
             ) from None
         except errors.APITimeoutError:
@@ -105,7 +103,7 @@ class EndpointJudge:
             raise RefusedError(f"{error.status_code}: {self._reason(error)}") from None
         except errors.APIConnectionError:
             raise TryAgainError("no connection") from None
-        except Exception as error:  # a body that is cut, no JSON, or JSON of another kind
+        except Exception as error:  # a truncated body, invalid JSON, or a different schema
             raise TryAgainError(f"not a chat completion ({type(error).__name__})") from None
         served = " ".join(filter(None, (model, fingerprint)))
         counted = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
@@ -121,6 +119,6 @@ class EndpointJudge:
 
 
 def _seconds(headers: Any) -> float | None:
-    """What `Retry-After` asks for; None where it is missing or a date."""
+    """`Retry-After` in seconds; None if it is missing or a date."""
     value = str(headers.get("retry-after", ""))
     return float(value) if re.fullmatch(r"\d+(\.\d+)?", value) else None

@@ -1,4 +1,4 @@
-"""A judge as training wants it: the reward of R+Judge, and the second stage of the promotion of negatives."""
+"""Judges for training: the reward of R+Judge, and the second stage of relabelling negatives as gold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Grader:
     """Grades outputs by the rubric `rj`.
 
     Attributes:
-        unjudged: outputs that got no grades so far, by the client's reason.
+        unjudged: number of outputs without grades, by reason.
     """
 
     def __init__(self, client: Client) -> None:
@@ -28,7 +28,7 @@ class Grader:
         self._client, self._rubric = client, rubrics.load(RUBRIC)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], outputs: Sequence[str]) -> list[float | None]:
-        """J, the sum of the three 0/1 grades, an output; None where there is no verdict.
+        """J, the sum of the three 0/1 grades, per output; None without a verdict.
 
         Raises:
             UserError: no call can succeed (a wrong key, an unknown model).
@@ -41,42 +41,42 @@ class Grader:
 
 @contextmanager
 def configured() -> Iterator[Grader]:
-    """A grader of the judge that LCEVAL_JUDGE names; replies are filed where `lceval judge` finds them.
+    """A grader with the judge of LCEVAL_JUDGE; replies are stored in the cache of `lceval judge`.
 
     Raises:
-        UserError: no judge is named, or there is no such judge.
+        UserError: LCEVAL_JUDGE is unset, or there is no such judge.
     """
-    from lceval.judge.asking import asking
+    from lceval.judge.connect import connect
 
-    with asking(None, None, wait=True) as (_, client):
+    with connect(None, None, wait=True) as (_, client):
         yield Grader(client)
 
 
 @contextmanager
 def of_passages(judge: str) -> Iterator[Judge]:
-    """Tells whether passages bear on their questions, by the rubric `relevance`; replies are filed as all are.
+    """A function that grades the relevance of passages to their questions (rubric `relevance`).
 
     Raises:
-        UserError: there is no such judge, or (when asked) no call can succeed.
+        UserError: there is no such judge, or (when called) no call can succeed.
     """
-    from lceval.judge.asking import asking
+    from lceval.judge.connect import connect
 
     rubric = rubrics.load("relevance")
-    with asking(judge, "passages", wait=True) as (_, client):
+    with connect(judge, "passages", wait=True) as (_, client):
 
-        def bear(matches: Sequence[Match]) -> list[bool | None]:
+        def relevant(matches: Sequence[Match]) -> list[bool | None]:
             cases = [Case(match.question, match.answers, "", (match.passage,)) for match in matches]
-            found = client.judge_all(rubric, cases)
-            return [None if verdict.grades is None else verdict.grades["relevant"] == 1 for verdict in found]
+            verdicts = client.judge_all(rubric, cases)
+            return [None if verdict.grades is None else verdict.grades["relevant"] == 1 for verdict in verdicts]
 
-        yield bear
+        yield relevant
 
 
 def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:
-    """What a judge is shown of a row and an output.
+    """The case of a row and an output.
 
     Args:
-        documents: also the gold documents, with the numbers that the prompt gives them.
+        documents: whether to include the gold documents, with their numbers in the prompt.
     """
     golds = tuple(sorted(gold_places(row))) if documents else ()
     return Case(

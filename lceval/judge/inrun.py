@@ -1,11 +1,11 @@
-"""Judging in the run: with LCEVAL_JUDGE set, lm-eval's `simple_evaluate` gives judged metrics beside its own.
+"""In-run judging: with LCEVAL_JUDGE set, lm-eval's `simple_evaluate` also returns judge metrics.
 
-It happens after all answers are there and scored, not in a filter of the tasks: a filter would have to smuggle verdicts
-through strings, make the tasks differ by the environment, and hold the evaluated model while a judge is asked. Here the
-samples and the results are complete and only gain; `lceval run`, sweeps and plain `lm_eval` all pass through.
+Judging follows generation and scoring instead of being a task filter: a filter would have to encode verdicts as
+strings, make the tasks depend on the environment, and keep the evaluated model in memory. Here verdicts are only added
+to complete results. `lceval run`, sweeps and plain `lm_eval` all use this function.
 
-A local judge is a process of its own, so that it never shares one with the evaluated model. A judge that fails leaves
-samples unjudged: the answers are worth more than the verdicts, and `lceval judge RUN` asks again.
+A local judge runs in a separate process, apart from the evaluated model. If a judge fails, samples are unjudged and the
+run still succeeds; `lceval judge RUN` retries them.
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ from typing import Any
 from lceval.errors import LcevalError, UserError
 from lceval.judge import judges, rubrics, samples
 from lceval.judge.afterwards import report_of
-from lceval.judge.asking import TIMEOUT_S, asking
 from lceval.judge.client import Limits, Spent, Verdict
+from lceval.judge.connect import TIMEOUT_S, connect
 from lceval.judge.judges import VARIABLE
 from lceval.judge.rubrics import Case
 
 LIMITS = Limits()
 _WORSE_WHEN_HIGH = ("judge_incorrect", "judge_refusal")
 
-Asked = Sequence[tuple[str, Sequence[Case]]]  # rubric and cases, a task each
+Batch = Sequence[tuple[str, Sequence[Case]]]  # (rubric, cases) of each task
 
 
 def ready() -> str | None:
-    """The judge that LCEVAL_JUDGE names, found fit to be asked before anything is loaded; None where it is unset.
+    """The validated judge of LCEVAL_JUDGE, before any model is loaded; None if unset.
 
     Raises:
-        UserError: it names none, or what it needs is not there.
+        UserError: the name is invalid, or a requirement of the judge is missing.
     """
     spec = os.environ.get(VARIABLE, "").strip()
     if not spec:
         return None
     try:
-        asked = judges.parse(spec)
-        if asked.kind == "hf":
-            _configured(asked)
+        parsed = judges.parse(spec)
+        if parsed.kind == "hf":
+            _check_model(parsed)
         else:
             judges.make(spec, timeout=TIMEOUT_S).close()
     except UserError as error:
@@ -59,22 +59,22 @@ def ready() -> str | None:
     return spec
 
 
-def _configured(asked: judges.Spec) -> None:
+def _check_model(spec: judges.Spec) -> None:
     from transformers import AutoConfig
 
     from lceval.models import packaged
 
     try:
         AutoConfig.from_pretrained(
-            packaged.resolve(asked.model), **({"revision": asked.revision} if asked.revision else {})
+            packaged.resolve(spec.model), **({"revision": spec.revision} if spec.revision else {})
         )
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the judge {asked.model!r}: {reason}") from None
+        raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
 
 
 def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`simple_evaluate` with verdicts, where LCEVAL_JUDGE asks for them; else as it is."""
+    """`simple_evaluate` with verdicts if LCEVAL_JUDGE is set; else unchanged."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -82,14 +82,14 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         spec = _ready_or_exit()
         if spec is None:
             return original(*args, **kwargs)
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        wanted, given.arguments["log_samples"] = given.arguments["log_samples"], True
-        results = original(*given.args, **given.kwargs)
-        if results is None or given.arguments.get("predict_only"):
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        log_samples, call.arguments["log_samples"] = call.arguments["log_samples"], True
+        results = original(*call.args, **call.kwargs)
+        if results is None or call.arguments.get("predict_only"):
             return results
         add(results, spec)
-        if not wanted:
+        if not log_samples:
             del results["samples"]
         return results
 
@@ -97,7 +97,7 @@ def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ready_or_exit() -> str | None:
-    """Plain lm_eval prints tracebacks: there the one line ends the process."""
+    """`ready`; under plain lm_eval, which prints tracebacks, an error is printed in one line and exits."""
     try:
         return ready()
     except UserError as error:
@@ -108,31 +108,31 @@ def _ready_or_exit() -> str | None:
 
 
 def add(results: dict[str, Any], spec: str) -> None:
-    """Judge the samples of lm-eval's results, and write verdicts and means into them; `results["judge"]` says whose."""
-    named = {
+    """Judge the samples of lm-eval's results and add verdicts, means and the judge (`results["judge"]`)."""
+    rubric_names = {
         task: name for task in results["samples"] if (name := samples.rubric_of(task)) and results["samples"][task]
     }
-    if not named:
+    if not rubric_names:
         return
-    rows = {task: _first_filter(results["samples"][task]) for task in named}
-    shown = {task: [samples.sample_of(row, name) for row in rows[task]] for task, name in named.items()}
-    asked = [(named[task], [s.case for s in found if not s.failed]) for task, found in shown.items()]
-    gc.collect()  # plain lm_eval has let the model go
+    rows = {task: _first_filter(results["samples"][task]) for task in rubric_names}
+    task_samples = {task: [samples.sample_of(row, name) for row in rows[task]] for task, name in rubric_names.items()}
+    batch = [(rubric_names[task], [s.case for s in group if not s.failed]) for task, group in task_samples.items()]
+    gc.collect()  # frees the evaluated model, which plain lm_eval no longer references
     try:
-        report, verdicts = _apart(asked, spec) if judges.parse(spec).kind == "hf" else ask(asked, spec)
+        report, verdicts = _in_subprocess(batch, spec) if judges.parse(spec).kind == "hf" else ask(batch, spec)
     except LcevalError as error:
         print(f"lceval: unjudged: {error}", file=sys.stderr)
-        report, verdicts = _nobody(spec), [[Verdict(None, f"failed: {error}", "", "", 0)] * len(c) for _, c in asked]
-    for (task, found), given in zip(shown.items(), verdicts, strict=True):
-        rubric = rubrics.load(named[task])
-        scored = samples.score(found, given, rubric)
+        report, verdicts = _failed(spec), [[Verdict(None, f"failed: {error}", "", "", 0)] * len(c) for _, c in batch]
+    for (task, group), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
+        rubric = rubrics.load(rubric_names[task])
+        scored = samples.score(group, task_verdicts, rubric)
         lines = [samples.line(one, report["judge"], report["revision"], rubric) for one in scored]
         names = list(dict.fromkeys(name for _, scores, _ in scored for name in scores or ()))
         for row, line in zip(rows[task], lines, strict=True):
             row |= {**{name: line.get(name) for name in names}, "verdict": line}
             row["metrics"] = [*row["metrics"], *names]
         report["tasks"][task] = {"rubric": rubric.key, **samples.summary(scored)}
-        _tell(results, task, str(rows[task][0]["filter"]), names, lines)
+        _add_means(results, task, str(rows[task][0]["filter"]), names, lines)
     results["judge"] = report
 
 
@@ -140,60 +140,60 @@ def _first_filter(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["filter"] == rows[0]["filter"]]
 
 
-def _tell(
-    results: dict[str, Any], task: str, of: str, names: Sequence[str], lines: Sequence[Mapping[str, Any]]
+def _add_means(
+    results: dict[str, Any], task: str, filter_name: str, names: Sequence[str], lines: Sequence[Mapping[str, Any]]
 ) -> None:
-    """The means beside lm-eval's own, under its names for them."""
-    told = results["results"][task]
+    """Add the means to lm-eval's results, in its naming scheme."""
+    means = results["results"][task]
     for name in names:
         values = [line[name] for line in lines if line.get(name) is not None]
-        several = len(values) > 1
-        told[f"{name},{of}"] = math.fsum(values) / len(values)
-        told[f"{name}_stderr,{of}"] = statistics.stdev(values) / math.sqrt(len(values)) if several else "N/A"
-    told[f"unjudged,{of}"] = sum(line["status"] == "unjudged" for line in lines)
+        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
+        means[f"{name},{filter_name}"] = math.fsum(values) / len(values)
+        means[f"{name}_stderr,{filter_name}"] = stderr
+    means[f"unjudged,{filter_name}"] = sum(line["status"] == "unjudged" for line in lines)
     better = results.setdefault("higher_is_better", {}).setdefault(task, {})
     better |= {**{name: name not in _WORSE_WHEN_HIGH for name in names}, "unjudged": False}
 
 
-def _nobody(spec: str) -> dict[str, Any]:
-    asked = judges.parse(spec)
-    who = {"judge": str(asked), "label": str(asked), "revision": asked.revision, "rule_based": asked.kind == "rule"}
-    return {**who, "tasks": {}, **vars(Spent())}
+def _failed(spec: str) -> dict[str, Any]:
+    """The report of a judge that failed."""
+    parsed = judges.parse(spec)
+    judge = {"judge": str(parsed), "label": str(parsed), "revision": parsed.revision}
+    return {**judge, "rule_based": parsed.kind == "rule", "tasks": {}, **vars(Spent())}
 
 
-def ask(asked: Asked, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
-    """The verdicts of every task, and a report without tasks; replies are filed where `lceval judge` finds them."""
-    with asking(spec, "judging", limits=LIMITS, wait=True) as (judge, client):
-        found = [client.judge_all(rubrics.load(name), cases) for name, cases in asked]
-        return report_of(judge, client.spent, {}), found
+def ask(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
+    """A report without tasks, and the verdicts of every task; replies are stored in the cache of `lceval judge`."""
+    with connect(spec, "judging", limits=LIMITS, wait=True) as (judge, client):
+        verdicts = [client.judge_all(rubrics.load(name), cases) for name, cases in batch]
+        return report_of(judge, client.spent, {}), verdicts
 
 
-def _apart(asked: Asked, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
-    """`ask` in a process of its own."""
+def _in_subprocess(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
+    """`ask` in a separate process."""
     with tempfile.TemporaryDirectory(prefix="lceval-judge-") as folder:
-        cases, said = Path(folder) / "cases.json", Path(folder) / "verdicts.json"
-        cases.write_text(json.dumps([spec, [(name, [asdict(case) for case in found]) for name, found in asked]]))
-        line = [sys.executable, "-m", "lceval.judge.inrun", str(cases), str(said)]
-        ran = subprocess.run(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if not said.is_file():
-            last = (ran.stderr.strip() or f"it ended with {ran.returncode}").splitlines()[-1]
+        inputs, outputs = Path(folder) / "cases.json", Path(folder) / "verdicts.json"
+        inputs.write_text(json.dumps([spec, [(name, [asdict(case) for case in cases]) for name, cases in batch]]))
+        command = [sys.executable, "-m", "lceval.judge.inrun", str(inputs), str(outputs)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if not outputs.is_file():
+            last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
             raise LcevalError(f"the judge {spec} failed: {last}")
-        report, verdicts = json.loads(said.read_text())
-    return report, [[Verdict(**verdict) for verdict in found] for found in verdicts]
+        report, verdicts = json.loads(outputs.read_text())
+    return report, [[Verdict(**verdict) for verdict in of_task] for of_task in verdicts]
 
 
-def _main(cases: Path, said: Path) -> None:
-    spec, tasks = json.loads(cases.read_text())
-    asked = [(name, [_case(fields) for fields in found]) for name, found in tasks]
-    report, verdicts = ask(asked, spec)
-    partial = said.with_suffix(".part")
-    partial.write_text(json.dumps([report, [[asdict(verdict) for verdict in found] for found in verdicts]]))
-    os.replace(partial, said)
+def _main(inputs: Path, outputs: Path) -> None:
+    spec, tasks = json.loads(inputs.read_text())
+    report, verdicts = ask([(name, [_case(fields) for fields in cases]) for name, cases in tasks], spec)
+    partial = outputs.with_suffix(".part")
+    partial.write_text(json.dumps([report, [[asdict(verdict) for verdict in of_task] for of_task in verdicts]]))
+    os.replace(partial, outputs)
 
 
 def _case(fields: Mapping[str, Any]) -> Case:
-    given: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-    return Case(**given)
+    arguments: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+    return Case(**arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be a judge, and how one is named: `openai:MODEL[#REVISION]@BASE_URL`, `hf:NAME[#REVISION]`, `rule`."""
+"""Judges and their names: `openai:MODEL[#REVISION]@BASE_URL`, `hf:NAME[#REVISION]`, `rule`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lceval.judge.rubrics import Case, Prompt, Rubric
 from lceval.judge.store import Reply
 
 VARIABLE = "LCEVAL_JUDGE"
-OUTPUT_FORMATS = "openai:MODEL@BASE_URL, hf:NAME or rule"
+NAME_FORMATS = "openai:MODEL@BASE_URL, hf:NAME or rule"
 
 
 class TryAgainError(Exception):
-    """This call failed and another may not: a timeout, a limit on calls, a fault of the server.
+    """A transient failure: a timeout, a rate limit, a server error.
 
-    after: seconds that the server asks to wait, None where it does not say.
+    after: `Retry-After` of the server in seconds, or None.
     """
 
     def __init__(self, reason: str, after: float | None = None) -> None:
@@ -27,17 +27,17 @@ class TryAgainError(Exception):
 
 
 class RefusedError(Exception):
-    """This prompt will not be answered however often it is sent."""
+    """A permanent failure for this prompt."""
 
 
 class Judge(Protocol):
-    """Answers prompts.
+    """Protocol of judges.
 
     Attributes:
-        name: as it was asked for; part of what replies are filed under.
-        revision: what else tells its replies from those of another with that name; "" where nothing is known.
+        name: the requested name; part of the cache key of replies.
+        revision: version of the judge, also part of the key; "" if unknown.
         label: its name in tables.
-        parallel: whether `ask` may be called from several threads at once.
+        parallel: whether `ask` is thread-safe.
         priced: whether calls and tokens count against a budget.
     """
 
@@ -53,8 +53,8 @@ class Judge(Protocol):
         """One reply.
 
         Raises:
-            TryAgainError, RefusedError: as they say.
-            UserError: no prompt will be answered (a wrong key, an unknown model).
+            TryAgainError, RefusedError: a transient or permanent failure.
+            UserError: no call can succeed (a wrong key, an unknown model).
         """
         ...
 
@@ -63,7 +63,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """A judge's name, taken apart."""
+    """A parsed judge name."""
 
     kind: str
     model: str = ""
@@ -71,15 +71,15 @@ class Spec:
     url: str = ""
 
     def __str__(self) -> str:
-        """Without the revision, which is filed apart."""
+        """The name without the revision, which is a separate part of the key."""
         return self.kind + (f":{self.model}" if self.model else "") + (f"@{self.url}" if self.url else "")
 
 
 def parse(text: str) -> Spec:
-    """A judge's name taken apart.
+    """Parse a judge name.
 
     Raises:
-        UserError: it is none, or its address holds a password.
+        UserError: the name is invalid, or its address contains credentials.
     """
     kind, _, rest = text.strip().partition(":")
     if kind == "rule" and not rest:
@@ -91,42 +91,44 @@ def parse(text: str) -> Spec:
     if kind == "openai" and model and at:
         parts = urlsplit(f"http{url}")
         if parts.username or parts.password or parts.query:
-            raise UserError("the judge's address must hold no user, password or query: keys come from LCEVAL_JUDGE_KEY")
+            raise UserError(
+                "the judge's address must not contain user, password or query: set LCEVAL_JUDGE_KEY instead"
+            )
         if parts.scheme in ("http", "https") and parts.hostname:
             model, _, revision = model.partition("#")
             return Spec("openai", model, revision, f"http{url}".rstrip("/"))
-    # What was given may be a key in the wrong place: it is not repeated.
-    known = f"{kind}:…" if kind in ("openai", "hf", "rule") else "what was given"
-    raise UserError(f"cannot read the judge's name ({known}): expected {OUTPUT_FORMATS}")
+    # The value may be a misplaced key, so it is not printed.
+    hint = f" ({kind}:…)" if kind in ("openai", "hf", "rule") else ""
+    raise UserError(f"cannot read the judge's name{hint}: expected {NAME_FORMATS}")
 
 
 def chosen(spec: str | None) -> str:
-    """The judge asked for, else that of LCEVAL_JUDGE.
+    """The given judge name, else that of LCEVAL_JUDGE.
 
     Raises:
-        UserError: neither names one.
+        UserError: neither is set.
     """
-    if found := spec or os.environ.get(VARIABLE):
-        return found
-    raise UserError(f"no judge: pass --judge or set {VARIABLE} ({OUTPUT_FORMATS})")
+    if name := spec or os.environ.get(VARIABLE):
+        return name
+    raise UserError(f"no judge: pass --judge or set {VARIABLE} ({NAME_FORMATS})")
 
 
 def make(spec: str, *, timeout: float, max_tokens: int | None = None) -> Judge:
-    """A judge by name; a local model is loaded here.
+    """Create a judge by name; a local model is loaded here.
 
     Args:
-        timeout: seconds that an endpoint may take for one reply.
-        max_tokens: of a reply; None takes the rubric's.
+        timeout: timeout of an endpoint call in seconds.
+        max_tokens: maximum tokens of a reply; None: the rubric's limit.
     """
-    asked = parse(spec)
-    if asked.kind == "rule":
+    parsed = parse(spec)
+    if parsed.kind == "rule":
         from lceval.judge.rule import RuleJudge
 
         return RuleJudge()
-    if asked.kind == "hf":
+    if parsed.kind == "hf":
         from lceval.judge.local import LocalJudge
 
-        return LocalJudge(asked, max_tokens=max_tokens)
+        return LocalJudge(parsed, max_tokens=max_tokens)
     from lceval.judge.endpoint import EndpointJudge
 
-    return EndpointJudge(asked, timeout=timeout, max_tokens=max_tokens)
+    return EndpointJudge(parsed, timeout=timeout, max_tokens=max_tokens)

@@ -1,9 +1,8 @@
 """A local Hugging Face model as the judge.
 
-Where the reply is JSON, it is not generated but chosen: field after field, the label with the highest log-likelihood
-after the prompt and what has been chosen so far. So a verdict is always well formed, and a small model can give one.
-The log-likelihoods stand beside it in the reply: a judge that prefers one label whatever it is shown can be told by
-them. Prose (a rating) is generated greedily.
+A JSON reply is not generated but chosen: for each field in turn, the label with the highest log-likelihood after the
+prompt and the previous fields. So a verdict is always well-formed, even from a small model. The reply includes the
+log-likelihoods, which reveal a bias towards one label. Prose (a rating) is generated greedily.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from lceval.judge.rubrics import Case, Label, Prompt, Rubric
 from lceval.judge.store import Reply
 
 SCORES = "log_likelihoods"
-"""The key of a chosen reply that holds them, by field and label."""
+"""Key of the log-likelihoods in a chosen reply, by field and label."""
 
 
 class LocalJudge:
-    """See the module."""
+    """A local Hugging Face model."""
 
     parallel = False
     priced = False
@@ -54,7 +53,7 @@ class LocalJudge:
         return self.name
 
     def close(self) -> None:
-        """Lets the weights go."""
+        """Free the weights."""
         del self._model
 
     def ask(self, rubric: Rubric, case: Case, prompt: Prompt) -> Reply:
@@ -74,7 +73,7 @@ class LocalJudge:
 
             try:
                 text = self._template(prompt.messages)
-            except TemplateError:  # some templates know no system message
+            except TemplateError:  # some templates do not support a system message
                 text = self._template([{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}])
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         else:
@@ -82,38 +81,38 @@ class LocalJudge:
         return ids
 
     def _choose(self, rubric: Rubric, ids: list[int]) -> tuple[dict[str, Label], dict[str, dict[str, float]]]:
-        """The labels, each by the log-likelihood of its tokens, and these; the prompt is read once."""
+        """The chosen labels and the log-likelihoods of all labels; the prompt is prefilled once."""
         import torch
         from transformers import DynamicCache
 
         cache = DynamicCache(config=self._model.config)
         chosen: dict[str, Label] = {}
-        every: dict[str, dict[str, float]] = {}
-        head, read = "{", [*ids]
+        log_likelihoods: dict[str, dict[str, float]] = {}
+        prefix, cached = "{", [*ids]
         for place, (field, labels) in enumerate(rubric.labels.items()):
-            head += ", " * bool(place) + json.dumps(field) + ":"
-            spelled = {label: self._tokens(f"{head} {json.dumps(label)}") for label in labels}
-            # Tokens may join a label to what stands before it: what all labels share is read once.
-            common = _shared(spelled.values())
-            shared = ids + next(iter(spelled.values()))[:common]
-            longest = len(ids) + max(map(len, spelled.values()))
+            prefix += ", " * bool(place) + json.dumps(field) + ":"
+            continuations = {label: self._tokens(f"{prefix} {json.dumps(label)}") for label in labels}
+            # A token may span the prefix and the label, so the common tokens of all labels are prefilled.
+            common = _common_length(continuations.values())
+            shared = ids + next(iter(continuations.values()))[:common]
+            longest = len(ids) + max(map(len, continuations.values()))
             if longest > self._longest:
-                raise RefusedError(f"the prompt has {longest} tokens, the judge reads {self._longest}")
-            # All but the last shared token, whose logits the first token of every label needs.
-            _trim(cache, min(_shared([read, shared]), len(shared) - 1))
+                raise RefusedError(f"the prompt has {longest} tokens; the judge's limit is {self._longest}")
+            # All but the last shared token, whose logits give the first token of every label.
+            _trim(cache, min(_common_length([cached, shared]), len(shared) - 1))
             fresh = shared[cache.get_seq_length() : -1]
             if fresh:
                 inputs = torch.tensor([fresh], device=self._model.device)
                 self._model(input_ids=inputs, cache=cache, use_cache=True, logits_to_keep=1)
-            read = shared[:-1]
-            scores = {label: self._score(cache, shared[-1], tokens[common:]) for label, tokens in spelled.items()}
+            cached = shared[:-1]
+            scores = {label: self._score(cache, shared[-1], tokens[common:]) for label, tokens in continuations.items()}
             chosen[field] = max(scores, key=scores.__getitem__)
-            every[field] = {str(label): round(score, 4) for label, score in scores.items()}
-            head += f" {json.dumps(chosen[field])}"
-        return chosen, every
+            log_likelihoods[field] = {str(label): round(score, 4) for label, score in scores.items()}
+            prefix += f" {json.dumps(chosen[field])}"
+        return chosen, log_likelihoods
 
     def _score(self, cache: Any, last: int, tail: list[int]) -> float:
-        """The log-likelihood of `tail` after what the cache holds and `last`; the cache is left as it was."""
+        """The log-likelihood of `tail` after the cached tokens and `last`; the cache is unchanged afterwards."""
         import torch
 
         before = cache.get_seq_length()
@@ -126,27 +125,27 @@ class LocalJudge:
         return self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     def _tokens(self, text: str) -> list[int]:
-        found: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return found
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
 
     def _generate(self, rubric: Rubric, ids: list[int]) -> Reply:
         import torch
 
-        room = self._max_tokens or rubric.max_tokens
-        if len(ids) + room > self._longest:
+        limit = self._max_tokens or rubric.max_tokens
+        if len(ids) + limit > self._longest:
             raise RefusedError(
-                f"the prompt has {len(ids)} tokens and the reply {room}, the judge reads {self._longest}"
+                f"the prompt has {len(ids)} tokens and the reply up to {limit}; the judge's limit is {self._longest}"
             )
         inputs = torch.tensor([ids], device=self._model.device)
-        made = self._model.generate(
-            input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=room, do_sample=False
+        generated = self._model.generate(
+            input_ids=inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=limit, do_sample=False
         )[0, len(ids) :]
-        text = str(self._tokenizer.decode(made, skip_special_tokens=True))
-        return Reply(text, len(ids), len(made), self.revision, cut=len(made) >= room)
+        text = str(self._tokenizer.decode(generated, skip_special_tokens=True))
+        return Reply(text, len(ids), len(generated), self.revision, cut=len(generated) >= limit)
 
 
-def _shared(sequences: Collection[Sequence[int]]) -> int:
-    """How many first tokens all sequences have in common."""
+def _common_length(sequences: Collection[Sequence[int]]) -> int:
+    """Length of the common prefix of all sequences."""
     length = 0
     for tokens in zip(*sequences, strict=False):
         if len(set(tokens)) > 1:
@@ -156,13 +155,13 @@ def _shared(sequences: Collection[Sequence[int]]) -> int:
 
 
 def _trim(cache: Any, length: int) -> None:
-    """Cut a cache to its first `length` tokens."""
+    """Crop a cache to its first `length` tokens."""
     if (surplus := cache.get_seq_length() - length) > 0:
         cache.crop(-surplus)
 
 
 def _digest(folder: Path) -> str:
-    """What a folder's weights and tokenizer are: 16 characters; "" for no folder."""
+    """Digest of a folder's weights and tokenizer, 16 characters; "" without a folder."""
     digest = hashlib.sha256()
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.json")]) if folder.is_dir() else []
     for file in files:

@@ -1,7 +1,7 @@
-"""Rubrics: what a judge is told, what it is shown, and what it may reply. Their texts are data, in rubrics/*.yaml.
+"""Rubrics: instructions, inputs and valid replies of a judge. Their texts are data, in rubrics/*.yaml.
 
-A prompt has two messages: the rubric, and the material in blocks. Every block begins and ends with a line that holds a
-fence, which is derived from a hash of the material and occurs nowhere in it, so that nothing inside can end its block.
+A prompt has two messages: the rubric, and the inputs in blocks. Every block is delimited by lines with a fence, which
+is derived from a hash of the inputs and occurs nowhere in them, so that no input can end its block.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from lceval.errors import UserError
 
 FOLDER = Path(__file__).parent / "rubrics"
 MAX_CHARACTERS = 24_000
-"""Of one block, by default: what is longer loses its middle, with a note that says how much."""
+"""Default limit of a block: the middle of a longer one is replaced with a note of its length."""
 
 Label = int | str
 
 
 class Rubric(BaseModel):
-    """A versioned rubric; any change of its text raises `version` (a test holds the digests)."""
+    """A versioned rubric; any change of its text requires a new `version` (a test pins the digests)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -47,7 +47,7 @@ class Rubric(BaseModel):
 
     @property
     def schema_of_reply(self) -> dict[str, Any] | None:
-        """The JSON schema of a reply; None where the reply is prose."""
+        """The JSON schema of a reply; None for prose."""
         if self.reply != "json":
             return None
         fields = {field: {"enum": [*labels]} for field, labels in self.labels.items()}
@@ -56,13 +56,13 @@ class Rubric(BaseModel):
 
 @dataclass(frozen=True)
 class Case:
-    """What is to be judged.
+    """An answer to judge, with its question.
 
     Attributes:
-        gold: the right answers, any of which will do.
-        documents: the gold documents as the prompt shows them, with their tags.
+        gold: the gold answers, alternatives of each other.
+        documents: the gold documents as in the prompt, with their tags.
         gold_ids: their numbers in the prompt.
-        choices: of a multiple-choice question, in the order of their letters.
+        choices: of a multiple-choice question, in letter order.
     """
 
     question: str
@@ -75,7 +75,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The messages for a judge; `clipped` is how many characters were left out of them."""
+    """The messages for a judge; `clipped`: number of omitted characters."""
 
     system: str
     user: str
@@ -83,18 +83,18 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """The digest that verdicts are filed under."""
+        """The digest in the cache key of replies."""
         return hashlib.sha256(json.dumps([self.system, self.user]).encode()).hexdigest()
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """As chat endpoints and templates take them."""
+        """Messages in the format of chat endpoints and templates."""
         return [{"role": "system", "content": self.system}, {"role": "user", "content": self.user}]
 
 
 @cache
 def names() -> tuple[str, ...]:
-    """Every rubric."""
+    """The names of all rubrics."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
 
 
@@ -103,15 +103,15 @@ def load(name: str) -> Rubric:
     """A rubric by name.
 
     Raises:
-        UserError: there is none.
+        UserError: an unknown name.
     """
     if name not in names():
-        raise UserError(f"no rubric {name!r}; there are {', '.join(names())}")
+        raise UserError(f"unknown rubric {name!r}: expected one of {', '.join(names())}")
     return Rubric.model_validate(yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def fence(texts: Sequence[str]) -> str:
-    """A mark that occurs in none of the texts; the same texts have the same one."""
+    """A deterministic delimiter that occurs in none of the texts."""
     salt = 0
     while True:
         digest = hashlib.sha256(json.dumps([salt, *texts]).encode()).hexdigest()[:16]
@@ -121,29 +121,29 @@ def fence(texts: Sequence[str]) -> str:
 
 
 def clip(text: str, limit: int) -> tuple[str, int]:
-    """The text, or its two ends where it is longer than `limit` characters, and how many were left out."""
-    left_out = len(text) - limit
-    if left_out <= 0:
+    """The text, or its two ends if it is longer than `limit` characters, and the number of omitted characters."""
+    omitted = len(text) - limit
+    if omitted <= 0:
         return text, 0
     head = limit // 2
-    return f"{text[:head]}\n[... {left_out} characters left out ...]\n{text[len(text) - (limit - head) :]}", left_out
+    return f"{text[:head]}\n[... {omitted} characters left out ...]\n{text[len(text) - (limit - head) :]}", omitted
 
 
 def render(rubric: Rubric, case: Case, *, repeat: int = 0, limit: int = MAX_CHARACTERS) -> Prompt:
     """The prompt of a case.
 
     Args:
-        repeat: 0 is the prompt itself; others show documents and labels in another order, the same for the same case.
-        limit: characters of a block (of each document, for documents).
+        repeat: 0 for the original prompt; others shuffle documents and labels, deterministically per case.
+        limit: maximum characters of a block (of each document).
     """
     order = random.Random(f"{repeat} {case.question} {case.solution}") if repeat else None
     blocks: list[tuple[str, str]] = []
     clipped = 0
-    for shown in rubric.shows:
-        for title, text in _blocks(shown, case, order):
-            kept, left_out = clip(text, limit)
-            clipped += left_out
-            blocks.append((title, kept))
+    for part in rubric.shows:
+        for title, text in _blocks(part, case, order):
+            content, omitted = clip(text, limit)
+            clipped += omitted
+            blocks.append((title, content))
     mark = fence([text for _, text in blocks])
     body = "\n\n".join(f"{mark} {title}\n{text}\n{mark} END" for title, text in blocks)
     user = (
@@ -154,16 +154,16 @@ def render(rubric: Rubric, case: Case, *, repeat: int = 0, limit: int = MAX_CHAR
     return Prompt(f"{rubric.system.strip()}\n{_labels(rubric, order)}".strip(), user, clipped)
 
 
-def _blocks(shown: str, case: Case, order: random.Random | None) -> list[tuple[str, str]]:
-    if shown == "question":
+def _blocks(part: str, case: Case, order: random.Random | None) -> list[tuple[str, str]]:
+    if part == "question":
         return [("QUESTION", case.question)]
-    if shown == "gold":
+    if part == "gold":
         return [("REFERENCE ANSWER", "\nor: ".join(case.gold))]
-    if shown == "choices":
+    if part == "choices":
         return [
             ("OPTIONS", "\n".join(f"({letter}) {text}" for letter, text in zip("ABCD", case.choices, strict=False)))
         ]
-    if shown == "documents":
+    if part == "documents":
         documents = list(case.documents)
         if order:
             order.shuffle(documents)

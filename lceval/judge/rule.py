@@ -1,7 +1,6 @@
-"""A judge that is a rule: deterministic, free, and a reference that a model must beat. It is labelled as what it is.
+"""The rule-based judge: deterministic, free, and a baseline for model judges. It is always labelled as rule-based.
 
-It compares words and figures and understands nothing: a right answer in other words is wrong to it, and reasoning is
-"good" if it is there at all.
+It compares words and numbers only: a correct paraphrase is graded incorrect, and any reasoning is graded good.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ VERSION = "1"
 
 _CLOSED = ("yes", "no")
 _WORDS_AGREE = 0.5
-"""Token F1 from which two texts say the same to this judge."""
+"""Token F1 above which two texts count as equivalent."""
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _DECLINING = (
@@ -42,7 +41,7 @@ _DECLINES = re.compile(rf"\b(?:{'|'.join(_DECLINING)})\b", re.IGNORECASE)
 
 
 class RuleJudge:
-    """See the module."""
+    """The rule-based judge."""
 
     name = "rule"
     revision = VERSION
@@ -51,42 +50,41 @@ class RuleJudge:
     priced = False
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """No resources to free."""
 
     def ask(self, rubric: Rubric, case: Case, prompt: Prompt) -> Reply:
-        """The reply that the rubric asks for, decided by rules."""
-        said = without_thinking(case.solution)
+        """A reply in the format of the rubric, decided by rules."""
+        answer = without_thinking(case.solution)
         if rubric.rubric == "loong":
-            return Reply(f"{LABEL}: token overlap with the reference. Rating: [[{_rating(said, case)}]]")
+            return Reply(f"{LABEL}: token overlap with the reference. Rating: [[{_rating(answer, case)}]]")
         rules = {"financebench": _financebench, "rj": _criteria, "choice": _choice, "relevance": _relevance}
         if rubric.rubric not in rules:
             raise RefusedError(f"no rule for the rubric {rubric.rubric}")
-        return Reply(json.dumps(rules[rubric.rubric](said, case)))
+        return Reply(json.dumps(rules[rubric.rubric](answer, case)))
 
 
-def agrees(said: str, gold: str) -> bool:
-    """Whether an answer holds the figure that the gold is, else its yes or no, else its words."""
+def agrees(answer: str, gold: str) -> bool:
+    """Whether an answer contains the number of a numeric gold answer, else its yes or no, else its words."""
     if expected := gold_number(gold):
-        return any(_close(number, expected) for number in numbers(said))
+        return any(_close(number, expected) for number in numbers(answer))
     first = normalize(gold).split(" ", 1)[0]
     if first in _CLOSED:
-        words = normalize(said).split()
-        given = next((word for word in words if word in _CLOSED), None)
-        return given == first
-    if subem(said, [gold]):
+        words = normalize(answer).split()
+        return next((word for word in words if word in _CLOSED), None) == first
+    if subem(answer, [gold]):
         return True
-    if told := _figures(gold):
-        return all(any(_close(number, one) for number in numbers(said)) for one in told)
-    return max(f1(part, [gold]) for part in [said, *_SENTENCE.split(said)]) >= _WORDS_AGREE
+    if expected_numbers := _numbers_without_years(gold):
+        return all(any(_close(number, one) for number in numbers(answer)) for one in expected_numbers)
+    return max(f1(part, [gold]) for part in [answer, *_SENTENCE.split(answer)]) >= _WORDS_AGREE
 
 
-def _figures(gold: str) -> list[Number]:
-    """The figures of a sentence; bare years say when, not what."""
+def _numbers_without_years(gold: str) -> list[Number]:
+    """The numbers of a sentence except bare years, which are dates and not values."""
     return [number for number in numbers(gold) if not number.is_year]
 
 
 def _close(number: Number, gold: Number) -> bool:
-    """Equal at the precision that the gold is printed with, or within 1%; a unit that one side lacks is ignored."""
+    """Equal at the printed precision of the gold number, or within 1%; a unit missing on one side is ignored."""
     step = 0.5 * 10.0**-gold.decimals * (1 + 1e-9)
     pairs = [(number.value, gold.value, gold.unit)]
     if number.unit == 1 or gold.unit == 1:
@@ -97,22 +95,21 @@ def _close(number: Number, gold: Number) -> bool:
     )
 
 
-def declines(said: str) -> bool:
-    """Whether an answer says that it gives none."""
-    return not said.strip() or _DECLINES.search(said) is not None
+def declines(answer: str) -> bool:
+    """Whether an answer is a refusal."""
+    return not answer.strip() or _DECLINES.search(answer) is not None
 
 
-def _financebench(said: str, case: Case) -> dict[str, Label]:
-    right = any(agrees(said, gold) for gold in case.gold)
-    refuses = declines(said)
+def _financebench(answer: str, case: Case) -> dict[str, Label]:
+    right = any(agrees(answer, gold) for gold in case.gold)
+    refuses = declines(answer)
     return {"verdict": "refusal" if refuses and not right else "correct" if right else "incorrect"}
 
 
-def _criteria(said: str, case: Case) -> dict[str, Label]:
-    reasoning = before_answer(said).strip() if extract(said).parsed else ""
-    named = document_ids(before_answer(said))
-    cited = citation_metrics(named, set(case.gold_ids))
-    right = any(agrees(extract(said).answer, gold) for gold in case.gold)
+def _criteria(solution: str, case: Case) -> dict[str, Label]:
+    reasoning = before_answer(solution).strip() if extract(solution).parsed else ""
+    cited = citation_metrics(document_ids(before_answer(solution)), set(case.gold_ids))
+    right = any(agrees(extract(solution).answer, gold) for gold in case.gold)
     return {
         "reasoning": int(len(reasoning.split()) >= 5),
         "grounding": int(cited["ids_recall"] == 1 and cited["ids_precision"] >= 0.5),
@@ -120,20 +117,22 @@ def _criteria(said: str, case: Case) -> dict[str, Label]:
     }
 
 
-def _choice(said: str, case: Case) -> dict[str, Label]:
-    letter = stated_letter(said) or (said.strip(" .()*") if said.strip(" .()*") in [*"ABCD"] else None)
+def _choice(answer: str, case: Case) -> dict[str, Label]:
+    bare = answer.strip(" .()*")
+    letter = stated_letter(answer) or (bare if bare in [*"ABCD"] else None)
     if letter is None:
-        held = [mark for mark, text in zip("ABCD", case.choices, strict=False) if subem(said, [text])]
-        letter = held[0] if len(held) == 1 else None
+        contained = [mark for mark, text in zip("ABCD", case.choices, strict=False) if subem(answer, [text])]
+        letter = contained[0] if len(contained) == 1 else None
     return {"letter": letter or "none"}
 
 
-def _relevance(said: str, case: Case) -> dict[str, Label]:
-    """A document that holds an answer, or half of the question's words, is evidence to this judge."""
+def _relevance(answer: str, case: Case) -> dict[str, Label]:
+    """A document with a gold answer, or with half of the question's words, is graded relevant."""
     text = "\n".join(case.documents)
-    asked, told = set(normalize(case.question).split()), set(normalize(text).split())
-    return {"relevant": int(bool(subem(text, case.gold)) or len(asked & told) >= _WORDS_AGREE * len(asked))}
+    question, document = set(normalize(case.question).split()), set(normalize(text).split())
+    overlap = len(question & document)
+    return {"relevant": int(bool(subem(text, case.gold)) or overlap >= _WORDS_AGREE * len(question))}
 
 
-def _rating(said: str, case: Case) -> int:
-    return max(1, round(100 * max((f1(said, [gold]) for gold in case.gold), default=0.0)))
+def _rating(answer: str, case: Case) -> int:
+    return max(1, round(100 * max((f1(answer, [gold]) for gold in case.gold), default=0.0)))

@@ -1,7 +1,7 @@
-"""A judged sample: what a judge is shown of it, and what its grades come to.
+"""Judged samples: the input of the judge, and the metrics of its grades, for in-run and later judging.
 
-It is the same for a run that is done and for one that is about to be.
-A sample whose judge failed is unjudged: counted, and in no mean. One that the run itself could not answer scores 0.
+A sample without a valid reply is unjudged: counted, and excluded from all means. A sample that failed in the run scores
+0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lceval.tasks import catalogue
 from lceval.tasks.mc.letters import gold_letters
 
 PERFECT = 100
-_FORMS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+_RUBRICS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
 _DATASETS = {"financebench": "financebench", "financebenchmulti": "financebench"}
 Grades = Mapping[str, Label | float]
 
@@ -30,8 +30,8 @@ Grades = Mapping[str, Label | float]
 class Sample:
     """A line of a samples file, without its context.
 
-    failed: whether the run itself has no answer; such a sample scores 0 there, and here, and is not shown to a judge.
-    strata: what means are also given for, e.g. {"level": "1"}.
+    failed: whether the sample failed in the run; it then scores 0 and is not sent to the judge.
+    strata: groups with separate means, e.g. {"level": "1"}.
     """
 
     doc_id: Any
@@ -45,11 +45,11 @@ class Sample:
 
 
 def rubric_of(task: str) -> str | None:
-    """The rubric that a task is judged by; None for tasks that need no judge."""
-    known = catalogue.tasks().get(task)
-    if known is None:
+    """The rubric of a task; None for tasks without a judge."""
+    entry = catalogue.tasks().get(task)
+    if entry is None:
         return None
-    return _FORMS.get(known.output_format) or _DATASETS.get(known.dataset.dataset)
+    return _RUBRICS.get(entry.output_format) or _DATASETS.get(entry.dataset.dataset)
 
 
 def _rj(grades: Grades, sample: Sample) -> dict[str, float]:
@@ -82,8 +82,8 @@ METRICS: dict[str, Callable[[Grades, Sample], dict[str, float]]] = {
     "financebench": _financebench,
     "choice": _choice,
 }
-# What a sample that has no answer is given.
-_NOTHING: dict[str, Grades] = {
+# Grades of a sample without an answer.
+_NO_ANSWER: dict[str, Grades] = {
     "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
     "loong": {RATING: 0.0},
     "financebench": {"verdict": "incorrect"},
@@ -94,23 +94,23 @@ Scored = Sequence[tuple[Sample, Mapping[str, float] | None, Verdict]]
 
 
 def score(samples: Sequence[Sample], verdicts: Sequence[Verdict], rubric: Rubric) -> Scored:
-    """Each sample with its metrics, None where it is unjudged.
+    """Each sample with its metrics (None if unjudged) and verdict.
 
     Args:
-        verdicts: of the samples that did not fail, in their order.
+        verdicts: verdicts on the samples that did not fail, in order.
     """
-    given, found = iter(verdicts), []
+    remaining, scored = iter(verdicts), []
     for sample in samples:
-        verdict = Verdict(dict(_NOTHING[rubric.rubric]), "", "", "", 0) if sample.failed else next(given)
+        verdict = Verdict(dict(_NO_ANSWER[rubric.rubric]), "", "", "", 0) if sample.failed else next(remaining)
         scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
-        found.append((sample, scores, verdict))
-    return found
+        scored.append((sample, scores, verdict))
+    return scored
 
 
 def line(
     one: tuple[Sample, Mapping[str, float] | None, Verdict], judge: str, revision: str, rubric: Rubric
 ) -> dict[str, Any]:
-    """What is kept of a judged sample."""
+    """The stored line of a judged sample."""
     sample, scores, verdict = one
     return {
         "doc_id": sample.doc_id,
@@ -130,7 +130,7 @@ def line(
 
 
 def summary(scored: Scored) -> dict[str, Any]:
-    """Means over the judged samples, with what is missing."""
+    """Means over the judged samples, and counts of unjudged ones."""
     reasons = Counter(verdict.reason for _, scores, verdict in scored if scores is None)
     judged = [(sample, scores) for sample, scores, _ in scored if scores is not None]
     means, intervals = {}, {}
@@ -154,19 +154,19 @@ def summary(scored: Scored) -> dict[str, Any]:
 
 def _by(scored: Scored, name: str) -> dict[str, dict[str, Any]]:
     """The means of each stratum."""
-    made = {}
+    strata = {}
     for stratum in sorted({sample.strata[name] for sample, _, _ in scored if name in sample.strata}):
         inside = [scores for sample, scores, _ in scored if sample.strata.get(name) == stratum]
         known = [scores for scores in inside if scores is not None]
         metrics = dict.fromkeys(metric for scores in known for metric in scores)
-        made[stratum] = {"n": len(inside), "unjudged": len(inside) - len(known)} | {
+        strata[stratum] = {"n": len(inside), "unjudged": len(inside) - len(known)} | {
             metric: math.fsum(scores[metric] for scores in known if metric in scores) / len(known) for metric in metrics
         }
-    return made
+    return strata
 
 
 def sample_of(row: Mapping[str, Any], rubric: str) -> Sample:
-    """A line of a samples file, or a sample as lm-eval hands it back."""
+    """The sample of a samples-file line, or of an lm-eval sample."""
     doc = row["doc"]
     kv = row.get("kv")
     subem = row.get("subem")

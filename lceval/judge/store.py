@@ -1,8 +1,8 @@
-"""Judges' replies, kept as they arrive: a reply that was paid for is never asked for again.
+"""Reply cache of judges: replies are stored as they arrive and never paid for twice.
 
-One SQLite file of plain text and numbers, by default for all runs of this machine. A reply is filed under the judge
-with its revision, the rubric with its version, the prompt's digest and the repeat's index. What is filed is the reply,
-not the reading of it: a better parser reads old replies again.
+One SQLite file of plain text and numbers, by default shared by all runs of this machine. The key of a reply is the
+judge with its revision, the rubric with its version, the prompt's digest and the repeat's index. The reply itself is
+stored, not its grades, so that an improved parser applies to old replies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lceval.home import cache_dir
 
 @dataclass(frozen=True)
 class Key:
-    """What a reply is filed under."""
+    """The key of a reply."""
 
     judge: str
     revision: str
@@ -37,9 +37,9 @@ class Reply:
     """A judge's reply.
 
     Attributes:
-        tokens_in, tokens_out: as the judge counts them, 0 where it does not.
-        served: what the endpoint says it is (model and fingerprint).
-        cut: whether the reply hit its limit of tokens.
+        tokens_in, tokens_out: as counted by the judge; 0 if unknown.
+        served: model and fingerprint reported by the endpoint.
+        cut: whether the reply is truncated at its token limit.
     """
 
     text: str
@@ -50,16 +50,16 @@ class Reply:
 
 
 def default_path() -> Path:
-    """Where replies are kept unless a command is told otherwise."""
+    """The default path of the reply cache."""
     return cache_dir("judge") / "replies.sqlite"
 
 
 @contextmanager
 def alone(path: Path, judge: str, *, wait: bool = False) -> Iterator[None]:
-    """This process alone asks this judge for this file of replies: two would pay for the same replies.
+    """Lock a judge in a reply cache, since two processes would pay for the same replies.
 
     Raises:
-        UserError: another process does, and `wait` is not set.
+        UserError: another process has the lock, and `wait` is not set.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
@@ -67,12 +67,12 @@ def alone(path: Path, judge: str, *, wait: bool = False) -> Iterator[None]:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            raise UserError(f"another process asks {judge}: wait for it, or name another file with --replies") from None
+            raise UserError(f"another process uses {judge}: wait for it, or pass another file with --replies") from None
         yield
 
 
 class Store:
-    """The file of replies, for any number of threads; each reply is on disk before `put` returns."""
+    """The reply cache, thread-safe; each reply is on disk before `put` returns."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -86,11 +86,13 @@ class Store:
             )
             self._db.commit()
         except (OSError, sqlite3.Error) as error:
-            raise InfrastructureError(f"cannot keep replies in {path}: {error}; set LCEVAL_CACHE elsewhere") from None
+            raise InfrastructureError(
+                f"cannot store replies in {path}: {error}; set LCEVAL_CACHE to another folder"
+            ) from None
         self._lock = threading.Lock()
 
     def get(self, key: Key) -> Reply | None:
-        """The reply filed under a key."""
+        """The reply stored under a key, or None."""
         with self._lock:
             row = self._db.execute(
                 "SELECT text, tokens_in, tokens_out, served, cut FROM reply "
@@ -100,7 +102,7 @@ class Store:
         return None if row is None else Reply(row[0], row[1], row[2], row[3], bool(row[4]))
 
     def put(self, key: Key, reply: Reply) -> None:
-        """File a reply; the first one stays."""
+        """Store a reply, unless its key exists."""
         with self._lock:
             self._db.execute(
                 "INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",

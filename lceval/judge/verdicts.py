@@ -1,4 +1,4 @@
-"""Reading a judge's reply. What cannot be read is no verdict: never a 0, never a guess."""
+"""Parsing of judge replies. An unparsable reply gives no verdict: neither a 0 nor a guess."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\
 
 
 def parse(rubric: Rubric, reply: str) -> dict[str, Label | float] | None:
-    """The grades of a reply, one a field (`rating` for prose); None if it does not give all of them.
+    """The grades of a reply, one per field (`rating` for prose); None if incomplete.
 
-    Thinking is dropped. JSON may stand in prose or in a code block, the last complete object counts; without one, each
-    field is looked for as `field: label`, and must not be given two labels.
+    Thinking is removed. JSON may be embedded in prose or a code block; the last complete object counts. Without one,
+    each field is parsed as `field: label` and must have a unique label.
     """
-    said = without_thinking(reply)
+    text = without_thinking(reply)
     if rubric.reply == "rating":
-        rating = read_rating(said)
+        rating = parse_rating(text)
         return None if rating is None else {RATING: rating}
-    found = [grades for value in _objects(said) if (grades := _grades(rubric, value)) is not None]
-    if found:
-        return found[-1]
-    return None if "{" in said and "}" not in said else _grades(rubric, _spelled(rubric, said))
+    complete = [grades for value in _objects(text) if (grades := _grades(rubric, value)) is not None]
+    if complete:
+        return complete[-1]
+    return None if "{" in text and "}" not in text else _grades(rubric, _fields_in_prose(rubric, text))
 
 
-def read_rating(text: str) -> float | None:
+def parse_rating(text: str) -> float | None:
     """Loong's rule: the first `[[x]]`, else the first `[x]`; None without one, or outside 1 to 100."""
     match = _DOUBLE.search(text) or _SINGLE.search(text)
     if match is None or not 1 <= float(match[1]) <= 100:
@@ -51,26 +51,26 @@ def _objects(text: str) -> Iterator[Mapping[str, Any]]:
         place = text.find("{", end)
 
 
-def _spelled(rubric: Rubric, text: str) -> dict[str, str]:
-    """Fields given as `field: label` or `"field" = 'label'`, each with one label throughout."""
-    found = {}
+def _fields_in_prose(rubric: Rubric, text: str) -> dict[str, str]:
+    """Fields given as `field: label` or `"field" = 'label'`, each with a unique label."""
+    fields = {}
     for field, labels in rubric.labels.items():
         one_of = "|".join(sorted((re.escape(str(label)) for label in labels), key=len, reverse=True))
         pattern = rf"(?<!\w){re.escape(field)}[\"'*_`]*\s*[:=]\s*[\"'*_`]*({one_of})(?!\w)"
-        given = {match[1].lower() for match in re.finditer(pattern, text, re.IGNORECASE)}
-        if len(given) == 1:
-            found[field] = given.pop()
-    return found
+        values = {match[1].lower() for match in re.finditer(pattern, text, re.IGNORECASE)}
+        if len(values) == 1:
+            fields[field] = values.pop()
+    return fields
 
 
 def _grades(rubric: Rubric, value: Mapping[str, Any]) -> dict[str, Label | float] | None:
-    """The labels of all fields as the rubric spells them; other keys are passed over."""
+    """The labels of all fields as spelled in the rubric; other keys are ignored."""
     grades: dict[str, Label | float] = {}
     for field, labels in rubric.labels.items():
-        said: Any = value.get(field)
-        whole = isinstance(said, bool) or (isinstance(said, float) and said.is_integer())
-        spelled = str(int(said) if whole else said).strip().lower()
-        label = next((label for label in labels if str(label).lower() == spelled), None)
+        raw: Any = value.get(field)
+        integral = isinstance(raw, bool) or (isinstance(raw, float) and raw.is_integer())
+        text = str(int(raw) if integral else raw).strip().lower()
+        label = next((label for label in labels if str(label).lower() == text), None)
         if label is None:
             return None
         grades[field] = label

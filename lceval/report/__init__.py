@@ -1,4 +1,4 @@
-"""`lceval report`: one HTML page from any runs, with its data, its plots and its plotting library inside.
+"""`lceval report`: one standalone HTML page of any runs, with data, plots and plotting library included.
 
-`data` computes plain values from the runs, `page` puts values and templates into one file.
+`data` computes plain values from the runs; `page` renders values and templates into one file.
 """

@@ -1,8 +1,8 @@
-"""What the page shows, as plain JSON values: the table's rows, and every sample in columns.
+"""The data of the page as plain JSON values: the table's rows, and the samples in columns.
 
-A page holds thousands of samples of a dozen runs, so what they share is stored once: `texts` has every prompt end,
-question, name and status, `golds` every list of gold answers, and samples point into them. Only the end of a prompt is
-kept (the question stands there): at most `TAIL` characters, fewer where many different prompts would outgrow
+A page contains thousands of samples of a dozen runs, so shared values are stored once: `texts` has questions, names and
+statuses, `golds` lists of gold answers, `prompts` prompt ends, and samples contain indices into them. Only the end of a
+prompt, which contains the question, is kept: at most `TAIL` characters, fewer where many different prompts would exceed
 `TAILS_TOTAL`.
 """
 
@@ -27,41 +27,41 @@ ANSWER = 4000
 T = TypeVar("T", bound=Hashable)
 
 
-class Pool(Generic[T]):
-    """Each value once, in order of appearance."""
+class UniqueValues(Generic[T]):
+    """Distinct values with their indices, in order of appearance."""
 
     def __init__(self) -> None:
-        self.places: dict[T, int] = {}
+        self.indices: dict[T, int] = {}
 
-    def place(self, value: T) -> int:
-        return self.places.setdefault(value, len(self.places))
+    def index(self, value: T) -> int:
+        return self.indices.setdefault(value, len(self.indices))
 
 
 def collect(runs: Sequence[Run]) -> dict[str, Any]:
-    """Everything on the page; nothing in it depends on where or when it was made."""
-    found = results(runs)
+    """All data of the page, independent of where and when it is created."""
+    run_tasks = results(runs)
     rows = build(runs).rows
-    texts: Pool[str] = Pool()
-    golds: Pool[tuple[str, ...]] = Pool()
-    prompts: Pool[str] = Pool()
+    texts: UniqueValues[str] = UniqueValues()
+    golds: UniqueValues[tuple[str, ...]] = UniqueValues()
+    prompts: UniqueValues[str] = UniqueValues()
     blocks = []
-    for result, row in zip(found, rows, strict=True):
+    for result, row in zip(run_tasks, rows, strict=True):
         block = _block(result.task, texts, golds, prompts)
         row["family"] = re.sub(r"_\d+k$", "", result.task.task)
         block["full"] = None
         if full := result.full:
-            place = next(index for index, other in enumerate(found) if other.task is full)
-            block["full"] = {"block": place, "pairs": places(result.task.samples, full.samples)}
+            index = next(index for index, other in enumerate(run_tasks) if other.task is full)
+            block["full"] = {"block": index, "pairs": places(result.task.samples, full.samples)}
         blocks.append(block)
-    tail = max(200, min(TAIL, TAILS_TOTAL // max(1, len(prompts.places))))
+    tail = max(200, min(TAIL, TAILS_TOTAL // max(1, len(prompts.indices))))
     page = _finite(
         {
             "rows": rows,
             "keys": KEYS,
             "blocks": blocks,
-            "texts": list(texts.places),
-            "golds": [list(answers) for answers in golds.places],
-            "prompts": [prompt[-tail:] for prompt in prompts.places],
+            "texts": list(texts.indices),
+            "golds": [list(answers) for answers in golds.indices],
+            "prompts": [prompt[-tail:] for prompt in prompts.indices],
             "tail": tail,
         }
     )
@@ -69,36 +69,38 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
     return page
 
 
-def _block(task: TaskResult, texts: Pool[str], golds: Pool[tuple[str, ...]], prompts: Pool[str]) -> dict[str, Any]:
-    """The samples of one row, a list per column; telemetry under `kv`, what a judge said under `judge` by place."""
+def _block(
+    task: TaskResult, texts: UniqueValues[str], golds: UniqueValues[tuple[str, ...]], prompts: UniqueValues[str]
+) -> dict[str, Any]:
+    """The samples of one row, a list per column; telemetry under `kv`, verdicts under `judge` by sample index."""
     samples = task.samples
     columns: dict[str, list[Any]] = {"question": [], "gold": [], "prompt": []}
     for line in _lines(task):
         doc = line["doc"] if isinstance(line.get("doc"), dict) else {}
-        columns["question"].append(texts.place(str(doc.get("question") or doc.get("query") or "")))
-        columns["gold"].append(golds.place(_gold(line, doc)))
-        columns["prompt"].append(prompts.place(_prompt(line)[-TAIL:]))
+        columns["question"].append(texts.index(str(doc.get("question") or doc.get("query") or "")))
+        columns["gold"].append(golds.index(_gold(line, doc)))
+        columns["prompt"].append(prompts.index(_prompt(line)[-TAIL:]))
     return {
         **columns,
-        "id": [texts.place(s.id) for s in samples],
-        "status": [texts.place(s.status) for s in samples],
+        "id": [texts.index(s.id) for s in samples],
+        "status": [texts.index(s.status) for s in samples],
         "score": [s.score for s in samples],
         "answer": [s.answer if len(s.answer) <= ANSWER else s.answer[:ANSWER] + " […]" for s in samples],
         "gold_kept": [s.diagnosis.get("gold_kept") for s in samples],
         "gold_nll": [s.diagnosis.get("gold_nll") for s in samples],
         "kv": _telemetry(samples),
-        "judge": {str(index): _said(line) for index, line in enumerate(verdicts(task) or [])},
+        "judge": {str(index): _verdict(line) for index, line in enumerate(verdicts(task) or [])},
     }
 
 
-def _said(verdict: Mapping[str, Any]) -> dict[str, Any]:
-    """What a judge said of a sample: its grades and its words, or why there are none."""
-    shown = ("judge", "status", "reason", "grades", "reply")
-    return {f"judge: {key}" if key != "judge" else key: verdict[key] for key in shown if verdict.get(key)}
+def _verdict(verdict: Mapping[str, Any]) -> dict[str, Any]:
+    """The displayed fields of a verdict: grades and reply, or the reason for their absence."""
+    keys = ("judge", "status", "reason", "grades", "reply")
+    return {f"judge: {key}" if key != "judge" else key: verdict[key] for key in keys if verdict.get(key)}
 
 
 def _lines(task: TaskResult) -> Iterator[Mapping[str, Any]]:
-    """The lines of the samples file that `task.samples` were read from, in the same order, one in memory at a time."""
+    """The lines of the samples file in the order of `task.samples`, one in memory at a time."""
     if task.file is None:
         return
     with Path(task.file).open("rb") as lines:
@@ -108,7 +110,7 @@ def _lines(task: TaskResult) -> Iterator[Mapping[str, Any]]:
 
 
 def _prompt(line: Mapping[str, Any]) -> str:
-    """The prompt of a generation; of a choice, the first choice's."""
+    """The prompt of a generation; for multiple choice, that of the first choice."""
     arguments = line.get("arguments")
     first = next(iter(arguments.values()), None) if isinstance(arguments, dict) else None
     return str(first.get("arg_0", "")) if isinstance(first, dict) else ""
@@ -123,7 +125,7 @@ def _gold(line: Mapping[str, Any], doc: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _telemetry(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Columns of the telemetry that is a single value; kept tokens as their range over layers and heads."""
+    """Columns of the scalar telemetry; kept tokens as their range over layers and heads."""
     columns: dict[str, list[Any]] = {}
     names = {name: None for s in samples for name, value in s.kv.items() if isinstance(value, bool | int | float | str)}
     if any(s.kv_bytes is not None for s in samples):
@@ -148,14 +150,14 @@ def _kept_tokens(layers: object) -> str | None:
 
 
 def _short(value: object) -> object:
-    """Telemetry to six digits; other values that are not plain are left out."""
+    """Scalar telemetry, floats to six digits; None for other values."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value if isinstance(value, bool | int | str) else None
 
 
 def _finite(value: Any) -> Any:
-    """The same with None for what is not a number: JSON has no other word for it."""
+    """The value with None for every non-finite number, which JSON cannot represent."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""One HTML file from plain values: templates, plotting library and data put together, with nothing to fetch.
+"""One standalone HTML file from templates, plotting library and data.
 
-What runs wrote is untrusted text. It lies in a JSON block in which no tag can close, the scripts put it on the page as
-text only, and the page's own policy lets no script run but the two that it came with and lets nothing be fetched.
+Text from runs is untrusted: it is stored in a JSON block in which no tag can close, the scripts insert it as text only,
+and the page's content security policy allows only its own two scripts and no network access.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCRIPTS = ("base.js", "plots.js", "page.js")
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """The written file and its contents."""
 
     html: Path
     runs: int
@@ -38,15 +38,17 @@ class Report:
 
 
 def write(paths: Sequence[Path], html: Path) -> Report:
-    """Read the runs in `paths` and write their page; a page that this made before is replaced.
+    """Write the page of the runs in `paths`; an earlier report is replaced.
 
     Raises:
-        UserError: No runs, a folder that is no run, or a file at `html` that this did not make.
-        InfrastructureError: The file could not be written.
+        UserError: No runs, a folder that is not a run, or an existing file at `html` that is not a report.
+        InfrastructureError: The file cannot be written.
     """
     if not paths:
-        raise UserError("no runs given; name one or more run folders, as in: lceval report runs/a --output report.html")
-    _may_write(html)
+        raise UserError(
+            "no runs given; pass one or more run folders, for example: lceval report runs/a --output report.html"
+        )
+    _check_writable(html)
     runs = read_runs(paths)
     data = collect(runs)
     content = render(data)
@@ -56,7 +58,7 @@ def write(paths: Sequence[Path], html: Path) -> Report:
 
 
 def render(data: dict[str, Any]) -> bytes:
-    """The page that shows `data`; the same data gives the same bytes."""
+    """The page of `data`; equal data gives equal bytes."""
     from plotly.offline import get_plotlyjs
 
     source = files("lceval.report")
@@ -71,7 +73,7 @@ def render(data: dict[str, Any]) -> bytes:
     }
     template = (source / "page.html").read_text(encoding="utf-8")
     page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
-    # Half a surrogate pair, which JSON may carry, has no bytes in UTF-8.
+    # A lone surrogate, valid in JSON, cannot be encoded as UTF-8.
     return f"{MARKER}\n{page}".encode("utf-8", "replace")
 
 
@@ -79,19 +81,19 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _may_write(html: Path) -> None:
+def _check_writable(html: Path) -> None:
     if html.is_dir():
-        raise UserError(f"--output {html}: is a folder; name a file, as in {html / 'report.html'}")
+        raise UserError(f"--output {html}: is a folder; pass a file, for example {html / 'report.html'}")
     if not html.parent.is_dir():
-        raise UserError(f"--output {html}: no folder {html.parent}; make it first")
+        raise UserError(f"--output {html}: no folder {html.parent}; create it first")
     if html.exists():
         with html.open("rb") as file:
             if file.readline().strip() != MARKER.encode():
-                raise UserError(f"--output {html}: not a report of lceval; choose another name")
+                raise UserError(f"--output {html}: not an lceval report; choose another name")
 
 
 def _replace(html: Path, content: bytes) -> None:
-    """Write all of it or nothing."""
+    """Write the file atomically."""
     partial = None
     try:
         with tempfile.NamedTemporaryFile(dir=html.parent, prefix=f".{html.name}.", delete=False) as file:
@@ -102,7 +104,7 @@ def _replace(html: Path, content: bytes) -> None:
     except OSError as error:
         if partial:
             partial.unlink(missing_ok=True)
-        raise InfrastructureError(f"{html}: could not be written ({error.strerror})") from None
+        raise InfrastructureError(f"{html}: cannot be written ({error.strerror})") from None
 
 
 def _umask() -> int:

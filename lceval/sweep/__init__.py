@@ -1,6 +1,6 @@
-"""`lceval sweep`: a grid of run folders, each as `lceval run` makes it.
+"""`lceval sweep`: a grid of run folders, each like one of `lceval run`.
 
-`grid` reads what is asked for, `plan` turns it into cells, `cost` says what they take, and an `engine` runs them: here,
-in several `processes` or on a `cluster`. A `worker` runs cells that differ only in their recipe over one loaded model
-and one reading of each context.
+`grid` reads the grid, `plan` lists its cells, `cost` estimates their cost, and an `engine` runs them: in this process,
+in several `processes` or on a `cluster`. A `worker` runs cells that differ only in their recipe with one loaded model
+and one prefill per context.
 """

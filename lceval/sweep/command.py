@@ -1,4 +1,4 @@
-"""What `lceval sweep` does with its arguments: show the plan, run it, print the table."""
+"""The command `lceval sweep`: print the plan, run it, print the table."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from lceval.errors import InfrastructureError, UserError
 from lceval.sweep import cost
 from lceval.sweep.grid import read
-from lceval.sweep.plan import Plan, plan
+from lceval.sweep.plan import SweepPlan, plan
 
 
 def run(
     file: Path | None,
     preset: str | None,
-    changes: Sequence[str],
+    overrides: Sequence[str],
     output_path: Path | None,
     *,
     engine: str = "local",
@@ -29,42 +29,42 @@ def run(
     """The text for stdout, and the exit code.
 
     Raises:
-        UserError: a bad grid, or a bad choice of engine. InfrastructureError: no cell could be finished.
+        UserError: a bad grid or engine. InfrastructureError: no cell was finished.
     """
     if address is not None and engine != "ray":
-        raise UserError(f"--address {address} is a Ray cluster's: it goes with --engine ray")
-    name, grid = read(file, preset, changes)
-    planned = plan(grid)
+        raise UserError(f"--address {address} requires --engine ray")
+    name, grid = read(file, preset, overrides)
+    sweep_plan = plan(grid)
     root = output_path or Path("runs") / name
     if dry_run:
-        return _json(planned, root) if as_json else render(planned, root), 0
+        return _json(sweep_plan, root) if as_json else render(sweep_plan, root), 0
     from lceval.sweep.engine import choose, sweep
     from lceval.table import main as table_text
 
-    chosen = choose(engine, workers, address)
-    print(render(planned, root), file=sys.stderr)
-    # stdout is the table's, whatever the libraries print.
+    run_groups = choose(engine, workers, address)
+    print(render(sweep_plan, root), file=sys.stderr)
+    # Only the table goes to stdout, whatever libraries print.
     with redirect_stdout(sys.stderr):
-        outcome = sweep(planned, root, chosen)
+        outcome = sweep(sweep_plan, root, run_groups)
     print(
-        f"{root}: {len(outcome.folders)} of {len(planned.cells)} cells, {outcome.contexts} contexts read",
+        f"{root}: {len(outcome.folders)} of {len(sweep_plan.cells)} cells, {outcome.contexts} contexts prefilled",
         file=sys.stderr,
     )
     if not outcome.folders:
         first = next(iter(outcome.failed.items()))
-        raise InfrastructureError(f"no cell was finished; the first, {first[0]}: {first[1]}")
+        raise InfrastructureError(f"no cell was finished; the first error, of {first[0]}: {first[1]}")
     return table_text(outcome.folders, "json" if as_json else "terminal"), 4 if outcome.failed else 0
 
 
-def render(planned: Plan, root: Path) -> str:
-    """The plan as text: cells, those that make no sense, and what is left."""
-    done = {cell.name for cell in planned.finished(root)}
-    lines = [f"{'done' if cell.name in done else 'to do':<6} {cell.name}" for cell in planned.cells]
-    lines += [f"n/a    {name}: {reason}" for name, reason in planned.na]
-    return "\n".join([*lines, *cost.render(cost.cost(planned, root))])
+def render(sweep_plan: SweepPlan, root: Path) -> str:
+    """The plan as text: cells, invalid combinations, and the remaining cost."""
+    done = {cell.name for cell in sweep_plan.finished(root)}
+    lines = [f"{'done' if cell.name in done else 'to do':<6} {cell.name}" for cell in sweep_plan.cells]
+    lines += [f"n/a    {name}: {reason}" for name, reason in sweep_plan.na]
+    return "\n".join([*lines, *cost.render(cost.cost(sweep_plan, root))])
 
 
-def _json(planned: Plan, root: Path) -> str:
-    cells = [{"name": cell.name, "run": cell.argv(root / cell.name)} for cell in planned.cells]
-    na = [{"name": name, "reason": reason} for name, reason in planned.na]
-    return json.dumps({"cells": cells, "na": na, "cost": cost.cost(planned, root)}, indent=2)
+def _json(sweep_plan: SweepPlan, root: Path) -> str:
+    cells = [{"name": cell.name, "run": cell.argv(root / cell.name)} for cell in sweep_plan.cells]
+    na = [{"name": name, "reason": reason} for name, reason in sweep_plan.na]
+    return json.dumps({"cells": cells, "na": na, "cost": cost.cost(sweep_plan, root)}, indent=2)

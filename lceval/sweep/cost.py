@@ -1,7 +1,7 @@
-"""What is left of a plan: questions, tokens to read and seconds, and what the seconds are computed from.
+"""The estimated cost of a plan's unfinished cells: samples, prefill tokens and seconds.
 
-Seconds a token come from the finished cells of the same model, if there are any; else from the packaged model's on two
-cores, scaled by the number of parameters where the weights lie in a folder here; else there are none.
+Seconds per token come from finished cells of the same model. Without any, they are the packaged model's on two cores,
+scaled by the number of parameters if the weights are in a local folder. Otherwise the time is unknown.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lceval.sweep.plan import Cell, Plan
+from lceval.sweep.plan import Cell, SweepPlan
 
-# The packaged model, 135M parameters in float32 on two cores, with `diagnose=gold`: seconds a token.
+# Seconds per token of the packaged model: 135M parameters in float32 on two cores, with `diagnose=gold`.
 PACKAGED, PARAMETERS, PREFILL_S, NEW_S = "smollm2-135m", 134_515_008, 0.0015, 0.035
 ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds a token read and a token written, tokens an answer, and what they are from; None is unknown."""
+    """Seconds per prefilled and per generated token, tokens per answer, and their source; None is unknown."""
 
     prefill_s: float | None
     new_s: float | None
@@ -32,15 +32,15 @@ class Rates:
     basis: str
 
 
-def cost(plan: Plan, root: Path) -> dict[str, Any]:
-    """What is left: cells, samples, prefill tokens at most, and seconds of one worker.
+def cost(plan: SweepPlan, root: Path) -> dict[str, Any]:
+    """The remaining cells and samples, an upper bound of the prefill tokens, and the seconds of one worker.
 
-    `unknown_tokens` names tasks whose length nothing says: their reading is in neither number. `basis` says for each
-    model what its seconds are from; those of a model without any are not counted.
+    `unknown_tokens` lists tasks of unknown length, whose prefill is in neither number. `basis` is the source of each
+    model's seconds; a model of unknown speed adds no seconds.
     """
     finished = plan.finished(root)
     done = set(finished)
-    measured = [(cell, told) for cell in finished if (told := _telemetry(root / cell.name))]
+    measured = [(cell, telemetry) for cell in finished if (telemetry := _telemetry(root / cell.name))]
     samples, tokens, seconds = 0, 0, 0.0
     basis: dict[str, str] = {}
     unknown: dict[str, None] = {}
@@ -52,13 +52,13 @@ def cost(plan: Plan, root: Path) -> dict[str, Any]:
         rates = _rates(one, measured)
         basis[_weights(one)] = rates.basis
         questions = _questions(one)
-        reading = _reading(one, questions, measured)
-        if reading is None:
+        prefill = _prefill_tokens(one, questions, measured)
+        if prefill is None:
             unknown[one.task] = None
         samples += questions * len(left)
-        tokens += reading or 0
+        tokens += prefill or 0
         if rates.prefill_s is not None and rates.new_s is not None:
-            seconds += (reading or 0) * rates.prefill_s + questions * len(left) * rates.answer_tokens * rates.new_s
+            seconds += (prefill or 0) * rates.prefill_s + questions * len(left) * rates.answer_tokens * rates.new_s
     return {
         "cells": len(plan.cells),
         "finished": len(done),
@@ -71,18 +71,18 @@ def cost(plan: Plan, root: Path) -> dict[str, Any]:
 
 
 def render(left: dict[str, Any]) -> list[str]:
-    """The cost as lines of text."""
+    """The remaining cost as lines of text."""
     lines = [
         f"{left['cells']} cells, {left['finished']} finished; left: {left['samples']} samples, at most "
-        f"{left['prefill_tokens']:,} tokens to read, {left['seconds'] / 60:.0f} min of one worker"
+        f"{left['prefill_tokens']:,} prefill tokens, {left['seconds'] / 60:.0f} min of one worker"
     ]
     if left["unknown_tokens"]:
-        lines.append(f"  tokens unknown, and reading them not counted: {', '.join(left['unknown_tokens'])}")
-    return lines + [f"  {weights}: {said}" for weights, said in left["basis"].items()]
+        lines.append(f"  not counted, because the context length is unknown: {', '.join(left['unknown_tokens'])}")
+    return lines + [f"  {weights}: {source}" for weights, source in left["basis"].items()]
 
 
 def parameters(folder: Path) -> int | None:
-    """The number of parameters in a model folder, from the headers of its safetensors files; None without any."""
+    """The number of parameters in a model folder, from the headers of its safetensors files; None if there are none."""
     total = 0
     for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as content:
@@ -97,29 +97,29 @@ def _weights(cell: Cell) -> str:
 
 
 def _rates(cell: Cell, measured: Sequence[tuple[Cell, list[dict[str, Any]]]]) -> Rates:
-    same = [(other, samples) for other, samples in measured if other.model == cell.model]
-    told = [kv for _, samples in same for kv in samples]
-    read, written = _total(told, "prefill_tokens"), _total(told, "new_tokens")
-    if read and written:
+    same = [(other, telemetry) for other, telemetry in measured if other.model == cell.model]
+    samples = [kv for _, own in same for kv in own]
+    prefilled, generated = _total(samples, "prefill_tokens"), _total(samples, "new_tokens")
+    if prefilled and generated:
         return Rates(
-            (_total(told, "prefill_s") + _total(told, "compress_s")) / read,
-            (_total(told, "question_s") + _total(told, "decode_s")) / written,
-            written / len(told),
-            f"measured on {len(same)} finished cell{'s' * (len(same) > 1)}, {len(told)} samples",
+            (_total(samples, "prefill_s") + _total(samples, "compress_s")) / prefilled,
+            (_total(samples, "question_s") + _total(samples, "decode_s")) / generated,
+            generated / len(samples),
+            f"measured on {len(same)} finished cell{'s' * (len(same) > 1)}, {len(samples)} samples",
         )
     if cell.model == PACKAGED:
         return Rates(PREFILL_S, NEW_S, ANSWER_TOKENS, "constants of the packaged model on two cores")
-    number = parameters(Path(cell.model))
-    if number is not None:
-        scale = number / PARAMETERS
-        why = f"the packaged model's constants on two cores, times {scale:.3g} by its {number / 1e6:,.0f}M parameters"
-        return Rates(PREFILL_S * scale, NEW_S * scale, ANSWER_TOKENS, why)
-    why = "time unknown and not counted: no cell of it is finished, and it is no folder here"
-    return Rates(None, None, ANSWER_TOKENS, why)
+    count = parameters(Path(cell.model))
+    if count is not None:
+        scale = count / PARAMETERS
+        basis = f"the packaged model's constants on two cores, times {scale:.3g} by its {count / 1e6:,.0f}M parameters"
+        return Rates(PREFILL_S * scale, NEW_S * scale, ANSWER_TOKENS, basis)
+    basis = "time unknown and not counted: no finished cell, and not a local folder"
+    return Rates(None, None, ANSWER_TOKENS, basis)
 
 
-def _reading(cell: Cell, questions: int, measured: Sequence[tuple[Cell, list[dict[str, Any]]]]) -> int | None:
-    """Tokens that a group reads: as another model's finished cell did, else at most its length a question."""
+def _prefill_tokens(cell: Cell, questions: int, measured: Sequence[tuple[Cell, list[dict[str, Any]]]]) -> int | None:
+    """Tokens that a group prefills: those of a finished cell on the same rows, else at most the length per question."""
     for other, samples in measured:
         if (other.task, other.metadata, other.limit) == (cell.task, cell.metadata, cell.limit):
             return int(_total(samples, "prefill_tokens"))
@@ -129,13 +129,16 @@ def _reading(cell: Cell, questions: int, measured: Sequence[tuple[Cell, list[dic
 
 def _telemetry(folder: Path) -> list[dict[str, Any]]:
     """The `kv` telemetry of every sample of a finished cell that has any."""
-    found = []
+    import jsonlines
+
+    telemetry = []
     for file in sorted(folder.glob("samples_*.jsonl")):
-        for line in file.read_text(encoding="utf-8").splitlines():
-            kv = json.loads(line).get("kv")
-            if isinstance(kv, dict) and "prefill_s" in kv:
-                found.append(kv)
-    return found
+        with jsonlines.open(file) as samples:
+            for sample in samples:
+                kv = sample.get("kv")
+                if isinstance(kv, dict) and "prefill_s" in kv:
+                    telemetry.append(kv)
+    return telemetry
 
 
 def _total(samples: Sequence[dict[str, Any]], key: str) -> float:
@@ -143,7 +146,7 @@ def _total(samples: Sequence[dict[str, Any]], key: str) -> float:
 
 
 def _questions(cell: Cell) -> int:
-    """How many questions a cell asks, from the limit or the catalogue's count."""
+    """The number of a cell's questions, from its limit or the catalogue's count."""
     from lceval.tasks import catalogue
 
     digits = re.search(r"\d[\d,]*", catalogue.find(cell.task).dataset.count)

@@ -1,4 +1,4 @@
-"""A plan's cells, run in this process, in several or on a cluster; what became of each is kept in `sweep.json`."""
+"""Run a plan's cells in this process, in several or on a cluster; the status of each cell is in `sweep.json`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from lceval.sweep.plan import Cell, Plan
+from lceval.sweep.plan import Cell, SweepPlan
 from lceval.sweep.worker import CellResult, Worker
 
 STATUS = "sweep.json"
@@ -18,8 +18,8 @@ Engine = Callable[[Sequence[Sequence[Cell]], Path], Iterator[list[CellResult]]]
 
 
 @dataclass
-class Outcome:
-    """What a sweep did: folders of finished cells, in the plan's order; errors of failed ones; contexts read."""
+class SweepOutcome:
+    """Folders of finished cells in the plan's order, errors of failed cells, and the number of contexts prefilled."""
 
     folders: list[Path] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -27,22 +27,22 @@ class Outcome:
 
 
 def here(groups: Sequence[Sequence[Cell]], root: Path) -> Iterator[list[CellResult]]:
-    """One group after the other, in this process."""
+    """Run the groups one after another in this process."""
     worker = Worker()
     for group in groups:
         yield worker.run(group, root)
 
 
 def choose(name: str, workers: int | None, address: str | None) -> Engine:
-    """What runs the groups. Imports torch to count the GPUs, where their number decides.
+    """The function that runs the groups. Imports torch to count the GPUs if their number matters.
 
     Args:
         name: local or ray.
-        workers: how many at a time; None is one a visible GPU, at least one, or what the cluster has.
-        address: of an existing Ray cluster; None starts one here.
+        workers: number of workers; None is one per GPU, visible or of the cluster, and at least one.
+        address: address of an existing Ray cluster; None starts one on this machine.
 
     Raises:
-        UserError: no ray, or nothing at the address.
+        UserError: Ray is not installed, or nothing listens at the address.
     """
     if name == "ray":
         from lceval.sweep import cluster
@@ -55,14 +55,14 @@ def choose(name: str, workers: int | None, address: str | None) -> Engine:
     return here if count == 1 else partial(processes.run, workers=count)
 
 
-def sweep(plan: Plan, root: Path, engine: Engine = here) -> Outcome:
-    """Run what is not finished; a cell that fails is recorded and the rest go on."""
-    outcome = Outcome()
+def sweep(plan: SweepPlan, root: Path, engine: Engine = here) -> SweepOutcome:
+    """Run the unfinished cells; a failing cell is recorded and does not stop the others."""
+    outcome = SweepOutcome()
     root.mkdir(parents=True, exist_ok=True)
     done = set(plan.finished(root))
-    # What is finished is only looked at, which needs no model and no worker.
-    looked = here([some for group in plan.groups() if (some := [cell for cell in group if cell in done])], root)
-    for results in looked:
+    # Finished cells are only verified, which requires no model and no worker.
+    verified = here([some for group in plan.groups() if (some := [cell for cell in group if cell in done])], root)
+    for results in verified:
         _record(results, root, outcome)
     left = [some for group in plan.groups() if (some := [cell for cell in group if cell not in done])]
     cells, ended = sum(map(len, left)), 0
@@ -76,8 +76,8 @@ def sweep(plan: Plan, root: Path, engine: Engine = here) -> Outcome:
     return outcome
 
 
-def _record(results: Sequence[CellResult], root: Path, outcome: Outcome) -> None:
-    """A failed cell leaves a line on stderr and a file with its traceback, which goes when it is finished."""
+def _record(results: Sequence[CellResult], root: Path, outcome: SweepOutcome) -> None:
+    """Print a failed cell's error to stderr and write its traceback to a file; delete that file once it is finished."""
     for cell in results:
         outcome.contexts += cell.contexts
         file = root / _error_file(cell.cell)
@@ -93,8 +93,8 @@ def _error_file(cell: str) -> str:
     return f"{cell}.error.txt"
 
 
-def _write(root: Path, plan: Plan, outcome: Outcome) -> None:
-    """What became of every cell, at once or not at all."""
+def _write(root: Path, plan: SweepPlan, outcome: SweepOutcome) -> None:
+    """Write the status of every cell, atomically."""
     done = {cell.name for cell in plan.finished(root)}
     status = {
         cell.name: outcome.failed.get(cell.name, "finished" if cell.name in done else "not run") for cell in plan.cells

@@ -1,4 +1,4 @@
-"""What a sweep is asked for: a YAML file or a preset, checked before anything is loaded."""
+"""The grid of a sweep: a YAML file or a preset, validated before any model is loaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lceval.errors import UserError
 
 
 class Grid(BaseModel):
-    """Every combination is a cell.
+    """Lists of settings; each combination is a cell.
 
     Attributes:
         models, adapters: `pretrained` and `peft`; None is no adapter.
-        recipes: of the KV cache.
-        contexts: what lm_eval's `--metadata` takes: `full`, `gold`, `none`, or `{context: rag, retriever: bm25, …}`.
-        tasks: names of tasks or groups, or of datasets, which are crossed with `modes` and `lengths` (K tokens).
-        seeds: `data_seed` of the rows; None is the task's own.
-        limit: questions a cell, None takes all. model_args: further arguments of the model, as `diagnose: gold`.
-        gen_kwargs: of generation, over what the tasks say, as `max_gen_toks: 16`.
+        recipes: KV recipes.
+        contexts: context settings as in lm_eval's `--metadata`: `full`, `gold`, `none`, or `{context: rag, …}`.
+        tasks: tasks, groups, or datasets, which are crossed with `modes` and `lengths` (K tokens).
+        seeds: `data_seed` of the rows; None is the task's default.
+        limit: questions per cell; None is all.
+        model_args: further model arguments, e.g. `diagnose: gold`.
+        gen_kwargs: generation arguments that override the tasks', e.g. `max_gen_toks: 16`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,23 +45,23 @@ class Grid(BaseModel):
 
 
 def presets() -> list[str]:
-    """Names of the grids that are shipped."""
+    """Names of the packaged grids."""
     return sorted(
         f.name.removesuffix(".yaml") for f in files("lceval.sweep.presets").iterdir() if f.name.endswith("yaml")
     )
 
 
-def read(file: Path | None, preset: str | None, changes: Sequence[str] = ()) -> tuple[str, Grid]:
+def read(file: Path | None, preset: str | None, overrides: Sequence[str] = ()) -> tuple[str, Grid]:
     """A grid and its name.
 
     Args:
-        changes: KEY=VALUE, VALUE as in YAML, over what the file says.
+        overrides: KEY=VALUE texts that replace keys of the file; VALUE is YAML.
 
     Raises:
-        UserError: neither or both of file and preset, not a grid, or an unknown key.
+        UserError: neither or both of file and preset, no valid grid, or an unknown key.
     """
     if (file is None) == (preset is None):
-        raise UserError(f"name a grid.yaml or a --preset ({', '.join(presets())}), one of the two")
+        raise UserError(f"expected either a grid file or --preset ({', '.join(presets())})")
     if preset is not None:
         if preset not in presets():
             raise UserError(f"no preset {preset!r}: one of {', '.join(presets())}")
@@ -71,33 +72,33 @@ def read(file: Path | None, preset: str | None, changes: Sequence[str] = ()) -> 
             raise UserError(f"{file}: no such file; docs/sweep.md has an example")
         name, text = file.stem, file.read_text(encoding="utf-8")
     try:
-        said = yaml.safe_load(text)
-        for change in changes:
-            key, separator, value = change.partition("=")
+        values = yaml.safe_load(text)
+        for override in overrides:
+            key, separator, value = override.partition("=")
             if not separator:
-                raise UserError(f"--set {change!r}: expected KEY=VALUE")
-            said[key] = yaml.safe_load(value)
+                raise UserError(f"--set {override!r}: expected KEY=VALUE")
+            values[key] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"{file or preset}: not YAML ({' '.join(str(error).split())})") from None
-    return name, parse(said, str(file or preset))
+    return name, parse(values, str(file or preset))
 
 
-def parse(said: Any, source: str) -> Grid:
-    """A grid from plain values.
+def parse(values: Any, source: str) -> Grid:
+    """A grid from plain values; `source` names their file in errors.
 
     Raises:
-        UserError: what is wrong, by the first key.
+        UserError: the first invalid key.
     """
-    if not isinstance(said, Mapping):
-        raise UserError(f"{source}: expected keys as models, recipes and tasks, found {type(said).__name__}")
-    for key in said:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{source}: expected keys such as models, recipes and tasks, got {type(values).__name__}")
+    for key in values:
         if key not in Grid.model_fields:
             near = get_close_matches(str(key), Grid.model_fields, n=1)
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(Grid.model_fields)}"
             raise UserError(f"{source}: unknown key {key!r}; {hint}")
     try:
-        return Grid.model_validate(said)
+        return Grid.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{source}: {where}: {first['msg'].lower()} (found {first['input']!r:.60})") from None
+        raise UserError(f"{source}: {where}: {first['msg'].lower()} (got {first['input']!r:.60})") from None

@@ -1,4 +1,4 @@
-"""The cells of a grid: what is run, under which folder, and what it will cost."""
+"""The cells of a grid: their settings, run folders and commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lceval.sweep.grid import Grid
 
 @dataclass(frozen=True)
 class Cell:
-    """One run folder."""
+    """One combination of the grid's settings, and so one run folder."""
 
     model: str
     adapter: str | None
@@ -27,30 +27,30 @@ class Cell:
     batch_size: int
     model_args: tuple[tuple[str, bool | str | int | float], ...]
     gen_kwargs: str = ""
-    """JSON, empty for none."""
+    """JSON; empty if there are none."""
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Cells of one group differ in nothing but the recipe."""
-        asked = self.task, self.metadata, self.limit, self.gen_kwargs
-        return self.model, self.adapter, self.batch_size, self.model_args, *asked
+        """Cells of one group differ only in their recipe."""
+        settings = self.task, self.metadata, self.limit, self.gen_kwargs
+        return self.model, self.adapter, self.batch_size, self.model_args, *settings
 
     @property
     def owner(self) -> tuple[object, ...]:
-        """Cells of one owner use one loaded model."""
+        """Cells of one owner use the same loaded model."""
         return self.model, self.adapter, self.batch_size, self.model_args
 
     @property
     def name(self) -> str:
-        """The folder's name: readable parts, and a digest where they alone could be another cell's."""
-        shown = [str(value) for _, value in self.metadata]
+        """The folder's name: readable parts, and a digest because these alone are not unique."""
+        values = [str(value) for _, value in self.metadata]
         parts = [self.model.rstrip("/").rsplit("/", 1)[-1], *([Path(self.adapter).name] if self.adapter else [])]
-        readable = "_".join([*parts, self.task, *shown, self.recipe])
+        readable = "_".join([*parts, self.task, *values, self.recipe])
         digest = hashlib.sha256(json.dumps(self.argv(Path()), sort_keys=True).encode()).hexdigest()[:6]
         return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', readable)}_{digest}"
 
     def argv(self, folder: Path) -> list[str]:
-        """The flags with which `lceval run` makes the same cell."""
+        """The arguments of `lceval run` for the same run."""
         args = {"pretrained": self.model, **({"peft": self.adapter} if self.adapter else {}), "kv": self.recipe}
         args |= {key: str(value) for key, value in self.model_args}
         flags = [
@@ -69,26 +69,26 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The cells of a grid, in the order they are run, and the combinations that make no sense, with the reason."""
+class SweepPlan:
+    """The cells of a grid in order, and the invalid combinations (`na`) with their reasons."""
 
     cells: tuple[Cell, ...]
     na: tuple[tuple[str, str], ...]
 
     def groups(self) -> list[list[Cell]]:
-        """Cells that share their contexts, side by side with those that share their model."""
-        found: dict[tuple[object, ...], list[Cell]] = {}
+        """Cells in groups that share their contexts; groups that share a model are adjacent."""
+        groups: dict[tuple[object, ...], list[Cell]] = {}
         for cell in self.cells:
-            found.setdefault(cell.group, []).append(cell)
-        return sorted(found.values(), key=lambda group: [c.owner for c in self.cells].index(group[0].owner))
+            groups.setdefault(cell.group, []).append(cell)
+        return sorted(groups.values(), key=lambda group: [c.owner for c in self.cells].index(group[0].owner))
 
     def finished(self, root: Path) -> list[Cell]:
-        """Cells that an earlier start finished."""
+        """Cells whose run folder is finished."""
         return [cell for cell in self.cells if is_finished(root / cell.name)]
 
 
-def plan(grid: Grid) -> Plan:
-    """Cross everything; each name is checked, nothing is loaded.
+def plan(grid: Grid) -> SweepPlan:
+    """The cross product of a grid. Names are checked; no model or data is loaded.
 
     Raises:
         UserError: an unknown task, dataset, mode or context, or a bad recipe.
@@ -111,44 +111,44 @@ def plan(grid: Grid) -> Plan:
             metadata |= {"data_seed": seed}
         cells += [
             Cell(
-                model, adapter, how, name, tuple(sorted(metadata.items())), grid.limit, grid.batch_size,
+                model, adapter, kv, name, tuple(sorted(metadata.items())), grid.limit, grid.batch_size,
                 tuple(sorted(grid.model_args.items())),
                 json.dumps(grid.gen_kwargs, sort_keys=True) if grid.gen_kwargs else "",
             )
-            for how in recipes
+            for kv in recipes
         ]  # fmt: skip
     if not cells:
         raise UserError(f"no cell of the grid can be run: {na[0][0]}: {na[0][1]}" if na else "the grid has no cell")
-    return Plan(tuple(dict.fromkeys(cells)), tuple(dict.fromkeys(na)))
+    return SweepPlan(tuple(dict.fromkeys(cells)), tuple(dict.fromkeys(na)))
 
 
 def _tasks(grid: Grid) -> tuple[list[str], list[tuple[str, str]]]:
-    """Task names, and the combinations of dataset, mode and length that there are not."""
+    """Task names, and the combinations of dataset, mode and length that do not exist."""
     from lceval.tasks import catalogue
 
     every, groups, datasets = catalogue.tasks(), catalogue.groups(), catalogue.datasets()
     names: list[str] = []
     na: list[tuple[str, str]] = []
-    for said in grid.tasks:
-        if said in every:
-            names.append(said)
-        elif said in groups:
-            names += [member for name in groups[said] for member in groups.get(name, [name])]
-        elif said in datasets:
-            dataset = datasets[said]
+    for entry in grid.tasks:
+        if entry in every:
+            names.append(entry)
+        elif entry in groups:
+            names += [member for name in groups[entry] for member in groups.get(name, [name])]
+        elif entry in datasets:
+            dataset = datasets[entry]
             for mode, length in product(grid.modes, (grid.lengths or dataset.lengths) if dataset.lengths else [None]):
-                name = f"lc_{said}_{mode}" + (f"_{length}k" if length else "")
+                name = f"lc_{entry}_{mode}" + (f"_{length}k" if length else "")
                 if name in every:
                     names.append(name)
                 else:
                     modes, lengths = ", ".join(dataset.modes), ", ".join(map(str, dataset.lengths))
-                    na.append((name, f"{said} has modes {modes}" + (f" at {lengths} K tokens" if lengths else "")))
+                    na.append((name, f"{entry} has modes {modes}" + (f" at {lengths} K tokens" if lengths else "")))
         else:
-            catalogue.find(said)
+            catalogue.find(entry)
     return list(dict.fromkeys(names)), na
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run folder's run.json says that it is finished."""
+    """Whether a run folder is finished, according to its run.json."""
     file = folder / "run.json"
     return file.is_file() and json.loads(file.read_text()).get("status") == "finished"

@@ -1,6 +1,6 @@
-"""Several workers on this machine: a process each, with a model of its own and, where there are GPUs, its own of them.
+"""Workers as processes of this machine, each with its own model and its own GPUs, if there are any.
 
-Groups and outcomes go through pipes. A worker that dies takes down its group alone: a new one goes on with the rest.
+Groups and results go through pipes. If a worker dies, only its group fails; a new worker continues with the rest.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from lceval.sweep.share import Queue, split, threads
 from lceval.sweep.worker import CellResult, Worker
 
 
-class Runs(Protocol):
-    """What a process does to a group."""
+class RunsGroups(Protocol):
+    """The work of a process: run a group of cells."""
 
     def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]: ...
 
 
 @dataclass
-class _Hand:
-    """A process, our end of its pipe, its place among the workers and the group it runs."""
+class _WorkerProcess:
+    """A worker process: our end of its pipe, its index among the workers and the group it runs."""
 
     process: BaseProcess
     pipe: Any
-    place: int
+    index: int
     group: Sequence[Cell]
 
 
 def run(
-    groups: Sequence[Sequence[Cell]], root: Path, workers: int, make: Callable[[], Runs] = Worker
+    groups: Sequence[Sequence[Cell]], root: Path, workers: int, make: Callable[[], RunsGroups] = Worker
 ) -> Iterator[list[CellResult]]:
-    """What became of each group's cells, as groups come to their end."""
+    """The results of each group, as groups end."""
     groups = split(groups, workers)
-    queue, handles = Queue(groups), dict[Any, _Hand]()
+    queue, handles = Queue(groups), dict[Any, _WorkerProcess]()
     workers = min(workers, len(groups))
-    environments = [environment(place, workers) for place in range(workers)]
+    environments = [environment(index, workers) for index in range(workers)]
     try:
-        for place in range(workers):
-            _give(handles, _start(place, environments[place], make), queue.take(), root)
+        for index in range(workers):
+            _give(handles, _start(index, environments[index], make), queue.take(), root)
         while handles:
             for pipe in connection.wait(list(handles)):
                 handle = handles.pop(pipe)
@@ -62,7 +62,7 @@ def run(
                     alive = handle.process.exitcode is None
                     _give(
                         handles,
-                        handle if alive else _start(handle.place, environments[handle.place], make),
+                        handle if alive else _start(handle.index, environments[handle.index], make),
                         group,
                         root,
                     )
@@ -76,55 +76,56 @@ def run(
 
 
 def died(group: Sequence[Cell], root: Path, why: str) -> list[CellResult]:
-    """What became of the cells of a worker that can no longer say it."""
+    """The results of a group whose worker died: its unfinished cells failed."""
     lost = {cell.name for cell in group if not is_finished(root / cell.name)}
     return [CellResult(cell.name, why, why) if cell.name in lost else CellResult(cell.name) for cell in group]
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that a process here may use, as CUDA_VISIBLE_DEVICES names them. Imports torch."""
+    """The GPUs that this process can use, by their names in CUDA_VISIBLE_DEVICES. Imports torch."""
     import torch
 
-    said = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [str(i) for i in range(torch.cuda.device_count())] if said is None else [n.strip() for n in said.split(",")]
-    return names[: torch.cuda.device_count()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    names = [str(i) for i in range(count)] if visible is None else [name.strip() for name in visible.split(",")]
+    return names[:count]
 
 
-def environment(place: int, workers: int) -> dict[str, str]:
-    """The environment of one of the workers: its GPUs, or, without any, its share of the CPUs."""
+def environment(index: int, workers: int) -> dict[str, str]:
+    """Environment variables of one worker: its GPUs, or its share of the CPU threads."""
     gpus = visible_gpus()
     if not gpus:
         return {"OMP_NUM_THREADS": str(threads(workers))}
-    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place::workers] or [gpus[place % len(gpus)]])}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[index::workers] or [gpus[index % len(gpus)]])}
 
 
-def _start(place: int, variables: dict[str, str], make: Callable[[], Runs]) -> _Hand:
+def _start(index: int, variables: dict[str, str], make: Callable[[], RunsGroups]) -> _WorkerProcess:
     context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, variables, make), name=f"lceval-worker-{place}")
+    parent_end, child_end = context.Pipe()
+    process = context.Process(target=_serve, args=(child_end, variables, make), name=f"lceval-worker-{index}")
     process.start()
-    theirs.close()
-    return _Hand(process, ours, place, [])
+    child_end.close()
+    return _WorkerProcess(process, parent_end, index, [])
 
 
-def _give(handles: dict[Any, _Hand], handle: _Hand, group: Sequence[Cell] | None, root: Path) -> None:
+def _give(handles: dict[Any, _WorkerProcess], handle: _WorkerProcess, group: Sequence[Cell] | None, root: Path) -> None:
     assert group is not None
     handle.group = group
     handles[handle.pipe] = handle
-    with suppress(OSError):  # it died: reading from it will say so
+    with suppress(OSError):  # the process died: receiving from its pipe raises EOFError
         handle.pipe.send((group, root))
 
 
 def _death(code: int | None) -> str:
-    how = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
-    return f"the worker process ended {how} (out of memory?); the same line goes on from here"
+    cause = f"by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
+    return f"the worker process ended {cause} (out of memory?); rerun the same command to resume"
 
 
-def _serve(pipe: Any, variables: dict[str, str], make: Callable[[], Runs]) -> None:
-    """A worker's life: groups in, outcomes out, until the pipe closes or the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its workers
+def _serve(pipe: Any, variables: dict[str, str], make: Callable[[], RunsGroups]) -> None:
+    """Main function of a worker process: receive groups, send results, until the pipe closes or the parent ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends its workers
     os.environ.update(variables)
-    os.dup2(2, 1)  # stdout is the table's
+    os.dup2(2, 1)  # only the parent's table goes to stdout
     Thread(target=_end_with_parent, daemon=True).start()
     worker = make()
     while True:

@@ -1,4 +1,4 @@
-"""Groups for several workers: which one a worker takes next, so that models are loaded seldom and nobody idles."""
+"""Distribute groups over workers such that models are rarely reloaded and no worker idles."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from lceval.sweep.plan import Cell
 
 
 def split(groups: Sequence[Sequence[Cell]], workers: int) -> list[list[Cell]]:
-    """A group for every worker, as far as there are cells.
+    """At least one group per worker, as far as there are enough cells.
 
-    Where there are too few groups the largest are halved by recipe, and both halves read its contexts.
+    If there are too few groups, the largest are split in halves by recipe; both halves prefill its contexts.
     """
-    found = [list(group) for group in groups]
-    while len(found) < workers and (largest := max(found, key=len, default=[]))[1:]:
-        at, half = found.index(largest), len(largest) // 2
-        found[at : at + 1] = [largest[:half], largest[half:]]
-    return found
+    parts = [list(group) for group in groups]
+    while len(parts) < workers and (largest := max(parts, key=len, default=[]))[1:]:
+        at, half = parts.index(largest), len(largest) // 2
+        parts[at : at + 1] = [largest[:half], largest[half:]]
+    return parts
 
 
 def threads(workers: int) -> int:
-    """CPU threads for each of so many workers of this machine."""
+    """CPU threads per worker, with this many workers on this machine."""
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
 class Queue:
-    """Groups that wait for a worker."""
+    """Groups waiting for a worker."""
 
     def __init__(self, groups: Sequence[Sequence[Cell]]) -> None:
         self._waiting: dict[object, list[Sequence[Cell]]] = {}
@@ -39,9 +39,9 @@ class Queue:
         return bool(self._waiting)
 
     def take(self, owner: object = None) -> Sequence[Cell] | None:
-        """The next group for a worker whose last one was of `owner`, None if none is left.
+        """The next group for a worker whose last group had this `owner`; None if none is left.
 
-        One that needs the same model; else one of the model that has most groups left for each worker it has.
+        A group of the same model is preferred, then one of the model with the most groups left per worker.
         """
         self._at_work[owner] -= 1
         if not self._waiting:

@@ -1,8 +1,8 @@
-"""Groups of cells in one process: one model for those that use it, one reading of each context for all recipes.
+"""Run groups of cells in one process, with one loaded model and one prefill per context for all recipes.
 
-A group's cells differ only in their recipe. Context by context its questions are answered under every recipe over one
-prefill, each answer filed in its own cell's `responses.sqlite`; then each cell is finished as `lceval run` does, which
-finds all of them there. A killed sweep goes on at the sample, and so would `lceval run` in any of its folders.
+A group's cells differ only in their recipe. Context by context, all recipes answer the questions from one prefill, and
+each answer is stored in the `responses.sqlite` of its cell. Then each cell is finished as by `lceval run`, from stored
+responses only. A killed sweep resumes at the sample, and so does `lceval run` in any of its folders.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from typing import Any
 
 from lceval.errors import LcevalError
 from lceval.responses import Responses
-from lceval.run import Opened, begin, evaluate, load_model, opened, tasks_of
+from lceval.run import OpenRun, begin, evaluate, load_model, opened, tasks_of
 from lceval.sweep.plan import Cell
 
-# What is a secret by the name of the environment variable that holds it, or by its looks.
+# Secrets: values of environment variables with such names, and texts that look like keys.
 NAMED = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 LOOKS = re.compile(r"\b(?:hf_|sk-)[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)")
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """What became of a cell: it is finished, unless there is an error, one line of it and its traceback.
+    """The result of a cell: finished, or failed with a one-line error and a traceback.
 
-    contexts: how many were read for it, and not for another recipe before.
+    contexts: number of contexts prefilled for this cell, without those that another recipe had prefilled.
     """
 
     cell: str
@@ -45,125 +45,127 @@ class CellResult:
 
 @dataclass
 class ActiveCell:
-    """A cell that is being answered: with what the model counted, and seconds that were this cell's alone."""
+    """A cell whose requests are being answered, with the model's counts and the seconds charged to this cell."""
 
     cell: Cell
-    found: Opened
+    run: OpenRun
     store: Responses
     counts: Counter[str] = field(default_factory=Counter)
     spent_s: float = 0.0
 
 
 class Worker:
-    """Runs groups one by one and keeps the model while their owner stays the same."""
+    """Runs groups one after another and keeps the model while their owner stays the same."""
 
     def __init__(self) -> None:
         self._model: Any = None
         self._owner: object = None
 
     def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
-        """What became of each cell; one that fails stops no other."""
+        """The results of a group; a failing cell does not stop the others."""
         results: dict[str, CellResult] = {}
         with ExitStack() as folders:
-            begun = self._begin(group, root, folders, results)
-            if begun:
+            unfinished = self._open_unfinished(group, root, folders, results)
+            if unfinished:
                 try:
-                    answered = self._answer(self._load(begun[0]), begun, results)
+                    answered = self._answer(self._load(*unfinished[0]), unfinished, results)
                 except Exception as error:
-                    results |= {cell.name: failed(cell, error) for cell, _ in begun}
+                    results |= {cell.name: failed(cell, error) for cell, _ in unfinished}
                     self._model, self._owner = None, None
                     answered = []
-                for one in answered:
-                    results[one.cell.name] = self._finish(one)
+                for active in answered:
+                    results[active.cell.name] = self._finish(active)
         return [results[cell.name] for cell in group]
 
     @staticmethod
-    def _begin(
+    def _open_unfinished(
         group: Sequence[Cell], root: Path, folders: ExitStack, results: dict[str, CellResult]
-    ) -> list[tuple[Cell, Opened]]:
-        """The cells with something left to do, their folders locked until the group is done.
+    ) -> list[tuple[Cell, OpenRun]]:
+        """The unfinished cells, with their folders locked until the group is done.
 
-        A finished folder is opened too: it counts only if it is this run's, weights, adapter and versions included.
+        Finished folders are opened too: they count only if their identity (weights, adapter, versions) is this run's.
         """
-        begun = []
+        unfinished = []
         for cell in group:
             try:
-                found = folders.enter_context(opened(cell.argv(root / cell.name)))
+                open_run = folders.enter_context(opened(cell.argv(root / cell.name)))
             except Exception as error:
                 results[cell.name] = failed(cell, error)
                 continue
             results[cell.name] = CellResult(cell.name)
-            if found.finished is None:
-                begun.append((cell, found))
-        return begun
+            if open_run.finished is None:
+                unfinished.append((cell, open_run))
+        return unfinished
 
-    def _load(self, one: tuple[Cell, Opened]) -> Any:
-        cell, found = one
+    def _load(self, cell: Cell, open_run: OpenRun) -> Any:
+        """The model of the cell's owner, loaded if it is not already."""
         if self._owner != cell.owner:
             self._model = None
             gc.collect()
         if self._model is None:
-            self._model, self._owner = load_model(found.config), cell.owner
+            self._model, self._owner = load_model(open_run.config), cell.owner
         return self._model
 
     @staticmethod
-    def _answer(model: Any, begun: Sequence[tuple[Cell, Opened]], results: dict[str, CellResult]) -> list[ActiveCell]:
-        """Answer all questions of a group, context by context; the cells that went through.
+    def _answer(
+        model: Any, unfinished: Sequence[tuple[Cell, OpenRun]], results: dict[str, CellResult]
+    ) -> list[ActiveCell]:
+        """Answer all questions of a group, context by context; returns the cells without an error.
 
-        A recipe that fails is out; the others go on. Reading a context is charged to all of them in equal parts.
+        If a recipe fails, the others continue. The time of a prefill is charged to all cells in equal parts.
         """
         from lceval.models.recipe import parse
 
-        recipes = [parse(found.config.model_args["kv"]) for _, found in begun]
+        recipes = [parse(open_run.config.model_args["kv"]) for _, open_run in unfinished]
         stats_spec = recipes[0].stats_spec
         for recipe in recipes[1:]:
             stats_spec |= recipe.stats_spec
-        active: list[ActiveCell] = []
+        cells: list[ActiveCell] = []
         with ExitStack() as stores:
             stores.callback(setattr, model.scheduler, "keep_for", None)
-            for cell, found in begun:
-                begin(found)
-                active.append(ActiveCell(cell, found, Responses(found.folder / "responses.sqlite")))
-                stores.callback(active[-1].store.close)
+            for cell, open_run in unfinished:
+                begin(open_run)
+                cells.append(ActiveCell(cell, open_run, Responses(open_run.folder / "responses.sqlite")))
+                stores.callback(cells[-1].store.close)
             model.scheduler.keep_for = stats_spec
-            for method, requests in _requests(begun[0][1].config, model):
+            for method, requests in _requests(unfinished[0][1].config, model):
                 prefill_s = model.scheduler.prefill_s
-                for one in list(active):
-                    _under(model, one.found.config, counts=Counter())
-                    model.set_cache_hook(one.store)
-                    _seed(one.found.config)
+                for active in list(cells):
+                    _switch(model, active.run.config, counts=Counter())
+                    model.set_cache_hook(active.store)
+                    _seed(active.run.config)
                     start, before_s = time.monotonic(), model.scheduler.prefill_s
                     try:
-                        one.store.serve(method, getattr(model, method), requests)
+                        active.store.serve(method, getattr(model, method), requests)
                     except Exception as error:
-                        results[one.cell.name] = failed(one.cell, error)
-                        active.remove(one)
-                    one.spent_s += time.monotonic() - start - (model.scheduler.prefill_s - before_s)
-                    one.counts.update(model.totals)
-                for one in active:
-                    one.spent_s += (model.scheduler.prefill_s - prefill_s) / len(active)
-        return active
+                        results[active.cell.name] = failed(active.cell, error)
+                        cells.remove(active)
+                    active.spent_s += time.monotonic() - start - (model.scheduler.prefill_s - before_s)
+                    active.counts.update(model.totals)
+                for active in cells:
+                    active.spent_s += (model.scheduler.prefill_s - prefill_s) / len(cells)
+        return cells
 
-    def _finish(self, one: ActiveCell) -> CellResult:
-        contexts = one.counts["contexts"]
+    def _finish(self, active: ActiveCell) -> CellResult:
+        contexts = active.counts["contexts"]
         try:
-            evaluate(one.found, partial(_under, self._model, counts=one.counts), spent_s=one.spent_s)
+            evaluate(active.run, partial(_switch, self._model, counts=active.counts), spent_s=active.spent_s)
         except Exception as error:
-            return failed(one.cell, error, contexts)
-        return CellResult(one.cell.name, contexts=contexts)
+            return failed(active.cell, error, contexts)
+        return CellResult(active.cell.name, contexts=contexts)
 
 
 def failed(cell: Cell, error: BaseException, contexts: int = 0) -> CellResult:
-    """A cell with its error, in which nothing that is secret here is left."""
+    """The result of a failed cell, with secrets removed from error and traceback."""
     text = (str(error).strip() or "no message").splitlines()[0]
-    said = text if isinstance(error, LcevalError) else f"{type(error).__name__}: {text}"
+    message = text if isinstance(error, LcevalError) else f"{type(error).__name__}: {text}"
     return CellResult(
-        cell.name, without_secrets(said), without_secrets("".join(traceback.format_exception(error))), contexts
+        cell.name, without_secrets(message), without_secrets("".join(traceback.format_exception(error))), contexts
     )
 
 
 def without_secrets(text: str) -> str:
-    """A text without the values of variables such as HF_TOKEN, and without what looks like a key."""
+    """A text without values of variables such as HF_TOKEN and without anything that looks like a key."""
     for name, value in os.environ.items():
         if NAMED.search(name) and len(value) >= 8:
             text = text.replace(value, f"[{name}]")
@@ -171,11 +173,11 @@ def without_secrets(text: str) -> str:
 
 
 def _requests(config: Any, model: Any) -> list[tuple[str, list[Any]]]:
-    """The requests of a configuration as lm-eval will make them, those on one context together."""
+    """The requests that lm-eval will make for a configuration, grouped by context."""
     _, loaded = tasks_of(config)
     groups: dict[tuple[str, str], list[Any]] = {}
     for task in loaded["tasks"].values():
-        # As lm-eval's evaluator does it: over what the task says.
+        # As lm-eval's evaluator does: the configuration overrides the task.
         if config.gen_kwargs and task.get_config("output_type") == "generate_until":
             task.set_config(key="generation_kwargs", value=config.gen_kwargs, update=True)
         task.build_all_requests(
@@ -192,14 +194,14 @@ def _requests(config: Any, model: Any) -> list[tuple[str, list[Any]]]:
 
 
 def _seed(config: Any) -> None:
-    """Sampled answers on a context depend on no other cell and on no worker."""
+    """Seed sampling per context, so that answers do not depend on other cells or on the number of workers."""
     import torch
 
     torch.manual_seed(config.seed[2] if config.seed else 0)
 
 
-def _under(model: Any, config: Any, *, counts: Counter[str]) -> Any:
-    """The loaded model under the recipe of a configuration, as if it had counted only that run's."""
+def _switch(model: Any, config: Any, *, counts: Counter[str]) -> Any:
+    """Switch the loaded model to a configuration's recipe, and set its counts to that run's."""
     from lceval.models.recipe import parse
 
     model.totals.clear()

@@ -1,7 +1,7 @@
-"""The table of one or more runs: a score with its interval, what is left of it beside `full`, and what it cost.
+"""The table of one or more runs: scores with intervals, retention against the full cache, memory and speed.
 
-`build` computes plain data and never rounds; the renderers only format it. JSON and CSV carry every key of `KEYS`; the
-forms for people print one section per task and say once, in the caption, what is the same in every row.
+`build` computes plain data and never rounds; the renderers only format it. JSON and CSV contain every key of `KEYS`;
+the other formats print one section per task and state constant values once, in the caption.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Literal
 from lceval.errors import UserError
 from lceval.results import Run, read_runs
 from lceval.table.aggregate import aggregate
-from lceval.table.forms import to_html, to_latex, to_markdown, to_terminal
+from lceval.table.formats import to_html, to_latex, to_markdown, to_terminal
 from lceval.table.judged import judged
 from lceval.table.pairs import results
 from lceval.table.references import load
@@ -40,21 +40,21 @@ def main(
     """The table of the runs in `paths`, as text without a final newline.
 
     Args:
-        by: what a row stands for, beside its run.
-        reference: published tables to quote beside ours (`references.yaml`).
-        require_kappa: least agreement with people of every judge whose verdicts are in the table.
+        by: what each row aggregates over within a run.
+        reference: published tables to quote (`references.yaml`).
+        require_kappa: minimum Cohen's kappa with human labels for every judge in the table.
 
     Raises:
-        BelowError: a judge agrees less, or is uncalibrated.
-        UserError: No paths, a folder that cannot be read as a run, or no such reference.
+        BelowError: a judge is below it, or uncalibrated.
+        UserError: No paths, an unreadable run folder, or an unknown reference.
     """
     if not paths:
-        raise UserError("no runs given; name one or more run folders, as in: lceval table runs/a runs/b")
-    quoted = load(reference)
+        raise UserError("no runs given; pass one or more run folders, for example: lceval table runs/a runs/b")
+    references = load(reference)
     runs = read_runs(paths)
     if require_kappa is not None:
         _require(runs, require_kappa)
-    table = replace(build(runs, by), quoted=quoted)
+    table = replace(build(runs, by), quoted=references)
     render: dict[Format, Callable[[Table], str]] = {
         "terminal": to_terminal,
         "markdown": to_markdown,
@@ -66,16 +66,16 @@ def main(
     return render[fmt](table)
 
 
-def _require(runs: Sequence[Run], least: float) -> None:
+def _require(runs: Sequence[Run], minimum: float) -> None:
     from lceval.judge import calibrations
 
     for task in (task for run in runs for task in run.tasks):
-        if (found := judged(task)).judge:
-            calibrations.require(found.worth.get("judge_kappa"), least, found.judge)
+        if (verdicts := judged(task)).judge:
+            calibrations.require(verdicts.agreement.get("judge_kappa"), minimum, verdicts.judge)
 
 
 def build(runs: Iterable[Run], by: By = "task") -> Table:
-    """One row per (run, task), tasks in the order they first appear, in each the runs as given; or means of those."""
-    found = results(list(runs))
-    rows = [row(result, bounds=by == "task") for result in found]
-    return Table(rows) if by == "task" else aggregate(found, rows, by)
+    """One row per (run, task), or means of these; tasks in order of first appearance, runs in the given order."""
+    run_tasks = results(list(runs))
+    rows = [row(result, bounds=by == "task") for result in run_tasks]
+    return Table(rows) if by == "task" else aggregate(run_tasks, rows, by)

@@ -1,7 +1,7 @@
 """Rows over several tasks: a suite's mean at one length, and its mean over lengths as HELMET takes it.
 
-The score of a suite at a length is the mean over its tasks of their means; the score of a suite is the mean over its
-lengths of those. Runs of the same model, adapter, recipe and context are one row, whichever folders their tasks lie in.
+The score of a suite at one length is the mean of its tasks' mean scores; the score of a suite is the mean over its
+lengths. Runs of the same model, adapter, recipe, query-aware setting and context form one row, across folders.
 """
 
 from __future__ import annotations
@@ -20,15 +20,17 @@ _MEANS = (
     *("prefill_s", "prefill_tok_s", "decode_tok_s"),
 )
 _SUMS = ("n", "clusters", "errors", "truncated", "wrong_format", "unjudged")
-_WORTH = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")
+_AGREEMENT = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")
+
+_CONFIGURATION = ("model", "pretrained", "peft", "recipe", "query_aware")
 
 Pair = tuple[Result, Row]
 Group = tuple[str | None, str | None, int | None]  # suite, mode, length
 
 
 def aggregate(results: Sequence[Result], rows: Sequence[Row], by: By) -> Table:
-    """A row per configuration and suite, or suite and length; suites in the order they appear, lengths ascending."""
-    named: dict[tuple[Group, tuple[object, ...]], list[Pair]] = {}
+    """A row per configuration and suite, or suite and length; suites in order of appearance, lengths ascending."""
+    groups: dict[tuple[Group, tuple[object, ...]], list[Pair]] = {}
     left_out: dict[str, None] = {}
     configurations = _configurations(rows)
     modes = _modes(rows, configurations)
@@ -38,50 +40,50 @@ def aggregate(results: Sequence[Result], rows: Sequence[Row], by: By) -> Table:
             continue
         mode = row["mode"] if (key, row["suite"]) in modes else None
         group = (row["suite"], mode, row["length_k"] if by == "length" else None)
-        named.setdefault((group, key), []).append((result, row))
+        groups.setdefault((group, key), []).append((result, row))
     suites, all_modes, runs = (list(dict.fromkeys(row[name] for row in rows)) for name in ("suite", "mode", "run"))
-    made = [(group, members) for (group, _), members in named.items()]
+    grouped = [(group, members) for (group, _), members in groups.items()]
 
-    def order(made: tuple[Group, list[Pair]]) -> tuple[int, int, bool, int, int]:
-        (suite, mode, length_k), members = made
+    def order(entry: tuple[Group, list[Pair]]) -> tuple[int, int, bool, int, int]:
+        (suite, mode, length_k), members = entry
         place = -1 if mode is None else all_modes.index(mode)
         return suites.index(suite), place, length_k is None, length_k or 0, runs.index(members[0][1]["run"])
 
-    made.sort(key=order)
-    return Table([_row(members, group) for group, members in made], by, tuple(left_out))
+    grouped.sort(key=order)
+    return Table([_row(members, group) for group, members in grouped], by, tuple(left_out))
 
 
 def _modes(rows: Sequence[Row], keys: Sequence[tuple[object, ...]]) -> set[tuple[tuple[object, ...], str | None]]:
-    """Configurations and suites in which a dataset was run in several modes: those are compared, not averaged."""
-    found: dict[tuple[object, ...], set[str]] = {}
+    """Configurations and suites with a dataset in several modes: modes are compared, not averaged."""
+    dataset_modes: dict[tuple[object, ...], set[str]] = {}
     for row, key in zip(rows, keys, strict=True):
         if row["dataset"]:
-            found.setdefault((key, row["suite"], row["dataset"]), set()).add(row["mode"])
-    return {(key, suite) for (key, suite, _), modes in found.items() if len(modes) > 1}  # type: ignore[misc]
+            dataset_modes.setdefault((key, row["suite"], row["dataset"]), set()).add(row["mode"])
+    return {(key, suite) for (key, suite, _), modes in dataset_modes.items() if len(modes) > 1}  # type: ignore[misc]
 
 
 def _configurations(rows: Sequence[Row]) -> list[tuple[object, ...]]:
-    """What makes rows one: their configuration, and their run where a configuration ran a task more than once."""
-    # A task that is not there yet does not say its context; the rest of its run does.
+    """The grouping key of each row: its configuration, plus its run if the configuration ran a task more than once."""
+    # A task without samples has no context setting yet; the other tasks of its run have it.
     contexts = {row["run"]: row["context"] for row in rows if row["n"]}
     keys = []
     for row in rows:
         context = row["context"] if row["n"] else contexts.get(row["run"])
-        keys.append((row["model"], row["pretrained"], row["peft"], row["recipe"], context))
+        keys.append((*(row[name] for name in _CONFIGURATION), context))
     times = Counter((key, row["task"]) for key, row in zip(keys, rows, strict=True))
     repeated = {key for (key, _), count in times.items() if count > 1}
     return [(*key, row["run"]) if key in repeated else key for key, row in zip(keys, rows, strict=True)]
 
 
 def _row(members: Sequence[Pair], group: Group) -> Row:
-    # In one order, so that resamples do not depend on the order of the runs.
+    # Sorted, so that resamples do not depend on the order of the runs.
     scored = sorted((pair for pair in members if pair[1]["score"] is not None), key=lambda pair: pair[1]["task"])
     weights = _weights([row for _, row in scored])
     first = members[0][1]
     metrics = sorted({row["metric"] for _, row in scored})
 
     def mean(of: Callable[[Row], float | None]) -> float | None:
-        """With the weights of the score; None unless every task has it."""
+        """Weighted as the score; None unless every task has a value."""
         values = [of(row) for _, row in scored]
         known = [value for value in values if value is not None]
         return sum(w * v for w, v in zip(weights, known, strict=True)) if known and len(known) == len(values) else None
@@ -91,7 +93,7 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
     ]
     return {
         **dict.fromkeys(KEYS),
-        **{name: first[name] for name in ("model", "pretrained", "peft", "recipe")},
+        **{name: first[name] for name in _CONFIGURATION},
         "context": next((row["context"] for _, row in members if row["n"]), None),
         "run": ", ".join(dict.fromkeys(row["run"] for _, row in members)),
         "suite": group[0],
@@ -103,7 +105,7 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
         **_estimates(scored, weights),
         "metrics": {name: mean(lambda row, name=name: row["metrics"][name]) for name in shared},  # type: ignore[misc]
         "judge": _common([row["judge"] for _, row in scored]),
-        **{name: _common([row[name] for _, row in scored]) for name in _WORTH},
+        **{name: _common([row[name] for _, row in scored]) for name in _AGREEMENT},
         **{name: mean(lambda row, name=name: row[name]) for name in _MEANS},  # type: ignore[misc]
         **{name: _sum([row[name] for _, row in members]) for name in _SUMS},
         "unfinished": any(row["unfinished"] for _, row in members),
@@ -111,7 +113,7 @@ def _row(members: Sequence[Pair], group: Group) -> Row:
 
 
 def _weights(rows: Sequence[Row]) -> list[float]:
-    """Of each task: all lengths weigh the same, and within a length all tasks."""
+    """The weight of each task: equal over lengths, and equal over the tasks of a length."""
     tasks = Counter(row["length_k"] for row in rows)
     return [1 / len(tasks) / tasks[row["length_k"]] for row in rows]
 
@@ -121,28 +123,28 @@ def _estimates(scored: Sequence[Pair], weights: Sequence[float]) -> Row:
         return {}
     pairs = list(zip((result for result, _ in scored), weights, strict=True))
     if len(scored) == 1:
-        # A single task has the interval that it has in its own row.
+        # A single task has the same interval as in its own row.
         return estimates(scored[0][0])
     score = intervals.mean(_all([score_stratum(r.task, None, w) for r, w in pairs]) or [])
-    found: Row = {"score": score.value, "ci_lo": score.lo, "ci_hi": score.hi}
+    values: Row = {"score": score.value, "ci_lo": score.lo, "ci_hi": score.hi}
     if not all(r.full for r, _ in pairs):
-        return found
+        return values
     if strata := _all([score_stratum(r.task, r.full, w) for r, w in pairs]):
         share, delta = intervals.against(strata)
-        found |= {**estimate("retention", share), **estimate("delta", delta)}
+        values |= {**estimate("retention", share), **estimate("delta", delta)}
     if strata := _all([diagnosis_stratum(r.task, r.full, "gold_nll", w) if r.full else None for r, w in pairs]):
-        found |= estimate("gold_nll_delta", intervals.difference(strata))
-    return found
+        values |= estimate("gold_nll_delta", intervals.difference(strata))
+    return values
 
 
 def _all(strata: Sequence[Stratum | None]) -> list[Stratum] | None:
-    """All of them, or nothing: a mean over some of the tasks is not the mean."""
+    """All of them, or None: a mean over some of the tasks is not the mean."""
     known = [stratum for stratum in strata if stratum is not None]
     return known if len(known) == len(strata) else None
 
 
 def _common(values: Sequence[Any]) -> Any:
-    """The one that all are, or None."""
+    """The common value, or None."""
     return values[0] if len(set(values)) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""What the forms for people show of the rows: columns, headings, and the caption that explains them."""
+"""Columns, headings and caption of the human-readable formats."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Literal
 from lceval.stats import LEVEL
 from lceval.table.rows import Row, Table
 
-# What a judge's verdicts are known by, the first that there is.
-_JUDGED = ("judge_sum", "avg_score", "judge_correct", "judge_acc")
+# Main metric of a judge: the first that is present.
+_JUDGE_METRICS = ("judge_sum", "avg_score", "judge_correct", "judge_acc")
 
 
 @dataclass(frozen=True)
@@ -18,15 +18,15 @@ class Column:
     """One column.
 
     text: left-aligned and foldable; numbers are right-aligned and never broken.
-    shown: "always", "differs" (else the caption says it once) or "present" (some row has a value to show).
-    spare: a narrow terminal does without it, the highest first; 0 is never left out.
+    show: "always", "differs" (a constant value is stated in the caption) or "present" (some row has a value).
+    priority: columns are omitted on a narrow terminal, highest first; 0 is never omitted.
     """
 
     header: str
     cell: Callable[[Row], str]
     text: bool = False
-    shown: Literal["always", "differs", "present"] = "present"
-    spare: int = 0
+    show: Literal["always", "differs", "present"] = "present"
+    priority: int = 0
 
 
 def number(value: float | None) -> str:
@@ -47,14 +47,17 @@ def score(row: Row) -> str:
     return _bounded(percent if row["unit"] == "share" else number, row["score"], row["ci_lo"], row["ci_hi"])
 
 
-def _bounded(form: Callable[[float | None], str], value: float | None, lo: float | None, hi: float | None) -> str:
+def _bounded(
+    number_format: Callable[[float | None], str], value: float | None, lo: float | None, hi: float | None
+) -> str:
     if value is None:
         return "-"
-    return f"{form(value)} [{'n/a' if lo is None else f'{form(lo)}, {form(hi)}'}]"
+    bounds = "n/a" if lo is None else f"{number_format(lo)}, {number_format(hi)}"
+    return f"{number_format(value)} [{bounds}]"
 
 
-def _estimate(row: Row, name: str, form: Callable[[float | None], str]) -> str:
-    return _bounded(form, row[name], row[f"{name}_lo"], row[f"{name}_hi"])
+def _estimate(row: Row, name: str, number_format: Callable[[float | None], str]) -> str:
+    return _bounded(number_format, row[name], row[f"{name}_lo"], row[f"{name}_hi"])
 
 
 def _whole(value: float | None) -> str:
@@ -75,20 +78,25 @@ def _count(value: int | None) -> str:
 
 def _judge(row: Row) -> str:
     metrics = row["metrics"] or {}
-    return number(next((metrics[name] for name in _JUDGED if name in metrics), None))
+    return number(next((metrics[name] for name in _JUDGE_METRICS if name in metrics), None))
 
 
 def kappa(row: Row) -> str:
-    """`0.67 [0.59, 0.75]`, "uncalibrated" where the row's judge was never held against people."""
+    """`0.67 [0.59, 0.75]`, "uncalibrated" where the judge has no measured agreement with human labels."""
     if not row["judge"] or _judge(row) == "-":
         return "-"
     return "uncalibrated" if row["judge_kappa"] is None else _estimate(row, "judge_kappa", "{:.2f}".format)
 
 
+def _query(row: Row) -> str:
+    query_aware = row.get("query_aware")  # absent in rows stored before 0.2
+    return "-" if query_aware is None else "query-aware" if query_aware else "query-agnostic"
+
+
 def _run(row: Row) -> str:
     labels = row["run"].split(", ")
-    several = row["over"] is not None and len(labels) > 1
-    return (f"{len(labels)} runs" if several else row["run"]) + ("*" if row["unfinished"] else "")
+    merged = row["over"] is not None and len(labels) > 1
+    return (f"{len(labels)} runs" if merged else row["run"]) + ("*" if row["unfinished"] else "")
 
 
 def model(row: Row) -> str:
@@ -98,63 +106,70 @@ def model(row: Row) -> str:
 
 
 _COLUMNS = (
-    Column("run", _run, text=True, shown="always"),
-    Column("model", model, text=True, shown="differs"),
-    Column("recipe", lambda row: row["recipe"], text=True, shown="always"),
-    Column("context", lambda row: row["context"] or "-", text=True, shown="differs"),
+    Column("run", _run, text=True, show="always"),
+    Column("model", model, text=True, show="differs"),
+    Column("recipe", lambda row: row["recipe"], text=True, show="always"),
+    Column("query", _query),
+    Column("context", lambda row: row["context"] or "-", text=True, show="differs"),
     Column("tasks", lambda row: "-" if row["over"] is None else str(len(row["over"].split()))),
-    Column("n", lambda row: str(row["n"]), shown="always"),
-    Column(f"score [{100 * LEVEL:g}% CI]", score, shown="always"),
-    Column("% of full", lambda row: _estimate(row, "retention", _whole)),
+    Column("n", lambda row: str(row["n"]), show="always"),
+    Column(f"score [{100 * LEVEL:g}% CI]", score, show="always"),
+    Column("retention\n%", lambda row: _estimate(row, "retention", _whole)),
     Column(
-        "minus full",
+        "Δ vs full",
         lambda row: _estimate(row, "delta", _points if row["unit"] == "share" else _signed),
-        spare=4,
+        priority=4,
     ),
     Column("judge", _judge),
-    Column("judge's\nkappa", kappa, spare=5),
-    Column("gold\nnll", lambda row: number(row["gold_nll"])),
-    Column("nll minus\nfull", lambda row: _estimate(row, "gold_nll_delta", _signed), spare=2),
+    Column("judge's\nkappa", kappa, priority=5),
+    Column("gold_nll", lambda row: number(row["gold_nll"])),
+    Column("Δ gold_nll\nvs full", lambda row: _estimate(row, "gold_nll_delta", _signed), priority=2),
     Column("gold\nkept %", lambda row: percent(row["gold_kept"])),
     Column("ndcg\n@10 %", lambda row: percent(row["ndcg10"])),
-    Column("kept\n%", lambda row: percent(row["kept_share"])),
+    Column("KV\nkept\n%", lambda row: percent(row["kept_share"])),
     Column("KV\nMB", lambda row: number(row["kv_mb"])),
-    Column("16b\n%", lambda row: percent(row["kv_16bit_share"])),
-    Column("read\nMB", lambda row: number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6), spare=3),
-    Column("pref.\ns", lambda row: number(row["prefill_s"])),
-    Column("pref.\ntok/s", lambda row: number(row["prefill_tok_s"])),
-    Column("dec.\ntok/s", lambda row: number(row["decode_tok_s"])),
-    Column("err", lambda row: str(row["errors"]), shown="always"),
-    Column("cut", lambda row: _count(row["truncated"])),
-    Column("form", lambda row: _count(row["wrong_format"]), spare=1),
+    Column("% of\nfp16\nKV", lambda row: percent(row["kv_16bit_share"])),
+    Column(
+        "read\nMB/step",
+        lambda row: number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6),
+        priority=3,
+    ),
+    Column("pre-\nfill\ns", lambda row: number(row["prefill_s"])),
+    Column("pre-\nfill\ntok/s", lambda row: number(row["prefill_tok_s"])),
+    Column("de-\ncode\ntok/s", lambda row: number(row["decode_tok_s"])),
+    Column("er-\nrors", lambda row: str(row["errors"]), show="always"),
+    Column("trun-\ncated", lambda row: _count(row["truncated"])),
+    Column("bad\nformat", lambda row: _count(row["wrong_format"]), priority=1),
     Column("un-\njudged", lambda row: _count(row["unjudged"])),
 )
 
 
 def columns(table: Table) -> list[Column]:
-    """The columns that say something about this table."""
+    """The columns with information about this table."""
     chosen = []
     for column in _COLUMNS:
         cells = {column.cell(row) for row in table.rows}
-        if column.shown == "always" or len(cells) > 1 or (column.shown == "present" and cells != {"-"}):
+        if column.header == "query" and "query-aware" not in cells:
+            continue
+        if column.show == "always" or len(cells) > 1 or (column.show == "present" and cells != {"-"}):
             chosen.append(column)
     return chosen
 
 
 def sections(table: Table) -> list[tuple[str, list[Row]]]:
-    """Rows under the heading of what they measure; scores of another version or metric stand apart.
+    """Rows by heading; versions and metrics of a task have separate headings.
 
     A row without samples joins the first section of its task.
     """
-    named = {row["task"]: _heading(row) for row in reversed(table.rows) if row["n"]}
-    found: dict[str, list[Row]] = {}
+    headings = {row["task"]: _heading(row) for row in reversed(table.rows) if row["n"]}
+    by_heading: dict[str, list[Row]] = {}
     for row in table.rows:
         if row["over"] is not None:
             heading = _group_heading(row, table)
         else:
-            heading = _heading(row) if row["n"] else named.get(row["task"], str(row["task"]))
-        found.setdefault(heading, []).append(row)
-    return list(found.items())
+            heading = _heading(row) if row["n"] else headings.get(row["task"], str(row["task"]))
+        by_heading.setdefault(heading, []).append(row)
+    return list(by_heading.items())
 
 
 def _heading(row: Row) -> str:
@@ -166,15 +181,15 @@ def _heading(row: Row) -> str:
 
 
 def _group_heading(row: Row, table: Table) -> str:
-    suite = f"suite {row['suite']}" if row["suite"] else "tasks of no suite"
+    suite = f"suite {row['suite']}" if row["suite"] else "tasks without a suite"
     suite += f", mode {row['mode']}" if row["mode"] else ""
     if table.by == "length":
-        suite += f" at {row['length_k']}k" if row["length_k"] else " at its sources' lengths"
+        suite += f" at {row['length_k']}k" if row["length_k"] else " at source length"
     return f"{suite}: mean in %"
 
 
 def mean_over(table: Table) -> str | None:
-    """What the scores are means over, where they are not one task's."""
+    """The definition of a mean score; None for rows of single tasks."""
     if table.by == "task":
         return None
     if table.by == "length":
@@ -182,10 +197,10 @@ def mean_over(table: Table) -> str | None:
     return "mean over lengths of the mean over the tasks of that length of each task's mean headline score"
 
 
-def caption(table: Table, shown: Sequence[Column]) -> list[str]:
-    """What a reader needs to know about the numbers above, in the columns shown; one sentence group a line."""
+def caption(table: Table, chosen: Sequence[Column]) -> list[str]:
+    """Legend of the chosen columns, one topic per line."""
     rows = table.rows
-    headers = {column.header for column in shown}
+    headers = {column.header for column in chosen}
     lines = []
     models = {model(row) for row in rows}
     if len(models) == 1:
@@ -194,55 +209,57 @@ def caption(table: Table, shown: Sequence[Column]) -> list[str]:
     counts = sorted({row["clusters"] for row in rows if row["n"]})
     if counts:
         span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
-        each = "" if table.by == "task" else " of each task by itself"
-        interval = f"[lo, hi]: {100 * LEVEL:g}% bootstrap over clusters (contexts){each}, {span} per row."
+        each = "" if table.by == "task" else ", resampled within each task"
+        interval = f"[lo, hi]: {100 * LEVEL:g}% bootstrap CI over clusters (contexts){each}; {span} clusters per row."
         if table.by == "task" and any(row["score"] in (0.0, 1.0) and row["ci_lo"] is not None for row in rows):
-            interval += " All 0 or all 1: Wilson, with the clusters as trials."
-        if any("[n/a]" in column.cell(row) for column in shown if not column.text for row in rows):
-            interval += " n/a: one cluster, or clusters that do not differ."
+            interval += " All scores 0 or all 1: Wilson interval with clusters as trials."
+        if any("[n/a]" in column.cell(row) for column in chosen if not column.text for row in rows):
+            interval += " n/a: a single cluster, or identical clusters."
         lines.append(interval)
-    if headers & {"% of full", "minus full", "nll minus\nfull"}:
-        lines.append("of full, minus full: beside the run of recipe full on the same samples, resampled in pairs.")
+    if headers & {"retention\n%", "Δ vs full", "Δ gold_nll\nvs full"}:
+        lines.append("retention, Δ vs full: compared with recipe full on the same samples (paired bootstrap).")
     if any(row["kv_mb"] is not None for row in rows):
-        lines.append("kept, 16b: share of the bytes of the uncompressed KV cache, and of it at 16 bits a number.")
-        lines.append("KV: mean per sample, MB = 1e6 bytes. pref., dec.: prefill of a distinct context, decode.")
-    if "read\nMB" in headers:
-        lines.append("read: what a decoding step reads of a context's cache.")
+        lines.append("KV kept %: KV cache bytes as % of the full cache. % of fp16 KV: as % of a full cache in 16 bits.")
+        lines.append("KV MB: mean per sample, 1e6 bytes. prefill: per distinct context.")
+    if "read\nMB/step" in headers:
+        lines.append("read MB/step: KV cache bytes of the context read per decoding step, 1e6 bytes.")
     if any(row["gold_nll"] is not None for row in rows):
-        lines.append("gold nll: NLL per token of the gold answer; gold kept: share of its passages' slots that stayed.")
+        lines.append("gold_nll: NLL per token of the gold answer. gold kept %: KV slots of gold passages kept.")
+    if "query" in headers:
+        lines.append("query-aware: eviction scores include the question; query-agnostic: the context alone.")
     lines += _statuses(rows)
     return lines
 
 
 def _over(table: Table) -> list[str]:
     lines = []
-    if said := mean_over(table):
-        lines.append(f"score: {said}.")
-        unlike = [heading for heading, rows in sections(table) if len({row["over"] for row in rows}) > 1]
-        if unlike:
-            lines.append(f"Not the same tasks in every row, so not comparable: {'; '.join(unlike)}.")
+    if definition := mean_over(table):
+        lines.append(f"score: {definition}.")
+        mixed = [heading for heading, rows in sections(table) if len({row["over"] for row in rows}) > 1]
+        if mixed:
+            lines.append(f"Not comparable, because the rows cover different tasks: {'; '.join(mixed)}.")
     if table.left_out:
-        lines.append(f"In no mean, because the score is no share of 1: {', '.join(table.left_out)}.")
+        lines.append(f"Excluded from means, because the score is not in [0, 1]: {', '.join(table.left_out)}.")
     return lines
 
 
 def _statuses(rows: Sequence[Row]) -> list[str]:
     lines = []
     if any(row["errors"] for row in rows):
-        lines.append("err: errors, counted in n and as 0 in the score (no score where 0 is not the worst).")
+        lines.append("errors: included in n and scored 0 (no score where 0 is not the worst value).")
     if any(row["truncated"] for row in rows):
-        lines.append("cut: samples whose prompt did not fit and was shortened.")
+        lines.append("truncated: samples whose prompt exceeded the context window.")
     if any(row["wrong_format"] for row in rows):
-        lines.append("form: answers without the form that was asked for; they are scored as they stand.")
+        lines.append("bad format: answers not in the requested format; scored as they are.")
     if any(row["unjudged"] for row in rows):
-        lines.append("unjudged: samples without a judge's verdict; they are in no judged mean.")
+        lines.append("unjudged: samples without a verdict; excluded from judge means.")
     if judges := sorted({row["judge"] for row in rows if row["judge"]}):
-        shown = sorted({next(k for k in _JUDGED if k in row["metrics"]) for row in rows if _judge(row) != "-"})
-        lines.append(f"judge: {', '.join(shown) or 'verdicts'} by {', '.join(judges)}.")
-        worth = {row["judge"]: (kappa(row), row["judge_kappa_n"]) for row in rows if kappa(row) != "-"}
-        for judge, (found, n) in sorted(worth.items()):
-            on = f" with people's grades of {n} FinanceBench answers" if n else " (lceval judge calibrate)"
-            lines.append(f"judge's kappa of {judge}: {found}{on}.")
+        metrics = sorted({next(k for k in _JUDGE_METRICS if k in row["metrics"]) for row in rows if _judge(row) != "-"})
+        lines.append(f"judge: {', '.join(metrics) or 'verdicts'} by {', '.join(judges)}.")
+        kappas = {row["judge"]: (kappa(row), row["judge_kappa_n"]) for row in rows if kappa(row) != "-"}
+        for judge, (value, n) in sorted(kappas.items()):
+            basis = f" with human labels of {n} FinanceBench answers" if n else " (lceval judge calibrate)"
+            lines.append(f"Cohen's kappa of {judge}: {value}{basis}.")
     if any(row["unfinished"] for row in rows):
-        lines.append("*: unfinished: n counts the samples on disk so far.")
+        lines.append("*: unfinished run; n is the number of samples so far.")
     return lines

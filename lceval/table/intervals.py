@@ -1,9 +1,9 @@
-"""Means over tasks, and a run beside another: estimates whose intervals resample the contexts of every task.
+"""Means over tasks and paired comparisons of runs, with bootstrap intervals over the contexts of every task.
 
-With S_c and F_c the sums of a context's scores in a run and in the one it is compared with, and m_c its samples, task
+With S_c and F_c the sums of a context's scores in a run and in its reference run, and m_c its samples, task
 t has the means s_t = sum(S_c) / sum(m_c) and f_t = sum(F_c) / sum(m_c). For weights w_t that add up to 1 the estimates
-are sum(w_t s_t), its difference to sum(w_t f_t), and the ratio of the two. A resample draws, for each task by itself
-(stratified), K of its K contexts with both of their sums: what is easy for one run is easy for the other.
+are sum(w_t s_t), its difference to sum(w_t f_t), and the ratio of the two. A resample draws, for each task separately
+(stratified), K of its K contexts with both of their sums, because the scores of the two runs are correlated.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lceval.stats import LEVEL, RESAMPLES, SEED
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Bounds a block of resamples, and what is kept of one to serve all rows with as many contexts (a byte a number).
+# Bounds of a block of resamples, and of the counts cached for all rows with equally many contexts (1 byte each).
 _BLOCK_DRAWS = 2_000_000
-_KEPT_DRAWS = 40_000_000
+_CACHED_DRAWS = 40_000_000
 _PRODUCT_NUMBERS = 128_000
-# Sums round differently in every resample: a spread below this share of the estimate is none.
+# Sums round differently in every resample: a smaller relative spread counts as zero.
 _NO_SPREAD = 1e-9
 
 
 class Estimate(NamedTuple):
-    """value: None where undefined; lo, hi: None where nothing can be known about it."""
+    """value: None where undefined; lo, hi: None without an interval."""
 
     value: float | None
     lo: float | None = None
@@ -37,10 +37,10 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True)
 class Stratum:
-    """One task: n finite scores of a run, the same samples' in the run it is compared with, and their contexts.
+    """One task: n finite scores of a run, those of the same samples in the reference run, and their contexts.
 
-    theirs: empty where there is nothing to compare with.
-    weight: of the task's mean; those of all strata add up to 1.
+    theirs: empty without a reference run.
+    weight: weight of the task's mean; the weights of all strata sum to 1.
     """
 
     ours: Sequence[float]
@@ -64,9 +64,8 @@ def difference(strata: Sequence[Stratum]) -> Estimate:
 def against(strata: Sequence[Stratum]) -> tuple[Estimate, Estimate]:
     """Ours divided by theirs, and ours minus theirs, from the same resamples.
 
-    The ratio is undefined where a score is negative or theirs are 0. A resample in which theirs are 0 and ours are not
-    counts as larger than any; one in which both are 0 says nothing, and with more than 5% of those there is no
-    interval.
+    The ratio is undefined if a score is negative or the mean of theirs is 0. A resample with only theirs at 0 counts
+    as infinite; one with both at 0 is dropped, and with more than 5% of those there is no interval.
     """
     draws = _draws(strata)
     return _ratio(strata, draws), _difference(strata, draws)
@@ -82,10 +81,10 @@ def _difference(strata: Sequence[Stratum], draws: NDArray[Any] | None) -> Estima
 def _ratio(strata: Sequence[Stratum], draws: NDArray[Any] | None) -> Estimate:
     import numpy as np
 
-    below = math.fsum(s.weight * math.fsum(s.theirs) / len(s.theirs) for s in strata)
-    if below == 0 or any(min(*s.ours, *s.theirs) < 0 for s in strata):
+    reference = math.fsum(s.weight * math.fsum(s.theirs) / len(s.theirs) for s in strata)
+    if reference == 0 or any(min(*s.ours, *s.theirs) < 0 for s in strata):
         return Estimate(None)
-    value = math.fsum(s.weight * math.fsum(s.ours) / len(s.ours) for s in strata) / below
+    value = math.fsum(s.weight * math.fsum(s.ours) / len(s.ours) for s in strata) / reference
     if draws is None:
         return Estimate(value)
     ours, theirs = draws.T
@@ -96,22 +95,22 @@ def _ratio(strata: Sequence[Stratum], draws: NDArray[Any] | None) -> Estimate:
 
 
 def _bounded(value: float, draws: NDArray[Any] | None) -> Estimate:
-    """The percentile interval; none where the resamples do not differ or its upper end has no limit."""
+    """The percentile interval; none if the resamples are identical or the upper bound is infinite."""
     import numpy as np
 
     if draws is None:
         return Estimate(value)
-    # "higher": an interpolation beside infinity is no number.
+    # Without interpolation, which is NaN next to infinity.
     lo = float(np.quantile(draws, (1 - LEVEL) / 2, method="lower"))
     hi = float(np.quantile(draws, (1 + LEVEL) / 2, method="higher"))
     if not math.isfinite(hi) or float(draws.max() - draws.min()) <= _NO_SPREAD * max(1.0, abs(value)):
         return Estimate(value)
-    # A bound that equals the estimate up to rounding must not land on its wrong side.
+    # Rounding must not place a bound on the wrong side of the estimate.
     return Estimate(value, min(lo, value), max(hi, value))
 
 
 def _draws(strata: Sequence[Stratum]) -> NDArray[Any] | None:
-    """[RESAMPLES, 2] float64, resampled means of ours and theirs; None where a task has a single context."""
+    """[RESAMPLES, 2] float64, resampled means of ours and theirs; None if a task has a single context."""
     import numpy as np
 
     total = np.zeros((RESAMPLES, 2))
@@ -121,7 +120,7 @@ def _draws(strata: Sequence[Stratum]) -> NDArray[Any] | None:
             members.setdefault(cluster, []).append(index)
         if len(members) < 2:
             return None
-        # Sorted, so that the order of samples and the names of contexts change nothing.
+        # Sorted, so that sample order and context names do not matter.
         columns = sorted(
             (
                 math.fsum(stratum.ours[i] for i in inside),
@@ -132,17 +131,17 @@ def _draws(strata: Sequence[Stratum]) -> NDArray[Any] | None:
         )
         means = _resampled_means(np.asarray(columns))
         if place:
-            # Tasks with as many contexts share their draws; in another order these are independent of each other.
+            # Tasks with equally many contexts share draws; permuting them makes the tasks independent.
             means = means[np.random.default_rng([SEED, place]).permutation(RESAMPLES)]
         total += stratum.weight * means
     return total
 
 
 def _resampled_means(columns: NDArray[Any]) -> NDArray[Any]:
-    """[K, 3], sums of ours and theirs and the samples of each context -> [RESAMPLES, 2]."""
+    """[K, 3], per context the sums of ours and theirs and the sample count -> [RESAMPLES, 2]."""
     sizes = columns[:, 2]
     if (sizes == sizes[0]).all():
-        # The usual case: every resample has as many samples, and a product with fewer columns takes less time.
+        # The usual case: every resample has the same number of samples, and one column less is faster.
         means: NDArray[Any] = _resample(columns[:, :2]) / sizes.sum()
     else:
         sums = _resample(columns)
@@ -155,12 +154,12 @@ def _resample(columns: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     clusters = len(columns)
-    blocks = [_kept_counts(clusters)] if clusters * RESAMPLES <= _KEPT_DRAWS else _counts(clusters)
+    blocks = [_cached_counts(clusters)] if clusters * RESAMPLES <= _CACHED_DRAWS else _counts(clusters)
     return np.concatenate([_product(block, columns) for block in blocks])
 
 
 def _product(counts: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
-    """counts @ columns, a few rows at a time: a block that stays in the processor's cache takes a ninth of the time."""
+    """counts @ columns, in blocks that fit the processor's cache (9 times faster)."""
     import numpy as np
 
     rows = max(1, _PRODUCT_NUMBERS // len(columns))
@@ -173,7 +172,7 @@ def _product(counts: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
 
 
 def _counts(clusters: int) -> Iterator[NDArray[Any]]:
-    """Blocks of [resamples, K] uint8: how often each context was drawn."""
+    """Blocks of [resamples, K] uint8: the number of draws of each context."""
     import numpy as np
 
     rng = np.random.default_rng(SEED)
@@ -186,7 +185,7 @@ def _counts(clusters: int) -> Iterator[NDArray[Any]]:
 
 
 @lru_cache(maxsize=4)
-def _kept_counts(clusters: int) -> NDArray[Any]:
+def _cached_counts(clusters: int) -> NDArray[Any]:
     import numpy as np
 
     return np.concatenate(list(_counts(clusters)))

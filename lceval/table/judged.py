@@ -1,4 +1,4 @@
-"""What a judge said of a run: in its samples, or in the files that `lceval judge` leaves beside them."""
+"""Verdicts of a judge on a run: in its samples, or in the files that `lceval judge` writes next to them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from typing import Any
 
 from lceval.results import TaskResult
 
-# Forms of tasks whose score is only half of the story without a judge.
-_WANT_A_JUDGE = ("rj", "judged")
+# Output formats whose tasks need a judge for a complete score.
+_JUDGED_FORMATS = ("rj", "judged")
 _NO_METRIC = frozenset({"doc_id", "clipped"})
 
 
 @dataclass(frozen=True)
 class Judged:
-    """unjudged: samples without a verdict, None where none is due; judge: its name, None where it is not known.
+    """Verdicts on one task.
 
+    unjudged: samples without a verdict; None for tasks without a judge.
+    judge: its name; None if unknown.
     metrics: mean over the judged samples.
-    worth: its agreement with people, under the keys of a row; empty where it was not calibrated.
+    agreement: of the judge with human labels, under the keys of a row; empty if uncalibrated.
     """
 
     unjudged: int | None
     judge: str | None
     metrics: Mapping[str, float]
-    worth: Mapping[str, Any] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
 
 
 def judged(task: TaskResult) -> Judged:
-    """The verdicts on a task's samples; those of other samples (an older run in the folder) count for nothing."""
+    """The verdicts on a task's samples; those on other samples (an older run in the folder) are ignored."""
     lines = verdicts(task)
     if lines is None:
         if any(sample.unjudged is not None for sample in task.samples):
             return Judged(sum(sample.unjudged is True for sample in task.samples), None, {})
-        return Judged(len(task.samples) if _wants_judge(task.task) else None, None, {})
+        return Judged(len(task.samples) if _needs_judge(task.task) else None, None, {})
     values: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():
@@ -45,30 +47,30 @@ def judged(task: TaskResult) -> Judged:
     return Judged(
         unjudged=sum(line.get("status") == "unjudged" for line in lines),
         judge=_name(lines),
-        metrics={name: math.fsum(found) / len(found) for name, found in values.items()},
-        worth=_worth(lines),
+        metrics={name: math.fsum(numbers) / len(numbers) for name, numbers in values.items()},
+        agreement=_agreement(lines),
     )
 
 
-def _wants_judge(name: str) -> bool:
+def _needs_judge(name: str) -> bool:
     from lceval.tasks import catalogue
 
     task = catalogue.tasks().get(name) if name.startswith("lc_") else None
-    return task is not None and task.output_format in _WANT_A_JUDGE
+    return task is not None and task.output_format in _JUDGED_FORMATS
 
 
 def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
-    """A line per sample, in order: of the file beside the samples, which came later, else of the run's own judge.
+    """One line per sample, in order: from `lceval judge`, whose file is newer, else from the run's own judge.
 
-    None where there is neither; a file that is not about these samples counts for nothing.
+    None without either; a file about other samples is ignored.
     """
-    if (lines := _beside(task)) is not None:
+    if (lines := _verdict_file(task)) is not None:
         return lines
-    own = [dict(sample.verdict) for sample in task.samples]
-    return own if own and all(own) else None
+    logged = [dict(sample.verdict) for sample in task.samples]
+    return logged if logged and all(logged) else None
 
 
-def _beside(task: TaskResult) -> list[dict[str, Any]] | None:
+def _verdict_file(task: TaskResult) -> list[dict[str, Any]] | None:
     if task.file is None:
         return None
     file = task.file.parent / f"judged_{task.task}.jsonl"
@@ -81,36 +83,36 @@ def _beside(task: TaskResult) -> list[dict[str, Any]] | None:
 
 
 def is_judges(metric: str) -> bool:
-    """Whether a metric is a judge's."""
+    """Whether a metric comes from a judge."""
     return metric.startswith("judge_") or metric in ("rj_paper", "avg_score", "perfect_rate")
 
 
 def _objects(lines: Sequence[str]) -> list[dict[str, Any]] | None:
     try:
-        found = [json.loads(line) for line in lines if line.strip()]
+        objects = [json.loads(line) for line in lines if line.strip()]
     except ValueError:
         return None
-    return found if all(isinstance(line, dict) for line in found) else None
+    return objects if all(isinstance(line, dict) for line in objects) else None
 
 
-def _worth(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _agreement(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     from lceval.judge import calibrations
 
-    whose = {(str(line.get("judge")), str(line.get("revision", ""))) for line in lines}
-    known = calibrations.find(*whose.pop()) if len(whose) == 1 else None
-    if known is None:
+    judges = {(str(line.get("judge")), str(line.get("revision", ""))) for line in lines}
+    calibration = calibrations.find(*judges.pop()) if len(judges) == 1 else None
+    if calibration is None:
         return {}
-    low, high = known["kappa_interval"] or (None, None)
+    low, high = calibration["kappa_interval"] or (None, None)
     return {
-        "judge_kappa": known["kappa"],
+        "judge_kappa": calibration["kappa"],
         "judge_kappa_lo": low,
         "judge_kappa_hi": high,
-        "judge_kappa_n": known["judged"],
+        "judge_kappa_n": calibration["judged"],
     }
 
 
 def _name(lines: Sequence[Mapping[str, Any]]) -> str | None:
-    """The judge as every table must name it: one that is a rule says so."""
+    """The judge's name in tables; the rule-based judge is labelled as such."""
     from lceval.judge.rule import LABEL, RuleJudge
 
     name = next((str(line["judge"]) for line in lines if line.get("judge")), None)

@@ -1,4 +1,4 @@
-"""The run under recipe `full` that another is compared with: the same in all but its recipe, sample by sample."""
+"""Pairs each run, sample by sample, with the run under recipe `full` that differs only in the recipe."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lceval.results import Run, Sample, TaskResult, model_args
 from lceval.table.intervals import Stratum
 
 FULL = "full"
-# What may differ between a recipe and `full`: it says how the cache is compressed or read, or what is measured besides.
+# Settings that may differ from the `full` run: compression, attention and diagnostics.
 _RECIPE_SETTINGS = frozenset({"kv", "query_aware", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run on one task; `full`: the same task of the run it is compared with, None where there is none."""
+    """One run on one task; `full`: the same task under recipe `full`, None without such a run."""
 
     run: Run
     task: TaskResult
@@ -25,7 +25,7 @@ class Result:
 
 
 def results(runs: Sequence[Run]) -> list[Result]:
-    """(run, task): tasks in the order they first appear, in each the runs as they were given."""
+    """One result per (run, task): tasks in order of first appearance, runs in the given order."""
     by_task: dict[str, list[Result]] = {}
     for run in runs:
         for task in run.tasks:
@@ -34,17 +34,17 @@ def results(runs: Sequence[Run]) -> list[Result]:
 
 
 def counted(task: TaskResult) -> list[float] | None:
-    """The score of every sample, an error as 0; None where there is no score, or 0 would be no penalty."""
+    """The score of every sample, 0 for an error; None without scores, or if 0 is not the worst score."""
     if not task.headline or not task.samples:
         return None
     scores = [0.0 if sample.score is None else sample.score for sample in task.samples]
     failed = any(sample.status == "error" for sample in task.samples)
-    # Counting an error as 0 is a penalty only where 0 is the worst score; elsewhere it would be a reward.
+    # Where 0 is not the worst score, scoring an error 0 would reward it.
     return None if failed and (not task.higher_is_better or min(scores) < 0) else scores
 
 
 def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0) -> Stratum | None:
-    """The scores of a task, beside those under `full` where there are any; None where the task has no score."""
+    """The scores of a task, paired with those under `full` if given; None if the task has no score."""
     ours = counted(task)
     if ours is None:
         return None
@@ -57,20 +57,20 @@ def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0
 
 
 def diagnosis_stratum(task: TaskResult, full: TaskResult, name: str, weight: float = 1.0) -> Stratum | None:
-    """A diagnosis of the samples for which both runs measured it; None where there are none."""
-    found = []
+    """A diagnosis on the samples where both runs measured it; None without such samples."""
+    measured = []
     for sample, place in zip(task.samples, places(task.samples, full.samples), strict=True):
         ours, theirs = sample.diagnosis.get(name), full.samples[place].diagnosis.get(name)
         if ours is not None and theirs is not None:
-            found.append((ours, theirs, sample.cluster))
-    if not found:
+            measured.append((ours, theirs, sample.cluster))
+    if not measured:
         return None
-    ours_, theirs_, clusters = zip(*found, strict=True)
+    ours_, theirs_, clusters = zip(*measured, strict=True)
     return Stratum(ours_, theirs_, clusters, weight)
 
 
 def _full(of: Result, among: Sequence[Result]) -> TaskResult | None:
-    """The task under `full` with the same samples; of several, the one whose other settings differ least."""
+    """The task under `full` with the same samples; of several, that with the fewest other differences."""
     if of.run.recipe == FULL or not of.task.samples:
         return None
     same = [
@@ -93,12 +93,12 @@ def _differences(run: Run, other: Run) -> int:
 
 def _settings(run: Run) -> Mapping[str, Any]:
     arguments = {name: str(value) for name, value in model_args(run.config.get("model_args")).items()}
-    kept = {name: value for name, value in arguments.items() if name not in _RECIPE_SETTINGS}
-    return {**kept, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
+    others = {name: value for name, value in arguments.items() if name not in _RECIPE_SETTINGS}
+    return {**others, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
 
 
 def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
-    """A name for every sample: its id, and which of those with this id it is."""
+    """A unique name per sample: its id and its occurrence number."""
     seen: Counter[str] = Counter()
     names = []
     for sample in samples:
@@ -108,13 +108,13 @@ def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
 
 
 def places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
-    """Where each sample stands in `full`."""
-    at = {name: place for place, name in enumerate(_names(full))}
-    return [at[name] for name in _names(samples)]
+    """The index of each sample in `full`."""
+    index = {name: place for place, name in enumerate(_names(full))}
+    return [index[name] for name in _names(samples)]
 
 
 def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
-    """Whether both are the same samples, with the same prompts where both say them."""
+    """Whether both have the same samples, and the same prompts where both record them."""
     if {*_names(samples)} != {*_names(full)}:
         return False
     prompts = [

@@ -1,4 +1,4 @@
-"""Figures that others published, to be shown beside ours: quoted as printed, marked so, and never part of a mean."""
+"""Published results for comparison: quoted as printed, marked as quoted, excluded from all means."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from lceval.errors import UserError
 from lceval.table.rows import KEYS, Row
 
-# Metrics that are printed in percent; others keep their own scale.
+# Metrics printed in percent; others keep their scale.
 _PERCENT = frozenset({"acc", "subem", "rougeL"})
 
 
@@ -18,7 +18,7 @@ _PERCENT = frozenset({"acc", "subem", "rougeL"})
 class Reference:
     """A table of a publication.
 
-    rows: each with `system`, `values` (a figure per column, None where there is none) and perhaps `recipe`.
+    rows: each with `system`, `values` (one number per column, or None) and optionally `recipe`.
     """
 
     name: str
@@ -31,21 +31,21 @@ class Reference:
 
     @property
     def heading(self) -> str:
-        """Says that it is quoted, from where, and what of."""
+        """Heading that marks the table as quoted, with source and title."""
         return f"quoted, not measured here ({self.name}: {self.source}): {self.title}"
 
     def header(self) -> list[str]:
-        """Names of the columns of `lines`."""
+        """Column names of `lines`."""
         return ["quoted", *(["recipe"] if any("recipe" in row for row in self.rows) else []), *self.columns]
 
     def lines(self) -> list[list[str]]:
-        """The table as it was printed, "-" for a figure that it has not."""
+        """The table as printed, "-" for a missing number."""
         names = [[f"quoted: {row['system']}", *([row["recipe"]] if "recipe" in row else [])] for row in self.rows]
         values = [["-" if value is None else f"{value:.1f}" for value in row["values"]] for row in self.rows]
         return [name + cells for name, cells in zip(names, values, strict=True)]
 
     def flat(self) -> list[Row]:
-        """A row per figure, under the keys of the table."""
+        """One row per number, with the keys of the table."""
         return [
             {
                 **dict.fromkeys(KEYS),
@@ -55,7 +55,7 @@ class Reference:
                 "task": column,
                 "metric": metric,
                 "unit": "share" if metric in _PERCENT else "raw",
-                # A figure in percent has few digits: no more of them than were printed.
+                # Rounded to the printed digits, which the division would extend.
                 "score": round(value / 100, 6) if metric in _PERCENT else value,
                 "quoted": f"{self.name}: {self.source}",
             }
@@ -66,10 +66,10 @@ class Reference:
 
 
 def load(names: Sequence[str]) -> list[Reference]:
-    """The references of these names.
+    """The references with these names.
 
     Raises:
-        UserError: there is none of a name.
+        UserError: an unknown name.
     """
     if not names:
         return []

@@ -1,4 +1,4 @@
-"""The table in the forms that machines read: every key, nothing rounded, empty where undefined."""
+"""Machine-readable formats of the table: every key, unrounded, empty where undefined."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lceval.table.rows import KEYS, Row, Table
 
 
 def to_json(table: Table) -> str:
-    """{"interval": …, "rows": […], …}: every number as computed, null where undefined; quoted figures stand apart."""
+    """{"interval": …, "rows": […], …}: unrounded numbers, null where undefined; quoted numbers under `quoted`."""
     interval = {
         "method": "percentile bootstrap over clusters; Wilson where all scores are 0 or all are 1",
         "level": LEVEL,
         "resamples": RESAMPLES,
         "seed": SEED,
     }
-    found = {
+    content = {
         "interval": interval,
         "by": table.by,
         "mean_over": mean_over(table),
@@ -31,11 +31,11 @@ def to_json(table: Table) -> str:
             for row in reference.flat()
         ],
     }
-    return json.dumps(found, indent=2, allow_nan=False)
+    return json.dumps(content, indent=2, allow_nan=False)
 
 
 def to_csv(table: Table) -> str:
-    """A header of `KEYS` and `metrics.NAME` columns, one line per row; an undefined value is an empty cell."""
+    """A header of `KEYS` and `metrics.NAME` columns, one line per row; undefined values are empty cells."""
     rows = [*table.rows, *(row for reference in table.quoted for row in reference.flat())]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"] or {}))
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""KV cache policies: one method, one frozen dataclass, one file; here they get the names that recipes use."""
+"""KV methods: each is one frozen dataclass in one file; this module maps recipe names to them."""
 
 from lceval.models.policies.adakv import AdaKV
 from lceval.models.policies.base import (

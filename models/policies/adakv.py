@@ -1,4 +1,4 @@
-"""AdaKV: heads of a layer compete for one budget, so they keep different counts."""
+"""AdaKV: the heads of a layer share one budget and keep different numbers of slots."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from lceval.models.policies.base import Evictor, LayerView, StatsSpec, StepEvict
 
 @dataclass(frozen=True, kw_only=True)
 class AdaKV(Evictor):
-    """Spend a layer's budget on the best scores of all its heads together (Feng et al. 2024, arXiv 2407.11550).
+    """Allocate a layer's budget across its heads by the highest scores (Feng et al. 2024, arXiv 2407.11550,
+    algorithm 1).
 
-    Algorithm 1: pool the scores that `inner` gives to all KV heads of a layer and keep the Hkv * budget highest. Each
-    head first gets its own `floor` * budget best (at least one), as in kvpress; the paper instead mixes what a head
-    won with an equal share. `inner` sets the layer's budget.
+    The scores of the inner evictor (key `of`) for all KV heads of a layer are pooled, and the Hkv * budget highest are
+    kept. Each head first keeps its own `floor` * budget highest (at least one). The inner evictor sets the layer's
+    budget; keys of the inner evictor are keys of adakv too.
+
+    Differs from the paper: the floor is that of kvpress; the paper interpolates a head's share with an equal share.
     """
 
     inner: Evictor
@@ -25,33 +28,33 @@ class AdaKV(Evictor):
 
     def __post_init__(self) -> None:
         if not 0 <= self.floor <= 1:
-            raise ValueError("floor is a share of the budget, between 0.0 and 1.0")
+            raise ValueError("floor must be a share of the budget, between 0.0 and 1.0")
         if self.inner.amount != self.amount:
-            raise ValueError("adakv and the evictor inside it have one amount")
+            raise ValueError("adakv and its inner evictor must have the same amount")
         if not self.inner.is_even():
-            raise ValueError("adakv needs an evictor that gives every head the same budget, so not adakv or kvzip")
+            raise ValueError("adakv requires an inner evictor with equal budgets per head, so not adakv or kvzip")
         if isinstance(self.inner, StepEvictor) and self.inner.when != "prefill":
-            raise ValueError("adakv acts at the end of prefill alone, so when=always has no meaning inside it")
+            raise ValueError("adakv evicts only at the end of prefill, so its inner evictor cannot have when=always")
 
     @property
     def stats_spec(self) -> StatsSpec:
         return self.inner.stats_spec
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: those of `inner`, which must be comparable between heads."""
+        """[B, Hkv, S] float32: the scores of `inner`, which must be comparable across heads."""
         return self.inner.scores(layer)
 
     def budget(self, layer: int, layers: int, tokens: int) -> int:
-        """Slots per KV head that a layer keeps on average."""
+        """Mean kept slots per KV head of a layer."""
         return self.inner.budget(layer, layers, tokens)
 
     def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
-        """The mask [B, Hkv, S] of what stays of one layer; ties keep the earlier token, then the lower head."""
+        """The mask [B, Hkv, S] of kept slots of one layer; ties keep the earlier token, then the lower head."""
         heads, budget = scores.shape[1], self.budget(layer, layers, scores.shape[-1])
-        own = int(self.floor * budget)
+        guaranteed = int(self.floor * budget)
         if self.floor > 0 and budget > 0:
-            own = max(1, own)
-        safe = top(scores, own)
-        rest = scores.masked_fill(safe, -torch.inf).transpose(1, 2)
-        won = top(rest.flatten(1), heads * (budget - own)).view(rest.shape).transpose(1, 2)
-        return safe | won
+            guaranteed = max(1, guaranteed)
+        floor = top(scores, guaranteed)
+        rest = scores.masked_fill(floor, -torch.inf).transpose(1, 2)
+        pooled = top(rest.flatten(1), heads * (budget - guaranteed)).view(rest.shape).transpose(1, 2)
+        return floor | pooled

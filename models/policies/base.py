@@ -1,8 +1,8 @@
-"""What every policy is: a value (a frozen dataclass) on one of three axes.
+"""The interfaces of KV methods. A policy is a value (a frozen dataclass) on one of three axes.
 
-An `Evictor` decides which slots of a prefilled context stay, a `Quantizer` in what precision they are kept,
-`SparseAttention` which of them a decoding step attends to. Policies take tensors and return tensors; the cache does
-the rest.
+An `Evictor` selects the slots of a prefilled context that are kept, a `Quantizer` sets their precision, and
+`SparseAttention` selects the slots that a decoding step attends to. Policies take and return tensors; the cache
+applies them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lceval.kernels import window as scoring
 from lceval.kernels.paged import KV
 from lceval.kernels.select import top
 
-# Tokens at the beginning that attract attention whatever they say; statistics of queries leave them out.
+# First tokens, which receive attention whatever their content (attention sinks); query statistics exclude them.
 SINKS = 4
 
 
@@ -33,26 +33,26 @@ class Amount:
     def __post_init__(self) -> None:
         share = isinstance(self.value, float)
         if not (0 < self.value <= 1 if share else self.value >= 1):
-            raise ValueError("a share lies above 0.0 and at most 1.0; a token count is at least 1")
+            raise ValueError("a share must be above 0.0 and at most 1.0, a token count at least 1")
 
     @classmethod
     def parse(cls, text: str) -> Amount:
-        """`0.25` (a share, by its decimal point) or `2048` (tokens)."""
+        """Parse `0.25` (a share, marked by its decimal point) or `2048` (tokens)."""
         return cls(float(text) if "." in text else int(text))
 
     @property
     def is_share(self) -> bool:
-        """Whether it depends on the context's length."""
+        """Whether it is a share of the context's tokens."""
         return isinstance(self.value, float)
 
     def tokens(self, context_tokens: int) -> int:
-        """The budget in tokens for a context of that length; at least one where there is one."""
+        """The budget in tokens for a context of `context_tokens` tokens; at least 1 unless the context is empty."""
         if isinstance(self.value, float):
             return min(context_tokens, max(1, round(self.value * context_tokens)))
         return min(context_tokens, self.value)
 
     def __str__(self) -> str:
-        # Never 1e-05: the decimal point is what makes it a share.
+        # Never 1e-05: the decimal point marks a share.
         return format(Decimal(repr(self.value)), "f")
 
 
@@ -62,9 +62,9 @@ class StatsSpec:
 
     Attributes:
         queries: number of last queries to keep.
-        column_sums: the attention that every token received from all queries.
+        column_sums: attention that every token receives, summed over all queries.
         query_moments: mean and covariance of the queries before RoPE.
-        reconstruction: the attention of a second pass, in which the model repeats the context (KVzip).
+        reconstruction: attention of a second pass in which the model repeats the context (KVzip).
     """
 
     queries: int = 0
@@ -83,21 +83,21 @@ class StatsSpec:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a policy may look at, for one layer of one prefilled context.
+    """The input of `Evictor.scores`: one layer of one prefilled context.
 
-    Under `query_aware=true` the question's tokens stand at the end of keys, values, queries and sums; the scores that
-    a policy gives them are left unused.
+    Under `query_aware=true` the question's tokens follow those of the context in keys, values, queries and sums; their
+    scores are ignored.
 
     Attributes:
         keys, values: [B, Hkv, S, D], keys after RoPE.
         queries: [B, H, W, D], the queries of the last W tokens, after RoPE; W is the largest window required.
         scaling: factor of the attention logits, usually 1 / sqrt(D).
-        layer: index of the layer; `layers`, how many there are.
-        column_sums: [B, Hkv, S] float32, causal attention received from all queries, the mean over the G query heads.
+        layer, layers: index among the full-attention layers, and their number.
+        column_sums: [B, Hkv, S] float32, causal attention received, summed over all queries, mean over G query heads.
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
-        reconstruction: [B, Hkv, S] float32, the most attention a token received while the model repeated the context.
-        kernels: whether `window_scores` goes through the Triton kernels.
+        reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context.
+        kernels: whether `window_scores` uses the Triton kernels.
     """
 
     keys: Tensor
@@ -131,7 +131,7 @@ class LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class Evictor:
-    """Decides at the end of prefill which slots stay. Most subclasses give `scores` alone."""
+    """Selects the kept slots at the end of prefill. Most subclasses define only `scores`."""
 
     amount: Amount
 
@@ -141,19 +141,19 @@ class Evictor:
         return StatsSpec()
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32; higher stays. Ties keep the earlier token."""
+        """[B, Hkv, S] float32; the highest are kept. Ties keep the earlier token."""
         raise NotImplementedError
 
     def budget(self, layer: int, layers: int, tokens: int) -> int:
-        """Slots per KV head that a layer keeps of a context of `tokens` tokens."""
+        """Kept slots per KV head of a layer for a context of `tokens` tokens."""
         return self.amount.tokens(tokens)
 
     def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
-        """The mask [B, Hkv, S] of what stays of one layer: each head its `budget` best."""
+        """The mask [B, Hkv, S] of kept slots of one layer: the `budget` highest scores of each head."""
         return top(scores, self.budget(layer, layers, scores.shape[-1]))
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
-        """Masks [B, Hkv, S] of what stays, from the scores of all layers."""
+        """The masks [B, Hkv, S] of kept slots of all layers, from their scores."""
         return [self.keep(s, layer, len(scores)) for layer, s in enumerate(scores)]
 
     @classmethod
@@ -164,16 +164,16 @@ class Evictor:
 
 @dataclass(frozen=True)
 class StepView:
-    """What a policy may look at while decoding, after T new tokens joined the N slots that one layer holds.
+    """The input of `StepEvictor.step_scores`: the N slots of one layer after T new tokens were appended.
 
     Attributes:
         positions: [B, Hkv, N] int64, ascending; the new tokens come last.
         attention: [B, Hkv, G, T, N] float32, causal attention of the new tokens over all slots.
-        column_sums: [B, Hkv, N] float32, attention received so far (as in LayerView), the new tokens' included.
-        seen: tokens read so far, kept or not.
-        layer: index of the layer; `layers`, how many there are.
-        budget: slots that may stay.
-        memory: a policy's own, per layer and question; copied when a question's rows are multiplied.
+        column_sums: [B, Hkv, N] float32, attention received so far (as in LayerView), including the new tokens.
+        seen: tokens processed so far, kept or not.
+        layer, layers: index among the full-attention layers, and their number.
+        budget: maximum number of kept slots.
+        memory: state of the policy per layer and question; copied with the question's rows.
     """
 
     positions: Tensor
@@ -188,22 +188,22 @@ class StepView:
 
 @dataclass(frozen=True, kw_only=True)
 class StepEvictor(Evictor):
-    """An evictor that with `when=always` also holds its budget while the question is read and answered."""
+    """An evictor that under `when=always` also keeps its budget during the question and decoding."""
 
     when: str = "prefill"
 
     def __post_init__(self) -> None:
         if self.when not in ("prefill", "always"):
-            raise ValueError("when is prefill or always")
+            raise ValueError("when must be prefill or always")
 
     def step_scores(self, view: StepView) -> Tensor:
-        """[B, Hkv, N] float32; the `view.budget` highest stay."""
+        """[B, Hkv, N] float32; the `view.budget` highest are kept."""
         raise NotImplementedError
 
 
 class SparseAttention(Protocol):
-    """Attention of a decoding step to a selection of the stored slots."""
+    """Selects the slots that a decoding step attends to; none are evicted."""
 
     def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
-        """One layer's slots, attended to sparsely."""
+        """One layer's slots with sparse attention over them."""
         ...

@@ -1,4 +1,4 @@
-"""Expected attention: how much a query yet to come would attend to a token, were queries Gaussian."""
+"""Expected attention: the attention of future queries to a token under a Gaussian model of queries."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
 
 @dataclass(frozen=True, kw_only=True)
 class ExpectedAttention(Evictor):
-    """Keep the tokens of which future queries are expected to read most (Devoto et al. 2025, arXiv 2510.00636).
+    """Keep the tokens with the highest expected attention from future queries (Devoto et al. 2025, arXiv 2510.00636).
 
-    Queries before RoPE are taken for N(mu, C). With R the mean of RoPE's rotations over the next `future` positions
-    and c the logits' scaling, a key's expected weight is
+    Queries before RoPE are modelled as N(mu, C). With R the mean RoPE rotation over the next `future` positions and c
+    the scaling of the logits, the expected weight of a key is
 
         E[exp(c q.k)] = exp(c k.(R mu) + c^2/2 k.(R C R')k),
 
-    normalised over the tokens, averaged over the query heads of a KV head and multiplied by ||v||. The first tokens,
-    which no such model describes, stay. As in kvpress, ||v|| stands for the paper's ||v W_O|| and nothing is added to
-    the weight before the product.
+    normalised over the tokens, averaged over the query heads of a KV head and multiplied by ||v||. The first 4 tokens
+    (sinks), which the model does not describe, are always kept.
+
+    Differs from the paper: as in kvpress, ||v|| replaces ||v W_O||, and no epsilon is added to the weight.
     """
 
     future: int = 512
 
     def __post_init__(self) -> None:
         if self.future < 1:
-            raise ValueError("future is at least 1")
+            raise ValueError("future must be at least 1")
 
     @property
     def stats_spec(self) -> StatsSpec:
@@ -45,7 +46,7 @@ class ExpectedAttention(Evictor):
         rotation = self._rotation(layer)
         mean = layer.query_mean @ rotation.T
         cov = rotation @ layer.query_cov @ rotation.T
-        # Head by head: the quadratic form of all heads at once would be as large as the queries of the context.
+        # Head by head: the quadratic form of all heads at once would be as large as all queries of the context.
         for kv_head in range(scores.shape[1]):
             keys = layer.keys[:, kv_head, SINKS:].float()
             received = torch.zeros(keys.shape[:2], device=keys.device)
@@ -60,7 +61,7 @@ class ExpectedAttention(Evictor):
     def _rotation(self, layer: LayerView) -> Tensor:
         """[D, D] float32, the mean rotation of a query (a column) over the next `future` positions.
 
-        RoPE pairs channel i with i + R/2 of the first R channels and turns each pair; the others stand still.
+        RoPE rotates channels i and i + R/2 of the first R channels as a pair; the other channels are unchanged.
         """
         assert layer.rotary is not None
         length, dim = layer.keys.shape[2:]

@@ -1,4 +1,4 @@
-"""KeyDiff: keys unlike the others are the ones that later queries single out."""
+"""KeyDiff: keys that differ from the others receive more attention from later queries."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from lceval.models.policies.base import Evictor, LayerView
 
 @dataclass(frozen=True, kw_only=True)
 class KeyDiff(Evictor):
-    """Keep the tokens whose keys point away from the mean direction (Park et al. 2025, arXiv 2504.15364).
+    """Keep the tokens whose keys are least similar to the mean key direction (Park et al. 2025, arXiv 2504.15364).
 
-    score_i = -cos(k_i, mean_j k_j / ||k_j||). The paper evicts block by block while it reads; here the mean is that of
-    the whole context.
+    score_i = -cos(k_i, mean_j k_j / ||k_j||).
+
+    Differs from the paper: the mean is over the whole context; the paper evicts block by block during prefill.
     """
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: minus the cosine with the mean of the normalised keys."""
+        """[B, Hkv, S] float32: negative cosine similarity to the mean of the normalised keys."""
         directions = F.normalize(layer.keys.float(), dim=-1)
         return -F.cosine_similarity(directions, directions.mean(2, keepdim=True), dim=-1)

@@ -1,4 +1,4 @@
-"""Key norm: what the length of a key alone says about the attention it draws."""
+"""Key norm: short keys tend to receive high attention."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from lceval.models.policies.base import Evictor, LayerView
 
 @dataclass(frozen=True, kw_only=True)
 class KNorm(Evictor):
-    """Keep the tokens whose keys are shortest: score -||k|| (Devoto et al. 2024, arXiv 2406.11430).
+    """Keep the tokens with the smallest key norm (Devoto et al. 2024, arXiv 2406.11430).
 
-    The paper spares the first two layers; here every layer is compressed.
+    score_i = -||k_i||.
+
+    Differs from the paper: every layer is compressed; the paper skips the first two.
     """
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: minus the norm of the key; in 16 bits most norms would tie."""
+        """[B, Hkv, S] float32: negative key norm, computed in float32 because most 16-bit norms would tie."""
         norms: Tensor = torch.linalg.vector_norm(layer.keys, dim=-1, dtype=torch.float32)
         return -norms

@@ -1,4 +1,4 @@
-"""LaCache: neighbouring layers keep neighbouring tokens, so that all layers together still span the whole text."""
+"""LaCache: neighbouring layers keep neighbouring tokens, so that all layers together span the whole context."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from lceval.models.policies.base import LayerView, StepEvictor, StepView
 
 
 class Ladder:
-    """The tokens that one layer holds while it reads, token by token.
+    """The tokens that one layer keeps, token by token.
 
-    A full cache is compacted from its oldest slots on: of each rung of `rung` slots, `stay` neighbours stay, beginning
-    at `phase`, and the rest leaves. When a pass has reached the `recent` newest slots, the next begins anew at the
-    sinks and thins out what the last one left. A rung's slots leave one by one, oldest first, each when a new token
-    needs its room; so a full cache stays full.
+    A full cache is compacted from its oldest slots on: of each rung of `rung` slots, `stay` consecutive slots from
+    `phase` on are kept and the rest is evicted. When a pass reaches the `recent` newest slots, the next pass restarts
+    at the sinks and thins out the remaining slots. The slots of a rung are evicted one by one, oldest first, one for
+    each new token, so a full cache stays full.
     """
 
     def __init__(self, budget: int, sinks: int, rung: int, stay: int, phase: int, recent: int) -> None:
         self.budget = budget
         self.seen = 0
-        # Tokens held when the current pass began, and all that came after; those that left since are still in it.
+        # Tokens kept at the start of the current pass and all later ones, including those evicted since.
         self.line = torch.empty(0, dtype=torch.int64)
         room = budget - sinks - rung
         if room < 0:
-            # No rung fits behind the sinks: the oldest token there leaves, as in a sliding window.
-            self.leaving = torch.tensor([min(sinks, budget)])
+            # No rung fits after the sinks: the oldest token there is evicted, as in a sliding window.
+            self.evicting = torch.tensor([min(sinks, budget)])
             return
         rungs = (room - min(recent, room)) // stay + 1
         slots = torch.arange(rungs * rung).view(rungs, rung)
         offsets = torch.arange(rung)
-        self.leaving = sinks + slots[:, (offsets < phase) | (offsets >= phase + stay)].flatten()
+        self.evicting = sinks + slots[:, (offsets < phase) | (offsets >= phase + stay)].flatten()
 
     def advance(self, seen: int) -> None:
-        """Read on until `seen` tokens were read."""
-        full = self.budget + len(self.leaving)
+        """Process tokens until `seen` are processed."""
+        full = self.budget + len(self.evicting)
         while self.seen < seen:
             until = min(seen, self.seen + full - len(self.line))
             self.line = torch.cat([self.line, torch.arange(self.seen, until)])
@@ -48,15 +48,15 @@ class Ladder:
 
     @property
     def kept(self) -> Tensor:
-        """[min(seen, budget)] int64, the positions held, ascending."""
-        left = torch.zeros(len(self.line), dtype=torch.bool)
-        left[self.leaving[: max(0, len(self.line) - self.budget)]] = True
-        return self.line[~left]
+        """[min(seen, budget)] int64, the kept positions, ascending."""
+        evicted = torch.zeros(len(self.line), dtype=torch.bool)
+        evicted[self.evicting[: max(0, len(self.line) - self.budget)]] = True
+        return self.line[~evicted]
 
 
 @lru_cache(maxsize=32)
 def _ladder(seen: int, *shape: int) -> Ladder:
-    """A ladder of that shape after `seen` tokens, shared by the layers of one phase: copy before advancing."""
+    """A ladder after `seen` tokens, shared by all layers of the same phase: copy it before advancing."""
     ladder = Ladder(*shape)
     ladder.advance(seen)
     return ladder
@@ -64,18 +64,17 @@ def _ladder(seen: int, *shape: int) -> Ladder:
 
 @dataclass(frozen=True, kw_only=True)
 class LaCache(StepEvictor):
-    """Keep a ladder over layers and tokens, compacted again and again (Shi et al. 2025, arXiv 2507.14204).
+    """Keep a ladder pattern over layers and tokens, compacted iteratively (Shi et al. 2025, arXiv 2507.14204).
 
-    A step of the ladder spans `span` layers, `overlap` of them shared with the next. With L layers, a rung is
-    B = 1 + ceil((L - span) / (span - overlap)) tokens long, of which A = ceil(span / (span - overlap)) stay, and layer
-    i keeps those from i mod (B - A + 1) on. The defaults are the paper's for a budget of a quarter on LongBench; for a
-    half it uses span=16, overlap=0.
+    A step of the ladder spans `span` layers, of which `overlap` are shared with the next step. With L layers, a rung is
+    B = 1 + ceil((L - span) / (span - overlap)) tokens long, of which A = ceil(span / (span - overlap)) are kept: in
+    layer i, those from i mod (B - A + 1) on. The defaults are the paper's for a budget of 25% on LongBench; for 50% it
+    uses span=16, overlap=0.
 
-    Where we differ: the budget is exact, so the paper's enlargement at the first overflow is dropped and a rung leaves
-    slot by slot; a long context is compacted as if it had been read token by token, where the paper's code does it
-    at one go with a stride; kept tokens stay at their original positions, where the paper rotates keys by cache slot;
-    where the model has too few layers for a rung to lose anything, it loses one token; the newest L slots, which
-    compaction spares, are fewer where the budget would otherwise hold no rung.
+    Differs from the paper: the budget is exact, so it is not enlarged at the first overflow and a rung is evicted slot
+    by slot; a long context is compacted token by token, not in one step with a stride; kept tokens stay at their
+    original positions, while the paper rotates keys by cache slot; with too few layers for a rung to lose a token, it
+    loses one; the newest L slots, which compaction skips, are fewer where the budget would otherwise hold no rung.
     """
 
     sinks: int = 4
@@ -85,16 +84,16 @@ class LaCache(StepEvictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sinks < 0:
-            raise ValueError("sinks is at least 0")
+            raise ValueError("sinks must be at least 0")
         if not 0 <= self.overlap < self.span:
-            raise ValueError("overlap is at least 0 and less than span")
+            raise ValueError("overlap must be at least 0 and less than span")
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32, the same for every head: the position, the ladder's tokens above all."""
+        """[B, Hkv, S] float32, equal for all heads: the position; the ladder's tokens score highest."""
         batch, heads, length, _ = layer.keys.shape
         ladder = self._ladder(length, self.amount.tokens(length), layer.layer, layer.layers)
         positions = torch.arange(length, device=layer.keys.device)
-        return _above(positions, ladder).expand(batch, heads, length)
+        return _with_ladder_first(positions, ladder).expand(batch, heads, length)
 
     def step_scores(self, view: StepView) -> Tensor:
         """[B, Hkv, N] float32: as `scores`."""
@@ -103,7 +102,7 @@ class LaCache(StepEvictor):
             ladder = copy.copy(self._ladder(view.seen, view.budget, view.layer, view.layers))
             view.memory["ladder"] = ladder
         ladder.advance(view.seen)
-        return _above(view.positions, ladder)
+        return _with_ladder_first(view.positions, ladder)
 
     def _ladder(self, seen: int, budget: int, layer: int, layers: int) -> Ladder:
         step = self.span - self.overlap
@@ -113,7 +112,7 @@ class LaCache(StepEvictor):
         return _ladder(seen, budget, self.sinks, rung, stay, phase, layers)
 
 
-def _above(positions: Tensor, ladder: Ladder) -> Tensor:
-    """positions as float32, those that the ladder holds above all others."""
-    held = torch.isin(positions, ladder.kept.to(positions.device))
-    return (positions + held * ladder.seen).float()
+def _with_ladder_first(positions: Tensor, ladder: Ladder) -> Tensor:
+    """The positions as float32 scores, those on the ladder above all others."""
+    on_ladder = torch.isin(positions, ladder.kept.to(positions.device))
+    return (positions + on_ladder * ladder.seen).float()

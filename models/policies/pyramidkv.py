@@ -1,4 +1,4 @@
-"""PyramidKV: SnapKV with more slots in the first layers than in the last."""
+"""PyramidKV: SnapKV with larger budgets in the first layers than in the last."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from lceval.models.policies.snapkv import SnapKV
 
 @dataclass(frozen=True, kw_only=True)
 class PyramidKV(SnapKV):
-    """SnapKV whose layers share one budget along a falling line (Cai et al. 2024, arXiv 2406.02069).
+    """SnapKV with layer budgets that decrease linearly with depth (Cai et al. 2024, arXiv 2406.02069).
 
-    With m the mean budget, the last layer gets m / `beta` and the first 2m - m / `beta`; where the first would exceed
-    the tokens outside the window, it gets those, and the last what keeps the mean at m. This is kvpress's form (0.5.5):
-    as there, and other than in the paper, the window does not come on top of the line, and every layer gets m where
-    the last would get less than the window.
+    With m the mean budget, the last layer gets m / `beta` and the first 2m - m / `beta`. If the first would exceed the
+    number of tokens outside the window, it gets that number, and the last layer's budget rises to keep the mean at m.
+
+    Differs from the paper: as in kvpress 0.5.5, the window is part of the budget, and all layers get m if the last
+    would get less than the window.
     """
 
     beta: int = 20
@@ -22,7 +23,7 @@ class PyramidKV(SnapKV):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta < 1:
-            raise ValueError("beta is at least 1")
+            raise ValueError("beta must be at least 1")
 
     def budget(self, layer: int, layers: int, tokens: int) -> int:
         """Slots per KV head of layer `layer`: round(first - layer * (first - last) / (layers - 1))."""

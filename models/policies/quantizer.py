@@ -1,4 +1,4 @@
-"""KIVI: the kept slots in 8, 4 or 2 bits a number."""
+"""KIVI: quantization of the kept slots to 8, 4 or 2 bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.quant import BITS, QuantKV
 
-# Recipe names and their bits of keys and of values. 16 stands for the model's own dtype, whatever it is.
+# Bits of keys and values by recipe name; 16 is the model's own dtype.
 NAMES: dict[str, tuple[int, int]] = {f"int{bits}": (bits, bits) for bits in BITS if bits != 16} | {
     f"kv{k}v{v}": (k, v) for k in BITS for v in BITS if k != v
 }
@@ -15,14 +15,15 @@ NAMES: dict[str, tuple[int, int]] = {f"int{bits}": (bits, bits) for bits in BITS
 
 @dataclass(frozen=True)
 class Quantizer:
-    """Keys quantised per channel, values per token, in groups of 32 (KIVI, Liu et al. 2024, section 4).
+    """Quantize keys per channel and values per token, in groups of 32 (KIVI, Liu et al. 2024, arXiv 2402.02750,
+    section 4).
 
-    The newest `residual` slots of every head, and at most 63 more, stay in full precision: pages of 64 slots are
-    quantised whole. Keys and values may differ in bits: keys need more.
+    The newest `residual` slots of every head, and at most 63 more, stay in full precision, since only whole pages of 64
+    slots are quantized. Keys and values can have different precisions; keys require more bits.
 
-    Where we differ: the context is quantised once, after eviction, and what follows it (the question, the answer)
-    stays in full precision, where KIVI goes on quantising while it decodes. Its scale and zero are rounded to nearest;
-    ours outwards, so that 16 bits of scale never cut off the ends of a group.
+    Differs from the paper: the context is quantized once, after eviction, and question and answer stay in full
+    precision, while KIVI continues to quantize during decoding; scale and zero are rounded outwards, not to nearest,
+    so that a 16-bit scale never clips a group.
     """
 
     k_bits: int
@@ -31,12 +32,12 @@ class Quantizer:
 
     def __post_init__(self) -> None:
         if self.k_bits not in BITS or self.v_bits not in BITS:
-            raise ValueError(f"keys and values take {', '.join(map(str, BITS))} bits, not {self.k_bits}, {self.v_bits}")
+            raise ValueError(f"keys and values have {', '.join(map(str, BITS))} bits, not {self.k_bits}, {self.v_bits}")
         if self.k_bits == self.v_bits == 16:
-            raise ValueError("keys and values at 16 bits is full precision: leave the store out")
+            raise ValueError("16 bits for keys and values is full precision: leave the quantization out")
         if self.residual < 0:
-            raise ValueError(f"residual is a number of tokens, at least 0, not {self.residual}")
+            raise ValueError(f"residual must be a number of tokens, at least 0, not {self.residual}")
 
     def quantize(self, kv: PagedKV) -> QuantKV:
-        """One layer's slots, its oldest pages quantised."""
+        """One layer's slots with all but the newest pages quantized."""
         return QuantKV.quantize(kv, self.k_bits, self.v_bits, self.residual)

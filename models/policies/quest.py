@@ -1,4 +1,4 @@
-"""Quest: the pages that can hold the highest logits."""
+"""Quest: sparse attention to the pages that can contain the highest logits."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ from lceval.models.policies.base import Amount
 
 @dataclass(frozen=True, kw_only=True)
 class Quest:
-    """Attend to the pages whose bound on the logit is highest (Tang et al. 2024, arXiv 2406.10774, algorithm 1).
+    """Attend to the pages with the highest upper bound on their logits (Tang et al. 2024, arXiv 2406.10774,
+    algorithm 1).
 
-    A page is `page` consecutive kept slots. The first `skip` layers are read whole. The budget is rounded down to
-    whole pages, but one page is always read: only a budget below a page is exceeded. Query heads that share a KV
-    head select together, by the mean of their softmaxes over the pages' bounds; the paper's models have one each.
+    A page is `page` consecutive kept slots. The first `skip` layers stay dense. The budget is rounded down to whole
+    pages but is at least one page.
+
+    Differs from the paper: the query heads of a KV head select together, by the mean of their softmaxes over the pages'
+    bounds; the paper's models have one query head per KV head.
+
+    Cost: no memory is freed; the index adds two keys per page.
     """
 
     amount: Amount
@@ -26,10 +31,10 @@ class Quest:
 
     def __post_init__(self) -> None:
         if self.page < 1 or self.skip < 0:
-            raise ValueError("page is at least 1, skip at least 0")
+            raise ValueError("page must be at least 1, skip at least 0")
 
     def wrap(self, kv: KV, layer: int, context_tokens: int) -> KV:
-        """One layer's slots, read selectively; the amount is of the context's tokens, not of the kept ones."""
+        """One layer's slots with sparse attention; a share is of the context's tokens, not of the kept ones."""
         if layer < self.skip:
             return kv
         return selective(kv, self.amount.tokens(context_tokens), partial(Bounds.build, unit=self.page))

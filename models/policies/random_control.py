@@ -1,4 +1,4 @@
-"""The control that any method must beat: tokens drawn by lot."""
+"""The random baseline: tokens drawn uniformly."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from lceval.models.policies.base import Evictor, LayerView
 
 @dataclass(frozen=True, kw_only=True)
 class Random(Evictor):
-    """Keep the first `sinks` tokens, the last `recent`, and for the rest of the budget tokens drawn uniformly by each
-    head for itself.
+    """Keep the first `sinks` tokens, the last `recent`, and tokens drawn uniformly and independently by each head.
 
-    By default nothing is protected. With what other methods protect (`sinks=4:recent=64`) it is the harder control:
-    what beats it must have chosen well between the ends. The draw depends on `seed`, the layer and the shape alone, on
-    any device.
+    By default no token is protected. With the tokens that other methods protect (`sinks=4:recent=64`) it is the
+    stronger baseline: a better method must select well between both ends. The draw depends only on `seed`, layer and
+    shape, on any device.
     """
 
     seed: int = 0
@@ -27,12 +26,12 @@ class Random(Evictor):
     def __post_init__(self) -> None:
         # PyTorch's CPU generator uses 32 bits of its seed; 16 of them go to the layer.
         if not 0 <= self.seed < 1 << 16:
-            raise ValueError("seed lies between 0 and 65535")
+            raise ValueError("seed must be between 0 and 65535")
         if self.sinks < 0 or self.recent < 0:
-            raise ValueError("sinks and recent are at least 0")
+            raise ValueError("sinks and recent must be at least 0")
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32, uniform in [0, 1); sinks above all, then the recent tokens."""
+        """[B, Hkv, S] float32, uniform in [0, 1); sinks score highest, then the recent tokens."""
         generator = torch.Generator().manual_seed((self.seed << 16) + layer.layer)
         scores = torch.rand(layer.keys.shape[:3], generator=generator)
         scores[..., max(0, scores.shape[-1] - self.recent) :] += 1

@@ -1,4 +1,4 @@
-"""SnapKV: what the last tokens of the context attended to."""
+"""SnapKV: the attention of the last tokens of the context."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from lceval.models.policies.base import Evictor, LayerView, StatsSpec
 
 @dataclass(frozen=True, kw_only=True)
 class SnapKV(Evictor):
-    """Keep the tokens that the last `window` queries attended to most, and the window (Li et al. 2024, eq. 4).
+    """Keep the window and the tokens with the highest attention from its queries (Li et al. 2024, arXiv 2404.14469,
+    eq. 4).
 
-    Attention is averaged over the window, smoothed along the tokens by an average pool of width `pool`, and averaged
-    over the query heads of a KV head. The window counts towards the budget; a budget smaller than the window keeps
-    the most recent tokens alone.
+    The window is the last `window` tokens. Their attention is averaged over the window and the query heads of a KV
+    head, and smoothed along the tokens by an average pool of width `pool`. The window counts towards the budget; a
+    budget below the window keeps only the most recent tokens.
+
+    Differs from the paper: the defaults and the average pool are those of kvpress, while the paper's LongBench runs use
+    window=32 and max pooling of width 7; the query heads of a KV head select together, not each for itself.
     """
 
     window: int = 64
@@ -25,20 +29,20 @@ class SnapKV(Evictor):
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
-            raise ValueError("window is at least 1, pool an odd number")
+            raise ValueError("window must be at least 1, pool an odd number")
 
     @property
     def stats_spec(self) -> StatsSpec:
         return StatsSpec(queries=self.window)
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: pooled attention; the window above all, its latest token first."""
+        """[B, Hkv, S] float32: pooled attention; the window scores highest, its latest token first."""
         received = layer.window_scores(self.window)
         w = min(self.window, layer.queries.shape[2])
         old = received[..., : received.shape[-1] - w]
         if old.shape[-1]:
-            # Of the mean over the query heads: the same as the mean of what is pooled for each.
+            # Pooling the mean over query heads equals averaging the pooled attention of each.
             old = F.avg_pool1d(old, self.pool, stride=1, padding=self.pool // 2)
-        # Attention is at most 1, so 2 and more is above all of it.
+        # Mean attention is at most 1, so scores from 2 on rank above it.
         window = torch.arange(2, w + 2, dtype=torch.float32, device=old.device)
         return torch.cat([old, window.expand(*old.shape[:2], w)], -1)

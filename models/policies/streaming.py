@@ -12,9 +12,10 @@ from lceval.models.policies.base import LayerView, StepEvictor, StepView
 
 @dataclass(frozen=True, kw_only=True)
 class Streaming(StepEvictor):
-    """Keep the first `sinks` tokens and, for the rest of the budget, the most recent (Xiao et al. 2023, section 3.2).
+    """Keep the first `sinks` tokens and the most recent ones (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453,
+    section 3.2).
 
-    Kept tokens stay at their original positions; the paper renumbers them by cache slot.
+    Differs from the paper: kept tokens stay at their original positions; the paper renumbers them by cache slot.
     """
 
     sinks: int = 4
@@ -22,10 +23,10 @@ class Streaming(StepEvictor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sinks < 0:
-            raise ValueError("sinks is at least 0")
+            raise ValueError("sinks must be at least 0")
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: the position, with the sinks above all."""
+        """[B, Hkv, S] float32: the position; the sinks score highest."""
         batch, heads, length, _ = layer.keys.shape
         recency = torch.arange(length, dtype=torch.float32, device=layer.keys.device)
         recency[: self.sinks] = torch.inf

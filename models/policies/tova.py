@@ -1,4 +1,4 @@
-"""TOVA: what the last token attended to."""
+"""TOVA: the attention of the last token."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from lceval.models.policies.base import LayerView, StatsSpec, StepEvictor, StepV
 
 @dataclass(frozen=True, kw_only=True)
 class TOVA(StepEvictor):
-    """Keep the tokens that the last query attended to most, averaged over all heads (Oren et al. 2024).
+    """Keep the tokens with the highest attention from the last query, averaged over heads (Oren et al. 2024,
+    arXiv 2401.06104).
 
-    All heads of a layer keep one set. The paper (arXiv 2401.06104) lets the last token go when it attends little to
-    itself; here it stays. Several tokens read at once are judged by the last of them, where the paper goes one by one.
+    All heads of a layer keep the same tokens.
+
+    Differs from the paper: the last token is always kept; the paper evicts it if it attends little to itself. Several
+    tokens in one forward pass are scored by the last of them; the paper processes them one by one.
     """
 
     @property
@@ -23,16 +26,16 @@ class TOVA(StepEvictor):
         return StatsSpec(queries=1)
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32, the same for every head: attention of the last query, the last token above all."""
-        return _one_set(layer.window_scores(1))
+        """[B, Hkv, S] float32, equal for all heads: attention of the last query; the last token scores highest."""
+        return _shared_scores(layer.window_scores(1))
 
     def step_scores(self, view: StepView) -> Tensor:
-        """[B, Hkv, N] float32: as `scores`; all heads hold the same slots, so they go on doing so."""
-        return _one_set(view.attention[..., -1, :].mean(2))
+        """[B, Hkv, N] float32: as `scores`; equal for all heads, so they keep the same slots."""
+        return _shared_scores(view.attention[..., -1, :].mean(2))
 
 
-def _one_set(attention: Tensor) -> Tensor:
-    """attention: [B, Hkv, S] of one query; returns its mean over the heads [B, Hkv, S], the last token above all."""
+def _shared_scores(attention: Tensor) -> Tensor:
+    """attention: [B, Hkv, S] of one query. Returns the mean over heads [B, Hkv, S]; the last token scores highest."""
     mean = attention.mean(1)
     # Attention is at most 1.
     mean = torch.cat([mean[:, :-1], mean.new_full((mean.shape[0], 1), 2.0)], -1)

@@ -1,8 +1,8 @@
-"""Annual-report excerpts of invented companies, written from a random generator.
+"""Annual-report excerpts of invented companies, generated from a seed.
 
-A filing is a business paragraph, a table of figures in text form and an outlook; further sentences may
-follow and carry no facts that are asked for. Figures add up: segments to revenue, and operating income is
-what cost of sales and other expenses leave of it.
+A filing is a business paragraph, a table of figures as text and an outlook, optionally followed by sentences without
+facts. Figures are consistent: segments add up to revenue, and operating income is revenue less cost of sales and other
+expenses.
 """
 
 import random
@@ -40,11 +40,11 @@ _CITIES = _words(
     "Krakow Leipzig Lille Linz Lyon Malmo Nantes Odense Ottawa Oulu Plymouth Porto Riga Rostock Seville "
     "Tampere Trieste Turin Utrecht Valencia Varna Zagreb Zaragoza"
 )
-_GIVEN = _words(
+_FIRST_NAMES = _words(
     "Adela Bruno Carmen Dmitri Elena Farid Greta Hugo Ingrid Jonas Kamila Lars Mirela Nadia Oskar Petra "
     "Rafael Sonja Tomas Ursula Viktor Wanda Yusuf Zora"
 )
-_FAMILY = _words(
+_LAST_NAMES = _words(
     "Abelson Barrowe Castellan Dahlberg Ekstrand Fontaine Grunwald Hollister Ivarsen Jankovic Kessler "
     "Lindqvist Moreau Novotny Okafor Pemberton Quintero Rasmussen Sorensen Tavares Underhill "
     "Valdez Whitlock Yamada"
@@ -87,7 +87,7 @@ _REMARKS_PER_FILING = 12
 
 @dataclass(frozen=True)
 class Fact:
-    """A question about one filing and its answer, a string of the filing's text."""
+    """A question about a filing and its answer, a substring of the filing."""
 
     kind: str
     question: str
@@ -96,7 +96,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Filing:
-    """The excerpt of one company's report for one year, the sentences that may follow it, and its facts."""
+    """Excerpt of a company's annual report, the optional sentences after it, and its facts."""
 
     title: str
     body: str
@@ -105,9 +105,9 @@ class Filing:
 
 
 def filings(rng: random.Random) -> Iterator[Filing]:
-    """Filings of different companies in different cities with different officers; ends with the cities."""
+    """Filings of distinct companies, cities and officers, one per city."""
     stems = rng.sample([start + end for start in _STARTS for end in _ENDS], len(_CITIES))
-    officers = rng.sample([f"{given} {family}" for given in _GIVEN for family in _FAMILY], 2 * len(_CITIES))
+    officers = rng.sample([f"{first} {last}" for first in _FIRST_NAMES for last in _LAST_NAMES], 2 * len(_CITIES))
     for number, city in enumerate(rng.sample(_CITIES, len(_CITIES))):
         yield _filing(stems[number], city, officers[2 * number], officers[2 * number + 1], rng)
 
@@ -119,7 +119,7 @@ def _filing(stem: str, city: str, chief: str, finance_chief: str, rng: random.Ra
     figures = _figures(rng)
     segments = {first_segment: figures.pop("first"), second_segment: figures.pop("second")}
     employees = f"{rng.randint(1200, 48000):,}"
-    # Every row names the company, as figures do that are read by machines: small models need it to find the row.
+    # Every row includes the company name: small models need it to find the row.
     lines = [f"{item.capitalize()} of {name} | {amount}" for item, amount in figures.items()]
     lines += [f"Revenue of the {segment} segment of {name} | {amount}" for segment, amount in segments.items()]
     table = "\n".join([f"Figures of {name} | {year}", *lines, f"Employees of {name} at year end | {employees}"])
@@ -146,7 +146,7 @@ def _filing(stem: str, city: str, chief: str, finance_chief: str, rng: random.Ra
 
 
 def _figures(rng: random.Random) -> dict[str, str]:
-    """Amounts by line item, as printed; `first` and `second` are the revenues of the segments."""
+    """Printed amounts by line item; `first` and `second` are the revenues of the segments."""
     revenue = rng.randint(900, 9800)
     cost = round(revenue * rng.uniform(0.5, 0.7))
     expenses = round(revenue * rng.uniform(0.12, 0.2))

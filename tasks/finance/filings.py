@@ -1,8 +1,8 @@
-"""Rows of `lc_filings_ao_*`: simple look-ups in annual reports of invented companies, four a context.
+"""Rows of `lc_filings_ao_*`: look-ups in annual reports of invented companies, four questions per context.
 
-Generated from a seed; needs neither the hub nor a data folder. The questions on a context ask for
-different kinds of fact, each from a filing in its own quarter of the context (with fewer than four filings
-they share them); an answer, normalised, stands once in all the text that the context could have shown.
+Generated from a seed, without hub or data folder. The questions on a context are on different kinds of fact, each from
+a filing in its own quarter of the context (or shared, with fewer than four filings). A normalised answer occurs once in
+all filings and remarks of the context.
 """
 
 import random
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.compose import Contract, Fitter
 from lceval.tasks.finance.companies import Fact, Filing, filings
 from lceval.tasks.parsing import normalize
@@ -20,45 +20,45 @@ from lceval.tasks.rows import Document, Row
 CONTEXTS = 12
 QUESTIONS_PER_CONTEXT = 4
 
-_REMARK_SHARE = 0.05  # of the limit, left at least for remarks, whose choice makes the length exact
-_DRAWS = 4  # of questions, whose lengths must lie close together, before a wider contract is accepted
+_REMARK_SHARE = 0.05  # minimum share of the limit for remarks, which are selected to reach the length
+_DRAWS = 4  # attempts to draw questions of similar length, before a wider contract is used
 
 
-def rows(request: Request) -> Plan:
-    """All rows of one length: twelve contexts with four questions each."""
-    return Plan({}, lambda: [row for number in range(CONTEXTS) for row in _context_rows(request, number)])
+def rows(request: Request) -> RowPlan:
+    """All rows of one length: 12 contexts with 4 questions each."""
+    return RowPlan({}, lambda: [row for number in range(CONTEXTS) for row in _context_rows(request, number)])
 
 
 def _context_rows(request: Request, number: int) -> list[Row]:
-    meter, limit = request.fitted
+    meter, limit = request.meter_and_limit
     rng = random.Random(f"filings {request.seed} {limit} {number}")
-    shown = _as_many_as_fit(request, list(filings(rng)))
-    remarks = [(filing, remark) for filing, of in enumerate(shown) for remark in of.remarks]
+    included = _as_many_as_fit(request, list(filings(rng)))
+    remarks = [(filing, remark) for filing, item in enumerate(included) for remark in item.remarks]
     rng.shuffle(remarks)
     costs = meter.pieces([f" {remark}" for _, remark in remarks])
 
     def texts(chosen: Sequence[int]) -> list[str]:
-        added: list[list[str]] = [[] for _ in shown]
+        added: list[list[str]] = [[] for _ in included]
         for filing, remark in (remarks[index] for index in chosen):
             added[filing].append(remark)
-        return [" ".join((filing.body, *more)) for filing, more in zip(shown, added, strict=True)]
+        return [" ".join((filing.body, *more)) for filing, more in zip(included, added, strict=True)]
 
     def totals(questions: Sequence[str], chosen: Sequence[int]) -> list[int]:
         return request.totals([Document(pid="", title="", text=text) for text in texts(chosen)], questions)
 
-    for contract in [Contract.preferred(limit, meter)] * _DRAWS + [Contract.promised(limit)]:
-        asked = choose_facts(shown, rng)
-        questions = [fact.question for _, fact in asked]
+    for contract in [Contract.preferred(limit, meter)] * _DRAWS + [Contract.guaranteed(limit)]:
+        facts = choose_facts(included, rng)
+        questions = [fact.question for _, fact in facts]
         fitted = Fitter(contract).fit(costs, partial(totals, questions))
         if fitted is not None:
             break
     else:
-        raise UserError(f"{request.task} cannot come within 2% of {limit} tokens of this tokenizer: use a longer task.")
+        raise UserError(f"{request.task} cannot reach {limit} tokens of this tokenizer within 2%: use a longer task.")
     chosen, lengths = fitted
     cluster = f"filings-{limit // 1024}k-{number:02d}"
     docs = [
         Document(pid=f"{cluster}-{index:02d}", title=filing.title, text=text)
-        for index, (filing, text) in enumerate(zip(shown, texts(chosen), strict=True))
+        for index, (filing, text) in enumerate(zip(included, texts(chosen), strict=True))
     ]
     return [
         request.row(
@@ -71,37 +71,37 @@ def _context_rows(request: Request, number: int) -> list[Row]:
             length_tokens=length,
             source=f"lceval filings, seed {request.seed}",
         )
-        for index, ((filing, fact), length) in enumerate(zip(asked, lengths, strict=True))
+        for index, ((filing, fact), length) in enumerate(zip(facts, lengths, strict=True))
     ]
 
 
-def _as_many_as_fit(request: Request, offered: Sequence[Filing]) -> list[Filing]:
-    """The first filings whose bodies leave room for the longest question, the answer and some remarks."""
-    meter, limit = request.fitted
-    longest = max((fact.question for filing in offered for fact in filing.facts), key=len)
-    room = limit * (1 - _REMARK_SHARE) - request.totals([], [longest])[0]
-    shown: list[Filing] = []
-    costs = meter.pieces([f"{block(request.dataset.layout, [filing.body])}\n\n" for filing in offered])
-    for filing, cost in zip(offered, costs, strict=True):
-        room -= cost
-        if room < 0:
+def _as_many_as_fit(request: Request, candidates: Sequence[Filing]) -> list[Filing]:
+    """The first filings that leave room for the longest question, the reply and some remarks."""
+    meter, limit = request.meter_and_limit
+    longest = max((fact.question for filing in candidates for fact in filing.facts), key=len)
+    remaining = limit * (1 - _REMARK_SHARE) - request.totals([], [longest])[0]
+    included: list[Filing] = []
+    costs = meter.pieces([f"{block(request.dataset.layout, [filing.body])}\n\n" for filing in candidates])
+    for filing, cost in zip(candidates, costs, strict=True):
+        remaining -= cost
+        if remaining < 0:
             break
-        shown.append(filing)
-    if not shown:
-        raise UserError(f"{request.task} cannot place a filing in {limit} tokens of this tokenizer: use a longer task.")
-    return shown
+        included.append(filing)
+    if not included:
+        raise UserError(f"{request.task} cannot fit a filing into {limit} tokens of this tokenizer: use a longer task.")
+    return included
 
 
-def choose_facts(shown: Sequence[Filing], rng: random.Random) -> list[tuple[int, Fact]]:
-    """The facts to ask for, with the index of their filing: spread over the context, of different kinds."""
-    everything = "\n".join(normalize(" ".join((filing.body, *filing.remarks))) for filing in shown)
-    asked: list[tuple[int, Fact]] = []
+def choose_facts(included: Sequence[Filing], rng: random.Random) -> list[tuple[int, Fact]]:
+    """Draw facts of different kinds, spread over the context; each with the index of its filing."""
+    full_text = "\n".join(normalize(" ".join((filing.body, *filing.remarks))) for filing in included)
+    facts: list[tuple[int, Fact]] = []
     for quarter in range(QUESTIONS_PER_CONTEXT):
-        start = len(shown) * quarter // QUESTIONS_PER_CONTEXT
-        end = len(shown) * (quarter + 1) // QUESTIONS_PER_CONTEXT
+        start = len(included) * quarter // QUESTIONS_PER_CONTEXT
+        end = len(included) * (quarter + 1) // QUESTIONS_PER_CONTEXT
         filing = rng.randrange(start, max(end, start + 1))
-        kinds = {fact.kind for _, fact in asked}
-        clear = [fact for fact in shown[filing].facts if everything.count(normalize(fact.answer)) == 1]
-        # city and officers are always clear, so that one list is never empty
-        asked.append((filing, rng.choice([fact for fact in clear if fact.kind not in kinds] or clear)))
-    return asked
+        kinds = {fact.kind for _, fact in facts}
+        unique = [fact for fact in included[filing].facts if full_text.count(normalize(fact.answer)) == 1]
+        # city and officers are always unique, so one list is never empty
+        facts.append((filing, rng.choice([fact for fact in unique if fact.kind not in kinds] or unique)))
+    return facts

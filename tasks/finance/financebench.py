@@ -1,8 +1,8 @@
-"""Rows of FinanceBench: questions of analysts on whole filings, the pages that hold the evidence known by number.
+"""Rows of FinanceBench: analyst questions on whole filings, with annotated evidence pages.
 
-`financebench` shows every page of the filing in order (context=gold: the evidence pages alone, the benchmark's oracle).
-`financebenchmulti` is for a length: the evidence pages at seeded depths among other pages of the same filing, then
-pages of other filings. Pages come from `document_pages.jsonl`; only questions whose filing it holds are asked.
+A context of `financebench` is a whole filing, page by page (context=gold: the evidence pages, the oracle setting).
+`financebenchmulti` has a fixed length: the evidence pages at seeded depths among other pages of the same filing, then
+of other filings. Pages are in `document_pages.jsonl`; only questions on its filings are used.
 """
 
 import random
@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.compose import Contract, Fitter, spread
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
@@ -23,12 +23,12 @@ _SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "question": {"id": str, "question": str, "answer": str, "doc_name": str},
     "page": {"doc_name": str, "page_num": int, "text": str},
 }
-_TELL_NOTHING = frozenset({"yes", "no"})  # as answers: they stand on every page
+_UNINFORMATIVE = frozenset({"yes", "no"})  # answers that occur on every page
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """A question, and the pages that hold its evidence."""
+class _FilingQuestion:
+    """A question with its evidence pages."""
 
     id: str
     question: str
@@ -40,7 +40,7 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Library:
-    """Every page at hand, by its id; filings in the order of the source, their pages in theirs."""
+    """Pages by id; page ids by filing, in order of the source."""
 
     pages: Mapping[str, Document]
     filings: Mapping[str, Sequence[str]]
@@ -49,13 +49,13 @@ class _Library:
     def _leaks(self) -> LeakIndex:
         return LeakIndex([page["text"] for page in self.pages.values()])
 
-    def giving_away(self, answer: str) -> set[str]:
-        """Ids of the pages that hold the answer, normalised; a yes or no gives nothing away."""
+    def leaking(self, answer: str) -> set[str]:
+        """Ids of the pages that contain the normalised answer; empty for yes and no."""
         gold = normalize(answer)
-        if not gold or gold in _TELL_NOTHING:
+        if not gold or gold in _UNINFORMATIVE:
             return set()
         pids = [*self.pages]
-        return {pids[index] for index in self._leaks.holders([gold])}
+        return {pids[index] for index in self._leaks.containing([gold])}
 
 
 def _pid(filing: str, page: int) -> str:
@@ -64,8 +64,8 @@ def _pid(filing: str, page: int) -> str:
 
 def _read(request: Request) -> tuple[SourceFile, SourceFile]:
     questions, pages = request.dataset.files
-    asked, told = read_sources(request.task, {questions: _SCHEMAS["question"], pages: _SCHEMAS["page"]})
-    return asked, told
+    question_file, page_file = read_sources(request.task, {questions: _SCHEMAS["question"], pages: _SCHEMAS["page"]})
+    return question_file, page_file
 
 
 def _library(source: SourceFile) -> _Library:
@@ -75,106 +75,115 @@ def _library(source: SourceFile) -> _Library:
         filing, number, text = record["doc_name"], record["page_num"], record["text"].strip()
         pid, title = _pid(filing, number), f"{filing} page {number}"
         if pid in pages:
-            raise UserError(f"{source.name} has {title} twice: each page must be there once.")
-        if text:  # a picture alone, or a blank page
+            raise UserError(f"{source.name}: duplicate {title}: each page must be unique.")
+        if text:  # skips blank pages and pages with images only
             pages[pid] = Document(pid=pid, title=title, text=f"{title}\n{text}")
             filings.setdefault(filing, []).append(pid)
     return _Library(pages, filings)
 
 
-def _questions(source: SourceFile, library: _Library) -> list[_Asked]:
-    """The questions whose evidence is at hand, those on a filing together."""
-    made = []
+def _questions(source: SourceFile, library: _Library) -> list[_FilingQuestion]:
+    """Questions whose evidence pages are available, grouped by filing."""
+    usable = []
     for record in by_key(source, "id").values():
-        pages = record.get("gold_pages")
-        if not isinstance(pages, list) or not pages or not all(_is_page(page) for page in pages):
+        gold_pages = record.get("gold_pages")
+        if not isinstance(gold_pages, list) or not gold_pages or not all(_is_page(page) for page in gold_pages):
             raise UserError(
-                f"{source.name} id={record['id']!r} has gold_pages={pages!r:.80}: expected [[filing, page]]."
+                f"{source.name} id={record['id']!r}: invalid gold_pages={gold_pages!r:.80}: expected [[filing, page]]."
             )
-        gold = tuple(dict.fromkeys(_pid(filing, number) for filing, number in pages))
+        gold = tuple(dict.fromkeys(_pid(filing, number) for filing, number in gold_pages))
         if record["doc_name"] in library.filings and all(pid in library.pages for pid in gold):
             filing, kind = record["doc_name"], record.get("question_type") or ""
-            made.append(_Asked(record["id"], record["question"], record["answer"], filing, gold, kind))
+            usable.append(_FilingQuestion(record["id"], record["question"], record["answer"], filing, gold, kind))
     order = [*library.filings]
-    return sorted(made, key=lambda asked: order.index(asked.filing))
+    return sorted(usable, key=lambda question: order.index(question.filing))
 
 
 def _is_page(page: Any) -> bool:
     return isinstance(page, list) and len(page) == 2 and isinstance(page[0], str) and isinstance(page[1], int)
 
 
-def rows(request: Request) -> Plan:
-    """Whole filings, every page a document."""
-    asked, told = _read(request)
-    identity = joint_identity([asked, told])
+def rows(request: Request) -> RowPlan:
+    """Whole filings, one document per page."""
+    questions, pages = _read(request)
+    identity = joint_identity([questions, pages])
 
     def build() -> list[Row]:
-        library = _library(told)
+        library = _library(pages)
+
+        def documents(filing: str) -> list[Document]:
+            return [library.pages[pid] for pid in library.filings[filing]]
+
         return [
-            _row(request, one, [library.pages[pid] for pid in library.filings[one.filing]], one.filing, identity)
-            for one in _questions(asked, library)
+            _row(request, question, documents(question.filing), question.filing, identity)
+            for question in _questions(questions, library)
         ]
 
-    return Plan({"source": identity}, build)
+    return RowPlan({"source": identity}, build)
 
 
 def _row(
-    request: Request, asked: _Asked, docs: Sequence[Document], cluster: str, source: str, length: int | None = None
+    request: Request,
+    question: _FilingQuestion,
+    docs: Sequence[Document],
+    cluster: str,
+    source: str,
+    length: int | None = None,
 ) -> Row:
     return request.row(
-        id=asked.id,
-        question=asked.question,
-        answers=[asked.answer],
+        id=question.id,
+        question=question.question,
+        answers=[question.answer],
         docs=docs,
-        gold_pids=asked.gold,
+        gold_pids=question.gold,
         cluster=cluster,
         source=source,
         length_tokens=length,
-        kind=asked.kind,
+        kind=question.kind,
     )
 
 
-def multi_rows(request: Request) -> Plan:
-    """Pages of several filings, fitted to the task's length; a question whose evidence does not fit is passed over."""
-    asked, told = _read(request)
-    identity = joint_identity([asked, told])
-    return Plan({"source": identity}, lambda: _fitted(request, asked, told, identity))
+def multi_rows(request: Request) -> RowPlan:
+    """Pages of several filings, fitted to the length; questions whose evidence does not fit are skipped."""
+    questions, pages = _read(request)
+    identity = joint_identity([questions, pages])
+    return RowPlan({"source": identity}, lambda: _fitted(request, questions, pages, identity))
 
 
-def _fitted(request: Request, asked: SourceFile, told: SourceFile, identity: str) -> list[Row]:
-    meter, limit = request.fitted
-    library = _library(told)
+def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity: str) -> list[Row]:
+    meter, limit = request.meter_and_limit
+    library = _library(pages)
     tokens = meter.pieces([f"[DOC 100]\n{page['text']}\n\n" for page in library.pages.values()])
     costs = dict(zip(library.pages, tokens, strict=True))
-    fitters = [Fitter(contract) for contract in (Contract.preferred(limit, meter), Contract.promised(limit))]
+    fitters = [Fitter(contract) for contract in (Contract.preferred(limit, meter), Contract.guaranteed(limit))]
 
-    def fit(one: _Asked) -> Row | None:
-        rng = random.Random(f"financebench {request.seed} {one.id}")
-        others, places = _others(one, library, rng), rng.getrandbits(32)
+    def fit(question: _FilingQuestion) -> Row | None:
+        rng = random.Random(f"financebench {request.seed} {question.id}")
+        others, order_seed = _others(question, library, rng), rng.getrandbits(32)
 
         def docs(chosen: Sequence[int]) -> list[Document]:
-            shown = spread(one.gold, [others[index] for index in chosen], random.Random(places))
-            return [library.pages[pid] for pid in shown]
+            page_ids = spread(question.gold, [others[index] for index in chosen], random.Random(order_seed))
+            return [library.pages[pid] for pid in page_ids]
 
         for fitter in fitters:
-            found = fitter.fit(
-                [costs[pid] for pid in others], lambda chosen: request.totals(docs(chosen), [one.question])
+            fitted_pages = fitter.fit(
+                [costs[pid] for pid in others], lambda chosen: request.totals(docs(chosen), [question.question])
             )
-            if found is not None:
-                chosen, (length,) = found
-                return _row(request, one, docs(chosen), f"{one.id}-{limit // 1024}k", identity, length)
+            if fitted_pages is not None:
+                chosen, (length,) = fitted_pages
+                return _row(request, question, docs(chosen), f"{question.id}-{limit // 1024}k", identity, length)
         return None
 
-    fitted = (fit(one) for one in _questions(asked, library))
+    fitted = (fit(question) for question in _questions(questions, library))
     return [row for row in fitted if row is not None]
 
 
-def _others(asked: _Asked, library: _Library, rng: random.Random) -> list[str]:
-    """Pages to fill with, those of the same filing first, without any that gives the answer away."""
-    left_out = {*asked.gold, *library.giving_away(asked.answer)}
-    same = [pid for pid in library.filings[asked.filing] if pid not in left_out]
-    rest = [pid for filing, pids in library.filings.items() if filing != asked.filing for pid in pids]
-    rest = [pid for pid in rest if pid not in left_out]
+def _others(question: _FilingQuestion, library: _Library, rng: random.Random) -> list[str]:
+    """Filler pages, those of the same filing first, without pages that contain the answer."""
+    excluded = {*question.gold, *library.leaking(question.answer)}
+    same = [pid for pid in library.filings[question.filing] if pid not in excluded]
+    other_filings = [pid for filing, pids in library.filings.items() if filing != question.filing for pid in pids]
+    other_filings = [pid for pid in other_filings if pid not in excluded]
     rng.shuffle(same)
-    rng.shuffle(rest)
-    return [*same, *rest]
+    rng.shuffle(other_filings)
+    return [*same, *other_filings]

@@ -1,14 +1,14 @@
-"""Numbers in answers: reading one from a model's words, and comparing it with the gold answer.
+"""Numbers in answers: extract the number of an answer, compare it with the gold answer.
 
-A number is read as it is written, with its unit beside it ("12.6 million" is 12.6 in units of a million, "14%" is 14 in
-units of a hundredth), because gold answers are kept in either form: FinQA's programs give 0.14 for a share, some
-multiply it by 100, and an amount may be in the unit of its table. A figure with a unit is therefore tried both ways;
-one without is taken as it stands, so "14" is not 0.14 (FinQA's own evaluation, too, takes "14%" for 0.14).
+A number is parsed as written value and unit ("12.6 million" is 12.6 with unit 1e6, "14%" is 14 with unit 0.01), as gold
+answers use both conventions: FinQA's programs return 0.14 for a share, some multiply it by 100, and amounts may be in
+the unit of their table. A number with a unit is therefore compared both ways, a number without a unit only as written:
+"14" is not 0.14 (FinQA's own evaluation also reads "14%" as 0.14).
 
-Which number counts, where a line holds several: the first line with a number decides; in it what follows the last "=",
-if a number does; of these the first that is not a bare year. Words for a sign ("a decline of") are not read.
+If there are several numbers, the first line with a number is used; in it, the part after the last "=" if that has a
+number; of these, the first number that is not a bare year. Words for a sign ("a decline of") are ignored.
 
-This module imports nothing of the package but the parsing of outputs, so that any scorer may use it.
+This module imports only the parsing of outputs, so that any scorer can use it.
 """
 
 import re
@@ -18,10 +18,10 @@ from typing import NamedTuple
 from lceval.tasks.parsing import extract, normalize
 
 DECIMALS = 5
-"""FinQA, ConvFinQA and DocFinQA: the executed program's result is rounded to this many decimals, then compared."""
+"""FinQA, ConvFinQA, DocFinQA: results of programs are compared after rounding to this many decimals."""
 
 TOLERANCE = 0.01
-"""Of `within_1pct`, a metric of its own: no published score has it."""
+"""Relative tolerance of `within_1pct`, our own metric."""
 
 UNITS = {"thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12, "percent": 1e-2, "basis point": 1e-4}
 
@@ -53,13 +53,13 @@ _YEARS = range(1900, 2101)
 
 
 class Number(NamedTuple):
-    """A number as it is written.
+    """A parsed number.
 
     Attributes:
-        written: without its unit.
-        unit: what it counts: 1.0, or one of UNITS.
-        decimals: how many are printed.
-        amount: whether a currency stands with it.
+        written: written value, without the unit.
+        unit: 1.0, or one of UNITS.
+        decimals: number of printed decimals.
+        amount: whether it has a currency or thousands separators.
     """
 
     written: float
@@ -69,12 +69,12 @@ class Number(NamedTuple):
 
     @property
     def value(self) -> float:
-        """In units of one; divided where that is exact in decimals, so that 14% is 0.14."""
+        """Value in units of one; divides for units below one, so that 14% is exactly 0.14."""
         return self.written / round(1 / self.unit) if self.unit < 1 else self.written * self.unit
 
     @property
     def scale(self) -> str:
-        """The name of its unit, "" without one."""
+        """Name of the unit; "" without a unit."""
         return next((name for name, unit in UNITS.items() if unit == self.unit), "")
 
     @property
@@ -84,60 +84,60 @@ class Number(NamedTuple):
 
 
 def _number(match: re.Match[str]) -> Number:
-    digits, found = match["digits"].replace(",", ""), match.groupdict()
-    minus = any((found[sign] or "").strip() not in ("", "+") for sign in ("sign", "second"))
-    # (1,234), $(0.91) and (3.5%) are negative; in "(3.4% jump)" the bracket does not close behind the number
-    bracketed = bool(found["open"] or found["inner"]) and bool(found["before"] or found["after"])
-    unit = next((UNITS[name] for name in UNITS if found[name.replace(" ", "_")]), 1.0)
+    digits, groups = match["digits"].replace(",", ""), match.groupdict()
+    minus = any((groups[sign] or "").strip() not in ("", "+") for sign in ("sign", "second"))
+    # (1,234), $(0.91) and (3.5%) are negative; in "(3.4% jump)" the bracket does not close after the number
+    bracketed = bool(groups["open"] or groups["inner"]) and bool(groups["before"] or groups["after"])
+    unit = next((UNITS[name] for name in UNITS if groups[name.replace(" ", "_")]), 1.0)
     return Number(
-        written=float(digits + (found["power"] or "")) * (-1 if minus or bracketed else 1),
+        written=float(digits + (groups["power"] or "")) * (-1 if minus or bracketed else 1),
         unit=unit,
         decimals=len(digits.partition(".")[2]),
-        amount=bool(found["currency"]) or "," in match["digits"],
+        amount=bool(groups["currency"]) or "," in match["digits"],
     )
 
 
 def numbers(text: str) -> Iterator[Number]:
-    """Every number of a text."""
+    """All numbers of a text."""
     return (_number(match) for match in _NUMBER.finditer(text))
 
 
 def as_number(text: str) -> Number | None:
-    """The number that a text is, currency and unit included; None if it says anything else."""
+    """Parse a text that is a single number with optional currency and unit; None otherwise."""
     match = _NUMBER.fullmatch(text.strip())
     return _number(match) if match else None
 
 
 def read_number(text: str) -> Number | None:
-    """The number that an answer gives, by the rule above; None if it gives none."""
+    """The number of an answer, by the rule above; None without a number."""
     for line in text.split("\n"):
-        if found := list(numbers(line)):
+        if candidates := list(numbers(line)):
             ends = [match.end() for match in _EQUALS.finditer(line)]
-            found = (list(numbers(line[ends[-1] :])) if ends else []) or found
-            return next((number for number in found if not number.is_year), found[0])
+            candidates = (list(numbers(line[ends[-1] :])) if ends else []) or candidates
+            return next((number for number in candidates if not number.is_year), candidates[0])
     return None
 
 
 def parse_number(text: str) -> float | None:
-    """The value that an answer gives, in units of one; None if it gives none."""
+    """The number of an answer in units of one; None without a number."""
     number = read_number(text)
     return None if number is None else number.value
 
 
-def _pairs(said: Number, gold: Number) -> list[tuple[float, float, float]]:
-    """What to compare: the answer, the gold and the gold's unit; as written only where one side leaves the unit out."""
-    valued = (said.value, gold.value, gold.unit)
-    return [valued] if said.unit != 1 and gold.unit != 1 else [valued, (said.written, gold.written, 1.0)]
+def _pairs(answer: Number, gold: Number) -> list[tuple[float, float, float]]:
+    """Comparisons (answer, gold, unit of the gold): by value, and as written if one side has no unit."""
+    by_value = (answer.value, gold.value, gold.unit)
+    return [by_value] if answer.unit != 1 and gold.unit != 1 else [by_value, (answer.written, gold.written, 1.0)]
 
 
-def _printed(said: Number, gold: Number) -> bool:
-    """Whether the answer rounds to the gold at the precision that the gold is printed with."""
+def _equal_as_printed(answer: Number, gold: Number) -> bool:
+    """Whether the answer equals the gold at the gold's printed precision."""
     step = 0.5 * 10.0**-gold.decimals * (1 + 1e-9)
-    return any(abs(one - other) <= step * unit + 1e-12 for one, other, unit in _pairs(said, gold))
+    return any(abs(value - gold_value) <= step * unit + 1e-12 for value, gold_value, unit in _pairs(answer, gold))
 
 
 def gold_number(gold: str) -> Number | None:
-    """The number that a gold answer is, or that its first sentence is ("36%. This assumes ..."); None otherwise."""
+    """The number of a gold answer that is a number, or whose first sentence is ("36%. This assumes ..."); else None."""
     first = _SENTENCE_END.split(gold.strip(), maxsplit=1)[0]
     start = _ALONE.match(first)
     match = _NUMBER.match(first, start.end() if start else 0)
@@ -145,38 +145,40 @@ def gold_number(gold: str) -> Number | None:
 
 
 def number_match(output: str, gold: str) -> float | None:
-    """Whether an answer gives the figure that the gold answer is, at the precision that the gold is printed with.
+    """Compare the number of an output with a gold number, at the gold's printed precision.
 
     Returns:
-        1.0 or 0.0; None where the gold answer is not a number.
+        1.0 or 0.0; None if the gold answer is not a number.
     """
     expected = gold_number(gold)
     if expected is None:
         return None
-    said = read_number(extract(output).answer)
-    return float(said is not None and _printed(said, expected))
+    answer = read_number(extract(output).answer)
+    return float(answer is not None and _equal_as_printed(answer, expected))
 
 
 def number_metrics(answer: str, gold: str) -> dict[str, float]:
-    """`exact` and `within_1pct` of an answer to a question for a number, or for yes or no.
+    """`exact` and `within_1pct` of a numeric or yes/no answer.
 
-    Exact is the published rule, equal after rounding both to DECIMALS, for a gold that a program computed (a plain
-    number); a gold that a person printed, with a unit or a currency, is compared at the precision it is printed with.
+    For a gold computed by a program (a plain number), `exact` is the published rule: equal after rounding to DECIMALS.
+    A gold with a unit or a currency is compared at its printed precision.
     """
-    expected, said = as_number(gold), read_number(answer)
+    expected, number = as_number(gold), read_number(answer)
     if expected is None:
-        right = float(normalize(answer).split(" ", 1)[0] == normalize(gold))
-        return {"exact": right, "within_1pct": right}
-    if said is None:
+        correct = float(normalize(answer).split(" ", 1)[0] == normalize(gold))
+        return {"exact": correct, "within_1pct": correct}
+    if number is None:
         return {"exact": 0.0, "within_1pct": 0.0}
     if expected.unit != 1 or expected.amount:
-        exact = _printed(said, expected)
+        exact = _equal_as_printed(number, expected)
     else:
-        exact = any(round(one, DECIMALS) == round(expected.value, DECIMALS) for one in (said.value, said.written))
-    close = any(abs(one - other) <= TOLERANCE * abs(other) for one, other, _ in _pairs(said, expected))
+        rounded = {round(value, DECIMALS) for value in (number.value, number.written)}
+        exact = round(expected.value, DECIMALS) in rounded
+    pairs = _pairs(number, expected)
+    close = any(abs(value - gold_value) <= TOLERANCE * abs(gold_value) for value, gold_value, _ in pairs)
     return {"exact": float(exact), "within_1pct": float(exact or close)}
 
 
 def states_number(answer: str) -> bool:
-    """Whether an answer holds what a question for a number asks for: a number, yes or no."""
+    """Whether an answer has a number, or is yes or no."""
     return read_number(answer) is not None or normalize(answer).split(" ", 1)[0] in ("yes", "no")

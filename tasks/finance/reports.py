@@ -1,7 +1,7 @@
-"""Rows of the report questions: TAT-QA, ConvFinQA, FinQA and DocFinQA, a figure to read or to compute from a filing.
+"""Rows of TAT-QA, ConvFinQA, FinQA and DocFinQA: a figure to look up in or compute from a filing.
 
-TAT-QA, ConvFinQA and FinQA show a page: a table and the text around it. DocFinQA asks FinQA's questions of the whole
-filing, about 123,000 words. The questions on a page stand together and share its documents.
+A context of TAT-QA, ConvFinQA and FinQA is a page: a table and the text around it. DocFinQA has FinQA's questions on
+the whole filing, about 123,000 words. The questions on a page are adjacent and share its documents.
 """
 
 import hashlib
@@ -11,22 +11,22 @@ from math import isfinite
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.finance.numbers import as_number
 from lceval.tasks.parsing import normalize
-from lceval.tasks.rows import Document, Row
+from lceval.tasks.rows import Document, Row, together
 from lceval.tasks.sources import SourceFile, data_folder, hub_copy, read_hub, read_sources
 
 _OPEN_ENDS = {"inc", "corp", "co", "ltd", "llc", "no", "nos", "mr", "mrs", "ms", "dr", "st", "vs", "approx"}
 _OPEN_ENDS |= {"u.s", "u.k", "n.a", "n.v", "s.a", "e.g", "i.e"}
-_SHORT = 3  # words, the full stop included, that are no sentence of their own
+_SHORT = 3  # words, including the full stop, that are not a separate sentence
 
 
 def read(request: Request, fields: Mapping[str, type]) -> SourceFile:
-    """The dataset's one source: its file in the data folder if that is there, else its repository on the hub.
+    """Read the dataset's source: its file in the data folder if it exists, else its repository on the hub.
 
     Raises:
-        UserError: neither is at hand, or a record that does not fit.
+        UserError: neither can be read, or an invalid record.
     """
     dataset, folder = request.dataset, data_folder()
     local = [name for name in dataset.files if folder is not None and (folder / name).is_file()]
@@ -37,15 +37,7 @@ def read(request: Request, fields: Mapping[str, type]) -> SourceFile:
 
 
 def _damaged(source: SourceFile, number: int, reason: str) -> UserError:
-    return UserError(f"{source.name} record {number} {reason}: get the file anew from where it comes from.")
-
-
-def _together(rows: Sequence[Row]) -> list[Row]:
-    """The rows of a context next to each other, contexts in the order of their first row."""
-    clusters: dict[str, list[Row]] = {}
-    for row in rows:
-        clusters.setdefault(row["cluster"], []).append(row)
-    return [row for cluster in clusters.values() for row in cluster]
+    return UserError(f"{source.name} record {number} {reason}: download the file again.")
 
 
 def _context_id(name: str, *parts: object) -> str:
@@ -53,7 +45,7 @@ def _context_id(name: str, *parts: object) -> str:
 
 
 def table_text(cells: Sequence[Sequence[str]]) -> str:
-    """A table as lines of cells between pipes; empty rows are left out."""
+    """Render a table as lines of cells between pipes; empty rows are left out."""
     lines = (" | ".join(" ".join(cell.split()) for cell in row) for row in cells if any(cell.strip() for cell in row))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -66,10 +58,10 @@ def _is_table(cells: object) -> bool:
 # TAT-QA
 
 
-def tatqa_rows(request: Request) -> Plan:
-    """TAT-QA: a table with its paragraphs, about six questions each; the source names what an answer rests on."""
+def tatqa_rows(request: Request) -> RowPlan:
+    """TAT-QA: a table with its paragraphs, about six questions each; the source annotates the evidence."""
     source = read(request, {})
-    return Plan(
+    return RowPlan(
         {"source": source.identity},
         lambda: [
             row
@@ -85,40 +77,40 @@ def _tatqa(request: Request, source: SourceFile, number: int, record: Mapping[st
         paragraphs = {str(part["order"]): part for part in record["paragraphs"]}
         docs = [Document(pid=uid, title="table", text=table_text(cells))]
         docs += [Document(pid=part["uid"], title="paragraph", text=part["text"]) for part in paragraphs.values()]
-        asked = [dict(question) for question in record["questions"]]
-        made = []
-        for one in asked:
-            gold = [paragraphs[order]["uid"] for order in one["rel_paragraphs"]]
-            spans = _printed(one["answer"])
+        questions = [dict(question) for question in record["questions"]]
+        built_rows = []
+        for question in questions:
+            gold = [paragraphs[order]["uid"] for order in question["rel_paragraphs"]]
+            spans = _printed(question["answer"])
             if not spans:
-                raise _damaged(source, number, f"has no answer to {one['question']!r:.60}")
-            made.append(
+                raise _damaged(source, number, f"has no answer to {question['question']!r:.60}")
+            built_rows.append(
                 request.row(
-                    id=one["uid"],
-                    question=one["question"],
-                    answers=[_with_scale(spans, one["scale"])],
+                    id=question["uid"],
+                    question=question["question"],
+                    answers=[_with_scale(spans, question["scale"])],
                     docs=docs,
-                    gold_pids=[uid, *gold] if "table" in one["answer_from"] else gold,
+                    gold_pids=[uid, *gold] if "table" in question["answer_from"] else gold,
                     cluster=uid,
                     source=source.identity,
                     spans=spans,
-                    scale=one["scale"],
-                    answer_type=one["answer_type"],
+                    scale=question["scale"],
+                    answer_type=question["answer_type"],
                 )
             )
     except (KeyError, TypeError, AttributeError) as error:
-        raise _damaged(source, number, f"is no TAT-QA context ({type(error).__name__}: {error})") from error
-    return made
+        raise _damaged(source, number, f"is not a TAT-QA context ({type(error).__name__}: {error})") from error
+    return built_rows
 
 
 def _printed(answer: object) -> list[str]:
-    """The gold answer as the source prints it: one string, or several spans; a few lists hold empty ones."""
+    """Spans of the gold answer as printed in the source; a few lists have empty spans, which are dropped."""
     parts = answer if isinstance(answer, list) else [answer]
     return [str(part) for part in parts if str(part).strip()]
 
 
 def _with_scale(spans: Sequence[str], scale: str) -> str:
-    """The answer as a reply in the required form gives it."""
+    """The gold answer in the required output format."""
     ending = "%" if scale == "percent" else f" {scale}" if scale else ""
     return "; ".join(spans) + ("" if spans[-1].endswith("%") else ending)
 
@@ -126,25 +118,25 @@ def _with_scale(spans: Sequence[str], scale: str) -> str:
 # ConvFinQA
 
 
-def convfinqa_rows(request: Request) -> Plan:
-    """ConvFinQA: the last question of a conversation on a page, with the questions before it."""
+def convfinqa_rows(request: Request) -> RowPlan:
+    """ConvFinQA: the last question of a conversation on a page, with the previous questions."""
     fields: dict[str, type] = {"id": str, "questions": list, "text": str, "table": str}
     source = read(request, {**fields, "golden_text": str, "golden_table": str})
 
     def build() -> list[Row]:
-        return _together([_convfinqa(request, source, n, of) for n, of in enumerate(source.records, start=1)])
+        return together([_convfinqa(request, source, n, of) for n, of in enumerate(source.records, start=1)])
 
-    return Plan({"source": source.identity}, build)
+    return RowPlan({"source": source.identity}, build)
 
 
 def _convfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row:
     answer = _plain(source, number, record, "answer")
     page = _context_id("convfinqa", record["table"], record["text"])
-    said = sentences(record["text"])
+    text_sentences = sentences(record["text"])
     docs = [Document(pid=f"{page}-table", title="table", text=record["table"].strip())]
-    docs += [Document(pid=f"{page}-s{n:02d}", title="text", text=text) for n, text in enumerate(said)]
-    named = _evidence(said, record["golden_text"])
-    gold = [docs[1 + place]["pid"] for place in named]
+    docs += [Document(pid=f"{page}-s{n:02d}", title="text", text=text) for n, text in enumerate(text_sentences)]
+    evidence = _evidence(text_sentences, record["golden_text"])
+    gold = [docs[1 + place]["pid"] for place in evidence]
     if record["golden_table"].strip():
         gold.insert(0, docs[0]["pid"])
     return request.row(
@@ -152,7 +144,7 @@ def _convfinqa(request: Request, source: SourceFile, number: int, record: Mappin
         question=_conversation(record["questions"]),
         answers=[answer],
         docs=docs,
-        # a few conversations name no evidence at all: then nothing may be left out
+        # a few conversations have no evidence annotation: all documents are gold
         gold_pids=gold or [document["pid"] for document in docs],
         cluster=page,
         source=source.identity,
@@ -160,50 +152,50 @@ def _convfinqa(request: Request, source: SourceFile, number: int, record: Mappin
 
 
 def _plain(source: SourceFile, number: int, record: Mapping[str, Any], field: str) -> str:
-    """A gold answer, which a source may keep as a number or as a text."""
+    """Gold answer as text; sources have numbers or text."""
     answer = record.get(field)
     if isinstance(answer, str) and answer.strip():
         return answer.strip()
     if isinstance(answer, bool) or not isinstance(answer, int | float) or not isfinite(answer):
-        raise _damaged(source, number, f"has {field}={answer!r:.40}, neither a number nor a text")
+        raise _damaged(source, number, f"has {field}={answer!r:.40}, neither a number nor text")
     return str(int(answer)) if answer == int(answer) else repr(float(answer))
 
 
 def _conversation(questions: Sequence[str]) -> str:
-    asked = [" ".join(question.split()) for question in questions]
-    if len(asked) == 1:
-        return asked[0]
-    before = "\n".join(f"{number}. {question}" for number, question in enumerate(asked[:-1], start=1))
-    return f"{asked[-1]}\nThe questions asked before this one, on which it may build:\n{before}"
+    cleaned = [" ".join(question.split()) for question in questions]
+    if len(cleaned) == 1:
+        return cleaned[0]
+    before = "\n".join(f"{number}. {question}" for number, question in enumerate(cleaned[:-1], start=1))
+    return f"{cleaned[-1]}\nThe questions asked before this one, on which it may build:\n{before}"
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a tokenised text, which ends each with " . "; an abbreviation, or three words, make none."""
-    found: list[list[str]] = [[]]
+    """Split a tokenised text into sentences, each ending with " . "; not after abbreviations or three words."""
+    split: list[list[str]] = [[]]
     for word in text.split():
-        before = found[-1][-2] if found[-1][-1:] == ["."] and len(found[-1]) > _SHORT else ""
+        before = split[-1][-2] if split[-1][-1:] == ["."] and len(split[-1]) > _SHORT else ""
         if before and before not in _OPEN_ENDS and not (len(before) == 1 and before.isalpha()):
-            found.append([])
-        found[-1].append(word)
-    return [" ".join(words) for words in found if words]
+            split.append([])
+        split[-1].append(word)
+    return [" ".join(words) for words in split if words]
 
 
-def _evidence(said: Sequence[str], golden: str) -> list[int]:
-    """The sentences that the golden text is made of: nine in ten words of the one stand in the other.
+def _evidence(text_sentences: Sequence[str], golden: str) -> list[int]:
+    """Indices of the sentences of the golden text: 90% of the words of one are in the other.
 
-    The source prints the golden text in slightly different spacing, and may cut it elsewhere. All sentences where none
-    is found, so that evidence is never lost.
+    The golden text may differ in spacing and sentence boundaries. Without a match, all sentences are returned, so that
+    evidence is never lost.
     """
     parts = [set(normalize(part).split()) for part in sentences(golden)]
     if not (words := set().union(*parts)):
         return []
-    told = [set(normalize(text).split()) for text in said]
-    found = [
+    sentence_words = [set(normalize(text).split()) for text in text_sentences]
+    matches = [
         n
-        for n, of in enumerate(told)
-        if _within(of, words) or any(_within(part, of) for part in parts if len(part) > _SHORT)
+        for n, sentence in enumerate(sentence_words)
+        if _within(sentence, words) or any(_within(part, sentence) for part in parts if len(part) > _SHORT)
     ]
-    return found or [*range(len(said))]
+    return matches or [*range(len(text_sentences))]
 
 
 def _within(words: set[str], others: set[str]) -> bool:
@@ -213,25 +205,25 @@ def _within(words: set[str], others: set[str]) -> bool:
 # FinQA and DocFinQA
 
 
-def finqa_rows(request: Request) -> Plan:
+def finqa_rows(request: Request) -> RowPlan:
     """FinQA: the text before the table, the table, the text after it."""
     source = read(request, {"id": str, "question": str, "answers": str})
 
     def build() -> list[Row]:
-        made = [_finqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
-        return _together([row for row in made if row is not None])
+        built_rows = [_finqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
+        return together([row for row in built_rows if row is not None])
 
-    return Plan({"source": source.identity}, build)
+    return RowPlan({"source": source.identity}, build)
 
 
 def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:
-    """A row; None where the source leaves the answer empty, as FinQA does now and then."""
+    """Build a row; None if the answer is empty, as a few are in FinQA."""
     if not _is_table(record.get("table")):
-        raise _damaged(source, number, "has no table, a list of rows of strings")
+        raise _damaged(source, number, "has no table (a list of rows of strings)")
     parts = {}
     for side in ("pre_text", "post_text"):
         if not isinstance(record.get(side), list) or not all(isinstance(part, str) for part in record[side]):
-            raise _damaged(source, number, f"has no {side}, a list of strings")
+            raise _damaged(source, number, f"has no {side} (a list of strings)")
         parts[side] = " ".join(part.strip() for part in record[side] if part.strip(" ."))
     if not answerable(record["answers"]):
         return None
@@ -249,19 +241,20 @@ def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[st
 
 
 def answerable(answer: str) -> bool:
-    """Whether a gold answer is a number, yes or no: what a reply to a question for a number can be compared with."""
+    """Whether a gold answer is a number, yes or no, so that a reply can be compared with it."""
     return as_number(answer) is not None or normalize(answer) in ("yes", "no")
 
 
-def docfinqa_rows(request: Request) -> Plan:
+def docfinqa_rows(request: Request) -> RowPlan:
     """DocFinQA: FinQA's questions on whole filings."""
     source = read(request, {"Context": str, "Question": str})
 
     def build() -> list[Row]:
-        made = [_docfinqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
-        return _together([row for row in made if row is not None])
+        records = enumerate(source.records, start=1)
+        built_rows = [_docfinqa(request, source, number, record) for number, record in records]
+        return together([row for row in built_rows if row is not None])
 
-    return Plan({"source": source.identity}, build)
+    return RowPlan({"source": source.identity}, build)
 
 
 def _docfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:

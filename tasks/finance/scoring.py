@@ -1,11 +1,11 @@
-"""Scores of the finance forms: a number, an answer with its scale (TAT-QA), an answer that a judge would grade.
+"""Metrics of the finance output formats: a number, an answer with its scale (TAT-QA), an answer for a judge.
 
-TAT-QA (Zhu et al. 2021) scores the answer and its scale together: a figure is written out as round(x, 2) times its
-scale, a text gets its scale as a last word, several spans are sorted and joined; then exact match and the F1 of the two
-bags of words, each word once, rounded to two decimals; for arithmetic and count F1 is the exact match. A figure without
-a scale is also read as a fraction of a percent answer. We differ where models write prose: the answer is one line, from
-which the figure is read (lceval.tasks.finance.numbers), and which is cut into spans where several are asked for; and
-"(1,234)" is negative, which the published code reads as positive because of the comma.
+TAT-QA (Zhu et al. 2021) scores answer and scale together: a figure becomes round(x, 2) times its scale, the scale is
+appended to a text, several spans are sorted and joined. Then exact match, and F1 of the two sets of words, rounded to
+two decimals; for arithmetic and count, F1 is exact match. A figure without a scale also matches a percent answer as a
+fraction. We differ for prose: the answer is one line, from which the figure is extracted
+(lceval.tasks.finance.numbers), or which is split into spans if several are expected; and "(1,234)" is negative
+(positive in the published code because of the comma).
 """
 
 import re
@@ -17,16 +17,16 @@ from lceval.tasks.finance.numbers import UNITS, Number, as_number, number_metric
 from lceval.tasks.parsing import extract, without_thinking
 from lceval.tasks.scoring import em, f1, subem, with_telemetry
 
-_FIGURES = ("arithmetic", "count")  # answer types that are right or wrong, and nothing between
+_FIGURES = ("arithmetic", "count")  # answer types without partial credit
 _ARTICLES = frozenset({"a", "an", "the"})
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-# A comma without a space parts thousands, unless a year stands behind it.
+# A comma without a space is a thousands separator, unless a year follows.
 _BETWEEN = re.compile(r"\s*(?:;|\n|,\s|,(?=\d{4}\b))\s*(?:and\s+)?")
 _BETWEEN_OR_AND = re.compile(rf"{_BETWEEN.pattern}|\s+(?:and|&)\s+")
 
 
 def _spelled(number: Number, scale: str) -> str:
-    """A figure as it is compared: its own unit goes before a scale named apart."""
+    """Canonical string of a figure; its own unit takes precedence over `scale`."""
     if number.scale == "percent":
         return f"{number.value:.4f}"
     unit = number.unit if number.unit != 1 else UNITS.get(scale, 1.0)
@@ -34,7 +34,7 @@ def _spelled(number: Number, scale: str) -> str:
 
 
 def _written(span: str, scale: str) -> str:
-    """A span as it is compared: figures in units of one, its words normalised."""
+    """Canonical string of a span: figures in units of one, words normalised."""
     number = as_number(span)
     return _words(_spelled(number, scale) if number else f"{span} {scale}")
 
@@ -55,34 +55,34 @@ def _spans(text: str, between: re.Pattern[str]) -> list[str]:
 
 
 def _scale(spans: Sequence[str], named: str) -> str:
-    """The scale named apart, else the one written with the last figure that has one."""
-    found = (number.scale for span in reversed(spans) if (number := as_number(span)) and number.scale)
-    return named or next(found, "")
+    """`named`, else the scale of the last figure that has one."""
+    scales = (number.scale for span in reversed(spans) if (number := as_number(span)) and number.scale)
+    return named or next(scales, "")
 
 
-def _bag_f1(said: str, gold: str) -> float:
-    said_bag, gold_bag = set(said.split()), set(gold.split())
-    common = len(said_bag & gold_bag)
-    return round(2 * common / (len(said_bag) + len(gold_bag)), 2) if common else 0.0
+def _bag_f1(answer: str, gold: str) -> float:
+    answer_words, gold_words = set(answer.split()), set(gold.split())
+    common = len(answer_words & gold_words)
+    return round(2 * common / (len(answer_words) + len(gold_words)), 2) if common else 0.0
 
 
 def scaled_metrics(answer: str, spans: Sequence[str], scale: str, answer_type: str) -> dict[str, float]:
     """`em`, `f1` and `scale` of a TAT-QA answer.
 
     Args:
-        answer: One line of a model.
-        spans: The gold answer as printed, one string or several.
-        scale: Of the gold answer: "", thousand, million, billion or percent.
+        answer: One line of model output.
+        spans: Spans of the gold answer as printed.
+        scale: Scale of the gold answer: "", thousand, million, billion or percent.
         answer_type: span, multi-span, arithmetic or count.
     """
     expected = " ".join(sorted(_written(span, scale) for span in spans))
     if answer_type == "multi-span":
-        right, overlap, named = _several(answer, spans, scale)
+        correct, overlap, named = _several(answer, spans, scale)
     else:
         readings, named = _one(answer, figure=as_number(spans[0]) is not None)
-        right = expected in readings
+        correct = expected in readings
         overlap = max(_bag_f1(reading, expected) for reading in readings)
-    exact = float(right)
+    exact = float(correct)
     return {
         "em": exact,
         "f1": exact if answer_type in _FIGURES else max(exact, overlap),
@@ -91,7 +91,7 @@ def scaled_metrics(answer: str, spans: Sequence[str], scale: str, answer_type: s
 
 
 def _one(answer: str, *, figure: bool) -> tuple[list[str], str]:
-    """The ways to read an answer that is one span, and its scale."""
+    """Canonical strings of a single-span answer, and its scale."""
     number = read_number(answer) if figure else as_number(answer)
     readings = [_words(answer)]
     if number is not None:
@@ -102,17 +102,17 @@ def _one(answer: str, *, figure: bool) -> tuple[list[str], str]:
 
 
 def _several(answer: str, spans: Sequence[str], scale: str) -> tuple[bool, float, str]:
-    """Exactness, F1 and scale of an answer that is several spans."""
-    # "3, 5 (in millions)" and "$3 and $5 million": the last figure's unit is that of those without one
+    """Exact match, F1 and scale of a multi-span answer."""
+    # "3, 5 (in millions)" and "$3 and $5 million": figures without a unit have that of the last figure
     last = [*numbers(answer)][-1:]
     shared = last[0].scale if last else ""
     expected = " ".join(sorted(_written(span, scale) for span in spans))
     parts = sorted(_written(part, scale) for span in spans for part in _spans(span, _BETWEEN_OR_AND))
-    said = [_spans(answer, between) for between in (_BETWEEN, _BETWEEN_OR_AND)]
-    written = [sorted(_written(part, shared if as_number(part) else "") for part in one) for one in said]
-    right = written[1] == parts
-    overlap = max(_bag_f1(" ".join(one), expected) for one in written)
-    return right, overlap, _scale(said[1], "")
+    splits = [_spans(answer, between) for between in (_BETWEEN, _BETWEEN_OR_AND)]
+    written = [sorted(_written(part, shared if as_number(part) else "") for part in split) for split in splits]
+    correct = written[1] == parts
+    overlap = max(_bag_f1(" ".join(answer_spans), expected) for answer_spans in written)
+    return correct, overlap, _scale(splits[1], "")
 
 
 def scaled_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
@@ -127,16 +127,16 @@ def scaled_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, 
 
 
 def number_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of questions for a number (or for yes or no)."""
+    """`process_results` of numeric and yes/no questions."""
     answer, parsed = extract(str(results[0]))
-    found = [number_metrics(answer, gold) for gold in doc["answers"]]
-    said = parsed and states_number(answer)
-    metrics = {name: max(one[name] for one in found) for name in found[0]}
-    return with_telemetry({**metrics, "parse_rate": float(said)}, results[0], parsed=said)
+    scores = [number_metrics(answer, gold) for gold in doc["answers"]]
+    parsed = parsed and states_number(answer)
+    metrics = {name: max(score[name] for score in scores) for name in scores[0]}
+    return with_telemetry({**metrics, "parse_rate": float(parsed)}, results[0], parsed=parsed)
 
 
 def judged_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of answers for a judge, where there is none: the whole reply, less thinking, is the answer."""
+    """`process_results` of judged answers, without the judge: the answer is the whole output without thinking."""
     answer = without_thinking(str(results[0]))
     metrics = {
         "f1": f1(answer, doc["answers"]),

@@ -1,1 +1,1 @@
-"""In-context retrieval: the answer is stated in one of many passages."""
+"""In-context retrieval: the answer is in one of many passages."""

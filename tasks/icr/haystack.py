@@ -1,8 +1,7 @@
-"""Real text to hide facts in: the stories of SQuALITY, cut into paragraphs.
+"""Haystack text: the stories of SQuALITY, split into paragraphs.
 
-The facts stand between paragraphs as documents of their own, so that their slots can be found again in a compressed
-cache. A context takes the stories in an order that its seed decides, from the first paragraph on, as far as its length
-reaches; where it is longer than all of them together they begin again.
+Facts are inserted between paragraphs as separate documents, so that their slots can be located in a compressed cache. A
+context has the stories in a seeded order, truncated to its length, and repeats them if it is longer than all of them.
 """
 
 import random
@@ -27,68 +26,71 @@ _SENTENCE = re.compile(r"[a-z].*[.!?:;—…]\W*$")
 
 
 def paragraphs(text: str) -> list[str]:
-    """The paragraphs of a story, each on one line; titles, bylines and notes of the edition are left out."""
+    """Paragraphs of a story, each on one line, without titles, bylines and edition notes."""
     lines = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
     return [line for line in lines if _SENTENCE.search(line) and not _NOTE.search(line)]
 
 
 class Haystack:
-    """The paragraphs that contexts are made of.
+    """Paragraphs from which contexts are built.
 
     Attributes:
-        text: all of them in lower case, to look words up in.
+        text: all paragraphs in lower case, to test whether a word occurs.
     """
 
     def __init__(self, request: Request, stories: SourceFile, without: re.Pattern[str] | None = None) -> None:
         """
         Args:
-            request: What is asked for; it has a length.
+            request: Request of a task with a length.
             stories: Records of SCHEMA.
-            without: Paragraphs that match it are left out.
+            without: Pattern of paragraphs to leave out.
 
         Raises:
-            UserError: Nothing is left.
+            UserError: No paragraph remains.
         """
-        meter, self._limit = request.fitted
+        meter, self._limit = request.meter_and_limit
         self._request = request
         self._stories: list[list[Document]] = []
         for number, record in enumerate(stories.records):
-            kept = [line for line in paragraphs(record["document"]) if without is None or not without.search(line)]
-            named = [Document(pid=f"story-{number}-{place}", title="", text=line) for place, line in enumerate(kept)]
+            lines = [line for line in paragraphs(record["document"]) if without is None or not without.search(line)]
+            named = [Document(pid=f"story-{number}-{place}", title="", text=line) for place, line in enumerate(lines)]
             self._stories += [named] if named else []
         if not self._stories:
-            raise UserError(f"{request.task} finds no paragraph to hide anything in among the stories of {STORIES}.")
-        every = [document for story in self._stories for document in story]
-        self.text = "\n".join(document["text"].lower() for document in every)
-        # Line feeds may be one token at the end of a text and two before a word, so a word follows here too.
-        costs = meter.pieces([f"{document['text']}\n\n{_WORD}" for document in every])
+            raise UserError(f"{request.task} finds no usable paragraph in the stories of {STORIES}.")
+        documents = [document for story in self._stories for document in story]
+        self.text = "\n".join(document["text"].lower() for document in documents)
+        # Line feeds may be one token at the end of a text and two before a word, so a word is appended.
+        costs = meter.pieces([f"{document['text']}\n\n{_WORD}" for document in documents])
         (word,) = meter.pieces([_WORD])
         costs = [cost - word for cost in costs]
-        self._costs = {document["pid"]: cost for document, cost in zip(every, costs, strict=True)}
+        self._costs = {document["pid"]: cost for document, cost in zip(documents, costs, strict=True)}
         self._passes = 1 + self._limit // max(sum(costs), 1)
-        # Where the questions on a context differ too much in length for the tighter promise, the other one holds.
-        self._fitters = [Fitter(Contract.preferred(self._limit, meter)), Fitter(Contract.promised(self._limit))]
+        # The second contract is for contexts whose questions differ too much in length for the first.
+        self._fitters = [Fitter(Contract.preferred(self._limit, meter)), Fitter(Contract.guaranteed(self._limit))]
 
     def context(
         self, needles: Sequence[Document], depths: Sequence[float], questions: Sequence[str], rng: random.Random
     ) -> tuple[list[Document], list[int]] | None:
-        """Documents that the questions can be asked on, and their totals.
+        """Build a context with the needles.
 
         Args:
-            needles: What is hidden, in order.
-            depths: Where, as a share of the text; ascending.
-            questions: All that are asked on this context.
-            rng: Decides the order of the stories.
+            needles: Documents to insert, in order.
+            depths: Depth of each needle in [0, 1]; ascending.
+            questions: All questions on this context.
+            rng: Determines the order of the stories.
 
         Returns:
-            The documents in order and each question's total, or None if no choice of paragraphs keeps the length.
+            The documents in order and each question's total; None if no selection of paragraphs meets the length.
         """
         order = rng.sample(self._stories, len(self._stories))
         candidates = [document for story in order for document in story]
         costs = [self._costs[document["pid"]] for document in candidates] * self._passes
-        for turn in range(1, self._passes):
-            again = [document for story in order for document in story]
-            candidates += [Document(pid=f"{of['pid']}-{turn}", title="", text=of["text"]) for of in again]
+        for repetition in range(1, self._passes):
+            candidates += [
+                Document(pid=f"{document['pid']}-{repetition}", title="", text=document["text"])
+                for story in order
+                for document in story
+            ]
 
         def arrange(chosen: Sequence[int]) -> list[Document]:
             return placed([candidates[index] for index in sorted(chosen)], needles, depths)
@@ -101,31 +103,32 @@ class Haystack:
 
 
 def placed(text: Sequence[Document], needles: Sequence[Document], depths: Sequence[float]) -> list[Document]:
-    """The text with each needle at the end of a paragraph that is nearest to its depth, measured in characters."""
-    edges = [0, *accumulate(len(document["text"]) + 2 for document in text)]
-    made: list[Document] = []
-    done = 0
+    """Insert each needle at the paragraph boundary nearest to its depth, measured in characters."""
+    boundaries = [0, *accumulate(len(document["text"]) + 2 for document in text)]
+    arranged: list[Document] = []
+    copied = 0
     for needle, depth in zip(needles, depths, strict=True):
-        target = depth * edges[-1]
-        at = bisect_left(edges, target)
-        if at and target - edges[at - 1] <= edges[at] - target:
-            at -= 1
-        made += [*text[done:at], needle]
-        done = max(done, at)
-    return [*made, *text[done:]]
+        target = depth * boundaries[-1]
+        index = bisect_left(boundaries, target)
+        if index and target - boundaries[index - 1] <= boundaries[index] - target:
+            index -= 1
+        arranged += [*text[copied:index], needle]
+        copied = max(copied, index)
+    return [*arranged, *text[copied:]]
 
 
 def depth_of(layout: str, docs: Sequence[Document], pids: Sequence[str]) -> float:
-    """How deep the named documents stand, on average: 0 at the beginning of the context, 1 at its end."""
+    """Mean depth of the documents `pids`: 0 at the beginning of the context, 1 at its end."""
     texts = [document["text"] for document in docs]
-    places = [n for n, document in enumerate(docs) if document["pid"] in pids]
-    whole = len(block(layout, texts))
-    starts = [len(block(layout, [*texts[:n], ""])) for n in places]
-    return round(sum(s / max(whole - len(texts[n]), 1) for s, n in zip(starts, places, strict=True)) / len(places), 4)
+    positions = [position for position, document in enumerate(docs) if document["pid"] in pids]
+    length = len(block(layout, texts))
+    starts = [len(block(layout, [*texts[:position], ""])) for position in positions]
+    depths = [start / max(length - len(texts[position]), 1) for start, position in zip(starts, positions, strict=True)]
+    return round(sum(depths) / len(depths), 4)
 
 
 def unable(request: Request, what: str) -> UserError:
-    """The error of a length in which nothing fits."""
+    """Error for a length at which no context fits."""
     return UserError(
         f"{request.task} cannot place {what} within 2% of {request.limit} tokens of this tokenizer: use a longer task."
     )

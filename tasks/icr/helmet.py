@@ -1,13 +1,12 @@
 """Rows of HELMET's RAG files (Yen et al. 2024): nq, triviaqa, hotpotqa, popqa, on passages retrieved for each question.
 
-A file holds K passages a question, and each question several times with its gold passages at another depth. K was
-chosen for one tokenizer and a prompt with examples and titles; `Nk` here is N*1024 tokens of the model and within 2% of
-it, so the passages of a row are those of the file in their order, less as many from the end as do not fit (the last few
-chosen to fill the length), with each gold passage at the depth it has in the file. A question whose passages come to
-less is taken from the file of the next longer K, and where that has too few as well another question takes its place.
+A file has K passages per question, and each question several times with its gold passages at different depths. HELMET
+chose K for one tokenizer and a two-shot prompt with titles; here `Nk` is N*1024 tokens of the model, within 2%. The
+passages of a row are therefore those of the file in order, truncated at the end to the length (the last few selected
+to fill it), with each gold passage at its depth in the file. A question with too few passages is taken from the file
+of the next larger K; if that has too few as well, the question is skipped.
 
-The prompt is ours after the paper (zero-shot, `[DOC i]`, no titles), not HELMET's (two-shot, with titles): scores are
-not comparable between the two.
+The prompt is ours, after the paper (zero-shot, `[DOC i]`, no titles), not HELMET's: scores are not comparable.
 """
 
 import hashlib
@@ -17,74 +16,74 @@ from statistics import median
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.compose import Contract, Fitter
-from lceval.tasks.icr.helmet_files import Pool, located, passages
+from lceval.tasks.icr.helmet_files import QuestionFile, located, passages
 from lceval.tasks.prompts import block
 from lceval.tasks.rows import Document, Row
 
 _MOST_QUESTIONS = {64: 50, 128: 25}  # by length in K: a row of 128k tokens is a megabyte
 _USUAL_QUESTIONS = 100
 _WORD = "Then"
-_LAST = 5  # passages at the end that are chosen together
-_WINDOW = 14  # of how many
+_LAST = 5  # maximum number of final passages selected jointly
+_WINDOW = 14  # candidates for the final passages
 
 
-def rows(request: Request) -> Plan:
-    """Every depth of 100 questions (50 at 64k, 25 at 128k), which depend on the seed alone."""
-    _, limit = request.fitted
+def rows(request: Request) -> RowPlan:
+    """All depths of 100 questions (50 at 64k, 25 at 128k) drawn by the seed alone."""
+    _, limit = request.meter_and_limit
     hub = request.dataset.hub
     assert hub is not None, request.task
     names = [*hub.files.values()][request.dataset.lengths.index(limit // 1024) :][:2]
-    pools = [Pool(located(request, hub, name), f"{hub.repo}/{name}") for name in names]
-    return Plan({"source": ", ".join(pool.identity for pool in pools)}, lambda: _build(request, pools))
+    files = [QuestionFile(located(request, hub, name), f"{hub.repo}/{name}") for name in names]
+    return RowPlan({"source": ", ".join(file.identity for file in files)}, lambda: _build(request, files))
 
 
-def _build(request: Request, pools: Sequence[Pool]) -> list[Row]:
-    meter, limit = request.fitted
+def _build(request: Request, files: Sequence[QuestionFile]) -> list[Row]:
+    meter, limit = request.meter_and_limit
     name = request.dataset.dataset
-    places = [pools[0].places()]
-    ranked = sorted(places[0], key=lambda key: hashlib.sha256(f"{name} {request.seed} {key}".encode()).digest())
-    # Without room for the chat template too, what the name promises is kept with it.
-    fitters = [Fitter(Contract.preferred(limit, meter), packed), Fitter(Contract.promised(limit), packed)]
-    made: list[Row] = []
-    done = 0
+    offsets = [files[0].offsets()]
+    ranked = sorted(offsets[0], key=lambda key: hashlib.sha256(f"{name} {request.seed} {key}".encode()).digest())
+    # If the length leaves no room for a tolerance without the chat template, the contract includes the template.
+    fitters = [Fitter(Contract.preferred(limit, meter), packed), Fitter(Contract.guaranteed(limit), packed)]
+    built_rows: list[Row] = []
+    questions_done = 0
     for key in ranked:
-        for number, pool in enumerate(pools):
-            if number == len(places):
-                places.append(pool.places())
-            records = pool.records(places[number].get(key, ()))
-            own = _rows_of(request, key, records, fitters, pool)
-            if own:
-                made += own
-                done += 1
+        for number, file in enumerate(files):
+            if number == len(offsets):
+                offsets.append(file.offsets())
+            records = file.records(offsets[number].get(key, ()))
+            question_rows = _rows_of(request, key, records, fitters, file)
+            if question_rows:
+                built_rows += question_rows
+                questions_done += 1
                 break
-        if done == _MOST_QUESTIONS.get(limit // 1024, _USUAL_QUESTIONS):
+        if questions_done == _MOST_QUESTIONS.get(limit // 1024, _USUAL_QUESTIONS):
             break
-    if not made:
+    if not built_rows:
         raise UserError(
-            f"{request.task} has no question whose passages come to {limit} tokens of this tokenizer, within 2%, in "
-            f"{' or '.join(pool.name for pool in pools)}: choose another length."
+            f"{request.task}: no question has passages of {limit} tokens of this tokenizer, within 2%, in "
+            f"{' or '.join(file.name for file in files)}: choose another length."
         )
-    if not any(row["gold_pids"] for row in made):
-        raise UserError(f"{request.task} finds no gold passage among the ctxs of {pools[0].name}: their ids differ.")
-    return made
+    if not any(row["gold_pids"] for row in built_rows):
+        raise UserError(f"{request.task}: no gold id of {files[0].name} is among its ctxs: invalid file.")
+    return built_rows
 
 
 def _rows_of(
-    request: Request, key: str, records: Iterator[dict[str, Any]], fitters: Sequence[Fitter], pool: Pool
+    request: Request, key: str, records: Iterator[dict[str, Any]], fitters: Sequence[Fitter], file: QuestionFile
 ) -> list[Row]:
-    """A question's rows, one a depth; none if its passages are too few for one of them."""
+    """Rows of a question, one per depth; empty if one of them has too few passages."""
     short = hashlib.sha256(key.encode()).hexdigest()[:10]
     costs: dict[str, int] = {}
-    made: list[Row] = []
+    question_rows: list[Row] = []
     for depth, record in enumerate(records):
         documents, gold = passages(record)
         _measure(request, documents, costs)
         fitted = fit(request, documents, gold, record["question"].strip(), costs, fitters)
         if fitted is None:
             return []
-        made.append(
+        question_rows.append(
             request.row(
                 id=f"{request.dataset.dataset}-{short}-{depth}",
                 question=record["question"].strip(),
@@ -92,16 +91,16 @@ def _rows_of(
                 docs=fitted[0],
                 gold_pids=gold,
                 cluster=f"{request.dataset.dataset}-{short}",
-                source=pool.identity,
+                source=file.identity,
                 length_tokens=fitted[1],
             )
         )
-    return made
+    return question_rows
 
 
 def _measure(request: Request, documents: Sequence[Document], costs: dict[str, int]) -> None:
-    """Add the tokens of passages not measured yet; a word follows them, as in the prompt."""
-    meter, _ = request.fitted
+    """Add the token counts of new passages; a word is appended, as another document follows in the prompt."""
+    meter, _ = request.meter_and_limit
     new = [document for document in documents if document["pid"] not in costs]
     texts = [f"{block(request.dataset.layout, [document['text']])}\n\n{_WORD}" for document in new]
     *counts, word = meter.pieces([*texts, _WORD])
@@ -116,63 +115,63 @@ def fit(
     costs: Mapping[str, int],
     fitters: Sequence[Fitter],
 ) -> tuple[list[Document], int] | None:
-    """The documents to show and their total, or None if they cannot keep the length."""
+    """Documents of the context and its total; None if the length cannot be met."""
     others = [document for document in documents if document["pid"] not in gold]
 
-    known: dict[tuple[int, ...], list[int]] = {}  # a fitter that cannot do better makes the same choice again
+    totals_of: dict[tuple[int, ...], list[int]] = {}  # fitters may repeat a selection
 
     def totals(chosen: list[int]) -> list[int]:
-        if (setting := tuple(chosen)) not in known:
-            arranged = shown(documents, gold, [others[index]["pid"] for index in chosen])
-            known[setting] = request.totals(arranged, [question])
-        return known[setting]
+        if (selection := tuple(chosen)) not in totals_of:
+            arranged = arrange(documents, gold, [others[index]["pid"] for index in chosen])
+            totals_of[selection] = request.totals(arranged, [question])
+        return totals_of[selection]
 
     estimates = [costs[document["pid"]] for document in others]
-    limit = request.fitted[1]
-    if sum(estimates) < limit and totals([*range(len(others))])[0] < Contract.promised(limit).floor:
+    limit = request.meter_and_limit[1]
+    if sum(estimates) < limit and totals([*range(len(others))])[0] < Contract.guaranteed(limit).floor:
         return None
     for fitter in fitters:
         fitted = fitter.fit(estimates, totals)
         if fitted is not None:
             chosen, (total,) = fitted
-            return shown(documents, gold, [others[index]["pid"] for index in chosen]), total
+            return arrange(documents, gold, [others[index]["pid"] for index in chosen]), total
     return None
 
 
-def shown(documents: Sequence[Document], gold: Sequence[str], kept: Sequence[str]) -> list[Document]:
-    """The gold and the kept documents in their order, each gold one at the share of the others that it has in all."""
+def arrange(documents: Sequence[Document], gold: Sequence[str], kept: Sequence[str]) -> list[Document]:
+    """Gold and kept documents in order; the share of other documents before each gold document is preserved."""
     golds, others = set(gold), set(kept)
-    made = [document for document in documents if document["pid"] in others]
-    before = inserted = 0
+    arranged = [document for document in documents if document["pid"] in others]
+    others_before = inserted = 0
     for document in documents:
         if document["pid"] in golds:
-            place = round(before * len(others) / max(len(documents) - len(golds), 1))
-            made.insert(place + inserted, document)
+            position = round(others_before * len(others) / max(len(documents) - len(golds), 1))
+            arranged.insert(position + inserted, document)
             inserted += 1
         else:
-            before += 1
-    return made
+            others_before += 1
+    return arranged
 
 
 def packed(capacity: int, costs: Sequence[int]) -> list[int]:
-    """Pieces from the first on, as many as fit; the last few are those of the next that fill the rest best.
+    """Select candidates in order, then the combination of the next candidates that best fills the remainder.
 
-    Passages are all about as long, so that a single last one would leave up to its length; among a dozen there are
-    mostly four or five that fill it to a few tokens.
+    Passages have similar lengths, so a single last passage could leave up to its length unfilled; four or five of a
+    dozen usually fill it to a few tokens.
     """
     if sum(costs) <= capacity:
         return [*range(len(costs))]
-    reserve, rest = 4 * median(costs), max(capacity, 0)
+    reserve, remaining = 4 * median(costs), max(capacity, 0)
     chosen: list[int] = []
     for index, cost in enumerate(costs):
-        if rest - cost < reserve:
+        if remaining - cost < reserve:
             break
         chosen.append(index)
-        rest -= cost
+        remaining -= cost
     window = range(len(chosen), min(len(chosen) + _WINDOW, len(costs)))
     best, filled = tuple[int, ...](), 0
     for size in range(1, _LAST + 1):
-        for some in combinations(window, size):
-            if filled < (total := sum(map(costs.__getitem__, some))) <= rest:
-                best, filled = some, total
+        for candidate in combinations(window, size):
+            if filled < (total := sum(map(costs.__getitem__, candidate))) <= remaining:
+                best, filled = candidate, total
     return [*chosen, *best]

@@ -1,7 +1,7 @@
-"""Fetches the files of HELMET that tasks read out of the one archive in which the hub holds them.
+"""Download the files of HELMET from the single archive on the hub.
 
-The archive is 11 GB, 34 GB unpacked, and cannot be read but from its beginning: it is streamed, what is wanted is kept,
-and the rest is passed over. It ends at the last file that is wanted.
+The archive is 11 GB (34 GB unpacked) and has no random access: it is streamed, only the required files are written, and
+the download stops after the last of them.
 """
 
 import os
@@ -16,73 +16,73 @@ from lceval.errors import InfrastructureError
 from lceval.tasks.catalogue import Dataset
 
 ARCHIVE = "data.tar.gz"
-_BLOCK_BYTES = 1 << 25  # of one request to the hub; each is tried again by itself
+_BLOCK_BYTES = 1 << 25  # per request to the hub; each request is retried separately
 
 
 def fetch(dataset: Dataset, folder: Path) -> None:
-    """Put a dataset's files that are not there yet into a data folder.
+    """Download the missing files of a dataset into a data folder.
 
     Raises:
-        InfrastructureError: The hub or the archive cannot be read, or the archive does not hold them.
+        InfrastructureError: The hub or the archive cannot be read, or the archive lacks a file.
     """
     from huggingface_hub import HfFileSystem
 
     hub = dataset.hub
     assert hub is not None, dataset.dataset
     into = folder / "hub" / hub.repo
-    wanted = {name for name in hub.files.values() if not (into / name).is_file()}
-    if not wanted:
+    required = {name for name in hub.files.values() if not (into / name).is_file()}
+    if not required:
         return
     try:
         source = HfFileSystem().open(
             f"datasets/{hub.repo}/{ARCHIVE}", "rb", revision=hub.revision, block_size=_BLOCK_BYTES
         )
         with source:
-            found = fetch_members(source, wanted, into)
-    except Exception as error:  # of the hub, of its HTTP client, of the archive, of the disk: they share no base
+            extracted = fetch_members(source, required, into)
+    except Exception as error:  # from the hub, its HTTP client, the archive or the disk: no common base class
         reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
         raise InfrastructureError(
-            f"cannot take the files of {dataset.dataset} from {ARCHIVE} of {hub.repo} ({reason:.120}): run it again "
-            f"where there is a network, or unpack them yourself into {into}."
+            f"cannot fetch the files of {dataset.dataset} from {ARCHIVE} of {hub.repo} ({reason:.120}): retry with a "
+            f"network connection, or unpack the archive into {into}."
         ) from error
-    if absent := sorted(wanted - found):
-        raise InfrastructureError(f"{ARCHIVE} of {hub.repo} at {hub.revision} does not hold {' and '.join(absent)}.")
+    if absent := sorted(required - extracted):
+        raise InfrastructureError(f"{ARCHIVE} of {hub.repo} at {hub.revision} does not contain {' and '.join(absent)}.")
 
 
-def fetch_members(source: BinaryIO, wanted: Set[str], into: Path) -> set[str]:
-    """Extract members of a gzipped tar stream, and stop reading as soon as all were found.
+def fetch_members(source: BinaryIO, required: Set[str], into: Path) -> set[str]:
+    """Extract members of a gzipped tar stream, and stop reading once all are extracted.
 
     Args:
         source: The archive, read once from its beginning; it need not be seekable.
-        wanted: Names of regular files, with `/`; whatever else the archive holds is passed over.
-        into: Where they go, under their names. A file appears there whole or not at all.
+        required: Names of regular files, with `/`; other members are skipped.
+        into: Target folder. Files are written atomically.
 
     Returns:
-        The names that were found.
+        The names of the extracted files.
 
     Raises:
-        ValueError: A name that would lead out of the folder.
-        tarfile.TarError, EOFError, OSError: A damaged or cut off archive, or a full disk; earlier files stay.
+        ValueError: A name outside of the folder.
+        tarfile.TarError, EOFError, OSError: A damaged or truncated archive, or a full disk; earlier files are kept.
     """
-    unsafe = [name for name in wanted if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
+    unsafe = [name for name in required if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts]
     if unsafe:
-        raise ValueError(f"{unsafe[0]!r} leads out of the folder")
-    found: set[str] = set()
-    if not wanted:
-        return found
+        raise ValueError(f"{unsafe[0]!r} is outside of the folder")
+    extracted: set[str] = set()
+    if not required:
+        return extracted
     with tarfile.open(fileobj=source, mode="r|gz", bufsize=1 << 20) as archive:
         for member in archive:
             name = member.name.removeprefix("./")
-            if name not in wanted or name in found or not member.isreg():
+            if name not in required or name in extracted or not member.isreg():
                 continue
             content = archive.extractfile(member)
             assert content is not None, name
             with content:
                 _write(content, into / name)
-            found.add(name)
-            if found == wanted:
+            extracted.add(name)
+            if extracted == required:
                 break
-    return found
+    return extracted
 
 
 def _write(content: IO[bytes], target: Path) -> None:

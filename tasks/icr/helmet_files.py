@@ -1,7 +1,7 @@
-"""HELMET's files of questions with passages: where they lie, their records, and what a record says is gold.
+"""HELMET's files of questions with passages: location, records, gold passages.
 
-Two schemas are among them. Most files have `positive_ctxs`, which name the gold passages; PopQA's have `s_pop`, how
-often the entity is looked up, and each passage says whether it `has_answer`.
+There are two schemas. Most files list the gold passages in `positive_ctxs`; PopQA's have `s_pop`, the popularity of the
+entity, and a flag `has_answer` on each passage.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from lceval.tasks.rows import Document
 from lceval.tasks.sources import DATA_VARIABLE, data_folder
 
 RARE = 1000
-"""PopQA: only entities looked up less often than this a month are asked about, as in the official evaluation."""
+"""PopQA: only entities with fewer page views per month are used, as in the official evaluation."""
 
 
-class Pool:
-    """A file of questions with K passages each; lines are read when they are wanted, as a file may be gigabytes."""
+class QuestionFile:
+    """A file of questions with K passages each; records are read on demand, as a file may be gigabytes."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -32,25 +32,25 @@ class Pool:
     def identity(self) -> str:
         return f"{self.name} sha256:{self.sha256[:16]}"
 
-    def places(self) -> dict[str, list[int]]:
-        """Where in the file each question's records begin.
+    def offsets(self) -> dict[str, list[int]]:
+        """Byte offsets of the records of each question.
 
         Raises:
-            UserError: A damaged line.
+            UserError: An invalid line.
         """
-        found: dict[str, list[int]] = {}
+        offsets: dict[str, list[int]] = {}
         start = 0
         with self.path.open("rb") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     record = checked(line, f"{self.name} line {number}")
-                    if asked(record):
-                        found.setdefault(key_of(record), []).append(start)
+                    if is_used(record):
+                        offsets.setdefault(key_of(record), []).append(start)
                 start += len(line)
-        return found
+        return offsets
 
     def records(self, starts: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The records that begin there."""
+        """Read the records at byte offsets."""
         with self.path.open("rb") as stream:
             for start in starts:
                 stream.seek(start)
@@ -59,30 +59,30 @@ class Pool:
 
 
 def located(request: Request, hub: Hub, name: str) -> Path:
-    """The file of the data folder.
+    """Path of a file in the data folder.
 
     Raises:
-        UserError: It is not there.
+        UserError: The file is missing.
     """
-    root, wanted = data_folder(), f"hub/{hub.repo}/{name}"
-    advice = f"`lceval data fetch {request.dataset.dataset}` takes it from an archive of 11 GB on the hub"
+    root, path = data_folder(), f"hub/{hub.repo}/{name}"
+    advice = f"`lceval data fetch {request.dataset.dataset}` downloads it (from an archive of 11 GB on the hub)"
     if root is None:
-        raise UserError(f"{request.task} reads {wanted} of a data folder and {DATA_VARIABLE} is not set: {advice}.")
-    if not (root / wanted).is_file():
-        raise UserError(f"{request.task} finds no {wanted} in {DATA_VARIABLE}={root}: {advice}.")
-    return root / wanted
+        raise UserError(f"{request.task} requires {path} in a data folder and {DATA_VARIABLE} is not set: {advice}.")
+    if not (root / path).is_file():
+        raise UserError(f"{request.task}: missing {path} in {DATA_VARIABLE}={root}: {advice}.")
+    return root / path
 
 
 def checked(line: bytes, where: str) -> dict[str, Any]:
-    """A record, with what its rows are made of.
+    """Parse and validate a record.
 
     Raises:
-        UserError: It is none.
+        UserError: Invalid JSON or a missing field.
     """
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): expected one object a line.") from error
+        raise UserError(f"{where} is not JSON ({error}): expected one object per line.") from error
     if not isinstance(record, dict):
         raise UserError(f"{where} is a {type(record).__name__}: expected an object.")
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -101,9 +101,9 @@ def checked(line: bytes, where: str) -> dict[str, Any]:
             lambda of: _list_of(of, lambda one: isinstance(one, dict) and bool(pid_of(one))),
             "a list of passages with psg_id or id",
         )
-    for field, (fits, output_format) in rules.items():
+    for field, (fits, expected) in rules.items():
         if not fits(record.get(field)):
-            raise UserError(f"{where} has {field}={record.get(field)!r:.80}: expected {output_format}.")
+            raise UserError(f"{where}: invalid {field}={record.get(field)!r:.80}: expected {expected}.")
     return record
 
 
@@ -121,29 +121,29 @@ def _is_passage(one: Any) -> bool:
 
 
 def pid_of(passage: Mapping[str, Any]) -> str:
-    """Its id, which one half of the files call `psg_id` and the other `id`."""
-    said = passage.get("psg_id", passage.get("id"))
-    return "" if said is None or isinstance(said, bool) else str(said)
+    """Id of a passage: `psg_id` or `id`, depending on the file."""
+    pid = passage.get("psg_id", passage.get("id"))
+    return "" if pid is None or isinstance(pid, bool) else str(pid)
 
 
 def key_of(record: Mapping[str, Any]) -> str:
-    """What the records of one question share."""
+    """Key shared by the records of one question."""
     return str(record["id"]) if record.get("id") is not None else str(record["question"])
 
 
-def asked(record: Mapping[str, Any]) -> bool:
-    """Whether the official evaluation asks it."""
+def is_used(record: Mapping[str, Any]) -> bool:
+    """Whether the official evaluation uses the record."""
     return "s_pop" not in record or bool(record["s_pop"] < RARE)
 
 
 def passages(record: Mapping[str, Any]) -> tuple[list[Document], list[str]]:
-    """Its passages in order, each once, and the ids of the gold ones among them."""
-    found: dict[str, Document] = {}
+    """Unique passages of a record in order, and the ids of the gold passages."""
+    documents: dict[str, Document] = {}
     for passage in record["ctxs"]:
         pid = pid_of(passage)
-        found.setdefault(pid, Document(pid=pid, title=passage["title"], text=passage["text"].strip()))
+        documents.setdefault(pid, Document(pid=pid, title=passage["title"], text=passage["text"].strip()))
     if "s_pop" in record:
         gold = {pid_of(passage) for passage in record["ctxs"] if passage["has_answer"]}
     else:
         gold = {pid_of(passage) for passage in record["positive_ctxs"]}
-    return [*found.values()], [pid for pid in found if pid in gold]
+    return [*documents.values()], [pid for pid in documents if pid in gold]

@@ -1,4 +1,4 @@
-"""Where passage pools come from: jsonl files of a data folder, or question sets on the hub turned into such a pool."""
+"""Sources of passage pools: jsonl files of a data folder, or QA datasets of the hub converted to a pool."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +13,13 @@ PASSAGE: dict[str, type] = {"pid": str, "title": str, "text": str}
 
 
 def read_pool(request: Request) -> tuple[SourceFile, SourceFile, list[SourceFile]]:
-    """Questions, their passages, and further passages to fill contexts with.
+    """Questions, their passages, and further passages as filler.
 
-    The files of the data folder win; where they are not there and the dataset is on the hub too, the questions and
-    their passages come from there, and there is no further filling.
+    Files of the data folder take precedence. Without them, questions and passages are loaded from the hub, without
+    further filler.
 
     Raises:
-        UserError: neither is at hand, or damaged data.
+        UserError: neither source can be read, or invalid data.
     """
     dataset = request.dataset
     questions, passages, *fill = dataset.files
@@ -27,61 +27,65 @@ def read_pool(request: Request) -> tuple[SourceFile, SourceFile, list[SourceFile
     local = folder is not None and (folder / questions).is_file()
     if local or dataset.hub is None:
         schemas: dict[str, dict[str, type]] = {questions: QUESTION, passages: PASSAGE, **dict.fromkeys(fill, PASSAGE)}
-        asked, told, *more = read_sources(request.task, schemas)
-        return asked, told, more
+        question_file, passage_file, *fill_files = read_sources(request.task, schemas)
+        return question_file, passage_file, fill_files
     convert, fields = _CONVERTERS[dataset.dataset]
-    found = read_hub(request.task, dataset.hub, "validation", fields)
-    pool = _Flat()
-    for record in found.records:
+    source = read_hub(request.task, dataset.hub, "validation", fields)
+    pool = _PoolBuilder()
+    for record in source.records:
         convert(record, pool)
-    made = [SourceFile(f"{found.name} {part}", list(records), found.sha256) for part, records in pool.parts.items()]
-    return made[0], made[1], []
+    return (
+        SourceFile(f"{source.name} questions", pool.questions, source.sha256),
+        SourceFile(f"{source.name} passages", [*pool.passages.values()], source.sha256),
+        [],
+    )
 
 
 @dataclass
-class _Flat:
-    """Questions that point into passages, each passage once."""
+class _PoolBuilder:
+    """Collects questions and their unique passages."""
 
     questions: list[dict[str, Any]] = field(default_factory=list)
     passages: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def parts(self) -> dict[str, Sequence[dict[str, Any]]]:
-        return {"questions": self.questions, "passages": [*self.passages.values()]}
-
-    def add(self, title: str, text: str) -> str:
-        """The id of a passage, which follows from its words."""
+    def add_passage(self, title: str, text: str) -> str:
+        """Add a passage and return its id, a hash of its content."""
         pid = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:12]
         self.passages.setdefault(pid, {"pid": pid, "title": title, "text": text})
         return pid
 
-    def ask(self, question: str, answers: Sequence[str], gold: Sequence[str], wrong: Sequence[str] = ()) -> None:
+    def add_question(
+        self, question: str, answers: Sequence[str], gold: Sequence[str], distractors: Sequence[str] = ()
+    ) -> None:
         self.questions.append(
-            {"question": question, "answers": [*answers], "gold_pids": [*gold], "distractor_pids": [*wrong]}
+            {"question": question, "answers": [*answers], "gold_pids": [*gold], "distractor_pids": [*distractors]}
         )
 
 
-def _squad(record: Mapping[str, Any], pool: _Flat) -> None:
+def _squad(record: Mapping[str, Any], pool: _PoolBuilder) -> None:
     answers = [*dict.fromkeys(record["answers"]["text"])]
-    pool.ask(record["question"], answers, [pool.add(record["title"], record["context"])])
+    pool.add_question(record["question"], answers, [pool.add_passage(record["title"], record["context"])])
 
 
-def _hotpotpool(record: Mapping[str, Any], pool: _Flat) -> None:
+def _hotpotpool(record: Mapping[str, Any], pool: _PoolBuilder) -> None:
     titles, sentences = record["context"]["title"], record["context"]["sentences"]
-    named = set(record["supporting_facts"]["title"])
-    pids = {title: pool.add(title, "".join(parts)) for title, parts in zip(titles, sentences, strict=True)}
-    gold = [pid for title, pid in pids.items() if title in named]
-    pool.ask(record["question"], [record["answer"]], gold, [pid for pid in pids.values() if pid not in gold])
+    gold_titles = set(record["supporting_facts"]["title"])
+    pids = {title: pool.add_passage(title, "".join(parts)) for title, parts in zip(titles, sentences, strict=True)}
+    gold = [pid for title, pid in pids.items() if title in gold_titles]
+    pool.add_question(record["question"], [record["answer"]], gold, [pid for pid in pids.values() if pid not in gold])
 
 
-def _musique(record: Mapping[str, Any], pool: _Flat) -> None:
-    pids = [(pool.add(part["title"], part["paragraph_text"]), part["is_supporting"]) for part in record["paragraphs"]]
+def _musique(record: Mapping[str, Any], pool: _PoolBuilder) -> None:
+    pids = [
+        (pool.add_passage(part["title"], part["paragraph_text"]), part["is_supporting"])
+        for part in record["paragraphs"]
+    ]
     gold = [pid for pid, supports in pids if supports]
     answers = [record["answer"], *record.get("answer_aliases", [])]
-    pool.ask(record["question"], answers, gold, [pid for pid, supports in pids if not supports])
+    pool.add_question(record["question"], answers, gold, [pid for pid, supports in pids if not supports])
 
 
-_CONVERTERS: dict[str, tuple[Callable[[Mapping[str, Any], _Flat], None], dict[str, type]]] = {
+_CONVERTERS: dict[str, tuple[Callable[[Mapping[str, Any], _PoolBuilder], None], dict[str, type]]] = {
     "squad": (_squad, {"question": str, "title": str, "context": str, "answers": object}),
     "hotpotpool": (_hotpotpool, {"question": str, "answer": str, "context": object, "supporting_facts": object}),
     "musique": (_musique, {"question": str, "answer": str, "paragraphs": object}),

@@ -1,8 +1,7 @@
-"""LOFT's own metrics, for predictions in LOFT's format (Lee et al. 2024): ids of documents, or answers found in them.
+"""LOFT's metrics for predictions in LOFT's format (Lee et al. 2024): document ids or answers.
 
-A prediction is a list of ids or answers for each turn of a conversation, the best one first. Each turn is scored by
-itself. Text is normalised as for SQuAD after decomposing its characters (NFD), so that an accent is a character of its
-own and is compared.
+A prediction is, for each turn of a conversation, a ranked list of ids or answers. Each turn is scored separately. Text
+is normalised as for SQuAD after Unicode decomposition (NFD), so that accents are separate characters and are compared.
 """
 
 import unicodedata
@@ -16,21 +15,21 @@ CUTOFFS = (1, 2, 3, 5)
 
 
 def recall_at(ranked: Sequence[str], golds: Sequence[str], k: int) -> float:
-    """The share of the gold documents among the first k."""
+    """Share of the gold documents among the first k ids."""
     return len(set(ranked[:k]) & set(golds)) / len(golds)
 
 
 def mrecall_at(ranked: Sequence[str], golds: Sequence[str], k: int) -> float:
-    """1.0 if the first k hold min(k, golds) of the gold documents (Min et al. 2021)."""
+    """1.0 if the first k ids contain min(k, golds) gold documents (Min et al. 2021)."""
     return float(len(set(ranked[:k]) & set(golds)) == min(k, len(golds)))
 
 
 def retrieval_metrics(outputs: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """Recall and mrecall of ids at LOFT's cutoffs."""
-    ranked, wanted = [output.strip() for output in outputs], [gold.strip() for gold in golds]
+    """Recall and MRecall of ids at LOFT's cutoffs."""
+    ranked, gold_ids = [output.strip() for output in outputs], [gold.strip() for gold in golds]
     return {
-        **{f"recall_{k}": recall_at(ranked, wanted, k) for k in CUTOFFS},
-        **{f"mrecall_{k}": mrecall_at(ranked, wanted, k) for k in CUTOFFS},
+        **{f"recall_{k}": recall_at(ranked, gold_ids, k) for k in CUTOFFS},
+        **{f"mrecall_{k}": mrecall_at(ranked, gold_ids, k) for k in CUTOFFS},
     }
 
 
@@ -40,42 +39,45 @@ def normalized(text: str) -> str:
 
 
 def answer_metrics(outputs: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """The first answer against golds of which any will do; further answers are not looked at."""
-    said = normalized(outputs[0]) if outputs else ""
-    wanted = [normalized(gold) for gold in golds]
+    """Metrics of the first answer against alternative golds; further answers are ignored."""
+    prediction = normalized(outputs[0]) if outputs else ""
+    normalized_golds = [normalized(gold) for gold in golds]
     return {
-        "subspan_em": float(bool(said) and any(gold and gold in said for gold in wanted)),
-        "em": float(bool(said) and said in wanted),
-        "f1": max(_f1(said.split(), gold.split()) for gold in wanted),
+        "subspan_em": float(bool(prediction) and any(gold and gold in prediction for gold in normalized_golds)),
+        "em": float(bool(prediction) and prediction in normalized_golds),
+        "f1": max(_f1(prediction.split(), gold.split()) for gold in normalized_golds),
     }
 
 
-def _f1(said: Sequence[str], gold: Sequence[str]) -> float:
-    common = (Counter(said) & Counter(gold)).total()
-    return 2.0 * common / (len(said) + len(gold)) if common else 0.0
+def _f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
+    common = (Counter(prediction) & Counter(gold)).total()
+    return 2.0 * common / (len(prediction) + len(gold)) if common else 0.0
 
 
 def set_metrics(outputs: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
-    """Answers against golds that must all be given.
+    """Metrics of a set of answers against golds that are all required.
 
-    `subspan_em` is 1.0 if every gold can be paired with an answer of its own of which the one contains the other.
+    `subspan_em` is 1.0 if every gold can be matched to a distinct answer such that one contains the other.
     """
-    said, wanted = [normalized(output) for output in outputs], [normalized(gold) for gold in golds]
+    predictions, normalized_golds = [normalized(output) for output in outputs], [normalized(gold) for gold in golds]
     return {
-        "subspan_em": float(bool(said) and _all_paired(said, wanted)),
-        "em": float(set(said) == set(wanted)),
-        "coverage": len(set(said) & set(wanted)) / len(wanted),
+        "subspan_em": float(bool(predictions) and _all_paired(predictions, normalized_golds)),
+        "em": float(set(predictions) == set(normalized_golds)),
+        "coverage": len(set(predictions) & set(normalized_golds)) / len(normalized_golds),
     }
 
 
-def _all_paired(said: Sequence[str], wanted: Sequence[str]) -> bool:
+def _all_paired(predictions: Sequence[str], golds: Sequence[str]) -> bool:
     import numpy as np
     from scipy.optimize import linear_sum_assignment  # heavy
 
-    # An answer that vanishes in normalisation would stand in every gold.
-    match = np.array([[bool(one) and (gold in one or one in gold) for one in said] for gold in wanted], dtype=float)
+    # An answer that normalises to nothing would be a substring of every gold.
+    match = np.array(
+        [[bool(text) and (gold in text or text in gold) for text in predictions] for gold in golds],
+        dtype=float,
+    )
     rows, columns = linear_sum_assignment(match, maximize=True)
-    return len(rows) == len(wanted) and bool(match[rows, columns].all())
+    return len(rows) == len(golds) and bool(match[rows, columns].all())
 
 
 SCORERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
@@ -83,35 +85,35 @@ SCORERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]
     "loft_rag": answer_metrics,
     "loft_rag_multi": set_metrics,
 }
-"""By the name that `lceval score` knows."""
+"""Scorers of `lceval score` by name."""
 
 
 def turns(outputs: Sequence[Sequence[Any]], golds: Sequence[Any]) -> list[tuple[list[str], list[str]]]:
-    """What was predicted and what is right, turn by turn.
+    """Pair predictions and golds by turn.
 
     Args:
-        outputs: a list for each turn.
-        golds: LOFT's `answers`: of one turn, or a list for each of several. An id comes as `[id, relevance]`.
+        outputs: one list per turn.
+        golds: LOFT's `answers`: of a single turn, or one list per turn. An id is `[id, relevance]`.
 
     Raises:
-        ValueError: outputs and golds do not have the same turns, or a turn has no gold.
+        ValueError: the numbers of turns differ, or a turn has no gold.
     """
-    of_turns = [golds] if len(outputs) == 1 else [*golds]
-    if len(of_turns) != len(outputs):
-        raise ValueError(f"{len(outputs)} turns of outputs and {len(of_turns)} of answers")
-    made = []
-    for said, wanted in zip(outputs, of_turns, strict=True):
-        # One id of a turn need not stand in a list of its own.
-        listed = [wanted] if _is_id(wanted) else wanted if isinstance(wanted, list) else [wanted]
-        right = [str(gold[0] if _is_id(gold) else gold) for gold in listed]
-        if not right:
+    gold_turns = [golds] if len(outputs) == 1 else [*golds]
+    if len(gold_turns) != len(outputs):
+        raise ValueError(f"{len(outputs)} turns of outputs and {len(gold_turns)} of answers")
+    pairs = []
+    for turn_outputs, turn_golds in zip(outputs, gold_turns, strict=True):
+        # A single id of a turn may come without an enclosing list.
+        listed = [turn_golds] if _is_id(turn_golds) or not isinstance(turn_golds, list) else turn_golds
+        answers = [str(gold[0] if _is_id(gold) else gold) for gold in listed]
+        if not answers:
             raise ValueError("a turn without an answer")
-        made.append(([str(one) for one in said], right))
-    return made
+        pairs.append(([str(output) for output in turn_outputs], answers))
+    return pairs
 
 
 def turns_of(golds: Sequence[Any]) -> int:
-    """How many turns LOFT's `answers` are of, where no prediction says it: lists of answers are one for each turn."""
+    """Number of turns of LOFT's `answers`, for queries without a prediction: lists are one per turn."""
     return len(golds) if all(isinstance(gold, list) and not _is_id(gold) for gold in golds) else 1
 
 

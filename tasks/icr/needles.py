@@ -1,9 +1,9 @@
-"""Rows of the needle tasks, over real text (after RULER, Hsieh et al. 2024): codes to look up, variables to trace.
+"""Rows of the needle tasks on real text (after RULER, Hsieh et al. 2024): codes to look up, variables to trace.
 
-RULER asks one question on each text. Here, where a kind allows it, five questions share one and each one's needles are
-distractors of the others, so that a context is read once for five rows. The needles of a length stand at depths that
-are spread evenly over all rows, in random order; the values of a key, and keys asked for together, are apart. Texts
-of all lengths hide the same needles. Prompts are our own, so scores are not comparable to RULER's.
+RULER has one question per context. Here, except in `niah_single`, five questions share a context, so that it is
+prefilled once for five rows; the needles of one question are distractors of the others. Needle depths are uniform
+over all rows of a length, in random order. Contexts of all lengths have the same needles. Prompts are ours, so scores
+are not comparable to RULER's.
 """
 
 import random
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.icr.haystack import SCHEMA, STORIES, Haystack, depth_of, unable
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, read_sources
@@ -27,8 +27,8 @@ _SECOND = (
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A question on a context: its answers, and which needles hold them."""
+class NeedleQuestion:
+    """A question with its answers and the indices of the needles that contain them."""
 
     text: str
     answers: tuple[str, ...]
@@ -36,72 +36,76 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """What one context hides, in the order in which it stands there, and what is asked about it."""
+class Needles:
+    """The needles of one context, in order, and its questions."""
 
-    needles: tuple[str, ...]
-    asked: tuple[Asked, ...]
+    texts: tuple[str, ...]
+    questions: tuple[NeedleQuestion, ...]
 
 
-def codes(request: Request) -> Plan:
-    """Codes of things. Options: contexts, keys on each, values of a key, questions on each, keys that one asks for."""
+def codes(request: Request) -> RowPlan:
+    """Access codes. Options: contexts; keys, values per key and questions per context; keys asked per question."""
     (stories,) = read_sources(request.task, {STORIES: SCHEMA})
-    return Plan({"source": stories.identity}, lambda: _build(request, stories, _codes))
+    return RowPlan({"source": stories.identity}, lambda: _build(request, stories, _codes))
 
 
-def variables(request: Request) -> Plan:
-    """Chains of assignments. Options: contexts, chains on each (every one is asked for), variables of a chain."""
+def variables(request: Request) -> RowPlan:
+    """Variable assignments. Options: contexts; chains per context (one question each); variables per chain."""
     (stories,) = read_sources(request.task, {STORIES: SCHEMA})
-    return Plan({"source": stories.identity}, lambda: _build(request, stories, _variables))
+    return RowPlan({"source": stories.identity}, lambda: _build(request, stories, _variables))
 
 
-def _build(request: Request, stories: SourceFile, hide: Callable[[Request, str, random.Random], Hidden]) -> list[Row]:
+def _build(request: Request, stories: SourceFile, draw: Callable[[Request, str, random.Random], Needles]) -> list[Row]:
     name, count = request.dataset.dataset, int(request.dataset.options["contexts"])
     haystack = Haystack(request, stories)
-    made: list[Row] = []
+    built_rows: list[Row] = []
     for number in range(count):
         rng = random.Random(f"{name} {request.seed} {number}")
-        hidden = hide(request, haystack.text, rng)
-        needles = [Document(pid=f"needle-{place}", title="", text=text) for place, text in enumerate(hidden.needles)]
-        # Each stretch of the text holds one needle, at a place that moves through it from context to context.
+        hidden = draw(request, haystack.text, rng)
+        needles = [Document(pid=f"needle-{place}", title="", text=text) for place, text in enumerate(hidden.texts)]
+        # One needle per segment of the text, at an offset that moves through the segment from context to context.
         depths = [(place + (number + 0.5) / count) / len(needles) for place in range(len(needles))]
-        fitted = haystack.context(needles, depths, [asked.text for asked in hidden.asked], rng)
+        fitted = haystack.context(needles, depths, [question.text for question in hidden.questions], rng)
         if fitted is None:
-            raise unable(request, f"{len(needles)} needles and text between them")
+            raise unable(request, f"{len(needles)} needles")
         documents, totals = fitted
-        for place, (asked, total) in enumerate(zip(hidden.asked, totals, strict=True)):
-            pids = [needles[needle]["pid"] for needle in asked.needles]
-            made.append(
+        for place, (question, total) in enumerate(zip(hidden.questions, totals, strict=True)):
+            pids = [needles[needle]["pid"] for needle in question.needles]
+            built_rows.append(
                 request.row(
                     id=f"{name}-{number:02d}-{place}",
-                    question=asked.text,
-                    answers=asked.answers,
+                    question=question.text,
+                    answers=question.answers,
                     docs=documents,
                     gold_pids=pids,
-                    cluster=f"{name}-{request.fitted[1] // 1024}k-{number:02d}",
+                    cluster=f"{name}-{request.meter_and_limit[1] // 1024}k-{number:02d}",
                     source=stories.identity,
                     length_tokens=total,
                     depth=depth_of(request.dataset.layout, documents, pids),
                 )
             )
-    return made
+    return built_rows
 
 
-def _codes(request: Request, text: str, rng: random.Random) -> Hidden:
+def _codes(request: Request, text: str, rng: random.Random) -> Needles:
     options = request.dataset.options
     things = [f"{first} {second}" for first in _FIRST.split() for second in _SECOND.split()]
     keys = _absent(text, iter(rng.sample(things, len(things))), options["keys"])
     values = _absent(text, _numbers(rng, 7), options["keys"] * options["values"])
     pairs = [(keys[place % len(keys)], value) for place, value in enumerate(values)]
     rng.shuffle(pairs)
-    asked = []
+    questions = []
     for first in range(options["questions"]):
-        wanted = [keys[(first + step) % len(keys)] for step in range(options["asked"])]
-        found = [(place, value) for key in wanted for place, (of, value) in enumerate(pairs) if of == key]
-        asked.append(
-            Asked(_code_question(wanted, options["values"]), tuple(v for _, v in found), tuple(p for p, _ in found))
+        asked_keys = [keys[(first + step) % len(keys)] for step in range(options["asked"])]
+        matches = [(place, value) for key in asked_keys for place, (owner, value) in enumerate(pairs) if owner == key]
+        questions.append(
+            NeedleQuestion(
+                _code_question(asked_keys, options["values"]),
+                tuple(value for _, value in matches),
+                tuple(place for place, _ in matches),
+            )
         )
-    return Hidden(tuple(f"The access code of the {key} is {value}." for key, value in pairs), tuple(asked))
+    return Needles(tuple(f"The access code of the {key} is {value}." for key, value in pairs), tuple(questions))
 
 
 def _code_question(keys: Sequence[str], values: int) -> str:
@@ -114,21 +118,22 @@ def _code_question(keys: Sequence[str], values: int) -> str:
     )
 
 
-def _variables(request: Request, text: str, rng: random.Random) -> Hidden:
+def _variables(request: Request, text: str, rng: random.Random) -> Needles:
     chains, length = request.dataset.options["chains"], request.dataset.options["variables"]
     names = _absent(text, _names(rng), chains * length)
     values = _absent(text, _numbers(rng, 5), chains)
-    # The chains are mixed, and each stays in its order: a variable is assigned before another takes its value.
-    turns = [chain for chain in range(chains) for _ in range(length)]
-    rng.shuffle(turns)
+    # Chains are interleaved, each in order: a variable is assigned before another takes its value.
+    chain_order = [chain for chain in range(chains) for _ in range(length)]
+    rng.shuffle(chain_order)
     needles: list[str] = []
     places: list[list[int]] = [[] for _ in range(chains)]
-    for turn in turns:
-        own, done = names[turn * length : (turn + 1) * length], len(places[turn])
-        needles.append(f"VAR {own[done]} = {f'VAR {own[done - 1]}' if done else values[turn]}")
-        places[turn].append(len(needles) - 1)
-    asked = [
-        Asked(
+    for chain_index in chain_order:
+        chain_names, step = names[chain_index * length : (chain_index + 1) * length], len(places[chain_index])
+        value = f"VAR {chain_names[step - 1]}" if step else values[chain_index]
+        needles.append(f"VAR {chain_names[step]} = {value}")
+        places[chain_index].append(len(needles) - 1)
+    questions = [
+        NeedleQuestion(
             f'The text assigns variables by lines such as "VAR A = 1" and "VAR B = VAR A". Which variables hold the '
             f"value {values[chain]}, directly or by way of others?",
             tuple(names[chain * length : (chain + 1) * length]),
@@ -136,7 +141,7 @@ def _variables(request: Request, text: str, rng: random.Random) -> Hidden:
         )
         for chain in range(chains)
     ]
-    return Hidden(tuple(needles), tuple(asked))
+    return Needles(tuple(needles), tuple(questions))
 
 
 def _numbers(rng: random.Random, digits: int) -> Iterator[str]:
@@ -149,11 +154,11 @@ def _names(rng: random.Random) -> Iterator[str]:
         yield "".join(rng.sample(ascii_uppercase, 5))
 
 
-def _absent(text: str, offered: Iterator[str], count: int) -> list[str]:
-    """The first different words on offer that the text does not hold."""
-    found: dict[str, None] = {}
-    while len(found) < count:
-        word = next(offered)
+def _absent(text: str, candidates: Iterator[str], count: int) -> list[str]:
+    """The first `count` distinct candidates that do not occur in the text."""
+    words: dict[str, None] = {}
+    while len(words) < count:
+        word = next(candidates)
         if word.lower() not in text:
-            found[word] = None
-    return [*found]
+            words[word] = None
+    return [*words]

@@ -1,4 +1,4 @@
-"""Questions of a passage pool, and which of them may share a context."""
+"""Questions of a passage pool, and their grouping into shared contexts."""
 
 import random
 from collections import Counter
@@ -10,12 +10,12 @@ from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.sources import SourceFile
 
-_NEIGHBOURS = 32  # how far down the list of similar lengths a partner for a context is looked for
+_NEIGHBOURS = 32  # candidates of similar length that are considered for a context
 
 
 @dataclass(frozen=True)
-class Question:
-    """A question that can be asked: its answers survive normalisation and stand in its gold passages."""
+class PoolQuestion:
+    """A usable question: its answers do not normalise to nothing, and one is in its gold passages."""
 
     id: str
     text: str
@@ -25,28 +25,28 @@ class Question:
     negatives: tuple[int, ...]
 
 
-def askable(
-    name: str, questions: SourceFile, numbers: Mapping[str, int], leaks: LeakIndex, elsewhere: Set[str] = frozenset()
-) -> list[Question]:
-    """The questions that can be scored, in file order.
+def usable_questions(
+    name: str, questions: SourceFile, numbers: Mapping[str, int], leaks: LeakIndex, excluded: Set[str] = frozenset()
+) -> list[PoolQuestion]:
+    """Usable questions, in file order.
+
+    Left out are duplicates, questions without an answer in their gold passages, and questions with an answer that is
+    yes, no (meaningless as a substring) or normalises to nothing.
 
     Args:
-        name: the dataset's, of which ids are made.
+        name: dataset name, the prefix of ids.
         questions: records of hub_pools.QUESTION.
-        numbers: place in the pool by pid.
-        leaks: over the pool.
-        elsewhere: pids of passages that the pool leaves out, with the questions on them.
-
-    Left out: answers that normalise to nothing or stand in no gold passage (yes and no among them: as substrings they
-    score nothing worth knowing), and questions asked before.
+        numbers: pid -> index in the pool.
+        leaks: index of the pool.
+        excluded: pids of passages outside of the pool; questions on them are left out.
     """
-    found: dict[str, Question] = {}
+    by_text: dict[str, PoolQuestion] = {}
     for line, record in enumerate(questions.records):
-        if not elsewhere.isdisjoint(record["gold_pids"]):
+        if not excluded.isdisjoint(record["gold_pids"]):
             continue
         unknown = [pid for pid in record["gold_pids"] if pid not in numbers]
         if unknown:
-            raise UserError(f"{questions.name} names gold_pids={unknown} that the passages do not have.")
+            raise UserError(f"{questions.name}: unknown gold_pids={unknown}: not among the passages.")
         gold = tuple(numbers[pid] for pid in record["gold_pids"])
         normalized = tuple(normalize(answer) for answer in record["answers"])
         stated = any(answer in leaks.normalized[passage] for answer in normalized for passage in gold)
@@ -54,9 +54,9 @@ def askable(
             all(normalized)
             and not {"yes", "no"}.intersection(normalized)
             and stated
-            and record["question"] not in found
+            and record["question"] not in by_text
         ):
-            found[record["question"]] = Question(
+            by_text[record["question"]] = PoolQuestion(
                 id=f"{name}-{line:05d}",
                 text=record["question"].strip(),
                 answers=tuple(record["answers"]),
@@ -64,20 +64,20 @@ def askable(
                 gold=gold,
                 negatives=tuple(numbers[pid] for pid in record.get("distractor_pids") or () if pid in numbers),
             )
-    return list(found.values())
+    return list(by_text.values())
 
 
 def group_questions(
-    questions: Sequence[Question], leaks: LeakIndex, rng: random.Random, size: int = 4
-) -> list[list[Question]]:
-    """Groups of questions on different passages that may share a context, of similar length, in random order.
+    questions: Sequence[PoolQuestion], leaks: LeakIndex, rng: random.Random, size: int = 4
+) -> list[list[PoolQuestion]]:
+    """Groups of questions of similar length, on different passages, that may share a context, in random order.
 
-    Similar length keeps the prompts on one context within a few tokens of each other. Measured in
-    words and characters, so that the groups do not depend on the tokenizer.
+    Similar lengths keep the prompts on one context within a few tokens of each other. Lengths are in words and
+    characters, so that groups do not depend on the tokenizer.
     """
     waiting = rng.sample(list(questions), len(questions))
     waiting.sort(key=lambda question: (len(question.text.split()), len(question.text)))
-    groups: list[list[Question]] = []
+    groups: list[list[PoolQuestion]] = []
     while waiting:
         group = [waiting.pop(0)]
         for candidate in waiting[: size * _NEIGHBOURS // 4]:
@@ -92,48 +92,48 @@ def group_questions(
 
 
 def pack_questions(
-    questions: Sequence[Question],
+    questions: Sequence[PoolQuestion],
     leaks: LeakIndex,
     rng: random.Random,
     *,
     size: int,
     gold_characters: int,
     apart_characters: int,
-) -> list[list[Question]]:
-    """Groups of more questions than a short context has room for passages: those on one passage may share.
+) -> list[list[PoolQuestion]]:
+    """Groups of more questions than a short context has room for gold passages: questions may share a passage.
 
-    Each passage is asked about as rarely as the room for gold passages allows.
+    The number of questions per passage is as small as the room for gold passages allows.
 
     Args:
-        questions: to be grouped; those that find no group are left out.
-        leaks: over the pool.
-        rng: decides the order.
-        size: questions in a group.
-        gold_characters: room for the passages of a group.
-        apart_characters: by how much the questions of a group may differ in length.
+        questions: candidates; questions without a group are left out.
+        leaks: index of the pool.
+        rng: determines the order.
+        size: questions per group.
+        gold_characters: maximum total length of the gold passages of a group.
+        apart_characters: maximum difference in length between the questions of a group.
     """
     lengths = [len(text) for text in leaks.normalized]
-    usual = sum(lengths[g] for q in questions for g in q.gold) / max(len(questions), 1)
-    each = -(-size // max(1, min(size, int(gold_characters / max(usual, 1)))))  # questions on a passage
+    mean_length = sum(lengths[g] for q in questions for g in q.gold) / max(len(questions), 1)
+    per_passage = -(-size // max(1, min(size, int(gold_characters / max(mean_length, 1)))))  # questions per passage
     waiting = rng.sample(list(questions), len(questions))
-    groups: list[list[Question]] = []
+    groups: list[list[PoolQuestion]] = []
     while waiting:
-        group: list[Question] = []
-        asked: Counter[tuple[int, ...]] = Counter()
-        for most in (each, size):  # what no other passage has room for goes to those that are there
+        group: list[PoolQuestion] = []
+        questions_on: Counter[tuple[int, ...]] = Counter()
+        for maximum in (per_passage, size):  # second pass: further questions on the passages already selected
             for candidate in waiting:
-                known = asked[candidate.gold]
-                room = sum(lengths[gold] for gold in {*candidate.gold}.union(*asked))
+                count = questions_on[candidate.gold]
+                room = sum(lengths[gold] for gold in {*candidate.gold}.union(*questions_on))
                 if (
                     len(group) < size
                     and candidate not in group
-                    and known < most
-                    and (known or room <= gold_characters or not group)
+                    and count < maximum
+                    and (count or room <= gold_characters or not group)
                     and all(abs(len(candidate.text) - len(q.text)) <= apart_characters for q in group)
                     and all(_may_share(candidate, q, leaks, same=True) for q in group)
                 ):
                     group.append(candidate)
-                    asked[candidate.gold] += 1
+                    questions_on[candidate.gold] += 1
         taken = {question.id for question in group} if len(group) == size else {waiting[0].id}
         if len(group) == size:
             groups.append(group)
@@ -142,8 +142,8 @@ def pack_questions(
     return groups
 
 
-def _may_share(one: Question, other: Question, leaks: LeakIndex, *, same: bool = False) -> bool:
-    """Neither question's gold passages contain an answer of the other, or (`same`) they are the same passages."""
+def _may_share(one: PoolQuestion, other: PoolQuestion, leaks: LeakIndex, *, same: bool = False) -> bool:
+    """Whether no gold passage contains an answer of the other question; `same` allows identical gold passages."""
     if one.gold == other.gold:
         return same
     if set(one.gold) & set(other.gold):

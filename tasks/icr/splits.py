@@ -1,8 +1,8 @@
-"""Which source documents of a pool are for training and which for testing.
+"""Train/test split of a pool by source document.
 
-A passage belongs to a side with everything that must not be torn apart: passages of the same title (one article), of
-the same words, and the gold passages of one question, or of questions in the same words. A hash of such a component's
-first title decides its side, so a document keeps it whatever else the pool holds, unless something ties it to others.
+Connected components of passages stay together: passages with the same title (one article) or the same text, and the
+gold passages of one question or of identical questions. The hash of a component's first title determines its split, so
+a document keeps its split when the pool grows, unless new passages join its component to another.
 """
 
 import hashlib
@@ -16,49 +16,49 @@ _SALT = "lceval split 1"
 
 
 def sides(passages: Sequence[Mapping[str, Any]], questions: Iterable[Mapping[str, Any]]) -> dict[str, str]:
-    """`train` or `test` for the pid of every passage.
+    """Return `train` or `test` by pid.
 
     Args:
-        passages: records with pid, title and text; a passage without a title is a document of its own.
+        passages: records with pid, title and text; a passage without a title is a separate document.
         questions: records with question and gold_pids.
     """
-    ties = _Ties()
+    components = _Components()
     for passage in passages:
-        ties.tie(f"pid {passage['pid']}", f"text {normalize(passage['text'])}")
+        components.join(f"pid {passage['pid']}", f"text {normalize(passage['text'])}")
         if title := normalize(passage["title"].replace("_", " ")):
-            ties.tie(f"pid {passage['pid']}", f"article {title}")
+            components.join(f"pid {passage['pid']}", f"article {title}")
     for question in questions:
         for pid in question["gold_pids"]:
-            ties.tie(f"pid {pid}", f"question {normalize(question['question'])}")
+            components.join(f"pid {pid}", f"question {normalize(question['question'])}")
     lowest: dict[str, str] = {}
-    for key in ties.keys:
-        if key.startswith(("article ", "text ")):  # a title comes before all words; a pid is a matter of the file
-            root = ties.root(key)
+    for key in components.keys:
+        if key.startswith(("article ", "text ")):  # titles sort before texts; pids depend on the file
+            root = components.root(key)
             lowest[root] = min(lowest.get(root, key), key)
     side = {root: "test" if _unit(key) < TEST_SHARE else "train" for root, key in lowest.items()}
-    return {passage["pid"]: side[ties.root(f"pid {passage['pid']}")] for passage in passages}
+    return {passage["pid"]: side[components.root(f"pid {passage['pid']}")] for passage in passages}
 
 
 def _unit(key: str) -> float:
-    """A number of [0, 1) that follows from the key."""
+    """Deterministic number in [0, 1) of a key."""
     return int.from_bytes(hashlib.sha256(f"{_SALT}\n{key}".encode()).digest()[:8]) / 2**64
 
 
-class _Ties:
-    """Which keys belong together: union-find with path halving."""
+class _Components:
+    """Connected components of keys: union-find with path halving."""
 
     def __init__(self) -> None:
-        self._above: dict[str, str] = {}
+        self._parent: dict[str, str] = {}
 
     @property
     def keys(self) -> Iterable[str]:
-        return self._above.keys()
+        return self._parent.keys()
 
     def root(self, key: str) -> str:
-        self._above.setdefault(key, key)
-        while self._above[key] != key:
-            self._above[key] = key = self._above[self._above[key]]
+        self._parent.setdefault(key, key)
+        while self._parent[key] != key:
+            self._parent[key] = key = self._parent[self._parent[key]]
         return key
 
-    def tie(self, one: str, other: str) -> None:
-        self._above[self.root(one)] = self.root(other)
+    def join(self, one: str, other: str) -> None:
+        self._parent[self.root(one)] = self.root(other)

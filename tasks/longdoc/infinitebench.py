@@ -1,4 +1,4 @@
-"""Rows of `lc_infinitebench_*`: questions on whole English books, and what its questions are scored by."""
+"""Rows of `lc_infinitebench_*`: questions on whole English books; F1 of its questions."""
 
 import hashlib
 from collections import Counter
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.parsing import extract, normalize
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.rows import Document, Row, together
@@ -19,28 +19,28 @@ _SPLITS: dict[str, tuple[str, dict[str, type]]] = {
     "infinite_qa": ("longbook_qa_eng", _FIELDS),
     "infinite_sum": ("longbook_sum_eng", _FIELDS),
 }
-"""By form: the split, and what its records must have."""
+"""By output format: the split, and the required fields of its records."""
 
-_SUMMARIZE = "Summarize the book."  # the benchmark gives no question here
+_SUMMARIZE = "Summarize the book."  # the benchmark has no question here
 
 
-def rows(request: Request) -> Plan:
-    """One row a record; the questions on a book stand together."""
+def rows(request: Request) -> RowPlan:
+    """One row per record; the questions on a book are adjacent."""
     assert request.dataset.hub is not None
     split, fields = _SPLITS[request.output_format]
     source = read_hub(request.task, request.dataset.hub, split, fields)
-    return Plan(
+    return RowPlan(
         {"source": source.identity},
         lambda: together([_row(request, source, record) for record in _unique(source)]),
     )
 
 
 def _unique(source: SourceFile) -> list[dict[str, Any]]:
-    known = {record["id"]: record for record in source.records}
-    if len(known) < len(source.records):
-        twice = next(n for n, count in Counter(record["id"] for record in source.records).items() if count > 1)
-        raise UserError(f"{source.name} has id={twice} twice: each must be unique.")
-    return [*known.values()]
+    by_id = {record["id"]: record for record in source.records}
+    if len(by_id) < len(source.records):
+        duplicate = next(n for n, count in Counter(record["id"] for record in source.records).items() if count > 1)
+        raise UserError(f"{source.name}: duplicate id={duplicate}: each must be unique.")
+    return [*by_id.values()]
 
 
 def _row(request: Request, source: SourceFile, record: Mapping[str, Any]) -> Row:
@@ -65,7 +65,7 @@ def _row(request: Request, source: SourceFile, record: Mapping[str, Any]) -> Row
 
 
 def _gold(source: SourceFile, record: Mapping[str, Any]) -> int:
-    """The right option's place: the answer is its text, with or without its letter."""
+    """Index of the correct option: the answer is its text, with or without its letter."""
     text, *letter = record["answer"]
     options = record["options"]
     if len(options) == len(LETTERS):
@@ -74,21 +74,21 @@ def _gold(source: SourceFile, record: Mapping[str, Any]) -> int:
         if not letter and text in options:
             return int(options.index(text))
     raise UserError(
-        f"{source.name} id={record['id']} has answer={record['answer']!r:.80} and {len(options)} options: "
-        "expected four, and one of them as the answer, with or without its letter."
+        f"{source.name} id={record['id']}: invalid answer={record['answer']!r:.80} with {len(options)} options: "
+        "expected four options and the text of one of them, with or without its letter."
     )
 
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
-    """Token F1, best over the gold answers, as InfiniteBench counts it: yes, no and noanswer are words like others."""
-    said = Counter(normalize(prediction).split())
+    """Token F1, maximum over the gold answers, by InfiniteBench's rule: no special case for yes, no and noanswer."""
+    tokens = Counter(normalize(prediction).split())
     golds = (Counter(normalize(answer).split()) for answer in answers)
-    # 2PR / (P + R) with P = common / said and R = common / gold
-    return max((2.0 * (said & gold).total() / max(1, said.total() + gold.total()) for gold in golds), default=0.0)
+    # 2PR / (P + R) with P = common / prediction and R = common / gold
+    return max((2.0 * (tokens & gold).total() / max(1, tokens.total() + gold.total()) for gold in golds), default=0.0)
 
 
 def qa_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of the questions."""
+    """`process_results` of question answering."""
     output = str(results[0])
     metrics = {**answer_metrics(output, doc["answers"]), "f1": token_f1(extract(output).answer, doc["answers"])}
     return with_telemetry(metrics, results[0], parsed=bool(metrics["parse_rate"]))

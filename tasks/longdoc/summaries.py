@@ -1,8 +1,7 @@
-"""Scores of summaries: ROUGE F-measures against several references.
+"""Metrics of summaries: ROUGE F-measures against several references.
 
-As InfiniteBench and SQuALITY count it: each measure is the best over the references, words are not stemmed, and the
-sentences whose union ROUGE-Lsum takes are the lines of the text. An output of one line therefore has the same Lsum
-and L against a reference of one line.
+As in InfiniteBench and SQuALITY: maximum over the references for each measure, no stemming, and the sentences of
+ROUGE-Lsum are lines. For one-line texts, ROUGE-Lsum therefore equals ROUGE-L.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ def _scorer() -> Any:
 
 
 def rouge(summary: str, references: Sequence[str]) -> dict[str, float]:
-    """The ROUGE F-measures of a summary, each the best over the references."""
+    """ROUGE F-measures of a summary, each the maximum over the references."""
     scores = [_scorer().score(reference, summary) for reference in references]
     return {
         ours: max((float(score[theirs].fmeasure) for score in scores), default=0.0)
@@ -32,6 +31,6 @@ def rouge(summary: str, references: Sequence[str]) -> dict[str, float]:
 
 
 def summary_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of summaries: the whole output, less thinking, is the summary."""
+    """`process_results` of summaries: the whole output without thinking."""
     summary = without_thinking(str(results[0]))
     return with_telemetry(rouge(summary, doc["answers"]), results[0], parsed=bool(summary))

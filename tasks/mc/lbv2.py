@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.rows import Document, Row, together
 from lceval.tasks.sources import SourceFile, by_key, data_folder, hub_copy, read_hub, read_sources
@@ -16,18 +16,18 @@ _FIELDS: dict[str, type] = dict.fromkeys(
 )
 
 
-def rows(request: Request) -> Plan:
-    """One row a question; the few questions that share a context stand together."""
+def rows(request: Request) -> RowPlan:
+    """One row per question; the few questions with the same context are adjacent."""
     source, identity = _read(request)
 
     def build() -> list[Row]:
         return together([_row(request, record, source, identity) for record in by_key(source, "_id").values()])
 
-    return Plan({"source": identity}, build)
+    return RowPlan({"source": identity}, build)
 
 
 def _read(request: Request) -> tuple[SourceFile, str]:
-    """The records and what they are: the benchmark, or the sample of it that the data folder may hold instead."""
+    """The records and their identity: the benchmark, or a sample of it in the data folder."""
     dataset, folder = request.dataset, data_folder()
     assert dataset.hub is not None
     (sample,) = dataset.files
@@ -40,7 +40,8 @@ def _read(request: Request) -> tuple[SourceFile, str]:
 
 def _row(request: Request, record: Mapping[str, Any], source: SourceFile, identity: str) -> Row:
     if record["answer"] not in [*LETTERS]:
-        raise UserError(f"{source.name} _id={record['_id']!r} has answer={record['answer']!r:.40}: expected A to D.")
+        answer = record["answer"]
+        raise UserError(f"{source.name} _id={record['_id']!r}: invalid answer={answer!r:.40}: expected A to D.")
     text, gold = record["context"].strip(), LETTERS.index(record["answer"])
     choices = [record[option] for option in _OPTIONS]
     pid = hashlib.sha256(text.encode()).hexdigest()[:12]

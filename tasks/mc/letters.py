@@ -1,7 +1,7 @@
-"""Which letter an output gives: LongBench v2's rule, and the two rules that InfiniteBench has scored by.
+"""Extract the letter of an output: LongBench v2's rule, and InfiniteBench's current and published rules.
 
-They are the benchmarks' own, so that figures can be set beside published ones; thinking is removed first, which they
-leave to the caller. An output without a letter is wrong, and counted.
+These are the benchmarks' own rules, so that scores are comparable with published ones. Thinking is removed first, which
+they leave to the caller. An output without a letter counts as wrong.
 """
 
 import re
@@ -13,7 +13,7 @@ from lceval.tasks.parsing import without_thinking
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.scoring import with_telemetry
 
-# The first of the two that stands anywhere wins. Neither looks at what follows the letter: so the benchmark has it.
+# The first pattern that matches anywhere is used. As in the benchmark, neither checks what follows the letter.
 _STATED = (re.compile(r"The correct answer is \(([A-D])\)"), re.compile(r"The correct answer is ([A-D])"))
 
 _STANDALONE = re.compile(rf"\b[{LETTERS}]\b")
@@ -22,38 +22,38 @@ _LEADS = ("answer is:", "answer:", "answer is", "option is")
 
 
 def stated_letter(output: str) -> str | None:
-    """LongBench v2's rule: the letter of `The correct answer is (X)`, else of `The correct answer is X`, else none.
+    """LongBench v2's rule: the letter of `The correct answer is (X)`, else of `The correct answer is X`, else None.
 
-    Bold marks are dropped; upper and lower case differ.
+    Bold marks are removed; matching is case-sensitive.
     """
     plain = without_thinking(output).replace("*", "")
-    found = (pattern.search(plain) for pattern in _STATED)
-    return next((match[1] for match in found if match), None)
+    matches = (pattern.search(plain) for pattern in _STATED)
+    return next((match[1] for match in matches if match), None)
 
 
 def gold_letters(doc: Mapping[str, Any]) -> list[str]:
-    """The letters that are right: that of the row's option, or those among the answers where only these are known.
+    """Correct letters: that of the row's gold option, or, without a row, those among the answers.
 
     Raises:
-        UserError: the answers hold no letter.
+        UserError: the answers include no letter.
     """
     if "gold" in doc:
         return [LETTERS[doc["gold"]]]
     letters = [answer for answer in doc["answers"] if answer in [*LETTERS]]
     if not letters:
-        raise UserError(f"ground_truth {doc['answers']!r:.80} names no letter: expected one of A, B, C and D in it.")
+        raise UserError(f"no letter in ground_truth {doc['answers']!r:.80}: expected one of A, B, C, D in it.")
     return letters
 
 
 def letter_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of multiple choice by a generated letter (LongBench v2)."""
+    """`process_results` of generated multiple choice (LongBench v2)."""
     letter = stated_letter(str(results[0]))
     metrics = {"acc": float(letter in gold_letters(doc)), "parse_rate": float(letter is not None)}
     return with_telemetry(metrics, results[0], parsed=letter is not None)
 
 
 def first_character(output: str, golds: Sequence[str]) -> bool:
-    """InfiniteBench's published rule: the first character is a letter, and gold."""
+    """InfiniteBench's published rule: the first character is the gold letter."""
     first = output.strip()[:1]
     return first in [*LETTERS] and first in golds
 
@@ -61,36 +61,37 @@ def first_character(output: str, golds: Sequence[str]) -> bool:
 def by_first_line(output: str, golds: Sequence[str]) -> bool:
     """InfiniteBench's current rule: the last standalone letter of the first line that has one is gold.
 
-    Where it is not, the older rules may still find the output right.
+    Otherwise, the older rules are applied.
 
     Args:
-        golds: the text of the right option, and its letter.
+        output: model output without thinking.
+        golds: text and letter of the correct option.
     """
     lines = (_STANDALONE.findall(line) for line in output.strip().splitlines())
-    named = next((letters[-1] for letters in lines if letters), None)
-    return named in golds or _by_older_rules(output, golds)
+    letter = next((letters[-1] for letters in lines if letters), None)
+    return letter in golds or _by_older_rules(output, golds)
 
 
 def _by_older_rules(output: str, golds: Sequence[str]) -> bool:
-    """The first character if it is a letter; the whole output; what follows a lead; the first word that is a letter."""
-    said = output.strip()
-    if said[:1] in [*LETTERS]:
-        return said[0] in golds
-    if said in golds:
+    """The first character, the whole output, the text after a lead, or the first one-letter word."""
+    stripped = output.strip()
+    if stripped[:1] in [*LETTERS]:
+        return stripped[0] in golds
+    if stripped in golds:
         return True
-    words = said.translate(_PUNCTUATION).split(" ")
+    words = stripped.translate(_PUNCTUATION).split(" ")
     plain = " ".join(word for word in words if word)
     for lead in _LEADS:
-        _, found, rest = plain.partition(lead)
-        if found:
-            # one character is skipped, whatever it is
+        _, separator, rest = plain.partition(lead)
+        if separator:
+            # any one character is skipped
             return any(rest[1:].startswith(gold) for gold in golds)
     first = next((word for word in plain.split() if word in [*LETTERS]), None)
     return first in golds
 
 
 def infinite_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of InfiniteBench's multiple choice; `answers` hold the right option's letter and its text."""
+    """`process_results` of InfiniteBench's multiple choice; `answers` are letter and text of the correct option."""
     output, golds = without_thinking(str(results[0])), doc["answers"]
     gold_letters({"answers": golds})
     parsed = _STANDALONE.search(output) is not None or output[:1] in [*LETTERS]

@@ -1,7 +1,7 @@
-"""Rows of `lc_quality_mc`: QuALITY questions on whole stories, four options scored as text."""
+"""Rows of `lc_quality_mc`: QuALITY questions on whole stories, four options scored by log-likelihood of their text."""
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, by_key, joint_identity, read_sources
@@ -10,8 +10,8 @@ STORIES = "quality/stories.jsonl"
 QUESTIONS = "quality/questions.jsonl"
 
 
-def rows(request: Request) -> Plan:
-    """One row a question, the questions of a story together."""
+def rows(request: Request) -> RowPlan:
+    """One row per question, grouped by story."""
     stories, questions = read_sources(
         request.task,
         {
@@ -19,20 +19,20 @@ def rows(request: Request) -> Plan:
             QUESTIONS: {"id": str, "doc_id": str, "question": str, "choices": list, "answer": str},
         },
     )
-    return Plan({"source": joint_identity([stories, questions])}, lambda: _build(request, stories, questions))
+    return RowPlan({"source": joint_identity([stories, questions])}, lambda: _build(request, stories, questions))
 
 
 def _build(request: Request, stories: SourceFile, questions: SourceFile) -> list[Row]:
     texts = {story: record["text"].strip() for story, record in by_key(stories, "doc_id").items()}
-    made: list[Row] = []
+    built_rows: list[Row] = []
     for record in by_key(questions, "id").values():
         story, choices = record["doc_id"], record["choices"]
         if story not in texts:
-            raise UserError(f"{QUESTIONS} has doc_id={story!r} that {STORIES} does not have.")
+            raise UserError(f"{QUESTIONS}: unknown doc_id={story!r}: not in {STORIES}.")
         if len(choices) != len(LETTERS) or record["answer"] not in list(LETTERS):
             raise UserError(f"{QUESTIONS} id={record['id']!r}: expected four choices and an answer A, B, C or D.")
         gold = LETTERS.index(record["answer"])
-        made.append(
+        built_rows.append(
             request.row(
                 id=record["id"],
                 question=record["question"],
@@ -45,4 +45,4 @@ def _build(request: Request, stories: SourceFile, questions: SourceFile) -> list
                 gold=gold,
             )
         )
-    return sorted(made, key=lambda row: row["cluster"])
+    return sorted(built_rows, key=lambda row: row["cluster"])

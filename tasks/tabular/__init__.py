@@ -1,1 +1,1 @@
-"""Tables: the class or the value of a row, from other rows of its table shown as examples."""
+"""Tabular in-context learning: predict the class or value of a row from labelled rows of its table."""

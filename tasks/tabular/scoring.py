@@ -1,7 +1,7 @@
-"""Scores of a predicted target: the class by its name, or how far a number is off.
+"""Metrics of a predicted target: class by name, or error of a number.
 
-Both read the extracted answer. A base model may go on with the table instead of answering: without `Answer:` its first
-line counts, and of a line that repeats the row only what follows the arrow; `parse_rate` falls either way.
+Both use the extracted answer. A base model may continue the table instead of answering: without `Answer:`, the first
+line is used, and of a line that repeats the row, the part after the arrow; neither counts as parsed.
 """
 
 import re
@@ -16,7 +16,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|[-+]?\.\d+")
 
 
 def _target(output: str) -> tuple[str, bool]:
-    """What an output says in the target's place, and whether it said so in the required form."""
+    """The predicted target of an output, and whether the output has the required format."""
     answer, parsed = extract(output)
     first = next((line for line in answer.splitlines() if line.strip()), "")
     before, arrow, after = first.rpartition(ARROW.strip())
@@ -26,32 +26,32 @@ def _target(output: str) -> tuple[str, bool]:
 def label_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """`process_results` of classification: `acc` is 1.0 if the normalised answer is the name of the class.
 
-    `parse_rate` is 1.0 if the output has the required form and names one of the classes.
+    `parse_rate` is 1.0 if the output has the required format and is one of the classes.
     """
     answer, parsed = _target(str(results[0]))
-    said = normalize(answer)
-    parsed = parsed and said in {normalize(name) for name in doc["classes"]}
-    metrics = {"acc": float(said == normalize(doc["answers"][0])), "parse_rate": float(parsed)}
+    prediction = normalize(answer)
+    parsed = parsed and prediction in {normalize(name) for name in doc["classes"]}
+    metrics = {"acc": float(prediction == normalize(doc["answers"][0])), "parse_rate": float(parsed)}
     return with_telemetry(metrics, results[0], parsed=parsed)
 
 
 def target_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """`process_results` of regression: `abs_error`, and `skill` = 1 - error / deviation.
 
-    The deviation is that of the training targets from their median, on average: always answering the median has a
-    skill of about 0, the truth has 1. No error counts for more than that of the training target farthest from the
-    truth, and an output without a number, or a sample that failed, has exactly that one: to answer is never worse.
+    `deviation` is the mean absolute deviation of the training targets from their median: predicting the median has a
+    skill of about 0, the true value has 1. Errors are capped at that of the training target farthest from the true
+    value, which is also the error of an output without a number and of a failed sample: answering is never worse.
     """
     answer, parsed = _target(str(results[0]))
     number = _NUMBER.search(answer)
     parsed = parsed and number is not None
-    off = abs(float(number[0].replace(",", "")) - doc["target"]) if number else doc["farthest"]
-    made = with_telemetry(_errors(doc, off, parsed=parsed), results[0], parsed=parsed)
-    # A sample that failed gets 0 for every metric, which here would be the best error there is.
-    failed = made.get("kv", {}).get("status") == "error"
-    return {**made, **_errors(doc, doc["farthest"], parsed=False)} if failed else made
+    error = abs(float(number[0].replace(",", "")) - doc["target"]) if number else doc["farthest"]
+    scored = with_telemetry(_errors(doc, error, parsed=parsed), results[0], parsed=parsed)
+    # A failed sample has 0 for every metric, which would be a perfect `abs_error`.
+    failed = scored.get("kv", {}).get("status") == "error"
+    return {**scored, **_errors(doc, doc["farthest"], parsed=False)} if failed else scored
 
 
-def _errors(doc: Mapping[str, Any], off: float, *, parsed: bool) -> dict[str, float]:
-    error = min(off, doc["farthest"])
+def _errors(doc: Mapping[str, Any], uncapped: float, *, parsed: bool) -> dict[str, float]:
+    error = min(uncapped, doc["farthest"])
     return {"abs_error": error, "skill": 1 - error / doc["deviation"], "parse_rate": float(parsed)}

@@ -1,10 +1,10 @@
-"""Rows of the tabular suite: a held-out row of a table is asked for, other rows of the table are its examples.
+"""Rows of the tabular suite: predict the target of a held-out row from in-context examples of its table.
 
 The tables ship with scikit-learn. A line of the context is a training row, `feature: value; … -> target`; the question
-is a held-out row in the same form. Which rows are shown is the run's choice, `retriever=`: `knn` takes the nearest
-training rows by Euclidean distance on standardised features and shows the nearest last (after LoCalPFN, Thomas et al.
-2024, which fine-tunes on such neighbourhoods); `random` takes any, drawn anew for every question. As many are shown as
-fit the length. A context grows by whole rows, so a table has only lengths of which 2% are more than a row of it.
+is a held-out row in the same format. Examples are selected by `retriever=`: `knn` for the nearest training rows by
+Euclidean distance on standardised features, the nearest last (after LoCalPFN, Thomas et al. 2024, which fine-tunes on
+such neighbourhoods); `random` for rows drawn separately for every question. A context has as many as fit the length, as
+whole rows, so a dataset only has lengths of which 2% exceed one row.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from lceval.errors import UserError
-from lceval.tasks.build import Plan, Request
+from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.compose import Contract
 from lceval.tasks.rows import Document, Row
 
@@ -26,19 +26,22 @@ if TYPE_CHECKING:
     import numpy as np
 
 ARROW = " -> "
-"""Between the features of a row and its target."""
+"""Separator between the features of a row and its target."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table, cut into the rows that are asked for and those that may be shown.
+    """A table, split into held-out rows (questions) and training rows (examples).
 
     Attributes:
-        features: [rows, columns] float64, as scikit-learn has them.
-        targets: the class's number, or the value.
-        classes: names of the classes; none for regression.
-        held_out: numbers of the rows that are asked for.
-        training: numbers of the others.
+        name: dataset name in scikit-learn.
+        columns: feature names.
+        features: [rows, columns] float64.
+        targets: [rows] float64, class index or value.
+        classes: class names; empty for regression.
+        digits: significant digits of printed features.
+        held_out: indices of the held-out rows.
+        training: indices of the training rows.
     """
 
     name: str
@@ -52,43 +55,43 @@ class Table:
 
     @property
     def identity(self) -> str:
-        """The table by its content: it comes with whatever scikit-learn is installed."""
+        """Name and content hash: the table depends on the installed scikit-learn."""
         digest = hashlib.sha256(self.features.tobytes() + self.targets.tobytes())
         digest.update("\n".join(self.columns + self.classes).encode())
         return f"scikit-learn {self.name} sha256:{digest.hexdigest()[:16]}"
 
-    def said(self, number: int) -> str:
-        """The features of a row."""
+    def features_text(self, number: int) -> str:
+        """Features of a row as text."""
         values = (_rounded(value, self.digits) for value in self.features[number].tolist())
         return "; ".join(f"{column}: {value}" for column, value in zip(self.columns, values, strict=True))
 
     def target(self, number: int) -> str:
-        """The target of a row, as the context and the answer have it."""
+        """Target of a row as text."""
         value = self.targets[number].item()
         return self.classes[int(value)] if self.classes else f"{value:g}"
 
     def line(self, number: int) -> str:
-        """A row as an example."""
-        return f"{self.said(number)}{ARROW}{self.target(number)}"
+        """A row as an in-context example."""
+        return f"{self.features_text(number)}{ARROW}{self.target(number)}"
 
     def question(self, number: int) -> str:
-        """A row without its target; in its place stand the classes."""
+        """A row with the list of classes in place of its target."""
         *others, last = self.classes or ("",)
         options = f"{', '.join(others)} or {last}" if others else last
-        return f"{self.said(number)}{ARROW}{options}?"
+        return f"{self.features_text(number)}{ARROW}{options}?"
 
 
 def _rounded(value: float, digits: int) -> str:
-    """A value with so many significant digits, never in scientific notation."""
+    """Format with `digits` significant digits, never in scientific notation."""
     return f"{float(f'{value:.{digits}g}'):f}".rstrip("0").rstrip(".")
 
 
-def rows(request: Request) -> Plan:
-    """The held-out rows of the dataset's table, each with the examples that the run's retriever chooses."""
+def rows(request: Request) -> RowPlan:
+    """Held-out rows of the dataset's table, each with the examples of the run's retriever."""
     retriever = _retriever(request)
     table = load(request.dataset.options, request.seed)
     inputs = {"source": table.identity, "retriever": retriever}
-    return Plan(inputs, lambda: _rows(request, table, retriever))
+    return RowPlan(inputs, lambda: _rows(request, table, retriever))
 
 
 def _retriever(request: Request) -> str:
@@ -97,35 +100,35 @@ def _retriever(request: Request) -> str:
         return allowed[0]
     if metadata["retriever"] not in allowed:
         raise UserError(
-            f"{request.task} has no retriever={metadata['retriever']!r}: it has {' and '.join(allowed)}, which choose "
-            "the rows that are shown."
+            f"{request.task} does not support retriever={metadata['retriever']!r} for selecting examples: "
+            f"expected one of {', '.join(allowed)}."
         )
     if (kind := metadata.get("context", "full")) != "full":
-        raise UserError(f"{request.task}: retriever= goes with context=full; here context={kind}.")
+        raise UserError(f"{request.task}: retriever= requires context=full, got context={kind}.")
     return str(metadata["retriever"])
 
 
 def load(options: Mapping[str, Any], seed: int) -> Table:
-    """The table that a dataset's options name, split by the seed; classes keep their shares in both parts."""
+    """Load the table of a dataset's options and split it by the seed, stratified by class."""
     import numpy as np
     from sklearn import datasets  # heavy
     from sklearn.model_selection import train_test_split
 
     name = options["table"]
-    more = {"scaled": False} if name == "diabetes" else {}  # scikit-learn scales this one unless told not to
-    bunch = getattr(datasets, f"load_{name}")(**more)
-    classes = tuple(_plain(str(of)) for of in bunch.get("target_names", ()))
+    options_of_loader = {"scaled": False} if name == "diabetes" else {}  # scikit-learn scales this table by default
+    bunch = getattr(datasets, f"load_{name}")(**options_of_loader)
+    classes = tuple(_plain(str(name)) for name in bunch.get("target_names", ()))
     targets = np.ascontiguousarray(bunch.target, dtype=np.float64)
     training, held_out = train_test_split(
         np.arange(len(targets)),
         test_size=options["held_out"],
         stratify=targets if classes else None,
-        # any whole number is a seed of ours; scikit-learn takes 32 bits
+        # our seeds are arbitrary integers; scikit-learn takes 32 bits
         random_state=random.Random(f"{name} {seed}").randrange(2**32),
     )
     return Table(
         name=name,
-        columns=tuple(_plain(str(of)) for of in bunch.feature_names[: options["columns"]]),
+        columns=tuple(_plain(str(name)) for name in bunch.feature_names[: options["columns"]]),
         features=np.ascontiguousarray(bunch.data[:, : options["columns"]], dtype=np.float64),
         targets=targets,
         classes=classes,
@@ -136,32 +139,32 @@ def load(options: Mapping[str, Any], seed: int) -> Table:
 
 
 def _plain(name: str) -> str:
-    """A name as a person would write it: no underscores, no unit in brackets."""
+    """Readable name: no underscores, no unit in brackets."""
     return re.sub(r" \(.*\)", "", name).replace("_", " ")
 
 
 def nearest(table: Table) -> dict[int, list[int]]:
-    """By held-out row: all training rows, the nearest first; of equally near ones the earlier first."""
+    """Held-out row -> all training rows, the nearest first; ties keep the order of the table."""
     import faiss
     import numpy as np
 
-    shown = table.features[list(table.training)]
-    spread = shown.std(axis=0)
-    spread[spread == 0] = 1.0  # a constant column tells no row from another
-    scaled = ((table.features - shown.mean(axis=0)) / spread).astype(np.float32)
-    index = faiss.IndexFlatL2(scaled.shape[1])
-    index.add(scaled[list(table.training)])
-    found = {}
+    training = table.features[list(table.training)]
+    deviation = training.std(axis=0)
+    deviation[deviation == 0] = 1.0  # a constant column does not affect distances
+    scaled = ((table.features - training.mean(axis=0)) / deviation).astype(np.float32)
+    faiss_index = faiss.IndexFlatL2(scaled.shape[1])
+    faiss_index.add(scaled[list(table.training)])
+    nearest_rows = {}
     for number in table.held_out:
-        # One at a time: for a batch faiss multiplies matrices, and rows that are equal come out at unequal distances.
-        distances, places = index.search(scaled[number : number + 1], len(table.training))
-        ranked = sorted(zip(distances[0].tolist(), places[0].tolist(), strict=True))
-        found[number] = [table.training[place] for _, place in ranked]
-    return found
+        # One at a time: for batches faiss uses matrix products, which give equal rows unequal distances.
+        distances, indices = faiss_index.search(scaled[number : number + 1], len(table.training))
+        ranked = sorted(zip(distances[0].tolist(), indices[0].tolist(), strict=True))
+        nearest_rows[number] = [table.training[index] for _, index in ranked]
+    return nearest_rows
 
 
-def drawn(table: Table, seed: int) -> dict[int, list[int]]:
-    """By held-out row: all training rows in an order of its own."""
+def random_order(table: Table, seed: int) -> dict[int, list[int]]:
+    """Held-out row -> all training rows in random order."""
     return {
         number: random.Random(f"{table.name} {seed} {number}").sample(table.training, len(table.training))
         for number in table.held_out
@@ -169,16 +172,16 @@ def drawn(table: Table, seed: int) -> dict[int, list[int]]:
 
 
 def _rows(request: Request, table: Table, retriever: str) -> list[Row]:
-    orders = nearest(table) if retriever == "knn" else drawn(table, request.seed)
-    meter, limit = request.fitted
+    orders = nearest(table) if retriever == "knn" else random_order(table, request.seed)
+    meter, limit = request.meter_and_limit
     lines = {number: table.line(number) for number in table.training}
     costs = dict(zip(lines, meter.pieces([f"{line}\n" for line in lines.values()]), strict=True))
-    more = _scale(table)
-    made = []
+    scorer_fields = _scorer_fields(table)
+    built_rows = []
     for number, order in orders.items():
         question = table.question(number)
         length, docs = _fitted(request, question, order, lines, costs)
-        made.append(
+        built_rows.append(
             request.row(
                 id=f"{request.dataset.dataset}-{number}",
                 question=question,
@@ -188,32 +191,33 @@ def _rows(request: Request, table: Table, retriever: str) -> list[Row]:
                 cluster=f"{request.dataset.dataset}-{number}-{limit // 1024}k",
                 length_tokens=length,
                 source=table.identity,
-                **more(number),
+                **scorer_fields(number),
             )
         )
-    return made
+    return built_rows
 
 
-def _scale(table: Table) -> Callable[[int], dict[str, Any]]:
-    """What the scorer wants to know of a row besides its target."""
+def _scorer_fields(table: Table) -> Callable[[int], dict[str, Any]]:
+    """Return a function of a row that returns the scorer's additional fields."""
     if table.classes:
         return lambda number: {"classes": list(table.classes)}
-    known = table.targets[list(table.training)].tolist()
-    middle = median(known)
-    deviation = fmean(abs(value - middle) for value in known)
+    training_targets = table.targets[list(table.training)].tolist()
+    middle = median(training_targets)
+    deviation = fmean(abs(value - middle) for value in training_targets)
 
-    def of(number: int) -> dict[str, Any]:
+    def fields(number: int) -> dict[str, Any]:
         target = table.targets[number].item()
-        return {"target": target, "deviation": deviation, "farthest": max(abs(value - target) for value in known)}
+        farthest = max(abs(value - target) for value in training_targets)
+        return {"target": target, "deviation": deviation, "farthest": farthest}
 
-    return of
+    return fields
 
 
 def _fitted(
     request: Request, question: str, order: Sequence[int], lines: dict[int, str], costs: dict[int, int]
 ) -> tuple[int, list[Document]]:
-    """The first rows of an order, as many as fit; the first of them is shown last."""
-    _, limit = request.fitted
+    """Total and documents of as many rows of `order` as fit, in reverse: the first of the order is last."""
+    _, limit = request.meter_and_limit
     name = request.dataset.dataset
 
     def docs(count: int) -> list[Document]:
@@ -223,21 +227,21 @@ def _fitted(
     def total(count: int) -> int:
         return request.totals(docs(count), [question])[0]
 
-    # Costs of lines add up to the prompt's tokens but for a few, so the estimate is nearly always the answer.
+    # Token counts of lines add up to the prompt's tokens but for a few, so this estimate is rarely corrected.
     spent = accumulate(costs[number] for number in order)
     count = sum(cost <= limit - total(0) for cost in spent)
     while count and total(count) > limit:
         count -= 1
     while count < len(order) and total(count + 1) <= limit:
         count += 1
-    if not Contract.promised(limit).holds([total(count)]):
+    if not Contract.guaranteed(limit).allows([total(count)]):
         if count == len(order):
             raise UserError(
-                f"{request.task} needs {limit} tokens and all {count} training rows of {name} come to {total(count)} "
-                "with this tokenizer: choose a shorter task."
+                f"{request.task} requires {limit} tokens, and all {count} training rows of {name} are {total(count)} "
+                "tokens of this tokenizer: choose a shorter task."
             )
         raise UserError(
-            f"{request.task} cannot come within 2% of {limit} tokens of this tokenizer with whole rows of "
+            f"{request.task} cannot reach {limit} tokens of this tokenizer within 2% with whole rows of "
             f"{name}: choose a longer task."
         )
     return total(count), docs(count)

@@ -1,4 +1,4 @@
-"""The page in a real browser: it sorts and searches, asks for nothing, and runs nothing that a run wrote."""
+"""The page in a real browser: sorting, search, no network access, and no script from a run."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def run_folder(folder, recipe, answer, n=60, step=2):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
+def test_the_page_works_offline_and_runs_no_script_from_a_run(tmp_path):
     from playwright.sync_api import sync_playwright
 
     runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL, step=4)]
@@ -48,8 +48,8 @@ def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
         tab = browser.new_page(viewport={"width": 375, "height": 800})
-        asked, errors = [], []
-        tab.on("request", lambda request: asked.append(request.url))
+        requests, errors = [], []
+        tab.on("request", lambda request: requests.append(request.url))
         tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(html.as_uri())
@@ -58,8 +58,8 @@ def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
             "[...document.querySelectorAll('.plot')].filter(p => p.querySelector('.main-svg')).map(p => p.id)"
         )
         assert drawn == ["memory", "retention", "evidence"]
-        assert "No task here was run at two lengths." in tab.inner_text("#plots")
-        assert "50.0 [" in tab.inner_text("#board")  # half of the answers of `full` are kept
+        assert "No task was run at two lengths." in tab.inner_text("#plots")
+        assert "50.0 [" in tab.inner_text("#board")  # retention: half of the score of `full`
         tab.click("#board th button >> text=recipe")
         assert "knorm:0.5" in tab.inner_text("#board tr:nth-child(2)")
         tab.check("#every")
@@ -85,4 +85,4 @@ def test_the_page_works_offline_and_runs_nothing_that_a_run_wrote(tmp_path):
         assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
         browser.close()
     assert errors == []
-    assert all(url.startswith(("file:", "data:", "blob:")) for url in asked)
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)

@@ -1,4 +1,4 @@
-"""The benches as a person runs them, on the real model and few tokens."""
+"""The benchmark commands on the real model and few tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def lceval(capsys: pytest.CaptureFixture[str]) -> Any:
     return run
 
 
-def test_decode_sets_every_side_beside_hf_and_full(lceval: Any) -> None:
+def test_decode_compares_every_side_with_hf_and_full(lceval: Any) -> None:
     small = ("--tokens", "200", "--new-tokens", "2", "--rounds", "1", "--json")
     code, out, _ = lceval("bench", "decode", "--kv", "snapkv:100", "--kv", "int4", *small)
     assert code == 0
@@ -43,7 +43,7 @@ def test_decode_sets_every_side_beside_hf_and_full(lceval: Any) -> None:
     assert report["machine"]["threads"] >= 1
 
 
-def test_eval_answers_under_each_recipe_and_goes_on_from_its_file(lceval: Any, tmp_path: Path) -> None:
+def test_eval_answers_under_each_recipe_and_resumes_from_its_file(lceval: Any, tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     line = ("bench", "eval", "--task", "lc_filings_ao_1k", "--contexts", "1", "--kv", "knorm:0.5", "--kv", "int8")
     line = (*line, "--diagnose", "gold", "--no-hf", "--output", str(file), "--json")
@@ -57,7 +57,7 @@ def test_eval_answers_under_each_recipe_and_goes_on_from_its_file(lceval: Any, t
     assert sides["int8"]["gold_nll"]["mean"] == pytest.approx(sides["full"]["gold_nll"]["mean"], rel=0.05)
     assert sides["full"]["same_as_full"] == 1.0
     assert report["speedup_vs_full"] == sides["int8"]["speedup_vs_full"]
-    # The file is the result: cut short, the same line runs what is missing and nothing else.
+    # With a truncated file, the same command runs exactly the missing samples.
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + 3 * report["samples"]
     file.write_text("\n".join(lines[: 1 + 2 * report["samples"]]) + "\n")
@@ -66,10 +66,10 @@ def test_eval_answers_under_each_recipe_and_goes_on_from_its_file(lceval: Any, t
     resumed = {side["kv"]: side for side in json.loads(again)["sides"]}
     assert resumed["full"] == sides["full"]
     assert resumed["int8"]["gold_nll"]["mean"] == pytest.approx(sides["int8"]["gold_nll"]["mean"], abs=1e-4)
-    # Another question's results are not mixed in.
+    # Results of other settings are not mixed in.
     code, _, err = lceval(*line[:-2], str(file), "--query-aware")
     assert code == 2
-    assert "name another --output" in err
+    assert "choose another --output" in err
 
 
 def test_eval_against_hf_gives_the_same_choices(lceval: Any, data_folder: Path) -> None:
@@ -84,7 +84,7 @@ def test_eval_against_hf_gives_the_same_choices(lceval: Any, data_folder: Path) 
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (("decode", "--kv", "snpkv:0.5"), "did you mean 'snapkv'"),
         (("decode", "--tokens", "9000"), "do not fit the model's 8192"),
@@ -92,15 +92,15 @@ def test_eval_against_hf_gives_the_same_choices(lceval: Any, data_folder: Path) 
         (("eval", "--task", "lc_icr"), "a group is not one task"),
     ],
 )
-def test_bad_input_gets_one_line(lceval: Any, line: tuple[str, ...], said: str) -> None:
+def test_bad_input_gets_one_line(lceval: Any, line: tuple[str, ...], message: str) -> None:
     code, out, err = lceval("bench", *line)
     assert code == 2
     assert out == ""
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("template", "said"), [(True, "assistant\nAnswer:"), (False, "? Answer:")])
-def test_a_reply_may_be_begun(lcft: Any, template: bool, said: str) -> None:
+@pytest.mark.parametrize(("template", "ending"), [(True, "assistant\nAnswer:"), (False, "? Answer:")])
+def test_a_prompt_can_contain_the_beginning_of_the_reply(lcft: Any, template: bool, ending: str) -> None:
     _, groups = requests_of("lc_filings_ao_1k", packaged.NAME, lcft(), template, None, "Answer:")
     assert groups
-    assert all(request.args[0].endswith(said) for requests in groups.values() for request in requests)
+    assert all(request.args[0].endswith(ending) for requests in groups.values() for request in requests)

@@ -1,4 +1,4 @@
-"""The gate on real runs: damage done to the model's cache is found by gold_nll, and an honest change is not."""
+"""The gate on real runs: gold_nll detects damage to the KV cache, and passes 8-bit quantization."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lceval.models.policies import SnapKV
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
 TASK, RECIPE = "lc_filings_ao_1k", "snapkv:0.9"
-# Six contexts of about 1k tokens with four questions each: the least that gold_nll can pass.
+# Six contexts of about 1k tokens with four questions each: the minimum with which gold_nll can pass.
 LIMIT = 24
 GATE = 0.2
 
 
 @pytest.fixture(scope="module")
 def evaluate(tmp_path_factory: pytest.TempPathFactory, lcft_model: Any, smollm2: str) -> Callable[..., Path]:
-    """A function that lets lm-eval evaluate the task and write its folder, as `lm_eval --output_path` does."""
+    """A function that evaluates the task with lm-eval and writes a folder as `lm_eval --output_path` does."""
     from lm_eval import simple_evaluate
     from lm_eval.loggers import EvaluationTracker
     from lm_eval.tasks import TaskManager
@@ -39,7 +39,7 @@ def evaluate(tmp_path_factory: pytest.TempPathFactory, lcft_model: Any, smollm2:
             model=LCFT(lcft_model, kv=kv, tokenizer=smollm2, diagnose="gold", batch_size=4),
             tasks=[TASK],
             limit=LIMIT,
-            # What is gated on is predicted, not generated.
+            # gold_nll needs no generation.
             gen_kwargs="max_gen_toks=1",
             apply_chat_template=True,
             task_manager=manager,
@@ -59,7 +59,7 @@ def sound(evaluate: Callable[..., Path]) -> Path:
     return evaluate("sound")
 
 
-def judged(base: Path, new: Path) -> TaskCheck:
+def checked(base: Path, new: Path) -> TaskCheck:
     (task,) = check(baseline.read(base)[0], baseline.read(new)[0], gate=GATE, metric="gold_nll").tasks
     assert (task.n, task.clusters) == (LIMIT, 6)
     return task
@@ -70,24 +70,24 @@ def test_keeping_the_worst_slots_instead_of_the_best_fails_the_gate(
 ) -> None:
     scores = SnapKV.scores
     monkeypatch.setattr(SnapKV, "scores", lambda self, layer: -scores(self, layer))
-    task = judged(sound, evaluate("inverted"))
+    task = checked(sound, evaluate("inverted"))
     assert (task.verdict, task.new > task.base) == ("regression", True), task
 
 
-def test_keys_and_queries_that_are_not_turned_by_their_positions_fail_the_gate(
+def test_keys_and_queries_without_rotary_embedding_fail_the_gate(
     evaluate: Callable[..., Path], sound: Path, lcft_model: Any
 ) -> None:
-    speeds = lcft_model.model.rotary_emb.inv_freq
-    right = speeds.clone()
-    speeds.zero_()
+    frequencies = lcft_model.model.rotary_emb.inv_freq
+    original = frequencies.clone()
+    frequencies.zero_()
     try:
-        task = judged(sound, evaluate("unturned"))
+        task = checked(sound, evaluate("no-rotary"))
     finally:
-        speeds.copy_(right)
+        frequencies.copy_(original)
     assert (task.verdict, task.new > task.base) == ("regression", True), task
 
 
-def test_a_store_of_8_bits_passes_the_gate(evaluate: Callable[..., Path], sound: Path) -> None:
-    task = judged(sound, evaluate("int8", f"{RECIPE}+int8"))
+def test_8_bit_quantization_passes_the_gate(evaluate: Callable[..., Path], sound: Path) -> None:
+    task = checked(sound, evaluate("int8", f"{RECIPE}+int8"))
     assert task.verdict == "pass", task
     assert task.reason != "identical outputs"

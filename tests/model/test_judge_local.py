@@ -1,4 +1,4 @@
-"""A local model as the judge: its verdict is the label that it holds most likely, however the labels are tokenised."""
+"""A local model as the judge: its verdict is the most likely label under any tokenization."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ SHORT = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    made = judges.make("hf:smollm2-135m", timeout=1, max_tokens=4)
-    yield made
-    made.close()
+    loaded = judges.make("hf:smollm2-135m", timeout=1, max_tokens=4)
+    yield loaded
+    loaded.close()
 
 
 @torch.inference_mode()
@@ -39,26 +39,26 @@ def log_likelihood(judge: Any, prompt: rubrics.Prompt, before: str, label: str) 
 
 
 @pytest.mark.parametrize("name", ["financebench", "rj", "relevance"])
-def test_each_label_is_scored_as_without_a_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
+def test_label_scores_match_a_pass_without_cache_and_the_best_is_the_verdict(judge: Any, name: str) -> None:
     rubric = rubrics.load(name)
     prompt = SHORT
     reply = judge.ask(rubric, CASE, prompt)
-    found = json.loads(reply.text)
+    grades = json.loads(reply.text)
     before = "{"
     for place, (field, labels) in enumerate(rubric.labels.items()):
         before += ", " * bool(place) + f'"{field}":'
         expected = {str(label): log_likelihood(judge, prompt, before, json.dumps(label)) for label in labels}
-        # Labels are compared on what they do not share: a common first token moves all by the same amount.
+        # Differences are compared, because a common first token shifts all labels equally.
         first = next(iter(expected))
         for label in expected:
-            ours = found[SCORES][field][label] - found[SCORES][field][first]
+            ours = grades[SCORES][field][label] - grades[SCORES][field][first]
             assert ours == pytest.approx(expected[label] - expected[first], abs=2e-3)  # fp32, other summation order
-        assert str(found[field]) == max(expected, key=expected.__getitem__)
-        before += f" {json.dumps(found[field])}"
-    assert verdicts.parse(rubric, reply.text) == {field: found[field] for field in rubric.labels}
+        assert str(grades[field]) == max(expected, key=expected.__getitem__)
+        before += f" {json.dumps(grades[field])}"
+    assert verdicts.parse(rubric, reply.text) == {field: grades[field] for field in rubric.labels}
 
 
-def test_a_rating_is_generated_and_a_reply_at_its_limit_is_cut(judge: Any) -> None:
+def test_a_rating_is_generated_and_a_reply_at_its_limit_is_marked_as_truncated(judge: Any) -> None:
     rubric = rubrics.load("loong")
     reply = judge.ask(rubric, CASE, SHORT)
     assert reply.cut == (reply.tokens_out == 4)
@@ -67,31 +67,33 @@ def test_a_rating_is_generated_and_a_reply_at_its_limit_is_cut(judge: Any) -> No
     assert len(judge.revision) == 16
 
 
-def test_a_prompt_that_the_judge_cannot_read_is_refused_and_never_cut(judge: Any) -> None:
+def test_a_prompt_beyond_the_context_window_is_refused_and_never_truncated(judge: Any) -> None:
     rubric = rubrics.load("financebench")
     case = Case("Q?", ("G",), "word " * 9000)
-    with pytest.raises(RefusedError, match="the judge reads 8192"):
+    with pytest.raises(RefusedError, match="the judge's limit is 8192"):
         judge.ask(rubric, case, rubrics.render(rubric, case, limit=10**6))
 
 
-def test_a_model_that_is_not_there_is_one_line() -> None:
+def test_a_missing_model_is_one_line() -> None:
     with pytest.raises(UserError, match="cannot load the judge '/no/such/model'") as raised:
         judges.make("hf:/no/such/model", timeout=1)
     assert "\n" not in str(raised.value)
 
 
-def test_a_local_judge_of_a_run_is_a_process_of_its_own_and_files_its_replies(
+def test_a_local_judge_of_a_run_is_a_subprocess_and_stores_its_replies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lceval.judge.local import LocalJudge
 
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
-    # The child has the real one.
-    monkeypatch.setattr(LocalJudge, "__init__", lambda *_, **__: pytest.fail("loaded beside the evaluated model"))
-    report, verdicts = inrun._apart([("rj", [CASE])], "hf:smollm2-135m")
+    # The subprocess has the real class.
+    monkeypatch.setattr(
+        LocalJudge, "__init__", lambda *_, **__: pytest.fail("loaded in the process of the evaluated model")
+    )
+    report, verdicts = inrun._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")
     ((verdict,),) = verdicts
     assert verdict.grades is not None
     assert set(verdict.grades) == {"reasoning", "grounding", "answer"}
     assert (report["judge"], report["reused"]) == ("hf:smollm2-135m", 0)
     assert report["revision"]
-    assert inrun._apart([("rj", [CASE])], "hf:smollm2-135m")[0]["reused"] == 1
+    assert inrun._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")[0]["reused"] == 1

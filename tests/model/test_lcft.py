@@ -1,4 +1,4 @@
-"""The model wrapper on the real model: eviction, telemetry, sharing, and what it refuses."""
+"""The lcft model on the real model: eviction, telemetry, shared prefills, and refused input."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def test_a_quarter_is_a_quarter_of_the_bytes(lcft: Any, requests: list[Any], rec
         assert text.meta["kv"]["bytes_allocated"] < 0.3 * text.meta["kv_bytes_full"]
 
 
-def test_what_the_context_choice_shows_is_what_is_compressed(lcft: Any, instances: Any) -> None:
+def test_the_context_setting_determines_what_is_compressed(lcft: Any, instances: Any) -> None:
     model = lcft("snapkv:0.5", diagnose="gold")
-    shown = {}
+    texts = {}
     for name, metadata in {
         "full": {},
         "gold": {"context": "gold"},
         "rag": {"context": "rag", "retriever": "bm25", "chunk": 64, "budget": 128},
         "none": {"context": "none"},
     }.items():
-        (shown[name],) = model.generate_until(instances("lc_filings_ao_1k", 1, **metadata))
-    sizes = {name: text.meta["kv_bytes_full"] for name, text in shown.items()}
+        (texts[name],) = model.generate_until(instances("lc_filings_ao_1k", 1, **metadata))
+    sizes = {name: text.meta["kv_bytes_full"] for name, text in texts.items()}
     assert sizes["none"] < sizes["rag"] < sizes["full"]
     assert sizes["none"] < sizes["gold"] < sizes["full"]
-    # Half of all slots, and the gold passage is all of the context but its instruction.
-    assert 0.45 < shown["gold"].meta["gold_kept"] < 0.6
-    assert shown["none"].meta["gold_kept"] is None
-    assert all(text.meta["gold_nll"] > 0 for text in shown.values())
-    # A row that shows nothing lacks nothing: no warning, nothing counted.
+    # Half of all slots, and the context is the gold passage and its instruction.
+    assert 0.45 < texts["gold"].meta["gold_kept"] < 0.6
+    assert texts["none"].meta["gold_kept"] is None
+    assert all(text.meta["gold_nll"] > 0 for text in texts.values())
+    # With context=none no boundary is missing: no warning and no count.
     assert model.totals["no_boundary"] == 0
-    assert shown["none"].meta["kv"]["kept_share"] == 1
+    assert texts["none"].meta["kv"]["kept_share"] == 1
 
 
 def test_full_keeps_every_byte(lcft: Any, requests: list[Any]) -> None:
@@ -59,9 +59,9 @@ def test_full_keeps_every_byte(lcft: Any, requests: list[Any]) -> None:
     assert text.meta["kv"]["kept_tokens"] == [{"min": tokens, "mean": tokens, "max": tokens}] * 30
 
 
-def test_each_context_is_read_once_and_charged_to_its_first_question(lcft: Any, requests: list[Any]) -> None:
+def test_each_context_is_prefilled_once_and_charged_to_its_first_question(lcft: Any, requests: list[Any]) -> None:
     model = lcft("snapkv:0.5")
-    # Interleaved, so that grouping has something to do.
+    # Interleaved, so that requests must be grouped.
     order = [requests[i] for i in (0, 4, 1, 5, 2, 6)]
     metas = [text.meta["kv"] for text in model.generate_until(order)]
     assert model.totals["contexts"] == 2
@@ -75,13 +75,12 @@ def test_the_context_ends_where_the_documents_do(lcft: Any, requests: list[Any])
     model = lcft()
     prompt = requests[0].args[0]
     job = model._job(0, requests[0], prompt, model.tok_encode(prompt), None)
-    assert job.found
+    assert job.has_context
     assert model.tok_decode(list(job.context), skip_special_tokens=False).endswith(requests[0].doc["context"])
     assert requests[0].doc["question"] in model.tok_decode(list(job.question))
 
 
-def test_a_document_is_compressed_before_the_question_is_seen(lcft: Any, requests: list[Any]) -> None:
-    """Question-agnostic: the kept slots do not depend on the question."""
+def test_query_agnostic_compression_does_not_depend_on_the_question(lcft: Any, requests: list[Any]) -> None:
     model = lcft("snapkv:0.25")
     jobs = [model._job(0, r, r.args[0], model.tok_encode(r.args[0]), None) for r in requests[:2]]
     assert jobs[0].question != jobs[1].question
@@ -118,12 +117,12 @@ def test_a_prompt_whose_context_is_not_found_runs_uncompressed_and_is_counted(lc
 
 def test_a_prompt_of_one_token_has_no_context(lcft: Any, hf: Any) -> None:
     one = Instance("loglikelihood", {}, ("", " Paris is a city"), 0)
-    ours = lcft("snapkv:0.25").loglikelihood([one])
-    assert ours[0].meta["kv_bytes"] == 0
-    assert ours[0][0] == pytest.approx(hf.loglikelihood([one], disable_tqdm=True)[0][0], abs=1e-4)
+    scores = lcft("snapkv:0.25").loglikelihood([one])
+    assert scores[0].meta["kv_bytes"] == 0
+    assert scores[0][0] == pytest.approx(hf.loglikelihood([one], disable_tqdm=True)[0][0], abs=1e-4)
 
 
-def test_an_overlong_prompt_stops_the_run_before_anything_is_read(lcft: Any, requests: list[Any]) -> None:
+def test_an_overlong_prompt_stops_the_run_before_the_first_prefill(lcft: Any, requests: list[Any]) -> None:
     model = lcft(max_length=512)
     with pytest.raises(UserError, match=r"8 of 8 prompts do not fit the model's 512 tokens: lc_filings_ao_1k \(8x"):
         model.generate_until(requests)
@@ -144,29 +143,29 @@ def test_skip_records_the_overlong_as_errors_and_runs_the_rest(lcft: Any, reques
 
 
 @pytest.mark.parametrize("where", ["middle", "end"])
-def test_cutting_is_recorded_and_leaves_the_question_whole(lcft: Any, requests: list[Any], where: str) -> None:
+def test_truncation_is_recorded_and_leaves_the_question_whole(lcft: Any, requests: list[Any], where: str) -> None:
     (text,) = lcft(max_length=512, overlong=where).generate_until(requests[:1])
     assert text.meta["kv"]["truncated"]
     assert text.meta["kv"]["context_tokens"] < 512
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"kv": "snapvk:0.5"}, "did you mean 'snapkv'"),
         ({"overlong": "cut"}, "one of error, middle, end, skip"),
-        ({"attn": "triton"}, "attn=triton needs triton and a CUDA device, and this is cpu"),
+        ({"attn": "triton"}, "attn=triton requires triton and a CUDA device, got cpu"),
         ({"attn": "flash"}, "one of auto, torch, triton"),
         ({"prefill_chunk": -1}, "a number of tokens, or 0"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),
-        ({"attn_implementation": "sdpa"}, "brings its own attention"),
+        ({"attn_implementation": "sdpa"}, "lcft sets attn_implementation itself"),
         ({"kvv": "full"}, "unknown model argument 'kvv': did you mean 'kv'"),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line(smollm2: str, arguments: dict[str, Any], said: str) -> None:
+def test_bad_arguments_are_refused_in_one_line(smollm2: str, arguments: dict[str, Any], message: str) -> None:
     from lceval.models.lcft import LCFT
 
-    with pytest.raises(UserError, match=said) as refusal:
+    with pytest.raises(UserError, match=message) as refusal:
         LCFT(pretrained=smollm2, device="cpu", **arguments)
     assert "\n" not in str(refusal.value)
 
@@ -201,7 +200,7 @@ def test_a_use_cache_file_of_another_recipe_is_refused(lcft: Any) -> None:
     hook = Hook()
     lcft("snapkv:0.5").set_cache_hook(hook)
     lcft("snapkv:0.5").set_cache_hook(hook)
-    with pytest.raises(UserError, match="name another file"):
+    with pytest.raises(UserError, match="use another file"):
         lcft("snapkv:0.25").set_cache_hook(hook)
     hook.dbdict = {"some-hash": "an answer that hf wrote"}
     with pytest.raises(UserError, match="another model"):

@@ -47,9 +47,9 @@ def test_a_missing_package_is_one_line_with_the_command(monkeypatch: pytest.Monk
         packaged.folder()
 
 
-def test_a_conversion_with_a_wrong_tokenizer_is_thrown_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_conversion_with_a_wrong_tokenizer_is_discarded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
     monkeypatch.setattr(packaged, "TOKEN_COUNTS", {"Hello world": 3})
-    with pytest.raises(packaged.InfrastructureError, match="came out wrong"):
+    with pytest.raises(packaged.InfrastructureError, match="converted tokenizer of smollm2-135m is wrong"):
         packaged.folder()
     assert list((tmp_path / "models").iterdir()) == []

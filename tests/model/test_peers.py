@@ -1,6 +1,6 @@
-"""Our kept tokens against those of kvpress 0.5.5 on the same text, model and budgets.
+"""The kept tokens against those of kvpress 0.5.5 on the same text, model and budgets.
 
-The fixture was made by tests/peers/kvpress_indices.py in an environment of its own; nothing of kvpress runs here.
+The fixture was written by tests/peers/kvpress_indices.py in a separate environment; kvpress does not run here.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.model
 PEERS = Path(__file__).parent.parent / "peers"
 FIXTURE = json.loads((PEERS / "kvpress-0.5.5.json").read_text())
 CASES = FIXTURE["cases"]
-# Tokens whose scores lie this near to the cut, relative to it, may fall on either side. With float32 sums in another
-# order (the context read in chunks of 307) scores there moved by 1.1e-5 at most, and two of them decide.
+# Tokens whose scores are within this relative distance of the threshold may be kept or evicted. With float32 sums in
+# another order (prefill in chunks of 307) scores there changed by at most 1.1e-5, and two of them are compared.
 TIE = 3e-5
 
 Compress = Callable[[str], CompressedContext]
@@ -34,7 +34,7 @@ Compress = Callable[[str], CompressedContext]
 
 @pytest.fixture(scope="module")
 def compressed(lcft_model: Any) -> Compress:
-    """A function from a recipe to the fixture's context under it; the context is read once for all recipes."""
+    """A function from a recipe to the fixture's context under it; the context is prefilled once for all recipes."""
     ids = torch.tensor([FIXTURE["ids"]])
     stats_spec = reduce(or_, (parse(recipe).stats_spec for recipe in CASES))
     prefill = Prefill.for_model(lcft_model, ids.shape[1], stats_spec)
@@ -53,8 +53,8 @@ def compressed(lcft_model: Any) -> Compress:
 
 
 def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]:
-    """Heads that kept other tokens than kvpress, ties at the cut aside."""
-    found = []
+    """Heads that kept other tokens than kvpress, except ties at the threshold."""
+    differences = []
     for layer, record in case["layers"].items():
         for head, (mask, near) in enumerate(zip(record["kept"], record["near"], strict=True)):
             bits = int(mask, 16)
@@ -62,8 +62,8 @@ def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]
             ours = set(context.layers[int(layer)].kept_positions(0, head).tolist())
             ties = {int(i) for i, distance in near.items() if distance < TIE}
             if wrong := (ours ^ theirs) - ties:
-                found.append(f"layer {layer} head {head}: {len(wrong)} of {len(theirs)}, first {min(wrong)}")
-    return found
+                differences.append(f"layer {layer} head {head}: {len(wrong)} of {len(theirs)}, first {min(wrong)}")
+    return differences
 
 
 @pytest.mark.parametrize("recipe", CASES)
@@ -76,7 +76,7 @@ def test_every_layer_keeps_as_many_tokens_as_in_kvpress(compressed: Compress, re
     ours = [list(layer.counts) for layer in compressed(recipe).layers]
     theirs = CASES[recipe]["counts"]
     if recipe.startswith("adakv"):
-        # A tie may pass a slot from one head to another, and only some layers' ties are on record.
+        # A tie can move a slot to another head, and the fixture has the ties of some layers only.
         ours, theirs = ([[sum(counts)] for counts in x] for x in (ours, theirs))
     assert ours == theirs
 
@@ -92,7 +92,7 @@ def test_every_layer_keeps_as_many_tokens_as_in_kvpress(compressed: Compress, re
         ("adakv:0.25:of=knorm", "adakv:0.25:of=knorm:floor=0.21"),
     ],
 )
-def test_a_slightly_different_method_is_noticed(compressed: Compress, recipe: str, other: str) -> None:
+def test_a_slightly_different_method_is_detected(compressed: Compress, recipe: str, other: str) -> None:
     assert disagreements(compressed(other), CASES[recipe]) != []
 
 

@@ -1,4 +1,4 @@
-"""`lceval run` as a user meets it: run folders, resuming after SIGKILL, refusals in one line."""
+"""`lceval run`: run folders, resuming after SIGKILL, errors in one line."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_resume_after_sigkill_reuses_finished_samples_and_gives_the_same_table(
     assert answered(folder) == 8
 
 
-def test_a_finished_run_is_shown_not_run_again_and_never_overwritten(uninterrupted: tuple[Path, str]) -> None:
+def test_a_finished_run_is_printed_not_repeated_and_never_overwritten(uninterrupted: tuple[Path, str]) -> None:
     folder, out = uninterrupted
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
     code, again, err = finish(["run", "--json", *SHORT, "--output_path", str(folder)])
@@ -89,12 +89,14 @@ def test_a_finished_run_is_shown_not_run_again_and_never_overwritten(uninterrupt
     code, out, err = finish(["run", *other, "--output_path", str(folder)])
     assert (code, out) == (2, "")
     assert (
-        err.strip().splitlines()[-1].startswith(f"lceval: error: {folder} holds another run (metadata.kv: 'snapkv:0.5'")
+        err.strip()
+        .splitlines()[-1]
+        .startswith(f"lceval: error: {folder} contains another run (metadata.kv: 'snapkv:0.5'")
     )
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
 
 
-def test_the_run_folder_holds_identity_results_and_samples_with_telemetry(uninterrupted: tuple[Path, str]) -> None:
+def test_the_run_folder_contains_identity_results_and_samples_with_telemetry(uninterrupted: tuple[Path, str]) -> None:
     folder, _ = uninterrupted
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
@@ -119,24 +121,24 @@ def test_the_run_folder_holds_identity_results_and_samples_with_telemetry(uninte
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--tasks", "lc_filing_ao_1k"], "unknown task 'lc_filing_ao_1k'; did you mean lc_filings_ao"),
         (["--model_args", "pretrained=smollm2-135m,kv=snapvk:0.5"], "did you mean 'snapkv'"),
         (["--model_args", "pretrained=smollm2-135m,kvv=full"], "unknown model argument 'kvv': did you mean 'kv'?"),
-        (["--model_args", "kv=full"], "say which model: --model_args pretrained=NAME"),
+        (["--model_args", "kv=full"], "pretrained is required: --model_args pretrained=NAME"),
         (
             ["--model_args", "pretrained=smollm2-135m,max_length=512"],
             "8 of 8 prompts do not fit the model's 512 tokens",
         ),
         (["--tasks", "lc_nqopen_ao_2k"], "LCEVAL_DATA"),
         (["--model", "lfct"], "unknown model 'lfct'; did you mean lcft"),
-        (["--use_cache", "x"], "leave --use_cache out"),
+        (["--use_cache", "x"], "--use_cache is not supported"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_exit_2(
+def test_bad_input_gives_one_line_and_exit_2(
     arguments: list[str],
-    said: str,
+    message: str,
     smollm2: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -149,20 +151,20 @@ def test_bad_input_ends_in_one_line_and_exit_2(
     assert code == 2, captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
-    last = captured.err.strip().splitlines()[-1]
-    assert last.startswith("lceval: error: ")
-    assert said in last
+    last_line = captured.err.strip().splitlines()[-1]
+    assert last_line.startswith("lceval: error: ")
+    assert message in last_line
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     assert invoke(["run", *SHORT, "--output_path", str(tmp_path)]) == 2
-    assert "holds files but no run.json" in capsys.readouterr().err
+    assert "contains files but no run.json" in capsys.readouterr().err
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 @pytest.mark.slow
-def test_lm_eval_itself_ends_with_the_line_that_says_it(tmp_path: Path) -> None:
+def test_plain_lm_eval_ends_with_the_error_message(tmp_path: Path) -> None:
     bad = [a.replace("snapkv", "snapvk") for a in SHORT]
     ran = subprocess.run([sys.executable, "-m", "lm_eval", *bad], capture_output=True, text=True, cwd=tmp_path)
     assert ran.returncode == 1
@@ -170,10 +172,10 @@ def test_lm_eval_itself_ends_with_the_line_that_says_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_lm_eval_itself_writes_samples_with_telemetry_and_the_prompts_of_hf(
+def test_plain_lm_eval_writes_samples_with_telemetry_and_the_prompts_of_hf(
     smollm2: str, data_folder: Path, tmp_path: Path
 ) -> None:
-    """The acceptance line of the README, and the same task under `--model hf`."""
+    """A plain lm_eval command, and the same task under `--model hf`."""
     common = ["--tasks", "lc_nqopen_ao_2k", "--apply_chat_template", "--log_samples", "--gen_kwargs", "max_gen_toks=4"]
     rows = {}
     for name, model, arguments, limit in (
@@ -192,7 +194,7 @@ def test_lm_eval_itself_writes_samples_with_telemetry_and_the_prompts_of_hf(
     assert all("kv" not in r for r in rows["hf"])
     assert [r["prompt_hash"] for r in rows["hf"]] == [r["prompt_hash"] for r in rows["ours"][:2]]
     assert [r["doc_hash"] for r in rows["hf"]] == [r["doc_hash"] for r in rows["ours"][:2]]
-    # The folder of both is a table: `hf` has the scores, ours also what they cost.
+    # Both runs are in the table of their folder: `hf` with scores, lcft also with costs.
     hf, ours = json.loads(table_text([tmp_path], "json"))["rows"]
     assert [(r["run"], r["model"], r["recipe"], r["n"]) for r in (hf, ours)] == [
         ("hf", "hf", "-", 2),

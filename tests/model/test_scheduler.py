@@ -1,4 +1,4 @@
-"""Batches, question-aware compression, diagnosis and contexts at hand, on the real model."""
+"""Batches, query-aware compression, diagnosis and cached contexts, on the real model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def requests(instances: Any) -> list[Any]:
-    """Eight questions on two contexts of about 1k tokens, answered in eight tokens."""
+    """Eight questions on two contexts of about 1k tokens, with at most eight new tokens."""
     built: list[Any] = instances("lc_filings_ao_1k", 8)
     for request in built:
         request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 8})
@@ -51,28 +51,28 @@ def test_a_batch_of_eight_gives_the_answers_of_hf(lcft: Any, hf: Any, requests: 
     ],
 )
 def test_a_batch_gives_the_answers_and_scores_of_single_questions(
-    lcft: Any, requests: list[Any], recipe: str, query_aware: str
+    lcft: Any, requests: list[Any], recipe: str, query_aware: bool
 ) -> None:
     few = [requests[i] for i in (0, 4, 1, 5)]
     alone, together = (lcft(recipe, query_aware=query_aware, batch_size=n) for n in (1, 4))
     texts = together.generate_until(few)
     assert texts == alone.generate_until(few)
     assert len({text.meta["kv"]["question_s"] for text in texts}) == 1
-    ours, theirs = together.loglikelihood(pairs(few)), alone.loglikelihood(pairs(few))
-    for (score, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
+    batched, single = together.loglikelihood(pairs(few)), alone.loglikelihood(pairs(few))
+    for (score, greedy), (expected, expected_greedy) in zip(batched, single, strict=True):
         assert score == pytest.approx(expected, abs=1e-3)
         assert greedy == expected_greedy
 
 
-def test_a_batch_that_was_seen_is_diagnosed_as_its_single_questions(lcft: Any, requests: list[Any]) -> None:
+def test_a_query_aware_batch_is_diagnosed_as_its_single_questions(lcft: Any, requests: list[Any]) -> None:
     few = [requests[i] for i in (0, 4, 1)]
     alone, together = (
         [text.meta for text in lcft("snapkv:0.5", query_aware=True, batch_size=n, diagnose="gold").generate_until(few)]
         for n in (1, 3)
     )
-    for ours, expected in zip(together, alone, strict=True):
-        assert ours["gold_nll"] == pytest.approx(expected["gold_nll"], abs=1e-3)
-        assert ours["gold_kept"] == expected["gold_kept"]
+    for measured, expected in zip(together, alone, strict=True):
+        assert measured["gold_nll"] == pytest.approx(expected["gold_nll"], abs=1e-3)
+        assert measured["gold_kept"] == expected["gold_kept"]
 
 
 def test_a_batch_is_charged_to_its_questions_in_equal_parts(lcft: Any, requests: list[Any]) -> None:
@@ -96,7 +96,7 @@ def test_sampling_draws_from_the_compressed_cache(lcft: Any, requests: list[Any]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_under_awareness_each_question_keeps_its_own_slots(lcft: Any, requests: list[Any]) -> None:
+def test_in_query_aware_mode_each_question_keeps_its_own_slots(lcft: Any, requests: list[Any]) -> None:
     kept: dict[str, set[float]] = {}
     for query_aware in (False, True):
         model = lcft("snapkv:0.25", query_aware=query_aware, diagnose="gold")
@@ -105,16 +105,16 @@ def test_under_awareness_each_question_keeps_its_own_slots(lcft: Any, requests: 
         for text in texts:
             assert text.meta["kv_bytes"] == pytest.approx(0.25 * text.meta["kv_bytes_full"], rel=0.02)
         kept[query_aware] = {text.meta["gold_kept"] for text in texts}
-    # Agnostic, the share of a document that survived is the same whoever asks.
+    # In query-agnostic mode the kept share of a document is the same for every question.
     assert len(kept[False]) <= len({r.doc["gold_pids"][0] for r in requests[:4]})
     assert len(kept[True]) == 4
 
 
-def test_awareness_changes_nothing_where_nothing_is_evicted(lcft: Any, requests: list[Any]) -> None:
+def test_query_awareness_changes_nothing_without_eviction(lcft: Any, requests: list[Any]) -> None:
     assert lcft("int8", query_aware=True).generate_until(requests[:2]) == lcft("int8").generate_until(requests[:2])
 
 
-def test_aware_scores_are_finite_and_of_the_compressed_cache(lcft: Any, requests: list[Any]) -> None:
+def test_query_aware_scores_are_finite_and_need_one_prefill(lcft: Any, requests: list[Any]) -> None:
     for score, _ in (model := lcft("tova:0.25", query_aware=True)).loglikelihood(pairs(requests[:2])):
         assert score < 0
     assert model.totals["contexts"] == 1
@@ -129,9 +129,9 @@ def test_gold_nll_is_the_likelihood_that_hf_gives_the_answer(lcft: Any, hf: Any,
         tokens = len(hf._encode_pair(prompt, answer)[1])
         assert meta["gold_kept"] == 1.0
         assert meta["gold_nll"] == pytest.approx(-score / tokens, abs=1e-4)
-    # Nothing is generated; and where the prompt begins the reply, it is not begun again.
-    for begun in ("", "Answer:"):
-        silent = [replace(r, arguments=(r.args[0] + begun, {**r.args[1], "max_gen_toks": 0})) for r in few]
+    # Nothing is generated; a reply prefix that ends the prompt is not repeated.
+    for prefix in ("", "Answer:"):
+        silent = [replace(r, arguments=(r.args[0] + prefix, {**r.args[1], "max_gen_toks": 0})) for r in few]
         for text, meta in zip(lcft("full", diagnose="gold", batch_size=3).generate_until(silent), metas, strict=True):
             assert text == ""
             assert text.meta["gold_nll"] == pytest.approx(meta["gold_nll"], abs=1e-4)
@@ -147,38 +147,40 @@ def test_diagnosis_changes_no_answer(lcft: Any, requests: list[Any]) -> None:
     assert all(0 <= text.meta["ndcg10"] <= 1 for text in diagnosed)
 
 
-def test_a_context_at_hand_is_not_read_again(lcft: Any, requests: list[Any]) -> None:
+def test_a_cached_context_is_not_prefilled_again(lcft: Any, requests: list[Any]) -> None:
     model = lcft("snapkv:0.5")
     model.generate_until(requests[:1])
     texts = model.generate_until(requests[1:2])
     scores = model.loglikelihood(pairs(requests[:2]))
     assert model.totals["contexts"] == 1
     assert all(r.meta["kv"]["shared_prefix"] and r.meta["kv"]["prefill_s"] == 0 for r in [*texts, *scores])
-    forgetful = lcft("snapkv:0.5", prefix_cache_gib=0)
-    forgetful.generate_until(requests[:1])
-    assert forgetful.generate_until(requests[1:2]) == texts
-    assert forgetful.totals["contexts"] == 2
+    uncached = lcft("snapkv:0.5", prefix_cache_gib=0)
+    uncached.generate_until(requests[:1])
+    assert uncached.generate_until(requests[1:2]) == texts
+    assert uncached.totals["contexts"] == 2
 
 
-@pytest.mark.parametrize(("query_aware", "asked"), [(False, 0), (True, 1)])
+@pytest.mark.parametrize(("query_aware", "question_prefills"), [(False, 0), (True, 1)])
 def test_one_prefill_serves_all_recipes(
-    lcft: Any, requests: list[Any], query_aware: str, asked: int, monkeypatch: pytest.MonkeyPatch
+    lcft: Any, requests: list[Any], query_aware: bool, question_prefills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes = ["full", "knorm:0.5", "snapkv:0.5+int4"]
     alone = [lcft(recipe, query_aware=query_aware).loglikelihood(pairs(requests[:1])) for recipe in recipes]
     model = lcft(query_aware=query_aware)
     model.scheduler.keep_for = parse("snapkv:0.5").stats_spec
     questions: list[Any] = []
-    ask = model.engine.ask
-    monkeypatch.setattr(model.engine, "ask", lambda *args: questions.append(args) or ask(*args))
+    prefill_question = model.engine.prefill_question
+    monkeypatch.setattr(
+        model.engine, "prefill_question", lambda *args: questions.append(args) or prefill_question(*args)
+    )
     for recipe, expected in zip(recipes, alone, strict=True):
         model.recipe = parse(recipe)
         assert model.loglikelihood(pairs(requests[:1])) == expected
     assert model.totals["contexts"] == 1
-    assert len(questions) == asked
+    assert len(questions) == question_prefills
 
 
-def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, requests: list[Any]) -> None:
+def test_a_kept_prefill_with_insufficient_statistics_is_repeated(lcft: Any, requests: list[Any]) -> None:
     model = lcft("knorm:0.5")
     model.scheduler.keep_for = parse("knorm:0.5").stats_spec
     model.loglikelihood(pairs(requests[:1]))
@@ -188,16 +190,16 @@ def test_a_kept_prefill_that_did_not_observe_enough_is_read_again(lcft: Any, req
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         ({"query_aware": "blind"}, "bad model argument query_aware='blind': true or false"),
         ({"diagnose": "all"}, "bad model argument diagnose='all'"),
         ({"kv": "tova:0.5:when=always", "query_aware": True}, "use query_aware=false"),
         ({"prefix_cache_gib": -1}, "bad model argument prefix_cache_gib=-1"),
-        ({"merge": True}, "bad model argument merge=True: there is no adapter to merge"),
+        ({"merge": True}, "bad model argument merge=True: no adapter to merge"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),
     ],
 )
-def test_what_cannot_be_served_is_refused(lcft: Any, arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_unsupported_arguments_are_refused(lcft: Any, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         lcft(**{"kv": "full", **arguments})

@@ -1,4 +1,4 @@
-"""The page on sweeps, followed: its commands on its grid, made small, and the same scores from every engine."""
+"""The commands of the page on sweeps, on a small version of its grid, give the same scores on every engine."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ SMALL = {
 
 
 def rows(folder: str) -> list[dict[str, Any]]:
-    """The table of a folder without what a clock says; `gold_nll` apart, as the page says."""
-    found = []
+    """The samples of a folder without timings; `gold_nll` with the tolerance that the page states."""
+    samples = []
     for run in read_folder(Path(folder)):
         for task in run.tasks:
             for sample in task.samples:
-                said = {"recipe": run.recipe, "task": task.task, "id": sample.id, "answer": sample.answer}
+                identity = {"recipe": run.recipe, "task": task.task, "id": sample.id, "answer": sample.answer}
                 costs = {"score": sample.score, "metrics": {**sample.metrics}, "kv_bytes": sample.kv_bytes}
                 kept = {"gold_kept": sample.diagnosis["gold_kept"], "tokens": sample.kv["new_tokens"]}
                 nll = pytest.approx(sample.diagnosis["gold_nll"], rel=1e-5)
-                found.append({**said, **costs, **kept, "gold_nll": nll})
-    return sorted(found, key=lambda row: (row["task"], row["recipe"], row["id"]))
+                samples.append({**identity, **costs, **kept, "gold_nll": nll})
+    return sorted(samples, key=lambda row: (row["task"], row["recipe"], row["id"]))
 
 
 def test_every_command_works_and_the_scores_do_not_depend_on_engine_or_workers(
@@ -50,29 +50,29 @@ def test_every_command_works_and_the_scores_do_not_depend_on_engine_or_workers(
     Path("grid.yaml").write_text(yaml.safe_dump(grid))
     commands = [shlex.split(line)[1:] for line in re.findall(r"^    (lceval .+)$", PAGE, flags=re.MULTILINE)]
     assert len(commands) == 6
-    shown = {}
+    outputs = {}
     for command in commands:
         if "ray" in command:
-            # Ray warns where pytest forbids it; and stdout must be the table's alone.
-            line = [sys.executable, "-c", "from lceval.cli import main; main()", *command]
-            ran = subprocess.run(line, capture_output=True, text=True)
+            # In a child process: Ray's warnings are errors in pytest, and only the table may go to stdout.
+            argv = [sys.executable, "-c", "from lceval.cli import main; main()", *command]
+            ran = subprocess.run(argv, capture_output=True, text=True)
             assert ran.returncode == 0, ran.stderr
-            shown[" ".join(command)] = ran.stdout
+            outputs[" ".join(command)] = ran.stdout
         else:
             code = invoke(command)
             captured = capsys.readouterr()
             assert code == 0, captured.err
-            shown[" ".join(command)] = captured.out
-    assert "constants of the packaged model on two cores" in shown["sweep grid.yaml --dry-run"]
-    assert shown["table runs/grid"].count("snapkv:0.5") == 1
-    assert shown["sweep grid.yaml --output_path runs/ray --engine ray --workers 2"].count("snapkv:0.5") == 1
+            outputs[" ".join(command)] = captured.out
+    assert "constants of the packaged model on two cores" in outputs["sweep grid.yaml --dry-run"]
+    assert outputs["table runs/grid"].count("snapkv:0.5") == 1
+    assert outputs["sweep grid.yaml --output_path runs/ray --engine ray --workers 2"].count("snapkv:0.5") == 1
 
     one, two, ray = (rows(f"runs/{name}") for name in ("grid", "two", "ray"))
     assert len(one) == 2 * 2
     assert {row["tokens"] for row in one} <= set(range(1, 5))
     assert one == two == ray
 
-    # Each cell's share of the group's time: together they are no more than the whole, and no less than the reading.
+    # A cell's wall time includes more than its question and decoding times.
     for folder in Path("runs/grid").glob("*/run.json"):
         (task,) = read_folder(folder.parent)[0].tasks
         answered = sum(sample.kv["decode_s"] + sample.kv["question_s"] for sample in task.samples)

@@ -1,4 +1,4 @@
-"""A sweep of real cells: killed and resumed it is the sweep that was not, and each context is read once."""
+"""Sweeps of the real model: resuming changes nothing, and each context is prefilled once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lceval.run import Opened, evaluate, opened
+from lceval.run import OpenRun, evaluate, opened
 from lceval.sweep import worker
 from lceval.sweep.engine import sweep
 from lceval.sweep.grid import Grid
@@ -32,7 +32,7 @@ limit: 5
 TIMINGS = ("prefill_s", "prefill_tok_s", "decode_tok_s")
 
 
-def line(grid: Path, out: Path) -> list[str]:
+def command(grid: Path, out: Path) -> list[str]:
     return [
         sys.executable,
         "-c",
@@ -46,28 +46,28 @@ def line(grid: Path, out: Path) -> list[str]:
 
 
 def answered(root: Path) -> dict[str, list[tuple[str, int]]]:
-    """The requests that each cell has answered, and how often."""
-    found = {}
+    """The answered requests of each cell, and how often each was answered."""
+    requests = {}
     for file in sorted(root.glob("*/responses.sqlite")):
         with sqlite3.connect(f"file:{file}?mode=ro", uri=True) as db:
             try:
-                found[file.parent.name] = db.execute(
+                requests[file.parent.name] = db.execute(
                     "SELECT request, count(*) FROM response GROUP BY request"
                 ).fetchall()
             except sqlite3.OperationalError:
-                found[file.parent.name] = []
-    return found
+                requests[file.parent.name] = []
+    return requests
 
 
 def table(out: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in json.loads(out)["rows"]]
 
 
-def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops_no_other(tmp_path: Path) -> None:
+def test_a_killed_sweep_resumes_to_the_same_table_and_a_failing_cell_stops_no_other(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text(GRID)
-    whole = subprocess.run(line(grid, tmp_path / "whole"), capture_output=True, text=True)
-    # Two cells of the adapter that there is not fail, in a line each; the others are finished.
+    whole = subprocess.run(command(grid, tmp_path / "whole"), capture_output=True, text=True)
+    # The two cells of the missing adapter fail with one line each; the others are finished.
     assert whole.returncode == 4, whole.stderr
     assert whole.stderr.count("failed: ") == 2
     status = json.loads((tmp_path / "whole" / "sweep.json").read_text())
@@ -79,11 +79,11 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
         assert status["cells"][name].partition(": ")[2] in trace
         assert file in whole.stderr
     assert "2 of 4 cells" in whole.stderr
-    # 5 questions lie on 2 contexts, and both are read once for both recipes.
-    assert "2 contexts read" in whole.stderr
+    # The 5 questions have 2 contexts, each prefilled once for both recipes.
+    assert "2 contexts prefilled" in whole.stderr
 
     killed = tmp_path / "killed"
-    process = subprocess.Popen(line(grid, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(grid, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while sum(len(requests) for requests in answered(killed).values()) < 3:
         assert process.poll() is None, "the sweep ended before it could be killed"
         time.sleep(0.05)
@@ -92,7 +92,7 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     before = answered(killed)
     assert 3 <= sum(map(len, before.values())) < 10
 
-    again = subprocess.run(line(grid, killed), capture_output=True, text=True)
+    again = subprocess.run(command(grid, killed), capture_output=True, text=True)
     assert again.returncode == 4, again.stderr
     after = answered(killed)
     assert {name: len(requests) for name, requests in after.items() if requests} == dict.fromkeys(
@@ -102,32 +102,32 @@ def test_a_killed_sweep_goes_on_and_gives_the_same_table_and_a_broken_cell_stops
     assert all(count == 1 for requests in after.values() for _, count in requests)
     assert table(again.stdout) == table(whole.stdout)
     for row in json.loads(whole.stdout)["rows"]:
-        # Reading is charged to every recipe, whoever it was done for.
+        # The prefill is charged to every recipe.
         assert row["prefill_s"] > 0.01
 
-    third = subprocess.run(line(grid, killed), capture_output=True, text=True)
-    assert "0 contexts read" in third.stderr
+    third = subprocess.run(command(grid, killed), capture_output=True, text=True)
+    assert "0 contexts prefilled" in third.stderr
     assert third.stdout == again.stdout
 
 
-def test_a_finished_folder_of_another_run_is_refused_not_shown(tmp_path: Path, smollm2: str) -> None:
-    planned = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=2))
-    (cell,) = planned.cells
+def test_a_finished_folder_of_another_run_is_an_error_not_a_result(tmp_path: Path, smollm2: str) -> None:
+    sweep_plan = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=2))
+    (cell,) = sweep_plan.cells
     folder = tmp_path / cell.name
     folder.mkdir()
-    with opened(cell.argv(tmp_path / "as-it-is")) as found:
-        known = found.identity
-    # The adapter, or here the model, was overwritten in place since.
-    stale = {**known, "hashes": {"pretrained": "0" * 64}}
+    with opened(cell.argv(tmp_path / "as-it-is")) as open_run:
+        identity = open_run.identity
+    # The weights have been overwritten in place since.
+    stale = {**identity, "hashes": {"pretrained": "0" * 64}}
     (folder / "run.json").write_text(json.dumps({"status": "finished", "samples": 2, "identity": stale}))
-    outcome = sweep(planned, tmp_path)
+    outcome = sweep(sweep_plan, tmp_path)
     assert outcome.folders == []
-    assert "holds another run" in outcome.failed[cell.name]
+    assert "contains another run" in outcome.failed[cell.name]
     assert "hashes.pretrained" in outcome.failed[cell.name]
-    assert "holds another run" in json.loads((tmp_path / "sweep.json").read_text())["cells"][cell.name]
+    assert "contains another run" in json.loads((tmp_path / "sweep.json").read_text())["cells"][cell.name]
 
 
-def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_recipe_stops_no_other_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def __init__(self) -> None:
             self.totals: Counter[str] = Counter()
@@ -139,27 +139,27 @@ def test_a_recipe_that_fails_stops_no_other_of_its_group(tmp_path: Path, monkeyp
         def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
             if str(self.recipe) == "int4":
                 raise MemoryError("no room")
-            return ["said"] * len(requests)
+            return ["answer"] * len(requests)
 
     request = SimpleNamespace(args=("Where?", {}), task_name="t", doc_id=0)
     monkeypatch.setattr(worker, "_requests", lambda *_: [("generate_until", [request])])
-    monkeypatch.setattr(worker, "begin", lambda found: found.folder.mkdir())
+    monkeypatch.setattr(worker, "begin", lambda open_run: open_run.folder.mkdir())
     cells = plan(Grid(models=["m"], tasks=["lc_filings_ao_1k"], recipes=["full", "int4", "int8"])).cells
     begun = [
-        (cell, Opened(SimpleNamespace(model_args={"kv": cell.recipe}, seed=None), tmp_path / cell.name, {}, None))
+        (cell, OpenRun(SimpleNamespace(model_args={"kv": cell.recipe}, seed=None), tmp_path / cell.name, {}, None))
         for cell in cells
     ]
-    became: dict[str, worker.CellResult] = {}
-    answered = worker.Worker._answer(Broken(), begun, became)
+    results: dict[str, worker.CellResult] = {}
+    answered = worker.Worker._answer(Broken(), begun, results)
     assert [one.cell.recipe for one in answered] == ["full", "int8"]
-    assert {name: one.error for name, one in became.items()} == {cells[1].name: "MemoryError: no room"}
-    assert 'raise MemoryError("no room")' in became[cells[1].name].trace
+    assert {name: one.error for name, one in results.items()} == {cells[1].name: "MemoryError: no room"}
+    assert 'raise MemoryError("no room")' in results[cells[1].name].trace
 
 
-def test_a_run_that_fails_leaves_nothing_on_the_model(
+def test_a_failing_run_leaves_no_cache_hook_on_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lcft: Any
 ) -> None:
-    """A sweep's model goes on with the next cell: it must not answer it from the folder of the one that failed."""
+    """A sweep reuses the model for the next cell, which must not be answered from the failed cell's folder."""
     import lm_eval
 
     def fails(**_: Any) -> None:
@@ -168,6 +168,6 @@ def test_a_run_that_fails_leaves_nothing_on_the_model(
     monkeypatch.setattr(lm_eval, "simple_evaluate", fails)
     model = lcft()
     (cell,) = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=1)).cells
-    with opened(cell.argv(tmp_path / "cell")) as found, pytest.raises(MemoryError):
-        evaluate(found, lambda _: model)
+    with opened(cell.argv(tmp_path / "cell")) as open_run, pytest.raises(MemoryError):
+        evaluate(open_run, lambda _: model)
     assert not {"generate_until", "loglikelihood", "loglikelihood_rolling"} & vars(model).keys()

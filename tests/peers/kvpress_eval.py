@@ -3,9 +3,9 @@
     peers/kvpress/bin/python tests/peers/kvpress_eval.py MODEL_FOLDER JOBS.json --press snapkv --keep 0.25
 
 JOBS.json is a list of `{"context": ids, "questions": [ids, …], "max_new_tokens": n}`; a text instead of token ids is
-tokenised as it stands, without a chat template. kvpress's own pipeline reads, compresses and decodes; this file only
-hands it token ids and watches. One JSON object goes to stdout: seconds leave out loading the model, `kv_bytes` is the
-cache after compression, `peak_kv_bytes` also counts a question and its answer, each the most of all jobs.
+tokenised as it stands, without a chat template. kvpress's own pipeline prefills, compresses and decodes; this file only
+passes it token ids and measures. One JSON object goes to stdout: seconds leave out loading the model, `kv_bytes` is the
+cache after compression, `peak_kv_bytes` also counts a question and its answer, each the maximum over all jobs.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from transformers.utils import logging
 
 
 def kv_bytes(cache: Cache) -> int:
-    """Bytes of all keys and values that a cache holds."""
+    """Bytes of all keys and values in a cache."""
     return sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
 
 
 class Watched(KVPressTextGenerationPipeline):
-    """kvpress's pipeline, which returns texts; this one also remembers token ids, seconds and bytes."""
+    """kvpress's pipeline, which returns texts; this subclass also records token ids, seconds and bytes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -40,7 +40,7 @@ class Watched(KVPressTextGenerationPipeline):
         self._steps: list[float] = []
         self._ids: list[int] = []
         self._decode, self.tokenizer.decode = self.tokenizer.decode, self._remember
-        # The context is read by the decoder below this module, so these are the question and each new token.
+        # The context is prefilled by the decoder below this module, so these are the question and each new token.
         self.model.register_forward_hook(self._step)
 
     def answer_all(self, context: Tensor, questions: list[Tensor], press: Any, max_new_tokens: int) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class Watched(KVPressTextGenerationPipeline):
         try:
             self.forward(inputs, press=press, max_new_tokens=max_new_tokens)
         except (RuntimeError, ValueError) as raised:
-            # A press that cannot serve this job is a finding; the other jobs still run.
+            # A press that fails on this job is reported; the other jobs still run.
             error = f"{type(raised).__name__}: {raised}"
         end = self._now()
         return {
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("model", help="folder of a model")
     parser.add_argument("jobs", type=Path, help="JSON file: a list of contexts with questions")
     parser.add_argument("--press", choices=NAMES, required=True)
-    parser.add_argument("--keep", type=float, default=1.0, help="share of the context's tokens that stays")
+    parser.add_argument("--keep", type=float, default=1.0, help="share of the context tokens to keep")
     parser.add_argument("--of", choices=list(PRESSES), default="snapkv", help="the press whose scores adakv pools")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
@@ -143,7 +143,7 @@ def main() -> None:
                 "press": args.press,
                 "keep": args.keep,
                 "parameters": parameters,
-                # Head-wise presses mask slots: they hold every byte.
+                # Head-wise presses mask slots and free no memory.
                 "frees_memory": args.press != "adakv",
                 "versions": versions(),
                 "threads": args.threads,

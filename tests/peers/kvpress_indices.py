@@ -1,9 +1,9 @@
-"""Record which tokens kvpress's presses keep of one text, as the fixture that tests/model/test_peers.py compares with.
+"""Record which tokens of one text kvpress's presses keep, as the fixture of tests/model/test_peers.py.
 
     peers/kvpress/bin/python tests/peers/kvpress_indices.py MODEL_FOLDER [--text FILE] [--output FILE]
 
 For each press and some layers: the kept tokens of every KV head as a bit mask (bit i of the hex number is token i),
-and how far the scores on both sides of the cut lie apart, so that a test can tell a tie from a disagreement.
+and the distance between the scores on both sides of the threshold, so that a test can separate ties from disagreements.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.utils import logging
 
 HERE = Path(__file__).parent
-# First, second, and a spread over the rest of the 30: what a method does to all of them would say little more.
+# First, second, and a spread over the rest of the 30 layers.
 LAYERS = (0, 1, 7, 14, 22, 29)
-# lceval's recipe, and what `build` makes of it. Under the default beta a pyramid over so short a text exists at 0.5
-# alone; keys' norms differ most between heads, so pooling them is what brings AdaKV's floor into play.
+# lceval's recipe and the arguments of `build`. With the default beta a pyramid over so short a text exists only at 0.5;
+# key norms differ most between heads, so pooling them activates AdaKV's floor.
 CASES: dict[str, dict[str, Any]] = {
     recipe: case
     for keep in (0.5, 0.25)
@@ -37,18 +37,18 @@ CASES: dict[str, dict[str, Any]] = {
         f"pyramidkv:{keep}:beta=2": {"name": "pyramidkv", "keep": keep, "beta": 2},
     }.items()
 }
-# Slots nearer to the cut than this share of the scores there are named in the fixture.
+# Slots within this relative distance of the threshold are listed in the fixture.
 NEAR = 1e-4
 
 
 class Observed:
-    """A press that remembers, per layer, its scores and the mask [Hkv, S] of what it kept."""
+    """A press that records, per layer, its scores and the mask [Hkv, S] of kept tokens."""
 
     def __init__(self, press: Any) -> None:
         self.press = press
         self.scores: dict[int, Tensor] = {}
         self.kept: dict[int, Tensor] = {}
-        # AdaKV asks the press inside it for scores.
+        # AdaKV uses the scores of its inner press.
         scorer = getattr(press, "press", press)
         self._score, scorer.score = scorer.score, self._remember
         self._compress, press.compress = press.compress, self._watch
@@ -68,7 +68,7 @@ class Observed:
             kept[:] = True
             kept[heads, slots] = False
         else:
-            # The press does not tell what it kept, so take its word for the scores and its cache as the proof.
+            # The press does not report the kept tokens: derive them from its scores and verify them with its cache.
             order = scores.topk(out[0].shape[2]).indices
             for dense, compressed in zip((keys, values), out, strict=True):
                 assert torch.equal(dense[0].gather(1, order[..., None].expand_as(compressed[0])), compressed[0])
@@ -78,21 +78,21 @@ class Observed:
 
 
 def edges(scores: Tensor, kept: Tensor, floor: int) -> list[tuple[float, float]]:
-    """Per head the lowest score that stayed and the highest that went; scores: [Hkv, S].
+    """Per head the lowest kept and the highest evicted score; scores: [Hkv, S].
 
-    With a floor, heads compete: the cut is one for the layer, except for a head that has nothing but its floor.
+    With a floor, heads compete: the threshold is per layer, except for a head that keeps only its floor.
     """
-    own = [(float(s[k].min()), float(s[~k].max())) for s, k in zip(scores, kept, strict=True)]
+    extremes = [(float(s[k].min()), float(s[~k].max())) for s, k in zip(scores, kept, strict=True)]
     if not floor:
-        return own
+        return extremes
     free = [count > floor for count in kept.sum(-1).tolist()]
-    lowest = min((low for (low, _), f in zip(own, free, strict=True) if f), default=0.0)
-    highest = max(high for _, high in own)
-    return [(lowest, highest) if f else cut for cut, f in zip(own, free, strict=True)]
+    lowest = min((low for (low, _), f in zip(extremes, free, strict=True) if f), default=0.0)
+    highest = max(high for _, high in extremes)
+    return [(lowest, highest) if f else extreme for extreme, f in zip(extremes, free, strict=True)]
 
 
 def layer_record(scores: Tensor, kept: Tensor, floor: int) -> dict[str, Any]:
-    """One layer's kept masks, and per head the relative margin at the cut and the slots near it."""
+    """One layer's kept masks, and per head the relative margin at the threshold and the slots near it."""
     record: dict[str, Any] = {"kept": [], "margin": [], "near": []}
     for s, k, (lowest, highest) in zip(scores.double(), kept, edges(scores, kept, floor), strict=True):
         scale = max(abs(lowest), abs(highest))
@@ -133,7 +133,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     text = args.text.read_text()
     ids = AutoTokenizer.from_pretrained(args.model).encode(text, add_special_tokens=False)
-    # A multiple of four, so that halves and quarters are whole and no two ways of rounding can differ.
+    # A multiple of four, so that halves and quarters are integers and rounding cannot differ.
     ids = ids[: len(ids) // 4 * 4]
     tensor = torch.tensor([ids])
     fixture = {

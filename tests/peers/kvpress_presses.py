@@ -1,6 +1,6 @@
 """kvpress's presses under lceval's method names and keep shares, for the two scripts beside this file.
 
-Runs in the environment that make_env.sh makes, where lceval is not installed.
+Runs in the environment that make_env.sh creates, where lceval is not installed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import kvpress
 
-# Each press with its defaults written out, so that they are on record and a new release cannot move them in silence.
+# Each press with explicit defaults, so that they are recorded and a new release cannot change them silently.
 PRESSES: dict[str, tuple[type, dict[str, Any]]] = {
     "snapkv": (kvpress.SnapKVPress, {"window_size": 64, "kernel_size": 5}),
     "pyramidkv": (kvpress.PyramidKVPress, {"window_size": 64, "kernel_size": 5, "beta": 20}),
@@ -45,5 +45,5 @@ def build(name: str, keep: float, of: str = "snapkv", **changed: Any) -> tuple[A
 
 
 def versions() -> dict[str, str]:
-    """The releases that decide the numbers."""
+    """The package versions that affect the numbers."""
     return {name: version(name) for name in ("kvpress", "transformers", "tokenizers", "torch")}

@@ -2,9 +2,9 @@
 
     python tests/peers/race.py PEER_PYTHON --kv snapkv:0.25 --task lc_filings_ao_1k --contexts 4
 
-PEER_PYTHON is what tests/peers/make_env.sh prints. Both sides read each context, compress it and answer its questions
-greedily, one at a time, up to the same number of tokens or the end of the turn. One JSON object goes to stdout:
-seconds of both (models loaded beforehand), their ratio, and how many answers are token for token the same.
+PEER_PYTHON is the path printed by tests/peers/make_env.sh. Both sides prefill each context, compress it and answer its
+questions greedily, one at a time, up to the same number of tokens or the end of the turn. One JSON object goes to
+stdout: seconds of both (without model loading), their ratio, and the number of identical answers.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ def jobs_of(model: LCFT, task: str, contexts: int, new_tokens: int) -> list[dict
     _, groups = requests_of(task, packaged.NAME, model, template=True)
     jobs = []
     for cluster in list(groups)[:contexts]:
-        made = [model._job(0, r, r.args[0], model.tok_encode(r.args[0]), {}) for r in groups[cluster]]
-        questions = [list(job.question) for job in made]
-        jobs.append({"context": list(made[0].context), "questions": questions, "max_new_tokens": new_tokens})
+        group = [model._job(0, r, r.args[0], model.tok_encode(r.args[0]), {}) for r in groups[cluster]]
+        questions = [list(job.question) for job in group]
+        jobs.append({"context": list(group[0].context), "questions": questions, "max_new_tokens": new_tokens})
     return jobs
 
 
 def ours(model: LCFT, kv: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds, stored bytes and answers of lceval."""
+    """Seconds, KV bytes and answers of lceval."""
     recipe = parse(kv)
     answers, stored = [], 0
     start = time.perf_counter()
@@ -75,13 +75,13 @@ def theirs(python: str, kv: str, jobs: list[dict[str, Any]]) -> dict[str, Any]:
     return report
 
 
-def cut(ids: list[int], ends: set[int]) -> list[int]:
+def until_end(ids: list[int], ends: set[int]) -> list[int]:
     """An answer up to the end of its turn."""
     return ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
 
 
 def main() -> None:
-    """Race, and print."""
+    """Run both sides and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("python")
     parser.add_argument("--kv", default="snapkv:0.25")
@@ -97,8 +97,8 @@ def main() -> None:
         rounds = [(ours(model, chosen.kv, jobs), theirs(chosen.python, chosen.kv, jobs)) for _ in range(chosen.rounds)]
     ends = {model.eot_token_id}
     mine, peer = rounds[0]
-    said = [answer["ids"] for result in peer["jobs"] for answer in result["answers"]]
-    same = [cut(a, ends) == cut(b, ends) for a, b in zip(mine["answers"], said, strict=True)]
+    peer_answers = [answer["ids"] for result in peer["jobs"] for answer in result["answers"]]
+    same = [until_end(a, ends) == until_end(b, ends) for a, b in zip(mine["answers"], peer_answers, strict=True)]
     print(
         json.dumps(
             {

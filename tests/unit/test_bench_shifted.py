@@ -1,4 +1,4 @@
-"""The bench of training's attention: both sides in one run, as numbers and as text."""
+"""The benchmark of shifted attention: both sides in one run, as JSON and as text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_both_sides_are_measured_in_one_run(capsys: pytest.CaptureFixture[str]) 
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2
 
 
-def test_sizes_that_make_no_layer_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sizes_are_rejected(capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["bench", "shifted", "--heads", "4", "--kv-heads", "3"]) == 2
     assert "heads a multiple of KV heads" in capsys.readouterr().err
     assert invoke(["bench", "shifted", "--dtype", "fp8"]) == 2

@@ -1,4 +1,4 @@
-"""The compressed cache against full attention with the dropped positions masked away."""
+"""The compressed cache against full attention with the evicted positions masked."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ EVICTING = [
     *(f"{name}:0.3" for name in EVICTORS if name not in ("snapkv", "streaming")),
     "ragged",
 ]
-STORING = [
-    f"{evict}{store}" for evict in ("", "ragged+", "knorm:0.6+") for store in ("int8", "int4:residual=10", "kv8v2")
+QUANTIZING = [
+    f"{evict}{quantization}"
+    for evict in ("", "ragged+", "knorm:0.6+")
+    for quantization in ("int8", "int4:residual=10", "kv8v2")
 ]
 LENGTHS = [1, 2, 63, 64, 65, 130]
 
@@ -62,7 +64,7 @@ def tiny() -> Any:
 
 
 class Ragged(Evictor):
-    """A policy for tests alone: heads and layers keep different counts, one head of each layer nothing."""
+    """A test policy: heads and layers keep different counts, one head of each layer keeps nothing."""
 
     def scores(self, layer: LayerView) -> Tensor:
         return torch.rand(layer.keys.shape[:3], generator=torch.Generator().manual_seed(layer.layer))
@@ -74,8 +76,8 @@ class Ragged(Evictor):
         return masks
 
 
-def recipe(text: str) -> Recipe:
-    """As `parse`, where `ragged` is an evictor."""
+def parse_recipe(text: str) -> Recipe:
+    """As `parse`, with `ragged` as an additional evictor."""
     if not text.startswith("ragged"):
         return parse(text)
     rest = parse(text.removeprefix("ragged").removeprefix("+") or "full")
@@ -86,23 +88,23 @@ def engine(model: Any, chunk: int = 0) -> Engine:
     return Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
 
 
-def read(model: Any, ids: Tensor, how: Recipe, chunk: int = 0) -> CompressedContext:
-    return engine(model, chunk).prefill(ids[0].tolist(), how.stats_spec).compress(how, consume=True)
+def compressed(model: Any, ids: Tensor, recipe: Recipe, chunk: int = 0) -> CompressedContext:
+    return engine(model, chunk).prefill(ids[0].tolist(), recipe.stats_spec).compress(recipe, consume=True)
 
 
 def oracle(model: Any, ids: Tensor, context: CompressedContext) -> Tensor:
-    """Logits of one plain forward pass in which the question cannot see what the context dropped.
+    """Logits of one plain forward pass in which the question does not attend to evicted positions.
 
-    Written without the cache: eager attention, K and V repeated, dropped positions at -inf for question rows.
+    Written without the cache: eager attention, K and V repeated, evicted positions at -inf for question rows.
     """
 
     def masked(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any) -> Any:
-        length, read_tokens = q.shape[2], context.tokens
+        length, context_tokens = q.shape[2], context.tokens
         visible = torch.ones(length, length, dtype=torch.bool).tril().repeat(KV_HEADS, 1, 1)
         for head in range(KV_HEADS):
-            dropped = torch.ones(read_tokens, dtype=torch.bool)
+            dropped = torch.ones(context_tokens, dtype=torch.bool)
             dropped[context.layers[module.layer_idx].kept_positions(0, head)] = False
-            visible[head, read_tokens:, :read_tokens] &= ~dropped
+            visible[head, context_tokens:, :context_tokens] &= ~dropped
         group = q.shape[1] // KV_HEADS
         k, v, visible = (x.repeat_interleave(group, dim) for x, dim in ((k, 1), (v, 1), (visible, 0)))
         logits = (q @ k.transpose(2, 3) * scaling).masked_fill(~visible, -math.inf)
@@ -119,10 +121,10 @@ def oracle(model: Any, ids: Tensor, context: CompressedContext) -> Tensor:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("how", EVICTING)
-def test_the_answer_is_full_attention_with_dropped_positions_masked(tiny: Any, how: str, length: int) -> None:
+@pytest.mark.parametrize("recipe", EVICTING)
+def test_the_answer_is_full_attention_with_evicted_positions_masked(tiny: Any, recipe: str, length: int) -> None:
     ids = torch.randint(0, 99, (1, length + 7), generator=torch.Generator().manual_seed(length))
-    context = read(tiny, ids[:, :length], recipe(how))
+    context = compressed(tiny, ids[:, :length], parse_recipe(recipe))
     expected = oracle(tiny, ids, context)
     cache = context.fork(7, kernels=launch.INTERPRETED)
     # The question in two steps, then token by token: a chunk over a tail, and decoding.
@@ -137,18 +139,18 @@ STEPS = ["full", "ragged", *KINDS]
 
 @torch.inference_mode()
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the next test runs it where Triton interprets its kernels")
-@pytest.mark.parametrize("how", KINDS)
-def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("recipe", KINDS)
+def test_every_kind_of_context_is_decoded_through_its_kernel(tiny: Any, recipe: str, monkeypatch: Any) -> None:
     ids = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(3))
     questions = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(4))
-    context = read(tiny, ids, recipe(how))
-    answers, question_cache = [], []
+    context = compressed(tiny, ids, parse_recipe(recipe))
+    answers, torch_tokens = [], []
     for kernels in (False, True):
         for kind in {type(layer) for layer in context.layers} if kernels else ():
-            # What no kernel reads is read by this.
-            def attend(kv: Any, q: Tensor, scaling: float, was: Any = kind.attend) -> Any:
-                question_cache.append(q.shape[2])
-                return was(kv, q, scaling)
+            # Called for everything that has no kernel.
+            def attend(kv: Any, q: Tensor, scaling: float, original: Any = kind.attend) -> Any:
+                torch_tokens.append(q.shape[2])
+                return original(kv, q, scaling)
 
             monkeypatch.setattr(kind, "attend", attend)
         cache = context.fork(6, kernels=kernels)
@@ -156,17 +158,17 @@ def test_a_token_reads_every_kind_of_context_through_its_kernel(tiny: Any, how: 
         tiny(questions[:, :5], cache=cache)
         answers.append(tiny(questions[:, 5:], cache=cache).logits)
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
-    assert set(question_cache) == {5}
+    assert set(torch_tokens) == {5}
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations that make the host wait for the device: a value is read, or a shape depends on one."""
+    """Collects the operations that make the host wait for the device: reading a value, or a shape from values."""
 
     NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique", "repeat_interleave")
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.operations: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -174,46 +176,46 @@ class Waits(TorchDispatchMode):
             isinstance(x, Tensor) and x.dtype == torch.bool for x in (args[1] if isinstance(args[1], list) else ())
         )
         if mask or name.startswith(self.NAMES):
-            self.found.append(name)
+            self.operations.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def test_what_waits_for_the_device_is_noticed() -> None:
+def test_operations_that_wait_for_the_device_are_detected() -> None:
     with Waits() as waits:
         x = torch.arange(3)
         x[x > 1], x.tolist(), int(x[0]), (x > 1).nonzero()
-    assert {*waits.found} >= {"index", "_local_scalar_dense", "nonzero"}
+    assert {*waits.operations} >= {"index", "_local_scalar_dense", "nonzero"}
 
 
 @torch.inference_mode()
 @pytest.mark.skipif(not launch.INTERPRETED, reason="a test below runs it where Triton interprets its kernels")
-@pytest.mark.parametrize("how", STEPS)
-def test_a_step_never_makes_the_host_wait(tiny: Any, how: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("recipe", STEPS)
+def test_a_step_never_makes_the_host_wait(tiny: Any, recipe: str, monkeypatch: Any) -> None:
     ids = torch.randint(0, 99, (1, 150), generator=torch.Generator().manual_seed(3))
-    cache = read(tiny, ids, recipe(how)).fork(6, kernels=True)
+    cache = compressed(tiny, ids, parse_recipe(recipe)).fork(6, kernels=True)
     tiny(torch.tensor([[5, 7, 11]]), cache=cache)
-    found: list[str] = []
+    operations: list[str] = []
 
-    def attend(layer: Any, *args: Any, was: Any = QuestionLayer.attend) -> Any:
+    def attend(layer: Any, *args: Any, original: Any = QuestionLayer.attend) -> Any:
         with Waits() as waits:
-            o = was(layer, *args)
-        found.extend(waits.found)
+            o = original(layer, *args)
+        operations.extend(waits.operations)
         return o
 
     monkeypatch.setattr(QuestionLayer, "attend", attend)
     for module in (decode, gather_decode, quant_decode, scan):
-        # On a CPU alone these look at values.
+        # The checks read values only on a CPU.
         monkeypatch.setattr(module, "_check", lambda *_: None)
     tiny(torch.tensor([[13]]), cache=cache)
-    assert found == []
+    assert operations == []
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(launch.INTERPRETED, reason="this is the test's own child process")
-def test_decoding_through_the_kernels_is_the_same() -> None:
+@pytest.mark.skipif(launch.INTERPRETED, reason="runs in the child process of this test")
+def test_decoding_through_the_kernels_gives_the_same_results() -> None:
     """The tests above again, in a process where Triton interprets its kernels."""
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    # Heads alike, pooled and ragged; scores of a window, of all queries, of the last one.
+    # Equal, pooled and ragged heads; scores from a window, from all queries, from the last one.
     kinds = ["streaming", "adakv", "h2o", "tova", "ragged"]
     command = [
         sys.executable,
@@ -224,20 +226,20 @@ def test_decoding_through_the_kernels_is_the_same() -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        f"(dropped_positions_masked and ({' or '.join(kinds)})) or through_its_kernel or host_wait",
+        f"(evicted_positions_masked and ({' or '.join(kinds)})) or through_its_kernel or host_wait",
     ]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stdout
-    chosen = [how for how in EVICTING if any(kind in how for kind in kinds)]
+    chosen = [recipe for recipe in EVICTING if any(kind in recipe for kind in kinds)]
     assert f"{len(chosen) * len(LENGTHS) + len(KINDS) + len(STEPS)} passed" in ran.stdout
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 50, 64, 100])
-@pytest.mark.parametrize("how", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5"])
-def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, how: str, chunk: int) -> None:
+@pytest.mark.parametrize("recipe", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5"])
+def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, recipe: str, chunk: int) -> None:
     ids = torch.randint(0, 99, (1, 130), generator=torch.Generator().manual_seed(5))
-    whole, chunked = read(tiny, ids, parse(how)), read(tiny, ids, parse(how), chunk)
+    whole, chunked = compressed(tiny, ids, parse(recipe)), compressed(tiny, ids, parse(recipe), chunk)
     for a, b in zip(whole.layers, chunked.layers, strict=True):
         for head in range(KV_HEADS):
             assert torch.equal(a.kept_positions(0, head), b.kept_positions(0, head))
@@ -246,9 +248,9 @@ def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, how: str, 
 
 
 @torch.inference_mode()
-def test_forks_do_not_see_each_other_and_a_rollback_leaves_no_trace(tiny: Any) -> None:
+def test_forks_are_independent_and_a_rollback_leaves_no_trace(tiny: Any) -> None:
     ids = torch.randint(0, 99, (1, 100))
-    context = read(tiny, ids[:, :70], parse("snapkv:0.5"))
+    context = compressed(tiny, ids[:, :70], parse("snapkv:0.5"))
     one, other = context.fork(4), context.fork(40)
     first = tiny(ids[:, 70:80], cache=one).logits
     tiny(ids[:, 85:100], cache=other)
@@ -262,8 +264,8 @@ def test_forks_do_not_see_each_other_and_a_rollback_leaves_no_trace(tiny: Any) -
 def test_rows_over_one_context_equal_single_questions(tiny: Any) -> None:
     ids = torch.randint(0, 99, (1, 70))
     questions = torch.randint(0, 99, (5, 9))
-    for how in ("streaming:0.5", "ragged", "int4", "fier:0.3", "tova:0.3:when=always"):
-        context = read(tiny, ids, recipe(how))
+    for recipe in ("streaming:0.5", "ragged", "int4", "fier:0.3", "tova:0.3:when=always"):
+        context = compressed(tiny, ids, parse_recipe(recipe))
         cache = context.fork(9)
         cache.select([0] * 5)
         together = tiny(questions, cache=cache).logits
@@ -272,46 +274,48 @@ def test_rows_over_one_context_equal_single_questions(tiny: Any) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("how", EVICTING)
-def test_reported_bytes_are_those_of_the_tensors(tiny: Any, how: str) -> None:
-    context = read(tiny, torch.randint(0, 99, (1, 130)), recipe(how))
+@pytest.mark.parametrize("recipe", EVICTING)
+def test_reported_bytes_are_those_of_the_tensors(tiny: Any, recipe: str) -> None:
+    context = compressed(tiny, torch.randint(0, 99, (1, 130)), parse_recipe(recipe))
     tensors = [t for p in context.layers for t in (p.k, p.v, p.table, p.lens, p.positions) if t is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     assert context.allocated_bytes == sum(storages.values())
     slots = sum(int(p.lens.sum()) for p in context.layers)
-    slot_bytes = 2 * 16 * 4 + (0 if how == "full" else 4)
+    slot_bytes = 2 * 16 * 4 + (0 if recipe == "full" else 4)
     assert context.kept_bytes == slots * slot_bytes <= context.allocated_bytes
     assert context.full_bytes == LAYERS * KV_HEADS * 130 * 2 * 16 * 4
-    # Ragged heads free pages for real: nothing is padded to the longest head.
+    # Ragged heads free whole pages: nothing is padded to the longest head.
     pages = sum(-(-int(n) // paged.PAGE) for p in context.layers for n in p.lens.flatten())
     assert sum(p.k.shape[0] for p in context.layers) == pages
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("how", ["knorm:0.5", "adakv:0.3", "int4:residual=0", "knorm:0.5+int8", "fier:0.2:skip=0"])
-def test_compressing_needs_one_layer_beyond_the_dense_context(tiny: Any, how: str) -> None:
-    context = read(tiny, torch.randint(0, 99, (1, 256)), recipe(how))
+@pytest.mark.parametrize("recipe", ["knorm:0.5", "adakv:0.3", "int4:residual=0", "knorm:0.5+int8", "fier:0.2:skip=0"])
+def test_compressing_needs_one_layer_beyond_the_dense_context(tiny: Any, recipe: str) -> None:
+    context = compressed(tiny, torch.randint(0, 99, (1, 256)), parse_recipe(recipe))
     one_layer = context.full_bytes // LAYERS
     assert context.full_bytes < context.peak_bytes <= context.full_bytes + 1.1 * one_layer
-    kept = read(tiny, torch.randint(0, 99, (1, 256)), recipe("full"))
+    kept = compressed(tiny, torch.randint(0, 99, (1, 256)), parse_recipe("full"))
     assert kept.peak_bytes == kept.full_bytes
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("length", [1, 65, 300])
-@pytest.mark.parametrize("how", STORING)
-def test_a_stored_context_is_read_as_its_codes_say(tiny: Any, how: str, length: int) -> None:
+@pytest.mark.parametrize("recipe", QUANTIZING)
+def test_attention_over_a_quantized_context_is_that_over_its_dequantized_slots(
+    tiny: Any, recipe: str, length: int
+) -> None:
     ids = torch.randint(0, 99, (1, length + 6), generator=torch.Generator().manual_seed(length))
-    context = read(tiny, ids[:, :length], recipe(how))
+    context = compressed(tiny, ids[:, :length], parse_recipe(recipe))
     cache = context.fork(6)
     parts = [tiny(part, cache=cache).logits for part in ids[:, length:].split([4, 1, 1], 1)]
-    stored = [[layer.head(h) for h in range(KV_HEADS)] for layer in context.layers]
+    dequantized = [[layer.head(h) for h in range(KV_HEADS)] for layer in context.layers]
 
     def eager(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any) -> Any:
         outs = []
         for head in range(q.shape[1]):
             kv_head = head * KV_HEADS // q.shape[1]
-            past_k, past_v = stored[module.layer_idx][kv_head]
+            past_k, past_v = dequantized[module.layer_idx][kv_head]
             logits = q[0, head] @ torch.cat([past_k, k[0, kv_head]]).T * scaling
             logits = logits.masked_fill(torch.ones_like(logits).triu(len(past_k) + 1).bool(), -math.inf)
             outs.append(logits.softmax(-1) @ torch.cat([past_v, v[0, kv_head]]))
@@ -331,47 +335,48 @@ def test_a_stored_context_is_read_as_its_codes_say(tiny: Any, how: str, length: 
 @pytest.mark.parametrize(
     "sparse_attention", ["fier:1.0:skip=0", "quest:1.0:skip=0", "retrieval:1.0", "retrieval:1.0:index=exact"]
 )
-def test_a_reader_with_the_whole_budget_is_dense(tiny: Any, sparse_attention: str) -> None:
+def test_sparse_attention_with_the_whole_budget_is_dense(tiny: Any, sparse_attention: str) -> None:
     ids = torch.randint(0, 99, (1, 150))
-    for stored in ("full", "knorm:0.5", "ragged", "int4:residual=32"):
-        with_reader, without = recipe(f"{stored}+{sparse_attention}"), recipe(stored)
+    for base in ("full", "knorm:0.5", "ragged", "int4:residual=32"):
+        sparse, dense = parse_recipe(f"{base}+{sparse_attention}"), parse_recipe(base)
         logits = [
-            tiny(ids[:, 140:], cache=read(tiny, ids[:, :140], how).fork(10)).logits for how in (with_reader, without)
+            tiny(ids[:, 140:], cache=compressed(tiny, ids[:, :140], recipe).fork(10)).logits
+            for recipe in (sparse, dense)
         ]
         torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize(
-    "how", ["streaming:40:when=always", "tova:40:when=always", "h2o:40:when=always", "lacache:40:when=always"]
+    "recipe", ["streaming:40:when=always", "tova:40:when=always", "h2o:40:when=always", "lacache:40:when=always"]
 )
-def test_evicting_while_decoding_holds_the_budget_and_attends_to_what_is_left(tiny: Any, how: str) -> None:
+def test_evicting_while_decoding_keeps_the_budget_and_attends_to_the_kept_slots(tiny: Any, recipe: str) -> None:
     ids = torch.randint(0, 99, (1, 120), generator=torch.Generator().manual_seed(3))
-    context = read(tiny, ids[:, :100], parse(how))
+    context = compressed(tiny, ids[:, :100], parse(recipe))
     cache = context.fork(20)
     for step in range(100, 120):
         logits = tiny(ids[:, step : step + 1], cache=cache).logits
         assert logits.isfinite().all()
         for layer in cache.layers:
             assert layer.slots[0].k.shape[2] <= 40
-            # Every slot holds the key of the position it names: the newest is the token just read.
+            # Every slot has the key of its position: the newest is the token just processed.
             assert (layer.slots[0].positions[..., -1] == step).all()
     assert cache.get_seq_length() == 120
-    # With room for everything nothing is evicted, and the result is full attention.
-    roomy = read(tiny, ids[:, :100], parse(how.replace("40", "500"))).fork(20)
+    # With a budget above the length nothing is evicted, and the result is full attention.
+    roomy = compressed(tiny, ids[:, :100], parse(recipe.replace("40", "500"))).fork(20)
     parts = [tiny(part, cache=roomy).logits for part in ids[:, 100:].split([10, 5, 5], 1)]
-    full = tiny(ids[:, 100:], cache=read(tiny, ids[:, :100], parse("full")).fork(20)).logits
+    full = tiny(ids[:, 100:], cache=compressed(tiny, ids[:, :100], parse("full")).fork(20)).logits
     torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_streaming_while_decoding_is_a_window_with_sinks(tiny: Any) -> None:
-    """Against one forward pass whose rows see the sinks and the last 36 positions before them."""
+    """Against one forward pass whose rows attend to the sinks and the last 36 positions before them."""
     ids = torch.randint(0, 99, (1, 90), generator=torch.Generator().manual_seed(4))
-    cache = read(tiny, ids[:, :60], parse("streaming:40:when=always")).fork(30)
+    cache = compressed(tiny, ids[:, :60], parse("streaming:40:when=always")).fork(30)
     parts = [tiny(part, cache=cache).logits for part in ids[:, 60:].split(1, 1)]
     row, column = torch.arange(90)[:, None], torch.arange(90)
-    # A step reads 40 slots and its own token; the context was read whole.
+    # A step attends to 40 slots and its own token; the context was prefilled with full attention.
     seen = (column <= row) & ((column < 4) | (column >= row - 36) | (row < 60))
 
     def masked(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: None, scaling: float, **_: Any) -> Any:
@@ -388,7 +393,7 @@ def test_streaming_while_decoding_is_a_window_with_sinks(tiny: Any) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_kept_slots_come_from_the_positions_they_name() -> None:
+def test_kept_slots_have_the_keys_and_values_of_their_positions() -> None:
     k, v = torch.randn(2, 3, 100, 8), torch.randn(2, 3, 100, 8)
     keep = torch.rand(2, 3, 100) < torch.tensor([0.0, 0.3, 1.0])[None, :, None]
     kv = PagedKV.gather(k, v, keep)
@@ -396,11 +401,11 @@ def test_kept_slots_come_from_the_positions_they_name() -> None:
         for h in range(3):
             kept = keep[b, h].nonzero().squeeze(-1)
             assert torch.equal(kv.kept_positions(b, h), kept)
-            ours_k, ours_v = kv.head(b * 3 + h)
-            assert torch.equal(ours_k, k[b, h, kept])
-            assert torch.equal(ours_v, v[b, h, kept])
+            kept_k, kept_v = kv.head(b * 3 + h)
+            assert torch.equal(kept_k, k[b, h, kept])
+            assert torch.equal(kept_v, v[b, h, kept])
             pages = kv.table[b, h, : -(-len(kept) // paged.PAGE)].long()
-            assert torch.equal(kv.k[pages].flatten(0, 1)[: len(kept)], ours_k)
+            assert torch.equal(kv.k[pages].flatten(0, 1)[: len(kept)], kept_k)
 
 
 def test_splitting_the_keys_and_merging_equals_the_whole() -> None:
@@ -428,5 +433,5 @@ def test_long_questions_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) 
     kv = PagedKV.gather(k, k, torch.ones(1, 2, 90, dtype=torch.bool))
     whole = paged.attend(q, kv, 1.0)
     monkeypatch.setattr(paged, "MAX_SCORES", 1000)
-    for ours, expected in zip(paged.attend(q, kv, 1.0), whole, strict=True):
-        torch.testing.assert_close(ours, expected)
+    for blocks, expected in zip(paged.attend(q, kv, 1.0), whole, strict=True):
+        torch.testing.assert_close(blocks, expected)

@@ -1,4 +1,4 @@
-"""`lceval check` as CI meets it: every exit code, every form, and what it refuses to compare."""
+"""`lceval check` as used in CI: exit codes, output formats, and pairs that are not comparable."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ROOT = Path(__file__).parents[2]
 Rows = list[dict[str, Any]]
 
 
-def rows(scores: list[float], *, size: int = 1, nll: list[float] | None = None, said: str = "answer") -> Rows:
-    """Lines of a samples file: `size` questions a context, the answer naming its score."""
+def rows(scores: list[float], *, size: int = 1, nll: list[float] | None = None, prefix: str = "answer") -> Rows:
+    """Lines of a samples file: `size` questions per context; answers contain their score."""
     return [
         {
             "doc_id": i,
             "doc": {"id": f"q{i}", "cluster": f"c{i // size}", "source": "invented, seed 1"},
-            "filtered_resps": [f"{said} {score}"],
+            "filtered_resps": [f"{prefix} {score}"],
             "filter": "none",
             "metrics": ["subem", "f1", "gold_nll"],
             "prompt_hash": f"{i:016x}",
@@ -82,27 +82,33 @@ def run(*arguments: object) -> int:
 
 
 @pytest.mark.parametrize(
-    ("new", "options", "code", "said"),
+    ("new", "options", "code", "message"),
     [
         (rows(GOOD), [], 0, "identical outputs"),
-        (rows(GOOD, said="another answer"), [], 0, "drop at most"),
+        (rows(GOOD, prefix="another answer"), [], 0, "drop at most"),
         (rows(WORSE), [], 1, "regression: drop 0.3"),
         (rows(WORSE), ["--inconclusive", "warn"], 1, "regression: drop 0.3"),
-        (rows([0.0] * 3 + GOOD[3:]), [], 5, "too little data: 100 samples in 100 clusters see a drop of"),
-        (rows([0.0] * 3 + GOOD[3:]), ["--inconclusive", "warn"], 0, "inconclusive at gate 0.05, which only warns"),
+        (rows([0.0] * 3 + GOOD[3:]), [], 5, "too little data: 100 samples in 100 clusters detect a drop of"),
+        (rows([0.0] * 3 + GOOD[3:]), ["--inconclusive", "warn"], 0, "inconclusive at gate 0.05 (warning only)"),
     ],
-    ids=["identical", "same scores", "worse", "worse, warn", "open", "open, warn"],
+    ids=["identical", "same scores", "worse", "worse, warn", "inconclusive", "inconclusive, warn"],
 )
 def test_the_verdict_is_the_exit_code(
-    base: Path, tmp_path: Path, new: Rows, options: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+    base: Path,
+    tmp_path: Path,
+    new: Rows,
+    options: list[str],
+    code: int,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run(base, write(tmp_path / "new", {"qa": new}), "--gate", 0.05, *options) == code
     captured = capsys.readouterr()
-    assert said in captured.out
+    assert message in captured.out
     assert captured.err == ""
 
 
-def judged(tmp_path: Path, old: Rows, new: Rows, gate: float, metric: str | None = None) -> Any:
+def checked(tmp_path: Path, old: Rows, new: Rows, gate: float, metric: str | None = None) -> Any:
     sides = [baseline.read(write(tmp_path / name, {"qa": lines}))[0] for name, lines in (("base", old), ("new", new))]
     (task,) = check(*sides, gate=gate, metric=metric).tasks
     return task
@@ -110,62 +116,62 @@ def judged(tmp_path: Path, old: Rows, new: Rows, gate: float, metric: str | None
 
 @pytest.mark.parametrize("n", [1, 2, 5, 20])
 @pytest.mark.parametrize("metric", ["subem", "gold_nll"])
-def test_too_few_samples_are_inconclusive_and_never_passed(tmp_path: Path, n: int, metric: str) -> None:
+def test_too_few_samples_are_inconclusive_and_never_pass(tmp_path: Path, n: int, metric: str) -> None:
     nll = [1.0] * n
-    task = judged(tmp_path, rows([1.0] * n, nll=nll), rows([1.0] * n, nll=nll, said="other"), 0.05, metric)
+    task = checked(tmp_path, rows([1.0] * n, nll=nll), rows([1.0] * n, nll=nll, prefix="other"), 0.05, metric)
     assert task.verdict == "inconclusive"
     assert task.paired.upper > 0.05
 
 
-def test_many_questions_on_few_contexts_are_few(tmp_path: Path) -> None:
-    task = judged(tmp_path, rows([1.0] * 400, size=100), rows([1.0] * 400, size=100, said="other"), 0.05)
+def test_many_questions_on_few_contexts_are_inconclusive(tmp_path: Path) -> None:
+    task = checked(tmp_path, rows([1.0] * 400, size=100), rows([1.0] * 400, size=100, prefix="other"), 0.05)
     assert (task.verdict, task.clusters) == ("inconclusive", 4)
 
 
-def test_a_real_drop_below_the_gate_passes_and_says_so(tmp_path: Path) -> None:
-    task = judged(tmp_path, rows([1.0] * 2000), rows([0.0] * 20 + [1.0] * 1980), 0.05)
+def test_a_significant_drop_below_the_gate_passes_with_that_reason(tmp_path: Path) -> None:
+    task = checked(tmp_path, rows([1.0] * 2000), rows([0.0] * 20 + [1.0] * 1980), 0.05)
     assert task.verdict == "pass"
-    assert "a real drop" in task.reason
+    assert "a significant drop" in task.reason
     assert "below the gate" in task.reason
 
 
-def test_gold_nll_is_gated_with_its_sign_and_sees_what_the_score_does_not(tmp_path: Path) -> None:
+def test_gold_nll_is_lower_is_better_and_detects_damage_that_the_score_misses(tmp_path: Path) -> None:
     old = rows([0.0] * 40, nll=[2 + i % 7 / 10 for i in range(40)])
-    worse = rows([0.0] * 40, nll=[2.5 + i % 5 / 10 for i in range(40)], said="other")
-    task = judged(tmp_path, old, worse, 0.1, "gold_nll")
+    worse = rows([0.0] * 40, nll=[2.5 + i % 5 / 10 for i in range(40)], prefix="other")
+    task = checked(tmp_path, old, worse, 0.1, "gold_nll")
     assert task.verdict == "regression"
     assert task.paired.drop == pytest.approx(task.new - task.base)
     assert not task.higher_is_better
     assert task.flips[0].drop > 0
 
 
-def test_an_improvement_is_no_regression(tmp_path: Path) -> None:
-    task = judged(tmp_path, rows(WORSE), rows(GOOD), 0.05)
+def test_an_improvement_is_not_a_regression(tmp_path: Path) -> None:
+    task = checked(tmp_path, rows(WORSE), rows(GOOD), 0.05)
     assert (task.verdict, task.flips) == ("pass", ())
     assert task.paired.drop < 0
 
 
-def test_an_error_counts_as_0_and_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_is_scored_0_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     failed = rows(GOOD)
     for line in failed[:30]:
         line["kv"] = {"status": "error"}
     folders = [write(tmp_path / "a", {"qa": rows(GOOD)}), write(tmp_path / "b", {"qa": failed})]
     assert run(*folders, "--gate", 0.05) == 1
     out = capsys.readouterr().out
-    assert "counted as 0: 0 in base, 30 in new" in out
+    assert "scored 0: 0 in base, 30 in new" in out
     assert "1 -> error" in out
 
 
-def test_a_run_of_errors_alone_is_a_regression(base: Path, tmp_path: Path) -> None:
+def test_a_run_with_only_errors_is_a_regression(base: Path, tmp_path: Path) -> None:
     failed = [line | {"kv": {"status": "error"}} for line in rows(GOOD)]
     assert run(base, write(tmp_path / "b", {"qa": failed}), "--gate", 0.05) == 1
 
 
-def test_an_error_is_not_an_nll_of_0(tmp_path: Path) -> None:
+def test_an_error_is_not_scored_as_an_nll_of_0(tmp_path: Path) -> None:
     failed = rows(GOOD, nll=[1.0] * 100)
     failed[7]["kv"] = {"status": "error"}
     with pytest.raises(NotComparableError, match="sample q7 has no gold_nll in NEW"):
-        judged(tmp_path, rows(GOOD, nll=[1.0] * 100), failed, 0.05, "gold_nll")
+        checked(tmp_path, rows(GOOD, nll=[1.0] * 100), failed, 0.05, "gold_nll")
 
 
 def test_holm_is_over_the_tasks_and_one_regression_decides(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,15 +199,15 @@ def other_doc(**keys: Any) -> Rows:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda f: write(f, {"qa": rows(GOOD)}, version="2.0"), "version: 1.0 in BASE, 2.0 in NEW"),
         (lambda f: write(f, {"qa": other_prompt(rows(GOOD))}), "prompt of sample q99"),
-        (lambda f: write(f, {"qa": rows(GOOD[:-1])}), "sample q99 is in BASE only (100 in BASE, 99 in NEW)"),
-        (lambda f: write(f, {"qa": other_doc(id="another")}), "is in NEW only"),
+        (lambda f: write(f, {"qa": rows(GOOD[:-1])}), "sample q99 is only in BASE (100 in BASE, 99 in NEW)"),
+        (lambda f: write(f, {"qa": other_doc(id="another")}), "is only in NEW"),
         (lambda f: write(f, {"qa": other_doc(cluster="c0")}), "cluster of sample q99"),
         (lambda f: write(f, {"qa": other_doc(source="elsewhere")}), "sources"),
-        (lambda f: write(f, {"qa": rows(GOOD), "mc": rows(GOOD)}), "task mc is in one of the runs only"),
+        (lambda f: write(f, {"qa": rows(GOOD), "mc": rows(GOOD)}), "task mc is in only one of the runs"),
         (
             lambda f: write(f, {"qa": rows(GOOD)}, apply_chat_template=False, chat_template_sha=None),
             "chat template abababababababab in BASE, off in NEW",
@@ -210,27 +216,27 @@ def other_doc(**keys: Any) -> Rows:
     ],
     ids=["version", "prompt", "fewer", "id", "cluster", "source", "task", "no template", "another template"],
 )
-def test_what_did_not_answer_the_same_is_not_comparable(
-    base: Path, tmp_path: Path, make: Callable[[Path], Path], said: str, capsys: pytest.CaptureFixture[str]
+def test_runs_on_different_tasks_or_samples_are_not_comparable(
+    base: Path, tmp_path: Path, make: Callable[[Path], Path], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(base, make(tmp_path / "new"), "--gate", 0.05) == 3
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("lceval: error: not comparable: ")
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
-def test_model_adapter_and_recipe_may_differ_and_order_is_nothing(base: Path, tmp_path: Path) -> None:
+def test_model_adapter_recipe_and_sample_order_may_differ(base: Path, tmp_path: Path) -> None:
     args = {"pretrained": "other", "peft": "adapter"}
     new = write(tmp_path / "new", {"qa": rows(GOOD)[::-1]}, model_args=args, recipe="snapkv:0.5")
     assert run(base, new, "--gate", 0.05) == 0
 
 
-def test_an_unfinished_run_is_infrastructure(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_exit_4(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = write(tmp_path / "new", {"qa": rows(GOOD)}, status="running")
     assert run(base, new, "--gate", 0.05) == 4
-    assert "run the same line again" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
 
 
 def test_plain_lm_eval_folders_are_compared(tmp_path: Path) -> None:
@@ -244,25 +250,25 @@ def test_plain_lm_eval_folders_are_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["base", "base"], "--gate 0.05"),
         (
             ["base", "--gate", "0.05"],
-            "expected BASE and NEW, as in: lceval check runs/base runs/new --gate 0.05; 1 given",
+            "expected BASE and NEW, for example: lceval check runs/base runs/new --gate 0.05; received 1",
         ),
         (["base", "base", "--gate", "-1"], "--gate -1.0: expected a positive number"),
         (["base", "base", "--gate", "0.05", "--metric", "gold_nll"], "no gold_nll in BASE's samples of qa (run with"),
-        (["base", "base", "--gate", "0.05", "--metric", "f2"], "there is f1, subem"),
+        (["base", "base", "--gate", "0.05", "--metric", "f2"], "available: f1, subem"),
         (["base", "nowhere", "--gate", "0.05"], "nowhere: no such folder"),
         (["base", "base", "--gate", "0.05", "--inconclusive", "pass"], "'--inconclusive'"),
         (["base", "base", "--gate", "0.05", "--junit", "no/such/x.xml"], "cannot write no/such/x.xml"),
-        (["--write-baseline", "b.json"], "takes one RUN; 0 given"),
+        (["--write-baseline", "b.json"], "requires one RUN; received 0"),
         (["base", "--write-baseline", "no/such/b.json"], "cannot write the baseline"),
         (["--plan", "--gate", "0.2", "--discordance", "0.1"], "expected from --gate 0.2 to 1"),
         (["--plan", "--gate", "5"], "between 0 and 1"),
-        (["base", "base", "--plan", "--gate", "0.05"], "at most one BASE; 2 given"),
-        (["base", "--plan", "--gate", "0.02"], "100 samples in 100 clusters cannot see a drop of 0.02"),
+        (["base", "base", "--plan", "--gate", "0.05"], "at most one BASE; received 2"),
+        (["base", "--plan", "--gate", "0.02"], "100 samples in 100 clusters cannot detect a drop of 0.02"),
     ],
 )
 @pytest.mark.usefixtures("base")
@@ -270,18 +276,18 @@ def test_bad_usage_is_one_line_and_exit_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
-    said: str,
+    message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
-def test_a_baseline_stands_for_its_run_without_its_texts(base: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_baseline_replaces_its_run_without_its_texts(base: Path, tmp_path: Path, capsys: Any) -> None:
     file = tmp_path / "baseline.json"
     assert run(base, "--write-baseline", file) == 0
     assert "100 samples of qa" in capsys.readouterr().out
@@ -293,16 +299,16 @@ def test_a_baseline_stands_for_its_run_without_its_texts(base: Path, tmp_path: P
     new = write(tmp_path / "new", {"qa": rows(WORSE)})
     assert run(file, new, "--gate", 0.05) == 1
     out = capsys.readouterr().out
-    assert "base: (not kept in a baseline)\n    new:  answer 0.0" in out
+    assert "base: (not stored in a baseline)\n    new:  answer 0.0" in out
     run(base, new, "--gate", 0.05)
     assert "base: answer 1.0\n    new:  answer 0.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (lambda d: d.update(format_version=2), "format version 2, this lceval reads 1"),
-        (lambda d: d.update(format="other"), "no baseline"),
+        (lambda d: d.update(format_version=2), "format version 2, expected 1"),
+        (lambda d: d.update(format="other"), "not a baseline"),
         (lambda d: d.update(notes="x"), "notes: Extra inputs"),
         (lambda d: d["tasks"][0]["samples"][3].pop("cluster"), "tasks.0.samples.3.cluster: Field required"),
         (lambda d: d["tasks"][0]["samples"][3]["values"].update(subem="1"), "values.subem"),
@@ -310,28 +316,28 @@ def test_a_baseline_stands_for_its_run_without_its_texts(base: Path, tmp_path: P
     ],
     ids=["version", "format", "extra", "missing", "text", "nan"],
 )
-def test_a_file_that_is_no_baseline_is_refused(
-    base: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str
+def test_an_invalid_baseline_file_is_refused(
+    base: Path, tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
 ) -> None:
     file = tmp_path / "baseline.json"
     baseline.write(file, base)
     data = json.loads(file.read_text())
     change(data)
     file.write_text(json.dumps(data))
-    with pytest.raises(UserError, match=re.escape(said)) as error:
+    with pytest.raises(UserError, match=re.escape(message)) as error:
         baseline.read(file)
     assert "\n" not in str(error.value)
 
 
-def test_samples_of_one_id_are_paired_in_their_order(tmp_path: Path) -> None:
+def test_samples_with_the_same_id_are_paired_in_order(tmp_path: Path) -> None:
     twice = rows([1.0, 0.0, 1.0])
     twice[1]["doc"] = twice[0]["doc"]
-    task = judged(tmp_path, twice, [line | {"subem": 0.0} for line in twice], 0.5)
+    task = checked(tmp_path, twice, [line | {"subem": 0.0} for line in twice], 0.5)
     assert [flip.key for flip in task.flips] == ["q0", "q2"]
 
 
-def test_junit_has_a_case_a_task_and_markdown_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    odd = rows(GOOD, said="bad \x00\x1b[31m | <answer>\nof two lines")
+def test_junit_has_one_case_and_markdown_one_row_per_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = rows(GOOD, prefix="bad \x00\x1b[31m | <answer>\nof two lines")
     old = write(tmp_path / "old", {"a": rows(GOOD), "b": rows(GOOD), "c|d": odd})
     worse = [line | {"subem": 0.0} for line in odd]
     new = write(tmp_path / "new", {"a": rows(GOOD), "b": rows([0.0] * 3 + GOOD[3:]), "c|d": worse})
@@ -360,11 +366,11 @@ def test_junit_has_a_case_a_task_and_markdown_a_row(tmp_path: Path, capsys: pyte
 def test_a_plan_is_the_textbook_formula(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--plan", "--gate", 0.02, "--discordance", 0.10) == 0
     assert "1,540 samples" in capsys.readouterr().out
-    found = plan(0.02, 0.10)
-    assert (found.samples, found.clusters) == (1540, 149)
-    assert visible(found.samples, 0.10) == pytest.approx(0.02, abs=1e-5)
+    size = plan(0.02, 0.10)
+    assert (size.samples, size.clusters) == (1540, 149)
+    assert visible(size.samples, 0.10) == pytest.approx(0.02, abs=1e-5)
     assert run("--plan", "--gate", 0.1, base) == 0
-    assert "100 samples in 100 clusters see 0.0763" in capsys.readouterr().out
+    assert "100 samples in 100 clusters detect 0.0763" in capsys.readouterr().out
     assert run("--plan", "--gate", 0.1, base, "--json") == 0
     assert json.loads(capsys.readouterr().out)["seen"][0]["clusters"] == 100
 
@@ -377,9 +383,7 @@ def test_check_imports_no_model() -> None:
     assert ran.stdout.strip() == "[]"
 
 
-def test_every_command_of_the_page_runs_and_the_example_is_the_workflow(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "check.md").read_text()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
@@ -391,16 +395,16 @@ def test_every_command_of_the_page_runs_and_the_example_is_the_workflow(
         assert invoke(shlex.split(command, comments=True)[1:]) == 0, command
 
 
-def test_the_example_workflow_runs_only_when_asked_and_passes_flags_that_exist(capsys: Any) -> None:
+def test_the_example_workflow_is_started_by_hand_and_passes_existing_flags(capsys: Any) -> None:
     file = ROOT / ".github" / "workflows" / "regression-example.yml"
     workflow = yaml.safe_load(file.read_text())
     # YAML 1.1 reads the key `on` as true.
     assert workflow[True] == {"workflow_dispatch": None}
     (job,) = workflow["jobs"].values()
-    said = "\n".join(step.get("run", "") for step in job["steps"])
+    script = "\n".join(step.get("run", "") for step in job["steps"])
     assert invoke(["check", "--help"]) == 0
-    known = capsys.readouterr().out
-    (line,) = [line for line in said.replace("\\\n", " ").splitlines() if line.startswith("lceval check")]
+    help_text = capsys.readouterr().out
+    (line,) = [line for line in script.replace("\\\n", " ").splitlines() if line.startswith("lceval check")]
     assert re.findall(r"--\w[\w-]*", line)
-    assert all(flag in known for flag in re.findall(r"--\w[\w-]*", line))
+    assert all(flag in help_text for flag in re.findall(r"--\w[\w-]*", line))
     assert len(job["steps"]) <= 8

@@ -1,7 +1,7 @@
-"""The statistics of the gate: against other implementations, and by simulation at the two errors that matter.
+"""The statistics of the gate: compared with other implementations, and error rates by simulation.
 
-A simulation draws 1,000 pairs of runs. A true rate of 5% then shows 50 with a standard deviation of 6.9: up to `NOISE`,
-the 99.9% quantile (73), is what 5% looks like, and a rate of 9% would show more than that 97 times in 100.
+A simulation draws 1,000 pairs of runs. With a true rate of 5% the expected count is 50 with a standard deviation of
+6.9. `NOISE` is its 99.9% quantile (73); a rate of 9% exceeds it with probability 97%.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Array = np.ndarray[Any, Any]
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (5, 0), (7, 2), (30, 18), (2, 9)])
-def test_mcnemar_is_the_exact_one(lost: int, gained: int) -> None:
+def test_mcnemar_is_exact(lost: int, gained: int) -> None:
     two_sided = their_mcnemar([[0, lost], [gained, 0]], exact=True).pvalue
     ours = mcnemar(lost, gained)
     assert ours == pytest.approx(binom.sf(lost - 1, lost + gained, 0.5), abs=1e-15)
@@ -36,12 +36,12 @@ def test_mcnemar_is_the_exact_one(lost: int, gained: int) -> None:
 
 
 @pytest.mark.parametrize("p_values", [[0.01], [0.04, 0.01, 0.03], [0.5, 0.001, 0.02, 0.02, 1.0], [0.2, 0.2]])
-def test_holm_is_that_of_statsmodels(p_values: list[float]) -> None:
+def test_holm_matches_statsmodels(p_values: list[float]) -> None:
     assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1], rel=1e-12)
 
 
 @pytest.mark.parametrize("sums", [[1.0, 2.0, -1.0, 0.5], [0.3, 0.1, 0.2, 0.6, -0.1, 0.4, 0.0, 0.2], [2.0, -2.0]])
-def test_sign_flips_are_those_of_scipy(sums: list[float]) -> None:
+def test_sign_flips_match_scipy(sums: list[float]) -> None:
     theirs = permutation_test(
         (np.asarray(sums),), np.sum, permutation_type="samples", n_resamples=np.inf, alternative="greater"
     )
@@ -49,7 +49,7 @@ def test_sign_flips_are_those_of_scipy(sums: list[float]) -> None:
     assert (p, method) == (pytest.approx(theirs.pvalue, abs=1e-12), "sign-flip exact")
 
 
-def test_many_clusters_are_flipped_at_random_and_come_to_the_same() -> None:
+def test_random_sign_flips_of_many_clusters_match_scipy() -> None:
     sums = np.linspace(-1, 1.6, EXACT_CLUSTERS + 3)
     p, method = sign_flip(sums)
     theirs = permutation_test(
@@ -69,38 +69,38 @@ def test_many_clusters_are_flipped_at_random_and_come_to_the_same() -> None:
 
 
 @pytest.mark.parametrize(("lost", "n"), [(0, 5), (0, 60), (1, 20), (7, 50), (50, 50)])
-def test_for_losses_alone_the_bound_is_clopper_pearsons(lost: int, n: int) -> None:
+def test_without_gains_the_bound_is_clopper_pearsons(lost: int, n: int) -> None:
     (_, theirs) = proportion_confint(lost, n, alpha=0.1, method="beta")
     ours = bound(np.array([1.0] * lost + [0.0] * (n - lost)), np.ones(n), largest=1.0, draws=200_000)
     assert ours == pytest.approx(theirs, rel=0.02)
 
 
-def test_where_nothing_changed_the_bound_is_the_rule_of_three_over_contexts() -> None:
+def test_without_changes_the_bound_is_the_rule_of_three_over_contexts() -> None:
     for clusters in (1, 2, 5, 60):
-        found = compare([0.0] * 4 * clusters, [i // 4 for i in range(4 * clusters)], largest=1.0)
-        assert found.upper == pytest.approx(1 - 0.05 ** (1 / clusters), rel=0.03)
-        assert (found.drop, found.p, found.changed) == (0, 1, 0)
-        assert found.visible > found.upper
+        result = compare([0.0] * 4 * clusters, [i // 4 for i in range(4 * clusters)], largest=1.0)
+        assert result.upper == pytest.approx(1 - 0.05 ** (1 / clusters), rel=0.03)
+        assert (result.drop, result.p, result.changed) == (0, 1, 0)
+        assert result.visible > result.upper
 
 
 @pytest.mark.parametrize(
     ("drops", "contexts"),
     [([0.1, -0.1, 0.0], 1), ([0.1, -0.1, 0.0, 0.2, 0.1], 5), ([0.0] * 20, 20), ([0.1] * 20, 20)],
-    ids=["one context", "few contexts", "nothing moved", "all moved alike"],
+    ids=["one context", "few contexts", "no change", "equal changes"],
 )
-def test_a_change_that_nothing_limits_has_no_bound_from_too_little(drops: list[float], contexts: int) -> None:
-    found = compare(drops, [i % contexts for i in range(len(drops))], largest=None)
-    assert (found.upper, found.lower, found.visible) == (math.inf, -math.inf, math.inf)
+def test_an_unbounded_metric_has_no_bound_from_too_few_contexts(drops: list[float], contexts: int) -> None:
+    result = compare(drops, [i % contexts for i in range(len(drops))], largest=None)
+    assert (result.upper, result.lower, result.visible) == (math.inf, -math.inf, math.inf)
 
 
-def test_the_test_is_chosen_by_what_the_samples_are() -> None:
+def test_the_test_depends_on_scores_and_clusters() -> None:
     assert compare([1, 0, -1, 1], "abcd", largest=1.0).method == "mcnemar"
     assert compare([1, 0, -1, 1], "aabc", largest=1.0).method == "sign-flip exact"
     assert compare([0.5, 0, -1, 1], "abcd", largest=1.0).method == "sign-flip exact"
 
 
 @pytest.mark.parametrize(("drops", "clusters"), [([], []), ([1.0], ["a", "b"]), ([math.nan], ["a"])])
-def test_what_cannot_be_compared_is_refused(drops: list[float], clusters: list[str]) -> None:
+def test_invalid_drops_are_refused(drops: list[float], clusters: list[str]) -> None:
     with pytest.raises(ValueError, match="drops"):
         compare(drops, clusters, largest=1.0)
 
@@ -110,27 +110,29 @@ def test_what_cannot_be_compared_is_refused(drops: list[float], clusters: list[s
     st.lists(st.tuples(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), st.integers(0, 5)), min_size=1, max_size=20),
     st.randoms(),
 )
-def test_order_and_names_change_nothing_and_the_sides_mirror(rows: list[tuple[float, int]], random: Any) -> None:
+def test_order_and_names_do_not_matter_and_the_drop_is_antisymmetric(
+    rows: list[tuple[float, int]], random: Any
+) -> None:
     def measured(rows: list[tuple[float, int]], name: str = "", sign: int = 1) -> Paired:
         return compare([sign * d for d, _ in rows], [f"{name}{c}" for _, c in rows], largest=1.0, draws=500)
 
-    found = measured(rows)
+    result = measured(rows)
     shuffled = rows[:]
     random.shuffle(shuffled)
-    assert measured(shuffled, "other") == found
+    assert measured(shuffled, "other") == result
     mirrored = measured(rows, sign=-1)
-    assert mirrored.drop == -found.drop
-    assert found.lower <= found.drop <= found.upper
+    assert mirrored.drop == -result.drop
+    assert result.lower <= result.drop <= result.upper
 
 
-# What a simulated pair of runs is: drops [n] and the cluster of each.
+# A simulated pair of runs: drops [n] and their clusters [n].
 Pair = tuple[Array, Array]
 rng = np.random.default_rng()
 
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """Every test draws the same, whichever others run."""
+    """The same draws in every test, independent of other tests."""
     global rng
     rng = np.random.default_rng(20_260_101)
 
@@ -141,10 +143,10 @@ def unclustered(n: int, discordance: float, drop: float) -> Pair:
 
 
 def correlated(clusters: int, size: int, drop: float) -> Pair:
-    """Scores of 0 or 1 that share each context's difficulty, in contexts of unlike size."""
+    """Scores of 0 or 1 that share each context's difficulty, in contexts of different size."""
     label = np.repeat(np.arange(clusters), rng.integers(1, 2 * size, clusters))
     ease = rng.beta(1.5, 1.5, clusters)
-    # Each run also has contexts of its own luck, so that the drops are correlated too.
+    # Each run also has its own noise per context, so that the drops are correlated too.
     luck = rng.normal(0, 0.15, (2, clusters))
     p_base, p_new = (
         np.clip(ease * (1 - 2 * drop) + 2 * drop - loss + own, 0, 1) for loss, own in zip((0, drop), luck, strict=True)
@@ -154,14 +156,14 @@ def correlated(clusters: int, size: int, drop: float) -> Pair:
 
 
 def breaking(clusters: int, size: int, drop: float) -> Pair:
-    """A few contexts lose every answer, all others keep theirs: what a bound from the observed spread misses."""
+    """A few contexts lose most answers and the others none: a case that bounds from the observed spread miss."""
     label = np.repeat(np.arange(clusters), size)
     broken = rng.random(clusters) < drop / 0.8
     return ((rng.random(len(label)) < 0.8) & broken[label]).astype(float), label
 
 
 def nll(clusters: int, size: int, drop: float, skewed: bool = False) -> Pair:
-    """Changes of an NLL per token, with a part that a context's questions share."""
+    """Changes of an NLL per token, with a component shared by the questions of a context."""
     label = np.repeat(np.arange(clusters), rng.integers(1, 2 * size, clusters))
     shared = rng.lognormal(0, 0.8, clusters) - math.exp(0.32) if skewed else rng.normal(0, 0.3, clusters)
     return drop + shared[label] + rng.normal(0, 0.3, len(label)), label
@@ -197,7 +199,7 @@ def compared(draw: Draw, drop: float, largest: float | None) -> Paired:
 
 
 def p_value(pair: Pair) -> float:
-    """The p of `compare`, without its bounds."""
+    """The p-value of `compare`, without the bounds."""
     drops, label = pair
     if len(set(label)) == len(drops):
         return mcnemar(int((drops > 0).sum()), int((drops < 0).sum()))
@@ -205,52 +207,52 @@ def p_value(pair: Pair) -> float:
 
 
 def upper(pair: Pair, largest: float | None) -> float:
-    """The upper bound of `compare`, without its other half."""
+    """The upper bound of `compare` alone."""
     drops, label = pair
     return bound(np.bincount(label, drops), np.bincount(label).astype(float), largest=largest, draws=1_000)
 
 
 @pytest.mark.parametrize("name", [*SHARES, *NLLS])
-def test_the_simulation_computes_what_compare_does(name: str) -> None:
+def test_the_simulation_matches_compare(name: str) -> None:
     draw, largest = ((SHARES | NLLS)[name], 1.0 if name in SHARES else None)
     pair = draw(0.1)
-    found = compare(pair[0].tolist(), pair[1].tolist(), largest=largest, permutations=999)
-    assert p_value(pair) == found.p if len(pair[0]) <= 60 else p_value(pair) == pytest.approx(found.p, abs=0.06)
-    assert upper(pair, largest) == pytest.approx(found.upper, rel=0.1)
+    result = compare(pair[0].tolist(), pair[1].tolist(), largest=largest, permutations=999)
+    assert p_value(pair) == result.p if len(pair[0]) <= 60 else p_value(pair) == pytest.approx(result.p, abs=0.06)
+    assert upper(pair, largest) == pytest.approx(result.upper, rel=0.1)
 
 
 @pytest.mark.parametrize("name", [*SHARES, *NLLS])
-def test_without_a_drop_at_most_one_alarm_in_twenty(name: str) -> None:
+def test_false_alarms_without_a_drop_are_at_most_5_percent(name: str) -> None:
     draw = (SHARES | NLLS)[name]
     assert sum(p_value(draw(0.0)) < 0.05 for _ in range(SIMULATIONS)) <= NOISE
 
 
 @pytest.mark.parametrize("gate", [0.05, 0.15])
 @pytest.mark.parametrize("name", [*SHARES, *BREAKING])
-def test_with_a_drop_as_large_as_the_gate_at_most_one_pass_in_twenty(name: str, gate: float) -> None:
+def test_false_passes_with_a_drop_at_the_gate_are_at_most_5_percent(name: str, gate: float) -> None:
     draw = (SHARES | BREAKING)[name]
     assert sum(upper(draw(gate), 1.0) < gate for _ in range(SIMULATIONS)) <= NOISE
 
 
 @pytest.mark.parametrize("name", [*NLLS, *SKEWED])
-def test_with_an_nll_risen_by_the_gate_at_most_one_pass_in_twenty(name: str) -> None:
+def test_false_passes_with_an_nll_rise_at_the_gate_are_at_most_5_percent(name: str) -> None:
     draw = (NLLS | SKEWED)[name]
     assert sum(upper(draw(0.5), None) < 0.5 for _ in range(SIMULATIONS)) <= NOISE
 
 
-def test_the_samples_of_a_plan_see_its_gate_four_times_in_five() -> None:
+def test_a_planned_sample_size_has_80_percent_power() -> None:
     n = plan(0.02, 0.10).samples
     alarms = sum(p_value(unclustered(n, 0.10, 0.02)) < 0.05 for _ in range(SIMULATIONS))
     passes = sum(upper(unclustered(n, 0.10, 0.0), 1.0) < 0.02 for _ in range(SIMULATIONS))
-    # Exact tests cost a little power: 78% and 75% in 4,000 draws; three standard deviations of 1,000 are 4%.
+    # Exact tests have slightly less power: 78% and 75% in 4,000 draws; three standard deviations of 1,000 are 4%.
     assert 0.74 < alarms / SIMULATIONS < 0.82
     assert 0.71 < passes / SIMULATIONS < 0.79
 
 
-def test_a_large_drop_is_found_and_none_is_passed() -> None:
-    found = [compared(SHARES["400 samples"], 0.08, 1.0) for _ in range(100)]
-    assert sum(f.p < 0.05 and f.drop > 0 for f in found) >= 98
-    found = [compared(SHARES["400 samples"], 0.0, 1.0) for _ in range(100)]
-    assert sum(f.upper < 0.06 for f in found) >= 95
-    found = [compared(NLLS["nll of 12 contexts"], 0.6, None) for _ in range(100)]
-    assert sum(f.p < 0.05 and f.drop > 0 for f in found) >= 98
+def test_a_large_drop_is_detected_and_no_drop_passes() -> None:
+    result = [compared(SHARES["400 samples"], 0.08, 1.0) for _ in range(100)]
+    assert sum(f.p < 0.05 and f.drop > 0 for f in result) >= 98
+    result = [compared(SHARES["400 samples"], 0.0, 1.0) for _ in range(100)]
+    assert sum(f.upper < 0.06 for f in result) >= 95
+    result = [compared(NLLS["nll of 12 contexts"], 0.6, None) for _ in range(100)]
+    assert sum(f.p < 0.05 and f.drop > 0 for f in result) >= 98

@@ -1,4 +1,4 @@
-"""Contexts at hand stay within their bound."""
+"""Cached contexts stay within the byte limit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def context(tokens: int) -> CompressedContext:
     return CompressedContext((PagedKV.full(k, k.clone(), tokens),), tokens, torch.float32, 0, 0, 0.0)
 
 
-def test_the_least_recently_used_context_leaves() -> None:
+def test_the_least_recently_used_context_is_removed() -> None:
     one = context(64).allocated_bytes
     context_cache = ContextCache(2 * one)
     first, second = context(64), context(60)
@@ -24,10 +24,10 @@ def test_the_least_recently_used_context_leaves() -> None:
     context_cache.put("c", context(64))
     assert context_cache.get("b") is None
     assert context_cache.get("a") is first
-    assert context_cache.held_bytes == 2 * one
+    assert context_cache.cached_bytes == 2 * one
 
 
-def test_a_context_larger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:
+def test_a_context_larger_than_the_limit_is_not_cached_and_removes_nothing() -> None:
     context_cache = ContextCache(context(64).allocated_bytes)
     context_cache.put("a", small := context(64))
     context_cache.put("b", context(1000))

@@ -1,4 +1,4 @@
-"""Each model family through the cache: a tiny random model of its own architecture against transformers itself."""
+"""Each model family through the cache: a tiny random model of its architecture against transformers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def engine(model: Any) -> Any:
     return make
 
 
-def read(engine: Engine, ids: torch.Tensor, how: str) -> CompressedContext:
-    recipe = parse(how)
+def compressed(engine: Engine, ids: torch.Tensor, text: str) -> CompressedContext:
+    recipe = parse(text)
     return engine.prefill(ids.tolist(), recipe.stats_spec).compress(recipe, consume=True)
 
 
@@ -68,7 +68,7 @@ def test_nothing_evicted_is_the_model_as_transformers_runs_it(model: Any, engine
     ids = torch.randint(0, 99, (1, 100), generator=torch.Generator().manual_seed(2))
     model.set_attn_implementation("eager")
     expected = model(ids, use_cache=False).logits[:, 70:]
-    cache = read(engine(chunk), ids[0, :70], "full").fork(30)
+    cache = compressed(engine(chunk), ids[0, :70], "full").fork(30)
     parts = [model(part, cache=cache).logits for part in ids[:, 70:].split([13, 1, 1, 15], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-4, atol=2e-5)
 
@@ -83,10 +83,10 @@ def test_a_plain_forward_pass_is_the_model_as_transformers_runs_it(model: Any, e
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("how", RECIPES)
-def test_rows_over_different_contexts_equal_single_questions(model: Any, engine: Any, how: str) -> None:
+@pytest.mark.parametrize("text", RECIPES)
+def test_rows_over_different_contexts_equal_single_questions(model: Any, engine: Any, text: str) -> None:
     runs = engine()
-    contexts = [read(runs, torch.randint(0, 99, (n,)), how) for n in (70, 33, 90)]
+    contexts = [compressed(runs, torch.randint(0, 99, (n,)), text) for n in (70, 33, 90)]
     owners, lengths = [0, 0, 1, 2], [9, 4, 1, 6]
     questions = [torch.randint(0, 99, (n,)).tolist() for n in lengths]
     following = torch.randint(0, 99, (4, 5))
@@ -100,16 +100,16 @@ def test_rows_over_different_contexts_equal_single_questions(model: Any, engine:
     for row, (owner, question) in enumerate(zip(owners, questions, strict=True)):
         alone = contexts[owner].fork(2)
         parts = [torch.tensor([question]), following[row : row + 1, :4], following[row : row + 1, 4:]]
-        for ours, part in zip(together, parts, strict=True):
+        for batched, part in zip(together, parts, strict=True):
             expected = runs.forward(alone, part)
-            torch.testing.assert_close(ours[row : row + 1], expected[:, -ours.shape[1] :], rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(batched[row : row + 1], expected[:, -batched.shape[1] :], rtol=1e-4, atol=2e-5)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("how", ["streaming:30:when=always", "tova:30:when=always"])
-def test_rows_that_evict_while_decoding_equal_single_questions(model: Any, engine: Any, how: str) -> None:
+@pytest.mark.parametrize("text", ["streaming:30:when=always", "tova:30:when=always"])
+def test_rows_that_evict_while_decoding_equal_single_questions(model: Any, engine: Any, text: str) -> None:
     runs = engine()
-    contexts = [read(runs, torch.randint(0, 99, (n,)), how) for n in (70, 33)]
+    contexts = [compressed(runs, torch.randint(0, 99, (n,)), text) for n in (70, 33)]
     questions = [torch.randint(0, 99, (n,)).tolist() for n in (3, 8)]
     cache = runs.batch(contexts, questions, 3)
     padded = torch.tensor([[0] * (8 - len(q)) + q for q in questions])
@@ -118,56 +118,59 @@ def test_rows_that_evict_while_decoding_equal_single_questions(model: Any, engin
     for row, question in enumerate(questions):
         alone = contexts[row].fork(3)
         parts = [torch.tensor([question]), *following[row : row + 1].split(1, 1)]
-        for ours, part in zip(together, parts, strict=True):
+        for batched, part in zip(together, parts, strict=True):
             expected = runs.forward(alone, part)
-            torch.testing.assert_close(ours[row : row + 1], expected[:, -1:], rtol=1e-4, atol=2e-5)
+            torch.testing.assert_close(batched[row : row + 1], expected[:, -1:], rtol=1e-4, atol=2e-5)
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("how", ["snapkv:0.4:window=9", "tova:0.4", "h2o:0.4", "expected_attention:0.4", "keydiff:0.4"])
-def test_a_question_that_is_seen_scores_as_if_it_stood_in_the_context(model: Any, engine: Any, how: str) -> None:
-    """Aware of the question: the slots are those that the policy picks when it has read both in one piece."""
-    recipe, runs = parse(how), engine()
+@pytest.mark.parametrize(
+    "text", ["snapkv:0.4:window=9", "tova:0.4", "h2o:0.4", "expected_attention:0.4", "keydiff:0.4"]
+)
+def test_query_aware_scores_equal_those_of_context_and_question_in_one_prefill(
+    model: Any, engine: Any, text: str
+) -> None:
+    recipe, runs = parse(text), engine()
     assert recipe.evictor is not None
     ids = torch.randint(0, 99, (70,), generator=torch.Generator().manual_seed(6)).tolist()
     prefill = runs.prefill(ids[:60], recipe.stats_spec)
-    cache = runs.ask(prefill, ids[60:], 0)
+    cache = runs.prefill_question(prefill, ids[60:], 0)
     context = prefill.compress(recipe, consume=False, question_cache=cache)
     both = runs.prefill(ids, recipe.stats_spec)
     scores = []
     for layer, keys in zip(both.layers, both.keys, strict=True):
         if keys is not None:
-            seen = layer.stats
+            stats = layer.stats
             view = LayerView(
                 keys,
                 layer.values[:, :, :70],
-                torch.zeros(1, 6, 0, 16) if seen.queries is None else seen.queries,
+                torch.zeros(1, 6, 0, 16) if stats.queries is None else stats.queries,
                 layer.scaling,
                 len(scores),
                 runs.geometry.windows.count(None),
-                seen.column_sums,
-                seen.query_mean,
-                seen.query_cov,
-                seen.rotary,
+                stats.column_sums,
+                stats.query_mean,
+                stats.query_cov,
+                stats.rotary,
             )
             scores.append(recipe.evictor.scores(view)[..., :60])
     for layer, mask in zip(context.full_attention_layers, recipe.evictor.select(scores), strict=True):
         for head in range(2):
             assert torch.equal(layer.kept_positions(0, head), mask[0, head].nonzero().squeeze(-1))
-    # Nothing of the question leaves, and the last of its tokens may be read again.
-    cache.over(context)
+    # No question token is evicted, and its last token can be fed again.
+    cache.rebase(context)
     cache.rollback(1)
     assert runs.forward(cache, torch.tensor([ids[69:]])).isfinite().all()
     assert cache.get_seq_length() == 70
 
 
 @torch.inference_mode()
-def test_questions_that_were_seen_go_on_together_as_they_do_alone(model: Any, engine: Any) -> None:
+def test_query_aware_questions_give_the_same_results_batched_and_alone(model: Any, engine: Any) -> None:
     recipe, runs, caches = parse("tova:0.4"), engine(), []
-    for tokens, question_cache in [(70, 9), (70, 4), (33, 1)]:
+    for tokens, question_tokens in [(70, 9), (70, 4), (33, 1)]:
         prefill = runs.prefill(torch.randint(0, 99, (tokens,)).tolist(), recipe.stats_spec)
-        cache = runs.ask(prefill, torch.randint(0, 99, (question_cache,)).tolist(), 0)
-        cache.over(prefill.compress(recipe, consume=False, question_cache=cache))
+        cache = runs.prefill_question(prefill, torch.randint(0, 99, (question_tokens,)).tolist(), 0)
+        cache.rebase(prefill.compress(recipe, consume=False, question_cache=cache))
         cache.rollback(1)
         caches.append(cache)
     together, following = QuestionCache.joined(caches, 5), torch.randint(0, 99, (3, 5))
@@ -177,9 +180,9 @@ def test_questions_that_were_seen_go_on_together_as_they_do_alone(model: Any, en
 
 
 @torch.inference_mode()
-def test_a_sliding_layer_holds_its_window_and_no_more(model: Any, engine: Any) -> None:
+def test_a_sliding_window_layer_stores_only_its_window(model: Any, engine: Any) -> None:
     runs = engine(16)
-    context = read(runs, torch.randint(0, 99, (100,)), "knorm:0.5")
+    context = compressed(runs, torch.randint(0, 99, (100,)), "knorm:0.5")
     for window, layer in zip(runs.geometry.windows, context.layers, strict=True):
         if window is None:
             assert layer.counts == (50, 50)
@@ -193,10 +196,10 @@ def test_a_sliding_layer_holds_its_window_and_no_more(model: Any, engine: Any) -
 
 @torch.inference_mode()
 def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: Any) -> None:
-    """Against hooks on the projections: means over all tokens but the first four."""
+    """Against hooks on the projections: means over all tokens except the first four."""
     recipe, runs = parse("expected_attention:0.5"), engine(23)
     if None not in runs.geometry.windows:
-        pytest.skip("every layer slides: there is nothing to compress")
+        pytest.skip("every layer has a sliding window: nothing is compressed")
     ids = torch.randint(0, 99, (80,)).tolist()
     prefill = runs.prefill(ids, recipe.stats_spec)
     index = runs.geometry.windows.index(None)
@@ -218,14 +221,14 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
 
 
 @pytest.mark.parametrize(
-    ("name", "extra", "said"),
+    ("name", "extra", "message"),
     [
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "caps its attention logits"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 4, "num_local_experts": 2}, "attention sinks"),
     ],
 )
-def test_attention_that_is_not_computed_here_is_refused(name: str, extra: dict[str, Any], said: str) -> None:
+def test_unsupported_attention_is_refused(name: str, extra: dict[str, Any], message: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE, **extra))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Geometry.of(model)

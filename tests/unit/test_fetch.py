@@ -1,6 +1,6 @@
-"""`lceval data fetch`: what it puts where, what it leaves alone, and what a download that fails leaves behind.
+"""`lceval data fetch`: target folders, existing files, failed downloads.
 
-The hub is a folder here: the network lies outside the machine, so `snapshot_download` is replaced by a copy.
+The hub is replaced by a local folder: `snapshot_download` copies from it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ REPO = "owner/set"
 
 
 class FakeHub:
-    """Repositories as folders `<owner>/<name>`; counts downloads and can break one off."""
+    """Repositories as folders `<owner>/<name>`; counts downloads and can interrupt one."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -45,7 +45,7 @@ class FakeHub:
         self, *, repo_id: str, repo_type: str, revision: str, allow_patterns: list[str], local_dir: Path
     ) -> str:
         self.calls.append({"repo": repo_id, "type": repo_type, "revision": revision})
-        # what the real client does with a folder that holds something, when it is offline
+        # offline, the real client takes any files in the folder for the data
         assert not any(Path(local_dir).iterdir())
         repo = self.root / repo_id
         names = sorted(file.relative_to(repo).as_posix() for file in repo.rglob("*") if file.is_file())
@@ -58,13 +58,13 @@ class FakeHub:
             if done:
                 shutil.copyfile(repo / name, target)
             else:
-                target.write_text("the client's own")
+                target.write_text("the client's metadata")
         return str(local_dir)
 
 
 def dataset_of(name: str, **fields: Any) -> catalogue.Dataset:
-    given = {"suite": "icr", "about": "", "rows": "", "version": 1, "layout": "text", "modes": {"ao": "ao"}}
-    return catalogue.Dataset(**given | {"dataset": name} | fields)
+    defaults = {"suite": "icr", "about": "", "rows": "", "version": 1, "layout": "text", "modes": {"ao": "ao"}}
+    return catalogue.Dataset(**defaults | {"dataset": name} | fields)
 
 
 SHARDS = dataset_of("shards", hub=catalogue.Hub(REPO, REVISION, {"test": "data/test-*.jsonl"}))
@@ -76,11 +76,11 @@ SHIPPED = dataset_of("shipped")
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
-    """A hub with one repository, and a catalogue of datasets that read it and others."""
-    every = {of.dataset: of for of in (SHARDS, SIBLING, LOCAL, ELSEWHERE, SHIPPED)}
-    named = {f"lc_{name}_ao": catalogue.Task(of, "ao", None) for name, of in every.items()}
+    """A hub with one repository, and a catalogue of datasets with several kinds of sources."""
+    every = {dataset.dataset: dataset for dataset in (SHARDS, SIBLING, LOCAL, ELSEWHERE, SHIPPED)}
+    tasks = {f"lc_{name}_ao": catalogue.Task(dataset, "ao", None) for name, dataset in every.items()}
     groups = {"lc_icr": ["lc_shards_ao", "lc_sibling_ao"], "lc_all": ["lc_icr"]}
-    for attribute, value in (("datasets", every), ("tasks", named), ("groups", groups)):
+    for attribute, value in (("datasets", every), ("tasks", tasks), ("groups", groups)):
         monkeypatch.setattr(catalogue, attribute, lambda value=value: value)
     fake = FakeHub(tmp_path / "the hub")
     fake.put(data__test_jsonl="", other_jsonl='{"text": "other"}\n', README="")
@@ -91,9 +91,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
 
 
 def files(root: Path) -> list[str]:
-    """Everything below a folder but the notes of what was fetched."""
-    found = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
-    return sorted(name for name in found if not name.endswith(".lceval-revision"))
+    """All files below a folder except revision markers."""
+    names = (file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file())
+    return sorted(name for name in names if not name.endswith(".lceval-revision"))
 
 
 def statuses(outcomes: Any) -> dict[str, str]:
@@ -103,7 +103,7 @@ def statuses(outcomes: Any) -> dict[str, str]:
 SHARD_FILES = [f"hub/{REPO}/data/test-{n}.jsonl" for n in (0, 1)]
 
 
-def test_the_files_of_a_dataset_lie_where_its_task_reads_them(hub: FakeHub, tmp_path: Path) -> None:
+def test_files_are_fetched_to_where_the_task_reads_them(hub: FakeHub, tmp_path: Path) -> None:
     (outcome,) = fetch(["shards"])
     assert outcome == Outcome(
         "shards", "fetched", f"fetched {REPO} at {REVISION[:12]} into {tmp_path / 'data' / 'hub' / REPO}"
@@ -115,13 +115,13 @@ def test_the_files_of_a_dataset_lie_where_its_task_reads_them(hub: FakeHub, tmp_
     assert [record["text"] for record in read.records] == ["a", "b"]
 
 
-def test_what_is_there_is_not_fetched_again(hub: FakeHub) -> None:
+def test_existing_files_are_not_fetched_again(hub: FakeHub) -> None:
     assert statuses(fetch(["shards"])) == {"shards": "fetched"}
     assert statuses(fetch(["shards"])) == {"shards": "there"}
     assert len(hub.calls) == 1
 
 
-def test_a_copy_that_somebody_provided_is_left_alone(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_copy_provided_by_the_user_is_not_replaced(hub: FakeHub, tmp_path: Path) -> None:
     own = tmp_path / "data" / SHARD_FILES[0]
     own.parent.mkdir(parents=True)
     own.write_text("mine")
@@ -132,7 +132,7 @@ def test_a_copy_that_somebody_provided_is_left_alone(hub: FakeHub, tmp_path: Pat
 
 @pytest.mark.parametrize("done", [0, 1, 2])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), ValueError("broken")])
-def test_a_download_that_was_cut_off_leaves_nothing_and_is_fetched_again(
+def test_an_interrupted_download_leaves_nothing_and_is_fetched_again(
     hub: FakeHub, tmp_path: Path, done: int, error: BaseException
 ) -> None:
     hub.fails_after = (done, error)
@@ -144,7 +144,7 @@ def test_a_download_that_was_cut_off_leaves_nothing_and_is_fetched_again(
     assert files(tmp_path / "data") == SHARD_FILES
 
 
-def test_a_download_that_was_killed_is_not_taken_as_complete(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_killed_download_is_not_taken_as_complete(hub: FakeHub, tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys, huggingface_hub\n"
         "from lceval.fetch import fetch\n"
@@ -159,8 +159,8 @@ def test_a_download_that_was_killed_is_not_taken_as_complete(hub: FakeHub, tmp_p
         "catalogue.datasets = lambda: {'shards': one}\n"
         "list(fetch(['shards'], pathlib.Path(sys.argv[1])))\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True)
-    assert ran.returncode == -9, ran.stderr
+    process = subprocess.run([sys.executable, "-c", code, str(tmp_path / "data")], capture_output=True, text=True)
+    assert process.returncode == -9, process.stderr
     assert statuses(fetch(["shards"])) == {"shards": "fetched"}
     assert [(tmp_path / "data" / name).read_text() for name in SHARD_FILES] == ['{"text": "a"}\n', '{"text": "b"}\n']
 
@@ -172,7 +172,7 @@ def test_datasets_of_one_repository_share_its_folder(hub: FakeHub, tmp_path: Pat
     assert statuses(fetch(["lc_icr", "shards"])) == {"shards": "there", "sibling": "there"}
 
 
-def test_another_revision_replaces_what_was_fetched(
+def test_another_revision_replaces_the_fetched_copy(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(fetch(["shards", "sibling"]))
@@ -184,9 +184,9 @@ def test_another_revision_replaces_what_was_fetched(
     assert files(tmp_path / "data") == SHARD_FILES[:1]
 
 
-def test_a_repository_without_the_files_is_an_error(hub: FakeHub, tmp_path: Path) -> None:
+def test_a_repository_without_the_files_raises(hub: FakeHub, tmp_path: Path) -> None:
     (hub.root / REPO / "other.jsonl").unlink()
-    with pytest.raises(InfrastructureError, match=f"{REPO} at {REVISION} has no other.jsonl to fetch"):
+    with pytest.raises(InfrastructureError, match=f"{REPO} at {REVISION} has no other.jsonl"):
         list(fetch(["sibling"]))
     assert files(tmp_path / "data") == []
 
@@ -198,15 +198,15 @@ def test_files_that_only_exist_locally_have_to_be_provided(
     (tmp_path / "data" / "local" / "q.jsonl").write_text("{}")
     assert invoke(["data", "fetch", "local", "shipped", "sibling"]) == 2
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"local: not on the hub in this form: put local/p.jsonl into {tmp_path / 'data'}"
-    assert lines[1] == "shipped: ships with the package, nothing to fetch"
+    assert lines[0] == f"local: not on the hub in this format: copy local/p.jsonl into {tmp_path / 'data'}"
+    assert lines[1] == "shipped: shipped with the package"
     assert lines[2].startswith(f"sibling: fetched {REPO}")
     (tmp_path / "data" / "local" / "p.jsonl").write_text("{}")
     assert invoke(["data", "fetch", "local", "--json"]) == 0
     assert [record["status"] for record in json.loads(capsys.readouterr().out)] == ["there"]
 
 
-def test_a_dataset_may_bring_its_own_way_of_fetching(
+def test_a_dataset_may_define_its_own_fetch_function(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def bring(dataset: catalogue.Dataset, folder: Path) -> None:
@@ -218,17 +218,17 @@ def test_a_dataset_may_bring_its_own_way_of_fetching(
     assert statuses(fetch(["lc_elsewhere_ao"])) == {"elsewhere": "fetched"}
     assert statuses(fetch(["elsewhere"])) == {"elsewhere": "there"}
     monkeypatch.setitem(sys.modules, "a_module_of_ours", SimpleNamespace(bring=lambda *_: None))  # type: ignore[misc]
-    with pytest.raises(InfrastructureError, match=r"elsewhere/q\.jsonl is still not in"):
+    with pytest.raises(InfrastructureError, match=r"elsewhere/q\.jsonl is still missing in"):
         list(fetch(["elsewhere"], tmp_path / "another"))
 
 
-def test_to_names_another_folder_than_the_environment(hub: FakeHub, tmp_path: Path) -> None:
+def test_to_overrides_the_folder_of_the_environment(hub: FakeHub, tmp_path: Path) -> None:
     assert statuses(fetch(["sibling"], tmp_path / "there")) == {"sibling": "fetched"}
     assert files(tmp_path / "there") == [f"hub/{REPO}/other.jsonl"]
     assert not (tmp_path / "data").exists()
 
 
-def test_bad_usage_is_refused_before_anything_is_fetched(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_raise_before_anything_is_fetched(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="unknown dataset 'shrads'; did you mean shards"):
         fetch(["sibling", "shrads"])
     monkeypatch.delenv("LCEVAL_DATA")
@@ -238,17 +238,21 @@ def test_bad_usage_is_refused_before_anything_is_fetched(hub: FakeHub, monkeypat
 
 
 def test_offline_is_one_line_and_exit_4(tmp_path: Path) -> None:
-    """With the real client, told to stay offline."""
-    name, dataset = next((name, of) for name, of in catalogue.datasets().items() if of.hub is not None and not of.fetch)
+    """With the real client in offline mode."""
+    name, dataset = next(
+        (name, dataset)
+        for name, dataset in catalogue.datasets().items()
+        if dataset.hub is not None and not dataset.fetch
+    )
     assert dataset.hub is not None
     code = "import sys; from lceval.cli import invoke; sys.exit(invoke(sys.argv[1:]))"
-    ran = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code, "data", "fetch", name, "--to", str(tmp_path)],
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert (ran.returncode, ran.stdout) == (4, "")
-    assert ran.stderr.startswith(f"lceval: error: cannot fetch {name} from {dataset.hub.repo} on the hub (")
-    assert ran.stderr.count("\n") == 1
+    assert (process.returncode, process.stdout) == (4, "")
+    assert process.stderr.startswith(f"lceval: error: cannot fetch {name} from {dataset.hub.repo} on the hub (")
+    assert process.stderr.count("\n") == 1
     assert files(tmp_path) == []

@@ -24,7 +24,7 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert identity.fingerprint(old) != identity.fingerprint(new)
 
 
-def test_a_folders_hash_follows_its_weights_and_configuration_alone(tmp_path: Path) -> None:
+def test_a_folder_hash_depends_only_on_weights_and_configuration(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")
     before = identity.folder_hash(tmp_path)
@@ -34,7 +34,7 @@ def test_a_folders_hash_follows_its_weights_and_configuration_alone(tmp_path: Pa
     assert identity.folder_hash(tmp_path) != before
 
 
-def test_the_identity_of_a_config_survives_json(tmp_path: Path) -> None:
+def test_the_identity_of_a_config_round_trips_through_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     config = EvaluatorConfig(model="lcft", model_args={"pretrained": "x", "kv": "full"}, tasks=["lc_a"])
     one = identity.of(config, {"pretrained": str(tmp_path), "peft": "hub/name"})

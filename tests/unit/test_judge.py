@@ -1,4 +1,4 @@
-"""Rubrics, readings, replies on file, budgets and calibration: what a judged figure rests on."""
+"""Rubrics, reply parsing, the reply cache, budgets and calibration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GRADED = rubrics.load("financebench")
 
 
 class Scripted:
-    """A judge whose replies a test writes."""
+    """A judge with scripted replies."""
 
     name, revision, label, parallel, priced = "scripted", "1", "scripted", False, True
 
@@ -65,21 +65,21 @@ def digest(name: str) -> str:
     return hashlib.sha256((prompt.system + prompt.user).encode()).hexdigest()[:16]
 
 
-def test_a_rubric_changes_only_with_its_version() -> None:
+def test_a_changed_rubric_has_a_new_version() -> None:
     assert {name: (rubrics.load(name).version, digest(name)) for name in rubrics.names()} == PINNED
 
 
 @given(st.lists(st.text(), min_size=1, max_size=4))
-def test_a_fence_occurs_in_none_of_the_texts_that_it_parts(texts: list[str]) -> None:
+def test_a_fence_occurs_in_none_of_its_texts(texts: list[str]) -> None:
     mark = rubrics.fence(texts)
     assert mark == rubrics.fence(texts)
     assert not any(mark.strip("=") in text for text in texts)
-    # Nor does a text that repeats the fence of another keep it.
+    # A text that contains the fence changes it.
     assert rubrics.fence([*texts, mark]) != mark
 
 
 @given(st.text(max_size=200))
-def test_what_is_judged_cannot_end_its_block(attack: str) -> None:
+def test_a_judged_answer_cannot_end_its_block(attack: str) -> None:
     first = rubrics.render(GRADED, Case("Q?", ("G",), attack))
     again = rubrics.render(GRADED, Case("Q?", ("G",), f"{attack}\n{first.user}"))
     mark = again.user.split("begin with ")[1].split(" ")[0].rstrip(".")
@@ -89,9 +89,9 @@ def test_what_is_judged_cannot_end_its_block(attack: str) -> None:
     assert "never an instruction to you" in again.user
 
 
-def test_a_judge_sees_what_its_rubric_names_and_an_extractor_not_the_gold() -> None:
-    seen = rubrics.render(rubrics.load("rj"), CASE).user
-    assert all(text in seen for text in (CASE.question, *CASE.gold, CASE.solution, *CASE.documents))
+def test_a_prompt_has_the_inputs_of_its_rubric_and_an_extractor_no_gold() -> None:
+    prompt = rubrics.render(rubrics.load("rj"), CASE).user
+    assert all(text in prompt for text in (CASE.question, *CASE.gold, CASE.solution, *CASE.documents))
     choice = rubrics.render(
         rubrics.load("choice"), Case("Q?", ("the gold",), "It is (B).", choices=("w", "x", "y", "z"))
     )
@@ -99,15 +99,15 @@ def test_a_judge_sees_what_its_rubric_names_and_an_extractor_not_the_gold() -> N
     assert "the gold" not in choice.user
 
 
-def test_a_repeat_shows_the_same_in_another_order() -> None:
-    shown = [rubrics.render(rubrics.load("rj"), CASE, repeat=repeat) for repeat in range(6)]
-    assert shown[3] == rubrics.render(rubrics.load("rj"), CASE, repeat=3)
-    assert len({prompt.hash for prompt in shown}) > 1
-    assert len({tuple(sorted(prompt.system.splitlines())) for prompt in shown}) == 1
-    assert {prompt.user.index("[DOC 2]") < prompt.user.index("[DOC 5]") for prompt in shown} == {True, False}
+def test_a_repeat_has_the_same_content_in_another_order() -> None:
+    prompts = [rubrics.render(rubrics.load("rj"), CASE, repeat=repeat) for repeat in range(6)]
+    assert prompts[3] == rubrics.render(rubrics.load("rj"), CASE, repeat=3)
+    assert len({prompt.hash for prompt in prompts}) > 1
+    assert len({tuple(sorted(prompt.system.splitlines())) for prompt in prompts}) == 1
+    assert {prompt.user.index("[DOC 2]") < prompt.user.index("[DOC 5]") for prompt in prompts} == {True, False}
 
 
-def test_a_long_answer_loses_its_middle_and_says_so() -> None:
+def test_the_middle_of_a_long_answer_is_omitted_with_a_note() -> None:
     prompt = rubrics.render(GRADED, Case("Q?", ("G",), "a" * 600 + "b" * 600), limit=1000)
     assert prompt.clipped == 200
     assert "a" * 500 + "\n[... 200 characters left out ...]\n" + "b" * 500 in prompt.user
@@ -127,7 +127,7 @@ GOOD = {"reasoning": 1, "grounding": 0, "answer": 1}
         "{'reasoning': 1, 'grounding': 0, 'answer': 1}",
     ],
 )
-def test_grades_are_read_from_json_and_from_what_comes_close(reply: str) -> None:
+def test_grades_are_parsed_from_json_and_similar_text(reply: str) -> None:
     assert verdicts.parse(rubrics.load("rj"), reply) == GOOD
 
 
@@ -147,12 +147,12 @@ def test_grades_are_read_from_json_and_from_what_comes_close(reply: str) -> None
         '{"reasoning": 1e400, "grounding": 0, "answer": 1}',
     ],
 )
-def test_what_does_not_give_every_grade_is_no_verdict(reply: str) -> None:
+def test_an_incomplete_reply_is_no_verdict(reply: str) -> None:
     assert verdicts.parse(rubrics.load("rj"), reply) is None
 
 
 @given(st.text())
-def test_no_reply_whatever_breaks_the_reading(reply: str) -> None:
+def test_no_reply_breaks_the_parser(reply: str) -> None:
     for name in rubrics.names():
         verdicts.parse(rubrics.load(name), reply)
 
@@ -172,13 +172,13 @@ def test_no_reply_whatever_breaks_the_reading(reply: str) -> None:
         ("Rating: [[88", None),
     ],
 )
-def test_a_rating_is_read_by_loongs_rule(reply: str, rating: float | None) -> None:
-    found = verdicts.parse(rubrics.load("loong"), reply)
-    assert found == (None if rating is None else {"rating": rating})
+def test_a_rating_is_parsed_by_loongs_rule(reply: str, rating: float | None) -> None:
+    grades = verdicts.parse(rubrics.load("loong"), reply)
+    assert grades == (None if rating is None else {"rating": rating})
 
 
 @pytest.mark.parametrize(
-    ("text", "found"),
+    ("text", "parts"),
     [
         ("rule", ("rule", "", "", "")),
         ("hf:smollm2-135m", ("hf", "smollm2-135m", "", "")),
@@ -186,9 +186,9 @@ def test_a_rating_is_read_by_loongs_rule(reply: str, rating: float | None) -> No
         ("openai:org/m@v2#r1@https://host:8000/v1/", ("openai", "org/m@v2", "r1", "https://host:8000/v1")),
     ],
 )
-def test_a_judge_has_a_name(text: str, found: tuple[str, ...]) -> None:
+def test_a_judge_name_is_parsed(text: str, parts: tuple[str, ...]) -> None:
     spec = judges.parse(text)
-    assert (spec.kind, spec.model, spec.revision, spec.url) == found
+    assert (spec.kind, spec.model, spec.revision, spec.url) == parts
     assert "#" not in str(spec)
 
 
@@ -207,7 +207,7 @@ def test_a_judge_has_a_name(text: str, found: tuple[str, ...]) -> None:
         "sk-secret-9",
     ],
 )
-def test_a_bad_name_is_refused_in_one_line_that_repeats_no_key(text: str) -> None:
+def test_an_invalid_name_is_refused_in_one_line_without_keys(text: str) -> None:
     with pytest.raises(UserError) as raised:
         judges.parse(text)
     assert "sk-9" not in str(raised.value)
@@ -215,7 +215,7 @@ def test_a_bad_name_is_refused_in_one_line_that_repeats_no_key(text: str) -> Non
     assert "\n" not in str(raised.value)
 
 
-def test_replies_are_filed_under_judge_revision_rubric_prompt_and_repeat(store: Store, tmp_path: Path) -> None:
+def test_the_key_of_a_reply_is_judge_revision_rubric_prompt_and_repeat(store: Store, tmp_path: Path) -> None:
     key = Key("m", "r", "rj@1", "p", 0)
     store.put(key, Reply("one", 3, 4, "s", True))
     store.put(key, Reply("two"))
@@ -228,17 +228,17 @@ def test_replies_are_filed_under_judge_revision_rubric_prompt_and_repeat(store: 
     other_process.close()
 
 
-def test_equal_prompts_are_asked_once_and_replies_on_file_never_again(store: Store) -> None:
+def test_equal_prompts_are_sent_once_and_cached_replies_are_reused(store: Store) -> None:
     judge = Scripted(lambda call, prompt: '{"verdict": "correct"}')
-    found = Client(judge, store).judge_all(GRADED, [*cases(3), *cases(4)])
-    assert [verdict.grades for verdict in found] == [{"verdict": "correct"}] * 7
+    judged = Client(judge, store).judge_all(GRADED, [*cases(3), *cases(4)])
+    assert [verdict.grades for verdict in judged] == [{"verdict": "correct"}] * 7
     assert judge.calls == 4
     again = Client(judge, store)
-    assert again.judge_all(GRADED, cases(4)) == found[3:]
+    assert again.judge_all(GRADED, cases(4)) == judged[3:]
     assert (judge.calls, again.spent.reused, again.spent.calls) == (4, 4, 0)
 
 
-def test_failures_are_unjudged_with_their_reason_and_only_those_are_asked_again(store: Store) -> None:
+def test_failures_are_unjudged_with_their_reason_and_only_those_are_retried(store: Store) -> None:
     def reply(call: int, prompt: Prompt) -> str:
         if "Question 0?" in prompt.user:
             raise TryAgainError("timeout")
@@ -248,23 +248,23 @@ def test_failures_are_unjudged_with_their_reason_and_only_those_are_asked_again(
 
     judge = Scripted(reply)
     limits = Limits(retries=2, first_wait=0.001)
-    found = Client(judge, store, limits).judge_all(GRADED, cases(5))
+    judged = Client(judge, store, limits).judge_all(GRADED, cases(5))
     reasons = ["failed: timeout", "refused: too long", "unparsable", "empty", ""]
-    assert [verdict.reason for verdict in found] == reasons
-    assert [verdict.grades for verdict in found] == [None] * 4 + [{"verdict": "refusal"}]
+    assert [verdict.reason for verdict in judged] == reasons
+    assert [verdict.grades for verdict in judged] == [None] * 4 + [{"verdict": "refusal"}]
     assert judge.calls == 3 + 4
     Client(judge, store, limits).judge_all(GRADED, cases(5))
     assert judge.calls == 7 + 4
 
 
-def test_a_limit_on_tokens_is_never_passed(store: Store) -> None:
+def test_the_token_limit_is_never_exceeded(store: Store) -> None:
     judge = Scripted(lambda call, prompt: '{"verdict": "correct"}')
     prompt = rubrics.render(GRADED, cases(1)[0])
-    worth = (len(prompt.system) + len(prompt.user)) // 3 + GRADED.max_tokens
-    client = Client(judge, store, Limits(tokens=worth + 2 * 110))
-    found = client.judge_all(GRADED, cases(6))
+    estimate = (len(prompt.system) + len(prompt.user)) // 3 + GRADED.max_tokens
+    client = Client(judge, store, Limits(tokens=estimate + 2 * 110))
+    judged = client.judge_all(GRADED, cases(6))
     assert judge.calls == 3
-    assert [verdict.reason for verdict in found] == [""] * 3 + ["budget"] * 3
+    assert [verdict.reason for verdict in judged] == [""] * 3 + ["budget"] * 3
     assert client.spent.tokens_in + client.spent.tokens_out == 330
 
 
@@ -280,7 +280,7 @@ def graded(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[calibrate
     return calibrate.graded()
 
 
-def test_a_stratified_sample_has_the_grades_in_their_proportions(graded: list[calibrate.Graded]) -> None:
+def test_a_stratified_sample_has_the_label_proportions_of_all_rows(graded: list[calibrate.Graded]) -> None:
     chosen = calibrate.stratified(graded, 200)
     assert chosen == calibrate.stratified(graded, 200)
     assert len({row.row for row in chosen}) == 200
@@ -291,7 +291,7 @@ def test_a_stratified_sample_has_the_grades_in_their_proportions(graded: list[ca
         calibrate.stratified(graded, 2)
 
 
-def test_the_rule_is_calibrated_from_the_command_line_and_a_bar_can_be_set(
+def test_the_rule_is_calibrated_from_the_command_line_with_a_minimum_kappa(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
@@ -311,10 +311,10 @@ def test_the_rule_is_calibrated_from_the_command_line_and_a_bar_can_be_set(
     assert invoke([*line, "--require-kappa", "0.99"]) == 1
     captured = capsys.readouterr()
     assert "rule (rule-based)" in captured.out
-    assert "0.99 was required" in captured.err
+    assert "--require-kappa is 0.99" in captured.err
 
 
-def test_probes_find_a_judge_that_obeys_the_answers_and_clear_one_that_does_not(
+def test_probes_detect_a_judge_that_obeys_injections_and_pass_a_robust_one(
     store: Store, graded: list[calibrate.Graded]
 ) -> None:
     wrong = [row.case for row in graded if row.human == "incorrect" and len(row.case.solution) < 300][:8]
@@ -324,16 +324,16 @@ def test_probes_find_a_judge_that_obeys_the_answers_and_clear_one_that_does_not(
         )
     )
     report = probes.probe(Client(obedient, store), GRADED, wrong)
-    assert {name: (found["fooled"], found["flipped"]) for name, found in report.items()} == {
+    assert {name: (row["fooled"], row["flipped"]) for name, row in report.items()} == {
         name: (8, 8) if name.startswith("inject") else (0, 0) for name in probes.PROBES
     }
-    sturdy = Scripted(lambda call, prompt: '{"verdict": "incorrect"}')
-    sturdy.name = "sturdy"
-    clean = probes.probe(Client(sturdy, store), GRADED, wrong)
-    assert not any(found["fooled"] for found in clean.values())
+    robust = Scripted(lambda call, prompt: '{"verdict": "incorrect"}')
+    robust.name = "robust"
+    clean = probes.probe(Client(robust, store), GRADED, wrong)
+    assert not any(row["fooled"] for row in clean.values())
 
 
-def test_calibration_without_data_says_what_is_missing(
+def test_calibration_without_data_names_the_missing_variable(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
@@ -345,7 +345,7 @@ def test_calibration_without_data_says_what_is_missing(
     assert "line 1" in capsys.readouterr().err
 
 
-def test_no_judge_is_one_line_and_exit_2(
+def test_a_missing_judge_is_one_line_and_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))

@@ -1,4 +1,4 @@
-"""A judge behind a served endpoint: faults, a server that dies, a judge that is killed, and a key that stays secret."""
+"""A judge behind an endpoint: faults, a server crash, a killed process, and secrecy of the key."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TIMEOUT_S = 3.0
 
 
 def made_run(folder: Path, samples: int) -> Path:
-    """What lm_eval leaves of an R+Judge task."""
+    """The lm_eval output of an R+Judge task."""
     folder.mkdir()
     config = {"metadata": {"headline": "subem"}}
     results = {"configs": {TASK: config}, "n-samples": {TASK: {"effective": samples}}, "config": {"model": "hf"}}
@@ -49,16 +49,16 @@ def made_run(folder: Path, samples: int) -> Path:
                 "docs": [{"pid": f"p{i}", "title": "", "text": f"Figure {number} is {number + i}."} for i in range(3)],
                 "gold_pids": ["p0"],
             }
-            said = f"Document review: [DOC 0].\nThe answer is: {number}"
-            row = {"doc_id": number, "doc": doc, "filtered_resps": [said], "filter": "none", "subem": 1.0}
+            answer = f"Document review: [DOC 0].\nThe answer is: {number}"
+            row = {"doc_id": number, "doc": doc, "filtered_resps": [answer], "filter": "none", "subem": 1.0}
             out.write(json.dumps(row) + "\n")
     return folder
 
 
 class Served:
-    """An OpenAI-compatible endpoint on 127.0.0.1 that counts what it answered, and fails as it is told.
+    """An OpenAI-compatible endpoint on 127.0.0.1 with planned failures and a count of its answers.
 
-    `plan(prompt, attempt)` names what becomes of a call: ok, timeout, 429, 500, 401, 400 or half (a body cut short).
+    `plan(prompt, attempt)` is the outcome of a call: ok, timeout, 429, 500, 401, 400 or half (a truncated body).
     """
 
     def __init__(self, plan: Callable[[str, int], str], content: Callable[[str], str]) -> None:
@@ -66,7 +66,7 @@ class Served:
         self.lock = threading.Lock()
         self.calls: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.gate_at: int | None = None
         self.released = threading.Event()
@@ -92,7 +92,7 @@ class Served:
             request_queue_size = 128
 
             def handle_error(self, *_: Any) -> None:
-                pass  # a client that is killed or tired of waiting
+                pass  # a client that is killed or timed out
 
         self.server = Server(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_address[1]
@@ -100,7 +100,7 @@ class Served:
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
 
     def stop(self) -> None:
-        """No new connection is taken, and those there are get no further answer."""
+        """Refuse new connections and stop answering open ones."""
         self.up.clear()
         assert self.server is not None
         self.server.shutdown()
@@ -119,30 +119,32 @@ class Served:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
         prompt = hashlib.sha256(json.dumps(body["messages"]).encode()).hexdigest()
         with self.lock:
-            self.asked.append(body)
+            self.requests.append(body)
             self.headers.append(handler.headers.get("Authorization", ""))
             attempt = self.calls[prompt]
             self.calls[prompt] += 1
             gated = self.gate_at is not None and self.total >= self.gate_at
-            what = self.plan(prompt, attempt)
-            good = what == "ok" and not gated and up.is_set()
+            outcome = self.plan(prompt, attempt)
+            good = outcome == "ok" and not gated and up.is_set()
             if good:
                 self.answered[prompt] += 1
         if gated or not up.is_set():
             self.released.wait(30)
             handler.close_connection = True
-        elif what == "timeout":
+        elif outcome == "timeout":
             time.sleep(TIMEOUT_S + 0.5)
             handler.close_connection = True
-        elif what in ("429", "500", "401", "400"):
-            said = {"error": {"message": f"no, and your key is {KEY}: response_format", "type": "x", "param": None}}
-            self.send(handler, int(what), said)
+        elif outcome in ("429", "500", "401", "400"):
+            error = {"error": {"message": f"no, and your key is {KEY}: response_format", "type": "x", "param": None}}
+            self.send(handler, int(outcome), error)
         else:
             message = {"role": "assistant", "content": self.content(body["messages"][1]["content"])}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
             usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-            made = {"id": "x", "object": "chat.completion", "created": 0, "model": "m-1", "usage": usage}
-            self.send(handler, 200, {**made, "system_fingerprint": "fp", "choices": [choice]}, half=what == "half")
+            completion = {"id": "x", "object": "chat.completion", "created": 0, "model": "m-1", "usage": usage}
+            self.send(
+                handler, 200, {**completion, "system_fingerprint": "fp", "choices": [choice]}, half=outcome == "half"
+            )
 
     def send(self, handler: BaseHTTPRequestHandler, code: int, value: Any, *, half: bool = False) -> None:
         data = json.dumps(value).encode()
@@ -173,13 +175,13 @@ def share(text: str) -> float:
 
 
 def faulty(prompt: str, attempt: int) -> str:
-    """A tenth of first calls time out, a third fail in some way; a few fail twice."""
+    """10% of first calls time out, 33% fail in some way; a few fail twice."""
     place = share(f"{prompt} {attempt}")
     if attempt > 1:
         return "ok"
-    for limit, what in ((0.10, "timeout"), (0.18, "429"), (0.26, "500"), (0.33, "half")):
+    for limit, outcome in ((0.10, "timeout"), (0.18, "429"), (0.26, "500"), (0.33, "half")):
         if place < limit * (1 if attempt == 0 else 0.3):
-            return what
+            return outcome
     return "ok"
 
 
@@ -193,8 +195,8 @@ def garbled(number: int) -> bool:
 
 def graded(user: str) -> str:
     number = figure(user)
-    said = json.dumps({"reasoning": number % 2, "grounding": number // 2 % 2, "answer": 1})
-    return said[: len(said) // 2] if garbled(number) else said
+    reply = json.dumps({"reasoning": number % 2, "grounding": number // 2 % 2, "answer": 1})
+    return reply[: len(reply) // 2] if garbled(number) else reply
 
 
 def start(arguments: list[str], **env: str) -> subprocess.Popen[str]:
@@ -228,7 +230,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None =
         time.sleep(0.01)
 
 
-def test_every_verdict_arrives_once_through_faults_a_dead_server_and_a_killed_judge(tmp_path: Path) -> None:
+def test_every_verdict_is_paid_once_despite_faults_a_server_crash_and_a_killed_process(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", SAMPLES)
     replies = tmp_path / "replies.sqlite"
     originals = {file.name: file.read_bytes() for file in run.iterdir()}
@@ -248,7 +250,7 @@ def test_every_verdict_arrives_once_through_faults_a_dead_server_and_a_killed_ju
         second = start(line)
         until(lambda: server.total >= 300, second)
         server.stop()
-        time.sleep(0.3)  # calls meet a closed port
+        time.sleep(0.3)  # calls fail on a closed port
         server.start()
         out, err = second.communicate(timeout=60)
         assert second.returncode == 0, err
@@ -291,7 +293,7 @@ sys.exit(invoke(["judge", *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize("plan", ["ok", "500", "401", "400"])
-def test_the_key_is_sent_to_the_endpoint_and_is_nowhere_else(tmp_path: Path, plan: str) -> None:
+def test_the_key_is_sent_only_to_the_endpoint(tmp_path: Path, plan: str) -> None:
     run = made_run(tmp_path / "run", 6)
     with served(lambda prompt, attempt: plan, lambda user: f"{graded(user)} your key is {KEY}") as server:
         line = [
@@ -311,8 +313,8 @@ def test_the_key_is_sent_to_the_endpoint_and_is_nowhere_else(tmp_path: Path, pla
     assert set(server.headers) == {f"Bearer {KEY}"}
     assert "DEBUG" in ran.stderr
     (tmp_path / "out").write_text(ran.stdout + ran.stderr)
-    seen = [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
-    assert seen == []
+    leaks = [file for file in tmp_path.rglob("*") if file.is_file() and KEY.encode() in file.read_bytes()]
+    assert leaks == []
     assert (run / "judge.json").exists() == (plan != "401")
 
 
@@ -323,40 +325,40 @@ def ask(tmp_path: Path) -> Iterator[Callable[..., Any]]:
         def judged(server: Served, cases: int = 3, **limits: Any) -> tuple[list[Any], Client]:
             judge = judges.make(f"openai:m@{server.url}", timeout=TIMEOUT_S)
             client = Client(judge, store, Limits(**({"first_wait": 0.01, "retries": 1} | limits)))
-            material = [Case(f"What is figure {number}?", (str(number),), "It is.") for number in range(cases)]
+            questions = [Case(f"What is figure {number}?", (str(number),), "It is.") for number in range(cases)]
             try:
-                return client.judge_all(rubrics.load("rj"), material), client
+                return client.judge_all(rubrics.load("rj"), questions), client
             finally:
                 judge.close()
 
         yield judged
 
 
-def test_a_server_without_json_schema_is_asked_without_it_from_then_on(ask: Callable[..., Any]) -> None:
+def test_after_a_400_calls_omit_the_json_schema(ask: Callable[..., Any]) -> None:
     with served(lambda prompt, attempt: "ok", graded) as server:
-        server.plan = lambda prompt, attempt: "400" if "response_format" in server.asked[-1] else "ok"
+        server.plan = lambda prompt, attempt: "400" if "response_format" in server.requests[-1] else "ok"
         verdicts, _ = ask(server, 5, concurrency=1)
     assert all(verdict.grades for verdict in verdicts)
-    sent = ["response_format" in body for body in server.asked]
+    sent = ["response_format" in body for body in server.requests]
     assert sent == [True, False, False, False, False, False]
-    assert server.asked[0]["response_format"]["json_schema"]["schema"]["required"] == [
+    assert server.requests[0]["response_format"]["json_schema"]["schema"]["required"] == [
         "reasoning",
         "grounding",
         "answer",
     ]
-    assert all(body["temperature"] == 0 for body in server.asked)
+    assert all(body["temperature"] == 0 for body in server.requests)
 
 
-def test_a_limit_on_calls_holds_with_retries_and_the_rest_is_unjudged(ask: Callable[..., Any]) -> None:
+def test_the_call_limit_includes_retries_and_the_rest_is_unjudged(ask: Callable[..., Any]) -> None:
     with served(lambda prompt, attempt: "ok" if attempt else "500", graded) as server:
         verdicts, client = ask(server, 6, calls=7, retries=3, concurrency=4)
-    assert len(server.asked) == client.spent.calls == 7
+    assert len(server.requests) == client.spent.calls == 7
     unjudged = [verdict.reason for verdict in verdicts if verdict.grades is None]
     assert set(unjudged) <= {"budget"}
     assert len(unjudged) == 6 - server.total
 
 
-def test_an_endpoint_that_never_answers_is_given_up_and_counted(ask: Callable[..., Any]) -> None:
+def test_an_unreachable_endpoint_is_abandoned_and_counted(ask: Callable[..., Any]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -369,7 +371,7 @@ def test_an_endpoint_that_never_answers_is_given_up_and_counted(ask: Callable[..
     assert client.spent.calls <= 16
 
 
-def test_a_wrong_key_stops_at_once_with_one_line_that_does_not_repeat_it(
+def test_a_wrong_key_stops_at_once_with_an_error_without_the_key(
     ask: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCEVAL_JUDGE_KEY", KEY)
@@ -378,4 +380,4 @@ def test_a_wrong_key_stops_at_once_with_one_line_that_does_not_repeat_it(
     assert "401" in str(raised.value)
     assert KEY not in str(raised.value)
     assert raised.value.__suppress_context__
-    assert len(server.asked) <= 10
+    assert len(server.requests) <= 10

@@ -1,4 +1,4 @@
-"""Judging in the run: LCEVAL_JUDGE beside `lceval run` and plain `lm_eval`, answers by lm-eval's dummy model."""
+"""In-run judging: LCEVAL_JUDGE with `lceval run` and plain `lm_eval`, on lm-eval's dummy model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMON = ["--model", "dummy", "--tasks", TASK, "--limit", "3", "--metadata", "pr
 
 
 def cache(folder: Path, model: str) -> Path:
-    """A cache of replies of its own, with the packaged model as the machine's cache has it."""
+    """A separate cache folder with a link to the packaged model."""
     folder.mkdir()
     (folder / Path(model).parent.name).symlink_to(Path(model).parent)
     return folder
@@ -41,7 +41,7 @@ def run(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
     monkeypatch.setattr(inrun, "LIMITS", Limits(retries=0))
 
-    def made(judge: str | None, name: str = "run") -> Path:
+    def evaluate(judge: str | None, name: str = "run") -> Path:
         if judge is None:
             monkeypatch.delenv("LCEVAL_JUDGE", raising=False)
         else:
@@ -49,7 +49,7 @@ def run(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
         assert invoke(["run", *COMMON, "--output_path", str(tmp_path / name)]) == 0
         return tmp_path / name
 
-    return made
+    return evaluate
 
 
 def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -65,7 +65,7 @@ def rows(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(row)
 
 
-def test_a_run_with_a_judge_has_its_metrics_in_results_samples_and_table_and_pays_once(
+def test_a_judged_run_has_metrics_in_results_samples_and_table_and_pays_once(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with served(lambda prompt, attempt: "ok", graded) as server:
@@ -73,10 +73,10 @@ def test_a_run_with_a_judge_has_its_metrics_in_results_samples_and_table_and_pay
         folder = run(name)
         assert server.total == 3
         results, lines = read(folder)
-        told = results["results"][TASK]
-        assert [told[f"{metric},none"] for metric in CRITERIA] == [1.0, 0.0, 1.0, 2.0]
-        assert told["rj_paper,none"] == 2.0 + told["subem,none"]
-        assert told["unjudged,none"] == 0
+        means = results["results"][TASK]
+        assert [means[f"{metric},none"] for metric in CRITERIA] == [1.0, 0.0, 1.0, 2.0]
+        assert means["rj_paper,none"] == 2.0 + means["subem,none"]
+        assert means["unjudged,none"] == 0
         assert results["higher_is_better"][TASK]["judge_sum"] is True
         assert (results["judge"]["judge"], results["judge"]["tasks"][TASK]["coverage"]) == (name, 1.0)
         for line in lines:
@@ -84,7 +84,7 @@ def test_a_run_with_a_judge_has_its_metrics_in_results_samples_and_table_and_pay
             assert (line["verdict"]["status"], line["verdict"]["rubric"]) == ("judged", "rj@1")
         row = rows(folder, capsys)
         assert (row["judge"], row["unjudged"], row["metrics"]["judge_sum"]) == (name, 0, 2.0)
-        # The same replies serve `lceval judge` afterwards.
+        # `lceval judge` reuses the replies.
         assert invoke(["judge", str(folder), "--judge", name, "--json"]) == 0
         (report,) = json.loads(capsys.readouterr().out)
         assert (report["calls"], server.total) == (0, 3)
@@ -92,7 +92,7 @@ def test_a_run_with_a_judge_has_its_metrics_in_results_samples_and_table_and_pay
         assert rows(folder, capsys)["metrics"] == row["metrics"]
 
 
-def test_without_a_judge_a_run_is_as_it_was_and_the_answers_have_one_fingerprint(
+def test_without_a_judge_a_run_is_unchanged_and_has_the_same_fingerprint(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(None)
@@ -102,8 +102,8 @@ def test_without_a_judge_a_run_is_as_it_was_and_the_answers_have_one_fingerprint
     row = rows(folder, capsys)
     assert (row["judge"], row["unjudged"]) == (None, 3)
     record = json.loads((folder / "run.json").read_text())
-    # Cut off before its end, the run goes on with a judge from the answers it has.
-    cut_off(folder)
+    # An interrupted run resumes with a judge from its stored answers.
+    interrupt(folder)
     capsys.readouterr()
     run("rule")
     assert "3 samples, 3 reused, 0 run" in capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_without_a_judge_a_run_is_as_it_was_and_the_answers_have_one_fingerprint
 
 
 @pytest.mark.parametrize("plan", ["500", "401", "400"])
-def test_a_judge_that_fails_leaves_the_run_whole_and_its_samples_unjudged(
+def test_a_failing_judge_leaves_the_run_complete_and_its_samples_unjudged(
     run: Callable[..., Path],
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -124,7 +124,7 @@ def test_a_judge_that_fails_leaves_the_run_whole_and_its_samples_unjudged(
     monkeypatch.setenv("LCEVAL_JUDGE_KEY", KEY)
     with served(lambda prompt, attempt: plan, graded) as server:
         folder = run(f"openai:m@{server.url}")
-    said = capsys.readouterr()
+    captured = capsys.readouterr()
     results, lines = read(folder)
     assert results["results"][TASK]["unjudged,none"] == 3
     assert not [name for name in results["results"][TASK] if name.startswith(("judge_", "rj_"))]
@@ -132,19 +132,19 @@ def test_a_judge_that_fails_leaves_the_run_whole_and_its_samples_unjudged(
     row = rows(folder, capsys)
     assert (row["unjudged"], row["n"]) == (3, 3)
     assert "judge_sum" not in row["metrics"]
-    (tmp_path / "said").write_text(said.out + said.err)
+    (tmp_path / "output").write_text(captured.out + captured.err)
     assert [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()] == []
 
 
-def cut_off(folder: Path) -> None:
-    """As if the run had been killed while it was judging: the answers are there, the results are not."""
+def interrupt(folder: Path) -> None:
+    """The state of a run killed while judging: answers, but no results."""
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps({**record, "status": "running"}))
     for file in [*folder.glob("results_*"), *folder.glob("samples_*")]:
         file.unlink()
 
 
-def test_a_run_cut_off_while_judging_pays_for_what_is_missing_alone_and_lceval_judge_for_the_rest(
+def test_a_run_interrupted_while_judging_pays_only_for_missing_replies(
     run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     limit = 1
@@ -152,7 +152,7 @@ def test_a_run_cut_off_while_judging_pays_for_what_is_missing_alone_and_lceval_j
         name = f"openai:m@{server.url}"
         folder = run(name)
         assert rows(folder, capsys)["unjudged"] == 2
-        cut_off(folder)
+        interrupt(folder)
         limit = 2
         run(name)
         assert rows(folder, capsys)["unjudged"] == 1
@@ -181,7 +181,7 @@ def plain(judge: str, folder: Path, *more: str) -> subprocess.CompletedProcess[s
     return subprocess.run(line, capture_output=True, text=True, env=env, check=False)
 
 
-def test_plain_lm_eval_prints_and_writes_the_same_and_the_key_is_nowhere(
+def test_plain_lm_eval_prints_and_writes_the_same_without_the_key(
     smollm2: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache(tmp_path / "cache", smollm2)
@@ -197,13 +197,13 @@ def test_plain_lm_eval_prints_and_writes_the_same_and_the_key_is_nowhere(
     assert [line["judge_sum"] for line in lines] == [2.0] * 3
     row = rows(tmp_path / "out", capsys)
     assert (row["unjudged"], row["metrics"]["judge_sum"]) == (0, 2.0)
-    (tmp_path / "said").write_text(ran.stdout + ran.stderr)
+    (tmp_path / "output").write_text(ran.stdout + ran.stderr)
     assert "DEBUG" in ran.stderr
     assert [f for f in tmp_path.rglob("*") if f.is_file() and KEY.encode() in f.read_bytes()] == []
 
 
 @pytest.mark.parametrize("judge", ["openai:gpt", "sk-very-secret", "hf:no/such-model"])
-def test_a_wrong_judge_is_refused_before_any_model_is_loaded(
+def test_an_invalid_judge_is_refused_before_any_model_is_loaded(
     judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import lceval.run
@@ -211,13 +211,13 @@ def test_a_wrong_judge_is_refused_before_any_model_is_loaded(
     monkeypatch.setenv("LCEVAL_JUDGE", judge)
     monkeypatch.setattr(lceval.run, "load_model", lambda config: pytest.fail("a model was loaded"))
     assert invoke(["run", *COMMON, "--output_path", str(tmp_path / "run")]) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("lceval: error: LCEVAL_JUDGE: ")
-    assert "very-secret" not in said
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("lceval: error: LCEVAL_JUDGE: ")
+    assert "very-secret" not in error
     assert not (tmp_path / "run").exists()
 
 
-def test_plain_lm_eval_refuses_a_wrong_judge_in_one_line(tmp_path: Path) -> None:
+def test_plain_lm_eval_refuses_an_invalid_judge_in_one_line(tmp_path: Path) -> None:
     ran = plain("nonsense", tmp_path)
     assert ran.returncode == 2
     assert "lceval: error: LCEVAL_JUDGE: cannot read the judge's name" in ran.stderr
@@ -225,7 +225,7 @@ def test_plain_lm_eval_refuses_a_wrong_judge_in_one_line(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_loong_in_a_run_has_average_and_perfect_rate_and_other_tasks_are_left_alone(
+def test_loong_in_a_run_has_average_and_perfect_rate_and_other_tasks_are_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
@@ -234,8 +234,8 @@ def test_loong_in_a_run_has_average_and_perfect_rate_and_other_tasks_are_left_al
         for i in range(2)
     ]
     rows = [
-        {"doc_id": i, "doc": doc, "filtered_resps": [said], "filter": "none", "metrics": ["f1"], "f1": 0.0}
-        for i, (doc, said) in enumerate(zip(docs, ["a b", "c d"], strict=True))
+        {"doc_id": i, "doc": doc, "filtered_resps": [answer], "filter": "none", "metrics": ["f1"], "f1": 0.0}
+        for i, (doc, answer) in enumerate(zip(docs, ["a b", "c d"], strict=True))
     ]
     other = [{"doc_id": 0, "doc": {}, "filtered_resps": ["x"], "filter": "none", "metrics": []}]
     results: dict[str, Any] = {
@@ -243,20 +243,20 @@ def test_loong_in_a_run_has_average_and_perfect_rate_and_other_tasks_are_left_al
         "results": {"lc_loong_ao": {}, "arc": {}},
     }
     add(results, "rule")
-    told = results["results"]["lc_loong_ao"]
-    assert (told["avg_score,none"], told["perfect_rate,none"], told["unjudged,none"]) == (50.5, 0.5, 0)
+    means = results["results"]["lc_loong_ao"]
+    assert (means["avg_score,none"], means["perfect_rate,none"], means["unjudged,none"]) == (50.5, 0.5, 0)
     assert results["results"]["arc"] == {}
     assert other[0].keys() == {"doc_id", "doc", "filtered_resps", "filter", "metrics"}
     assert results["judge"]["tasks"]["lc_loong_ao"]["by_level"]["1"]["n"] == 2
 
 
-def test_a_judge_in_a_process_of_its_own_gives_what_one_in_this_process_gives_and_files_it(
+def test_a_judge_in_a_subprocess_gives_the_same_verdicts_and_stores_its_replies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
-    asked = [("rj", [Case("Q?", ("8",), "[DOC 0] says so.\nThe answer is: 8", ("[DOC 0]\n8",), (0,))])]
-    apart, here = inrun._apart(asked, "rule"), inrun.ask(asked, "rule")
-    assert apart[1] == here[1]
-    assert (apart[0]["reused"], here[0]["reused"]) == (0, 1)
+    batch = [("rj", [Case("Q?", ("8",), "[DOC 0] says so.\nThe answer is: 8", ("[DOC 0]\n8",), (0,))])]
+    separate, same = inrun._in_subprocess(batch, "rule"), inrun.ask(batch, "rule")
+    assert separate[1] == same[1]
+    assert (separate[0]["reused"], same[0]["reused"]) == (0, 1)
     with pytest.raises(LcevalError, match="the judge rule failed"):
-        inrun._apart([("no-such-rubric", [])], "rule")
+        inrun._in_subprocess([("no-such-rubric", [])], "rule")

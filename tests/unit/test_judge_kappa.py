@@ -1,4 +1,4 @@
-"""A judge's agreement with people stands beside what it graded, and a bar refuses one that is worse or unknown."""
+"""Agreement with human labels is shown next to judge metrics, and --require-kappa enforces a minimum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OUTPUT_FORMATS = ("terminal", "markdown", "latex", "csv", "html", "json")
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that the rule has judged, with no calibration at hand."""
+    """A run judged by the rule, without a calibration."""
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
     folder = made_run(tmp_path / "run", "lc_financebench_ao", financebench(3), ["8.7", "no", "8.7"])
@@ -28,23 +28,23 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def report(kappa: float | None, judged: int, **more: Any) -> Mapping[str, Any]:
     bounds = None if kappa is None else [kappa - 0.08, kappa + 0.08]
-    given = {"judge": "rule", "revision": "1", "rubric": "financebench@1", "data": "d", "n": judged, "judged": judged}
-    return {**given, "kappa": kappa, "kappa_interval": bounds, "accuracy": 0.8, "clusters": 65, **more}
+    fields = {"judge": "rule", "revision": "1", "rubric": "financebench@1", "data": "d", "n": judged, "judged": judged}
+    return {**fields, "kappa": kappa, "kappa_interval": bounds, "accuracy": 0.8, "clusters": 65, **more}
 
 
-def shown(folder: Path, capsys: pytest.CaptureFixture[str], output_format: str, *more: str) -> str:
+def rendered(folder: Path, capsys: pytest.CaptureFixture[str], output_format: str, *more: str) -> str:
     capsys.readouterr()
     assert invoke(["table", str(folder), "--format", output_format, *more]) == 0
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
-def test_every_form_prints_kappa_with_its_interval_beside_the_judge_or_uncalibrated(
+def test_every_format_has_kappa_with_its_interval_or_uncalibrated(
     run: Path, capsys: pytest.CaptureFixture[str], output_format: str
 ) -> None:
-    before = shown(run, capsys, output_format)
+    before = rendered(run, capsys, output_format)
     calibrations.keep(report(0.67, 1040))
-    after = shown(run, capsys, output_format)
+    after = rendered(run, capsys, output_format)
     if output_format == "json":
         (row,) = json.loads(after)["rows"]
         assert (row["judge_kappa"], row["judge_kappa_n"]) == (0.67, 1040)
@@ -57,53 +57,55 @@ def test_every_form_prints_kappa_with_its_interval_beside_the_judge_or_uncalibra
     else:
         assert "uncalibrated" in before
         assert "uncalibrated" not in after
-        spelled = "0.67 {[}0.59, 0.75{]}" if output_format == "latex" else "0.67 [0.59, 0.75]"
-        assert spelled in after
+        interval = "0.67 {[}0.59, 0.75{]}" if output_format == "latex" else "0.67 [0.59, 0.75]"
+        assert interval in after
         assert "1040 FinanceBench answers" in " ".join(after.split())
-    assert shown(run, capsys, output_format, "--require-kappa", "0.6") == after
+    assert rendered(run, capsys, output_format, "--require-kappa", "0.6") == after
 
 
-def test_means_over_tasks_keep_the_kappa_of_their_judge(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_means_over_tasks_have_the_kappa_of_their_judge(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calibrations.keep(report(0.67, 1040))
-    assert "0.67 [0.59, 0.75]" in shown(run, capsys, "markdown", "--by", "suite")
+    assert "0.67 [0.59, 0.75]" in rendered(run, capsys, "markdown", "--by", "suite")
 
 
-def test_a_bar_refuses_a_worse_or_uncalibrated_judge_in_one_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_require_kappa_refuses_a_worse_or_uncalibrated_judge_in_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for line in (["table", str(run)], ["table", str(run), "--by", "suite"], ["judge", str(run), "--judge", "rule"]):
         capsys.readouterr()
         assert invoke([*line, "--require-kappa", "0.6"]) == 1
-        said = capsys.readouterr()
-        assert said.out == ""
-        assert "rule" in said.err
-        assert "is uncalibrated, and a kappa of 0.6 was required" in said.err
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert "rule" in captured.err
+        assert "is uncalibrated, but a kappa of 0.6 is required" in captured.err
     calibrations.keep(report(0.5, 1040))
     for line in (["table", str(run)], ["judge", str(run), "--judge", "rule"]):
         assert invoke([*line, "--require-kappa", "0.6"]) == 1
-        assert "is 0.500, and 0.6 was required" in capsys.readouterr().err
+        assert "is 0.500; 0.6 is required" in capsys.readouterr().err
         assert invoke([*line, "--require-kappa", "0.5"]) == 0
         capsys.readouterr()
 
 
-def test_a_smaller_sample_another_revision_and_another_rubric_calibrate_nothing(run: Path) -> None:
+def test_a_smaller_sample_another_revision_or_another_rubric_is_ignored(run: Path) -> None:
     calibrations.keep(report(0.67, 1040))
     calibrations.keep(report(0.99, 20))
     calibrations.keep(report(0.1, 2000, revision="2"))
     calibrations.keep(report(0.1, 2000, rubric="financebench@0"))
-    found = calibrations.find("rule", "1")
-    assert found is not None
-    assert found["kappa"] == 0.67
+    calibration = calibrations.find("rule", "1")
+    assert calibration is not None
+    assert calibration["kappa"] == 0.67
     assert calibrations.find("another", "1") is None
     calibrations.keep(report(None, 1040))
     assert calibrations.find("rule", "1") is None
 
 
-def test_calibrate_files_what_the_table_and_the_report_show(
+def test_the_table_and_the_report_show_the_stored_calibration(
     run: Path, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
     assert invoke(["judge", "calibrate", "--judge", "rule", "--limit", "200", "--json"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    (row,) = json.loads(shown(run, capsys, "json"))["rows"]
+    (row,) = json.loads(rendered(run, capsys, "json"))["rows"]
     assert [row["judge_kappa"], row["judge_kappa_lo"], row["judge_kappa_hi"]] == [
         measured["kappa"],
         *measured["kappa_interval"],

@@ -1,4 +1,4 @@
-"""The judge that is a rule: what it counts as right, as reasoning and as evidence."""
+"""The rule-based judge: correct answers, reasoning and relevance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lceval.judge.rubrics import Case, Prompt
 
 
 @pytest.mark.parametrize(
-    ("said", "gold", "right"),
+    ("answer", "gold", "right"),
     [
         ("It was $1,577 million.", "1577", True),
         ("It was $1,580 million, about.", "1577", True),
@@ -24,11 +24,11 @@ from lceval.judge.rubrics import Case, Prompt
         ("Nike opened shops", "Ulta made no acquisitions", False),
     ],
 )
-def test_the_rule_compares_figures_yes_or_no_and_words(said: str, gold: str, right: bool) -> None:
-    assert rule.agrees(said, gold) == right
+def test_the_rule_compares_numbers_yes_or_no_and_words(answer: str, gold: str, right: bool) -> None:
+    assert rule.agrees(answer, gold) == right
 
 
-def test_the_rule_grades_citations_answer_and_whether_there_is_reasoning() -> None:
+def test_the_rule_grades_citations_answer_and_presence_of_reasoning() -> None:
     prompt, rj = Prompt("", ""), rubrics.load("rj")
 
     def grades(solution: str) -> Any:
@@ -49,7 +49,7 @@ def test_the_rule_grades_citations_answer_and_whether_there_is_reasoning() -> No
         ("Rome lies on the Tiber.", 0),
     ],
 )
-def test_the_rule_finds_evidence_by_the_answer_or_the_words_of_the_question(passage: str, relevant: int) -> None:
+def test_the_rule_grades_relevance_by_the_gold_answer_or_the_words_of_the_question(passage: str, relevant: int) -> None:
     case = Case("What is the capital of France?", ("Paris",), "", (passage,))
     reply = rule.RuleJudge().ask(rubrics.load("relevance"), case, Prompt("", ""))
     assert verdicts.parse(rubrics.load("relevance"), reply.text) == {"relevant": relevant}

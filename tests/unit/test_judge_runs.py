@@ -1,4 +1,4 @@
-"""Judging runs: R+Judge, Loong, FinanceBench and letters, from a run's files to judged metrics beside its own."""
+"""Judging runs: R+Judge, Loong, FinanceBench and letters, from a run's files to judge metrics."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from lceval.tasks.scoring import gold_places
 DATE = "2026-01-01T00-00-00"
 
 
-def made_run(folder: Path, task: str, docs: Sequence[Mapping[str, Any]], said: Sequence[str]) -> Path:
-    """What a finished evaluation leaves: every metric of the task, as lm-eval logs it."""
+def made_run(folder: Path, task: str, docs: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Path:
+    """The files of a finished evaluation, with every metric of the task as logged by lm-eval."""
     config = catalogue.task_config(catalogue.find(task))
     folder.mkdir()
     results = {
@@ -39,7 +39,7 @@ def made_run(folder: Path, task: str, docs: Sequence[Mapping[str, Any]], said: S
     }
     (folder / f"results_{DATE}.json").write_text(json.dumps(results))
     lines = []
-    for number, (doc, text) in enumerate(zip(docs, said, strict=True)):
+    for number, (doc, text) in enumerate(zip(docs, answers, strict=True)):
         metrics = config["process_results"](doc, [text])
         lines.append({"doc_id": number, "doc": doc, "filtered_resps": [text], "filter": "none", **metrics})
     (folder / f"samples_{task}_{DATE}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -69,18 +69,18 @@ class Scripted:
 
 
 def judge(folder: Path, replies: Mapping[str, str], **limits: Any) -> dict[str, Any]:
-    made = Scripted(replies)
+    scripted = Scripted(replies)
     with Store(folder.parent / "scripted.sqlite") as store:
-        return afterwards.judge_folder(folder, made, Client(made, store, Limits(retries=0, **limits)))
+        return afterwards.judge_folder(folder, scripted, Client(scripted, store, Limits(retries=0, **limits)))
 
 
 @pytest.fixture(scope="module")
 def rj_rows(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """Real questions over real passages, 2k tokens of a tokenizer with one token a word."""
+    """Real questions over real passages, 2k tokens of a tokenizer with one token per word."""
     folder = tmp_path_factory.mktemp("rows")
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>").save_pretrained(
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>").save_pretrained(
         folder / "words"
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def rj_rows(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 
 
 def solution(row: Mapping[str, Any], kind: int) -> str:
-    """Right and cited, right and uncited, wrong, or nothing at all."""
+    """Right and cited, right and uncited, wrong, or empty."""
     cited = ", ".join(f"[DOC {place}]" for place in sorted(gold_places(row)))
     reasoned = f"Question analysis: what is asked.\nDocument review: {cited} bear on it.\nReasoning: they say so."
     return [
@@ -101,7 +101,7 @@ def solution(row: Mapping[str, Any], kind: int) -> str:
     ][kind % 4]
 
 
-def test_r_judge_runs_from_real_rows_to_its_criteria_and_the_papers_reward(
+def test_r_judge_gives_its_criteria_and_the_papers_reward_on_real_rows(
     rj_rows: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task = "lc_nqopen_rj_2k"
@@ -120,30 +120,30 @@ def test_r_judge_runs_from_real_rows_to_its_criteria_and_the_papers_reward(
     assert report["tasks"][task]["coverage"] == 1.0
     assert (report["rule_based"], report["label"]) == (True, "rule-based")
     assert {name: (run / name).read_bytes() for name in before} == before
-    # A run with verdicts beside its samples is read as before.
+    # Verdict files do not change how the run is parsed.
     assert len(read_folder(run)[0].tasks[0].samples) == len(rj_rows)
 
 
-def test_a_judge_of_r_judge_sees_the_gold_documents_with_their_numbers_and_no_other(
+def test_the_prompt_of_r_judge_has_only_the_gold_documents_with_their_numbers(
     rj_rows: list[Any], tmp_path: Path
 ) -> None:
-    seen: list[str] = []
+    sent: list[str] = []
 
-    class Looking(Scripted):
+    class Recording(Scripted):
         def ask(self, rubric: Rubric, case: Case, prompt: Prompt) -> Reply:
-            seen.append(prompt.user)
+            sent.append(prompt.user)
             return Reply("")
 
     run = made_run(tmp_path / "run", "lc_nqopen_rj_2k", rj_rows[:2], ["x", "y"])
     with Store(tmp_path / "s.sqlite") as store:
-        afterwards.judge_folder(run, Looking({}), Client(Looking({}), store))
-    for row, prompt in zip(rj_rows, seen, strict=False):
+        afterwards.judge_folder(run, Recording({}), Client(Recording({}), store))
+    for row, prompt in zip(rj_rows, sent, strict=False):
         gold = gold_places(row)
         for place, doc in enumerate(row["docs"]):
             assert (f"[DOC {place}]\n{doc['text']}" in prompt) == (place in gold)
 
 
-def test_without_a_judge_r_judge_scores_answer_and_ids_and_every_sample_is_unjudged(
+def test_without_a_judge_r_judge_scores_answer_and_citations_and_every_sample_is_unjudged(
     rj_rows: list[Any], tmp_path: Path
 ) -> None:
     task = "lc_nqopen_rj_2k"
@@ -152,17 +152,17 @@ def test_without_a_judge_r_judge_scores_answer_and_ids_and_every_sample_is_unjud
     assert not [name for name in metrics if "judge" in name or name == "rj_paper"]
     run = made_run(tmp_path / "run", task, rj_rows, [solution(row, 0) for row in rj_rows])
     assert not (run / "judge.json").exists()
-    found = judge(run, {}, calls=0)["tasks"][task]
-    assert (found["n"], found["unjudged"], found["coverage"]) == (24, 24, 0.0)
-    assert (found["scores"], found["reasons"]) == ({}, {"budget": 24})
+    task_report = judge(run, {}, calls=0)["tasks"][task]
+    assert (task_report["n"], task_report["unjudged"], task_report["coverage"]) == (24, 24, 0.0)
+    assert (task_report["scores"], task_report["reasons"]) == ({}, {"budget": 24})
 
 
 def loong(data_folder: Path) -> list[dict[str, Any]]:
-    """Real questions and answers of Loong; its reports are not among the samples, and no judge sees them."""
-    made = []
+    """Real questions and answers of Loong, without its reports, which are not in the judge's prompt."""
+    docs = []
     for text in (data_folder / "loong" / "loong_financial_en.jsonl").read_text().splitlines():
         record = json.loads(text)
-        made.append(
+        docs.append(
             {
                 "id": record["id"],
                 "cluster": str(record["doc"]),
@@ -174,48 +174,48 @@ def loong(data_folder: Path) -> list[dict[str, Any]]:
                 "set": int(record["set"]),
             }
         )
-    return made
+    return docs
 
 
 def test_loong_has_average_and_perfect_rate_overall_by_level_and_by_set(data_folder: Path, tmp_path: Path) -> None:
     task, docs = "lc_loong_ao", loong(data_folder)
     run = made_run(tmp_path / "run", task, docs, ["A reply."] * len(docs))
-    given: dict[str, float] = {}
+    ratings_by_question: dict[str, float] = {}
     replies: dict[str, str] = {}
     for number, doc in enumerate(docs):
         rating = [100, 40, 7, None][(number + doc["level"]) % 4]
         if doc["question"] not in replies:
             replies[doc["question"]] = "It agrees in part. " + (f"Rating: [[{rating}]]" if rating else "Good.")
-            given |= {doc["question"]: float(rating)} if rating else {}
+            ratings_by_question |= {doc["question"]: float(rating)} if rating else {}
     report = judge(run, replies)["tasks"][task]
-    known = [doc for doc in docs if doc["question"] in given]
+    known = [doc for doc in docs if doc["question"] in ratings_by_question]
     assert report["n"] == 295
     assert report["unjudged"] == 295 - len(known) == report["reasons"]["unparsable"] > 0
 
     def expected(chosen: list[dict[str, Any]]) -> tuple[float, float]:
-        ratings = [given[doc["question"]] for doc in chosen if doc["question"] in given]
+        ratings = [ratings_by_question[doc["question"]] for doc in chosen if doc["question"] in ratings_by_question]
         return mean(ratings), mean(rating == 100 for rating in ratings)
 
-    def found(scores: Mapping[str, Any]) -> tuple[float, float]:
+    def measured(scores: Mapping[str, Any]) -> tuple[float, float]:
         return scores["avg_score"], scores["perfect_rate"]
 
-    assert found(report["scores"]) == pytest.approx(expected(docs))
+    assert measured(report["scores"]) == pytest.approx(expected(docs))
     for stratum in ("level", "set"):
         values = {str(doc[stratum]) for doc in docs}
         assert set(report[f"by_{stratum}"]) == values
         for value in values:
             inside = [doc for doc in docs if str(doc[stratum]) == value]
-            assert found(report[f"by_{stratum}"][value]) == pytest.approx(expected(inside))
+            assert measured(report[f"by_{stratum}"][value]) == pytest.approx(expected(inside))
             assert report[f"by_{stratum}"][value]["n"] == len(inside)
     assert [report["by_level"][level]["n"] for level in "1234"] == [75, 80, 90, 50]
 
 
-def test_loong_by_rule_gives_full_marks_to_the_gold_answer_alone(
+def test_loong_by_rule_gives_a_perfect_rating_only_to_the_gold_answer(
     data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task, docs = "lc_loong_ao", loong(data_folder)[:40]
-    said = [doc["answers"][0] if number % 2 else "nothing of the kind" for number, doc in enumerate(docs)]
-    assert judge_by_rule(made_run(tmp_path / "run", task, docs, said)) == 0
+    answers = [doc["answers"][0] if number % 2 else "nothing of the kind" for number, doc in enumerate(docs)]
+    assert judge_by_rule(made_run(tmp_path / "run", task, docs, answers)) == 0
     text = capsys.readouterr().out
     assert "by rule (rule-based), rubric loong@1" in text
     assert "40 of 40 judged, 0 unjudged" in text
@@ -223,7 +223,7 @@ def test_loong_by_rule_gives_full_marks_to_the_gold_answer_alone(
     assert [row["avg_score"] == 100 for row in rows] == [bool(number % 2) for number in range(40)]
 
 
-def test_several_runs_are_judged_in_one_line_wherever_the_options_stand(
+def test_several_runs_are_judged_in_one_command_with_options_in_any_position(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     docs = financebench(2)
@@ -242,7 +242,7 @@ def financebench(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def test_financebench_has_three_shares_and_letters_are_read_from_prose(data_folder: Path, tmp_path: Path) -> None:
+def test_financebench_has_three_shares_and_letters_are_extracted_from_prose(data_folder: Path, tmp_path: Path) -> None:
     docs = financebench(4)
     run = made_run(tmp_path / "f", "lc_financebench_ao", docs, ["x"] * 4)
     grades = ["correct", "refusal", "incorrect", "correct"]
@@ -257,19 +257,19 @@ def test_financebench_has_three_shares_and_letters_are_read_from_prose(data_fold
     assert scores == {"judge_acc": 0.5, "judge_parsed": 0.75}
 
 
-def test_a_sample_that_the_run_could_not_answer_scores_0_and_is_not_paid_for(tmp_path: Path) -> None:
+def test_a_sample_that_failed_in_the_run_scores_0_and_is_not_sent(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", "lc_financebench_ao", financebench(2), ["x", "y"])
     file = run / f"samples_lc_financebench_ao_{DATE}.jsonl"
     rows = [json.loads(text) for text in file.read_text().splitlines()]
     rows[1]["kv"] = {"status": "error"}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     report = judge(run, {"Q0?": '{"verdict": "correct"}'})
-    found = report["tasks"]["lc_financebench_ao"]
-    assert (found["errors"], found["unjudged"], found["scores"]["judge_correct"]) == (1, 0, 0.5)
+    task_report = report["tasks"]["lc_financebench_ao"]
+    assert (task_report["errors"], task_report["unjudged"], task_report["scores"]["judge_correct"]) == (1, 0, 0.5)
     assert report["calls"] == 1
 
 
-def test_a_reply_that_failed_is_exit_4_and_the_same_line_asks_for_it_alone(
+def test_a_failed_call_is_exit_4_and_the_same_command_retries_only_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lceval.judge import judges
@@ -287,21 +287,21 @@ def test_a_reply_that_failed_is_exit_4_and_the_same_line_asks_for_it_alone(
     assert "2 of 3 judged, 1 unjudged; 1 unparsable" in capsys.readouterr().out
 
 
-def test_two_processes_never_ask_one_judge_for_one_file_of_replies(
+def test_two_processes_never_use_one_judge_with_one_reply_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = made_run(tmp_path / "run", "lc_financebench_ao", financebench(1), ["x"])
     with alone(tmp_path / "r.sqlite", "rule"):
         assert judge_by_rule(run) == 2
-        assert "another process asks rule" in capsys.readouterr().err
+        assert "another process uses rule" in capsys.readouterr().err
     with alone(tmp_path / "r.sqlite", "another"):
         assert judge_by_rule(run) == 0
 
 
-def test_runs_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_judged_are_refused(tmp_path: Path) -> None:
     plain = [{**doc, "answers": ["x"]} for doc in financebench(1)]
     run = made_run(tmp_path / "run", "lc_filings_ao_1k", plain, ["x"])
-    with pytest.raises(UserError, match="nothing for a judge"):
+    with pytest.raises(UserError, match="no judgeable task"):
         judge(run, {})
     started = tmp_path / "started"
     started.mkdir()
@@ -311,11 +311,11 @@ def test_runs_that_cannot_be_judged_are_refused_in_one_line(tmp_path: Path) -> N
     for name in ("a", "b"):
         (run / f"results_{name}.json").write_text((run / f"results_{DATE}.json").read_text())
         (run / f"samples_lc_filings_ao_1k_{name}.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="holds 3 evaluations"):
+    with pytest.raises(UserError, match="contains 3 evaluations"):
         judge(run, {})
 
 
-def test_what_is_judged_follows_from_the_form_and_the_dataset() -> None:
+def test_the_rubric_depends_on_output_format_and_dataset() -> None:
     output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")

@@ -1,29 +1,23 @@
 """Compaction: the kernels against `PagedKV.gather` and `QuantKV.quantize`, bit for bit.
 
-As in test_kernels_decode, one child process with TRITON_INTERPRET=1 runs every case (`python test_kernels_compact.py`)
-and prints the fields that differ as JSON. On a CUDA device the same cases run compiled.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the fields that differ.
+On a CUDA device they run compiled.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
 from lceval.kernels import compact as module
 from lceval.kernels.compact import gather, quantize, reference
 from lceval.kernels.paged import PagedKV
@@ -34,12 +28,12 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def tensors(batch: int, lens: list[int], length: int, dim: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """k, v, keep and counts; k is cut from a longer buffer, as a prefill's is, and some groups are hard to quantise."""
+    """k, v, keep and counts; k is a slice of a longer buffer, as in a prefill, and some groups are hard to quantize."""
     rng = torch.Generator().manual_seed(len(lens) + dim)
     shape = batch, len(lens), length + 7, dim
     k, v = (torch.randn(shape, generator=rng) for _ in "kv")
     k[:, 0, :, 1] *= 1000  # an outlier channel
-    v[:, 0, ::3] = 0.1  # constant groups, which 16 bits do not hold
+    v[:, 0, ::3] = 0.1  # constant groups, not exact in 16 bits
     v[:, 0, 1::3] = 0
     k[:, -1, :, 3] = v[:, -1, :, 5] = 1e5 if dtype == "fp32" else 6e4
     k[:, -1, ::2, 3] = -1e-7
@@ -51,7 +45,7 @@ def tensors(batch: int, lens: list[int], length: int, dim: int, dtype: str) -> t
 
 
 def differing(got: Any, want: Any, name: str = "") -> list[str]:
-    """The fields that are not the same bits: NaN and the sign of zero count."""
+    """The fields whose bits differ, NaN and the sign of zero included."""
     if isinstance(want, Tensor):
         if not isinstance(got, Tensor) or got.dtype != want.dtype or got.shape != want.shape:
             return [f"{name}: {got!r} for {want!r}"]
@@ -77,14 +71,14 @@ def quantize_case(dtype: str, dim: int, k_bits: int, v_bits: int, residual: int,
     return differing(got, QuantKV.quantize(PagedKV.gather(k, v, keep), k_bits, v_bits, residual))
 
 
-def everything_case(device: str = "cpu") -> list[str]:
-    """Nothing is dropped: no positions."""
+def all_kept_case(device: str = "cpu") -> list[str]:
+    """No token is evicted: no positions."""
     k, v, _, _ = tensors(2, [1, 1, 1], 200, 64, "fp16")
     got = quantize(k.to(device), v.to(device), None, [200] * 6, 4, 2, 64)
     return differing(got, QuantKV.quantize(reference(k, v, None), 4, 2, 64))
 
 
-def nothing_case(device: str = "cpu") -> list[str]:
+def none_kept_case(device: str = "cpu") -> list[str]:
     k, v, keep, counts = tensors(2, [0, 0], 30, 64, "fp16")
     got = quantize(k.to(device), v.to(device), keep.to(device), counts, 4, 4, 0)
     want = QuantKV.quantize(PagedKV.gather(k, v, keep), 4, 4, 0)
@@ -92,15 +86,15 @@ def nothing_case(device: str = "cpu") -> list[str]:
 
 
 def long_case(device: str = "cpu") -> list[str]:
-    """The mask takes several tiles, and counts go on from one to the next."""
+    """The mask spans several tiles, and counts continue from one to the next."""
     k, v, keep, counts = tensors(1, [9000, 5], 9001, 16, "fp16")
     got = gather(k.to(device), v.to(device), keep.to(device), counts)
     return differing(got, PagedKV.gather(k, v, keep))
 
 
-def invented_case() -> list[str]:
-    """Shapes, counts and bits that hypothesis invents."""
-    found: list[str] = []
+def hypothesis_case() -> list[str]:
+    """Shapes, counts and bits drawn by hypothesis."""
+    different: list[str] = []
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None)
     @given(
@@ -112,15 +106,16 @@ def invented_case() -> list[str]:
     def run(lens: list[int], dim: int, bits: tuple[int, int], residual: int) -> None:
         k, v, keep, counts = tensors(1, lens, 160, dim, "fp32")
         got = quantize(k, v, keep, counts, *bits, residual)
-        found.extend(differing(got, QuantKV.quantize(PagedKV.gather(k, v, keep), *bits, residual)))
+        different.extend(differing(got, QuantKV.quantize(PagedKV.gather(k, v, keep), *bits, residual)))
 
     run()
-    return found
+    return different
 
 
 GATHER = {f"gather-{dtype}-D{dim}": (dtype, dim) for dtype, dim in product(DTYPES, (64, 96, 128, 256))}
+# Gathering copies bfloat16 as it is; quantizing computes, in the interpreter in float32.
 QUANTIZE = {
-    f"{dtype}-D{dim}-K{k}-V{v}-R{residual}": (dtype, dim, k, v, residual)
+    f"{interpreter.LABELS[dtype]}-D{dim}-K{k}-V{v}-R{residual}": (dtype, dim, k, v, residual)
     for dtype, (dim, k, v, residual) in product(
         DTYPES, [(64, 8, 4, 128), (128, 2, 8, 0), (96, 4, 2, 64), (256, 4, 4, 17), (80, 16, 2, 0), (64, 8, 16, 0)]
     )
@@ -128,43 +123,22 @@ QUANTIZE = {
 CASES: dict[str, Callable[..., list[str]]] = {
     **{name: partial(gather_case, *case) for name, case in GATHER.items()},
     **{name: partial(quantize_case, *case) for name, case in QUANTIZE.items()},
-    "everything": everything_case,
-    "nothing": nothing_case,
+    "all kept": all_kept_case,
+    "none kept": none_kept_case,
     "long": long_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> dict[str, Any]:
-    assert module.INTERPRETED
-    found: dict[str, Any] = {}
-    for name, run in {**CASES, "invented": invented_case}.items():
-        try:
-            found[name] = run()
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, "invented"])
-def test_kernels_store_the_references_bits(case: str, interpreted: dict[str, Any]) -> None:
-    assert interpreted[case] == []
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_store_the_bits_of_the_reference(case: str, interpreted: Callable[[str], list[str]]) -> None:
+    assert interpreted(case) == []
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES)
-def test_compiled_kernels_store_the_references_bits(case: str) -> None:
+@pytest.mark.parametrize("case", [name for name in CASES if name != "hypothesis"])
+def test_compiled_kernels_store_the_bits_of_the_reference(case: str) -> None:
     assert CASES[case](device="cuda") == []
 
 
@@ -173,7 +147,7 @@ def test_compiled_kernels_store_the_references_bits(case: str) -> None:
 def test_cpu_tensors_take_the_reference(dtype: str) -> None:
     assert gather_case(dtype, 64) == []
     assert quantize_case(dtype, 64, 4, 2, 64) == []
-    assert everything_case() == []
+    assert all_kept_case() == []
 
 
 BAD: dict[str, tuple[dict[str, Callable[[Any], Any]], str]] = {
@@ -205,5 +179,4 @@ def test_a_bad_argument_is_refused_with_its_value(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure_all(), indent=1))
+    interpreter.main(CASES)

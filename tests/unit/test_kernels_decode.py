@@ -1,25 +1,17 @@
 """Decode attention: the reference against torch's own attention, the kernels against the reference.
 
-The kernels run in Triton's interpreter, which a process chooses once, when it first imports triton. So that
-no other test of this process meets interpreted kernels, this file is also a script: one child process with
-TRITON_INTERPRET=1 runs every case below (`python test_kernels_decode.py`) and prints the errors it measured
-as JSON; the tests judge them, each under its own name.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure; each test compares those of one case with the tolerance.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import lceval
 from lceval.kernels import decode as module
 from lceval.kernels.decode import choose_splits, decode, reference
 from lceval.kernels.paged import PAGE
@@ -36,14 +27,15 @@ Cache = tuple[Tensor, Tensor, Tensor, Tensor]
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error measured over all cases, relative to the largest output of the same head: fp32 2.4e-6 (sums in
-# another order), fp16 6.2e-4 (p and o rounded to 11 bits), bf16 3.6e-3 (o rounded to 8 bits).
+# another order), fp16 6.2e-4 (p and o rounded to 11 bits), bf16 3.6e-3 in the interpreter, which computes in
+# float32 (o rounded to 8 bits).
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 5e-3}
 # lse is float32 whatever q is; measured 2.9e-6.
 LSE_TOLERANCE = 1e-5
 
 
 def ragged(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> Cache:
-    """k, v, table, lens of a cache in shuffled pages. Whatever may not be read is NaN, spare pages too."""
+    """k, v, table, lens of a cache in shuffled pages; slots and pages that the kernel must not read are NaN."""
     rng = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lens, dtype=torch.int32)
     used = -(-counts // PAGE)
@@ -80,7 +72,7 @@ def errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> dict[str,
     return {"o": worst.max().item(), "lse": worst_lse.max().item()}
 
 
-# --- what the child process measures ------------------------------------------------------------------------
+# --- cases: run in the child process ------------------------------------------------------------------------
 
 
 def grid_case(dtype: str, batch: int, group: int, dim: int) -> dict[str, float]:
@@ -120,15 +112,15 @@ def strided_case() -> dict[str, float]:
     return errors(decode(*args, splits=2), reference(*args))
 
 
-def nothing_kept_case() -> dict[str, float]:
-    """Every head empty, not one page in the pool."""
+def empty_case() -> dict[str, float]:
+    """Every head is empty, and so is the pool."""
     pool, lens = torch.empty(0, PAGE, 64), torch.zeros(2, 3, dtype=torch.int32)
     args = (queries(2, 9, 64, torch.float32), pool, pool, lens[..., None][..., :0], lens, 0.125)
     return errors(decode(*args), reference(*args))
 
 
-def invented_case() -> dict[str, float]:
-    """The worst errors over shapes that hypothesis invents."""
+def hypothesis_case() -> dict[str, float]:
+    """The largest errors over shapes drawn by hypothesis."""
     worst = {"o": 0.0, "lse": 0.0}
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -142,10 +134,10 @@ def invented_case() -> dict[str, float]:
     def run(lens: list[list[int]], group: int, dim: int, splits: int | None, scaling: float) -> None:
         cache = ragged(lens, dim, torch.float32)
         q = queries(len(lens), 2 * group, dim, torch.float32)
-        found = errors(decode(q, *cache, scaling, splits=splits), reference(q, *cache, scaling))
-        assert found["o"] <= TOLERANCE["fp32"], found
-        assert found["lse"] <= LSE_TOLERANCE, found
-        worst.update({name: max(worst[name], found[name]) for name in worst})
+        error = errors(decode(q, *cache, scaling, splits=splits), reference(q, *cache, scaling))
+        assert error["o"] <= TOLERANCE["fp32"], error
+        assert error["lse"] <= LSE_TOLERANCE, error
+        worst.update({name: max(worst[name], error[name]) for name in worst})
 
     run()
     return worst
@@ -158,69 +150,39 @@ PAIRS = [
         enumerate(["fp32", "fp16"]), enumerate([1, 3, 4, 8]), enumerate([64, 128])
     )
 ]
-# A padded and the widest head_dim, more query heads than one tile, the dtype that is widened.
+# A padded and the widest head_dim, more query heads than one tile, bfloat16 (float32 arithmetic in the interpreter).
 ODD = [
     *[("fp32", 1, 4, 96), ("fp16", 1, 4, 96), ("fp32", 1, 2, 256), ("fp16", 1, 2, 256)],
     *[("fp32", 1, 17, 64), ("fp16", 2, 17, 64), ("bf16", 1, 4, 64), ("bf16", 2, 3, 128)],
 ]
-GRID = {f"{case[0]}-B{case[1]}-G{case[2]}-D{case[3]}": case for case in PAIRS + ODD}
+GRID = {f"{interpreter.LABELS[case[0]]}-B{case[1]}-G{case[2]}-D{case[3]}": case for case in PAIRS + ODD}
 PROPERTIES: dict[str, Callable[[], dict[str, float]]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16, 128)},
     "permuted": permuted_case,
     "strided": strided_case,
-    "nothing_kept": nothing_kept_case,
-    "invented": invented_case,
+    "empty": empty_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> Iterator[tuple[str, dict[str, Any]]]:
-    assert module.INTERPRETED
-    cases: dict[str, Callable[[], dict[str, float]]] = {n: partial(grid_case, *c) for n, c in GRID.items()}
-    for name, run in (cases | PROPERTIES).items():
-        try:
-            yield name, run()
-        except Exception:
-            yield name, {"failed": traceback.format_exc()}
+CASES: dict[str, Callable[[], dict[str, float]]] = {n: partial(grid_case, *c) for n, c in GRID.items()} | PROPERTIES
 
 
 # --- tests --------------------------------------------------------------------------------------------------
 
 
-def child_env(**changes: str) -> dict[str, str]:
-    """The environment of a child that imports the same copy of the package as this process."""
-    return {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), **changes}
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    done = subprocess.run(
-        [sys.executable, "-W", "error", __file__],
-        env=child_env(TRITON_INTERPRET="1"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", GRID)
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
-    found = interpreted[case]
-    assert "failed" not in found, found["failed"]
-    assert found["o"] <= TOLERANCE[GRID[case][0]]
-    assert found["lse"] <= LSE_TOLERANCE
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], dict[str, float]]) -> None:
+    error = interpreted(case)
+    assert error["o"] <= TOLERANCE[GRID[case][0]]
+    assert error["lse"] <= LSE_TOLERANCE
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", PROPERTIES)
-def test_kernels_keep_their_properties(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
-    found = interpreted[case]
-    assert "failed" not in found, found["failed"]
-    assert found["o"] <= TOLERANCE["fp32"]
-    assert found["lse"] <= LSE_TOLERANCE
+def test_kernels_keep_their_properties(case: str, interpreted: Callable[[str], dict[str, float]]) -> None:
+    error = interpreted(case)
+    assert error["o"] <= TOLERANCE["fp32"]
+    assert error["lse"] <= LSE_TOLERANCE
 
 
 @given(st.lists(st.integers(0, 200), min_size=4, max_size=4), st.sampled_from([1, 3]))
@@ -257,9 +219,9 @@ def test_reference_split_at_a_page_and_merged_equals_the_whole(n: int, data: st.
     lses = torch.stack([lse for _, lse in parts])
     weights = lses.softmax(0)[..., None]
     merged = (weights * torch.stack([o for o, _ in parts])).sum(0), lses.logsumexp(0)
-    found = errors(merged, reference(q, k, v, table, lens, 0.2))
-    assert found["o"] <= TOLERANCE["fp32"]
-    assert found["lse"] <= LSE_TOLERANCE
+    error = errors(merged, reference(q, k, v, table, lens, 0.2))
+    assert error["o"] <= TOLERANCE["fp32"]
+    assert error["lse"] <= LSE_TOLERANCE
 
 
 @pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
@@ -328,15 +290,13 @@ from lceval.kernels import decode as module
 args = torch.ones(1, 2, 64), *torch.ones(2, 1, 64, 64), *torch.zeros(2, 1, 1, 1).int()
 args = *args[:4], args[4][0], 1.0
 print(*module.decode(*args)[1].shape)
-module.INTERPRETED = True  # stands in for a CUDA tensor: asks for the kernels
+module.INTERPRETED = True  # selects the kernels, as a CUDA tensor does
 module.decode(*args)
 """
-    command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, env=child_env(), capture_output=True, text=True, check=False)
-    assert done.stdout == "1 2\n", done.stderr
-    assert "RuntimeError: decode on cpu needs the package triton, which is not installed" in done.stderr
+    child = interpreter.python("-W", "error", "-c", code)
+    assert child.stdout == "1 2\n", child.stderr
+    assert "RuntimeError: decode on cpu needs the package triton, which is not installed" in child.stderr
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(dict(measure_all()), indent=1))
+    interpreter.main(CASES)

@@ -1,31 +1,25 @@
-"""Attention over selected slots: the kernel against its reference, and a whole step against `Selective.attend`.
+"""Attention over selected slots: the kernel against its reference, and a decode step against `Selective.attend`.
 
-As in test_kernels_decode.py, this file is also a script: a child process with TRITON_INTERPRET=1 runs every case and
-prints the errors it measured as JSON.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
 from lceval.kernels import gather_decode as module
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
@@ -39,9 +33,10 @@ Case = dict[str, Any]
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error over all cases, relative to the largest output of the same head: measured fp32 1.1e-6 (sums in another
-# order), fp16 6.5e-4 (p and o rounded to 11 bits), bf16 3.7e-3 (o rounded to 8 bits).
+# order), fp16 6.5e-4 (p and o rounded to 11 bits), bf16 3.7e-3 in the interpreter, which
+# computes in float32 (o rounded to 8 bits).
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 5e-3}
-# A GPU rounds p to bfloat16 too, which the interpreter widens; no GPU has measured it yet.
+# A GPU rounds p to bfloat16, the interpreter does not; not measured on a GPU yet.
 GPU_TOLERANCE = TOLERANCE | {"bf16": 1e-2}
 # lse is float32 whatever q is; measured 1.5e-6.
 LSE_TOLERANCE = 1e-5
@@ -57,7 +52,7 @@ def cache(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) ->
 
 
 def shuffled(kv: PagedKV, device: str = "cpu") -> PagedKV:
-    """The same slots in pages in another order, two of them spare. Whatever may not be read is NaN."""
+    """The same slots with the pages in another order and two spare ones; what must not be read is NaN."""
     pages = len(kv.k) + 2
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(3))[: len(kv.k)]
     k, v = (torch.full((pages, *pool.shape[1:]), math.nan, dtype=pool.dtype) for pool in (kv.k, kv.v))
@@ -78,14 +73,14 @@ def queries(rows: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def choose(kv: PagedKV, rows: int, unit: int, count: int) -> Tensor:
-    """Random ascending units [rows, Hkv, count] of every head, -1 where it has no more."""
+    """Random ascending units [rows, Hkv, count] of every head, padded with -1."""
     generator = torch.Generator().manual_seed(2)
     B, heads = kv.lens.shape  # noqa: N806
     chosen = torch.full((rows, heads, count), -1, dtype=torch.int32)
     for row, head in product(range(rows), range(heads)):
         units = -(-kv.counts[row // (rows // B) * heads + head] // unit)
-        found = torch.randperm(units, generator=generator)[:count].sort().values
-        chosen[row, head, : len(found)] = found.int()
+        drawn = torch.randperm(units, generator=generator)[:count].sort().values
+        chosen[row, head, : len(drawn)] = drawn.int()
     return chosen
 
 
@@ -120,12 +115,12 @@ def permuted_case() -> Case:
     kv = shuffled(cache([[300, 140]], 64, torch.float32))
     q, chosen = queries(1, 6, 64, torch.float32), choose(kv, 1, 1, 90)
     args = q, kv.k, kv.v, kv.table, kv.lens
-    found = gather_decode(*args, chosen[..., torch.randperm(90)], 1, 40, 0.125)
-    return errors(found, gather_decode(*args, chosen, 1, 40, 0.125))
+    permuted = gather_decode(*args, chosen[..., torch.randperm(90)], 1, 40, 0.125)
+    return errors(permuted, gather_decode(*args, chosen, 1, 40, 0.125))
 
 
 def short_unit_case() -> Case:
-    """A last unit of one slot in a tile of its own: a tile without a slot must weigh nothing."""
+    """The last unit has one slot, in a tile of its own; a tile without slots contributes nothing."""
     kv = shuffled(cache([[301]], 16, torch.float32))
     chosen = torch.tensor([[[2, -1, 3]]], dtype=torch.int32)
     args = queries(1, 2, 16, torch.float32), kv.k, kv.v, kv.table, kv.lens, chosen, 100, 99, 0.25
@@ -135,18 +130,18 @@ def short_unit_case() -> Case:
 def step(
     lens: list[list[int]], shared: int, group: int, dim: int, dtype: str, unit: int, budget: int, device: str = "cpu"
 ) -> Case:
-    """A whole step. Where the truth selects by logits that q's dtype rounds, it gets everything in float32."""
+    """A decode step. The truth is computed in float32, where its selection depends on logits that q's dtype rounds."""
     kv = cache(lens, dim, DTYPES[dtype])
     build = Bits.build if unit == 1 else partial(Bounds.build, unit=unit)
     truth = Selective(kv, build(indexed_keys(kv, budget)), budget)
     q = queries(len(lens) * shared, len(lens[0]) * group, dim, DTYPES[dtype])
     index: Any = truth.index
     moved = {name: x.to(device) for name, x in vars(index).items() if isinstance(x, Tensor)}
-    found = decode_selected(q.to(device), replace(truth, kv=shuffled(kv, device), index=replace(index, **moved)), 0.2)
+    output = decode_selected(q.to(device), replace(truth, kv=shuffled(kv, device), index=replace(index, **moved)), 0.2)
     wide: Any = replace(index, bounds=index.bounds.float()) if unit > 1 else index
     truth = replace(truth, kv=replace(kv, k=kv.k.float(), v=kv.v.float()), index=wide)
     o, lse = truth.attend(q.float()[:, :, None], 0.2)
-    return errors(found, (o[:, :, 0], lse[:, :, 0]))
+    return errors(output, (o[:, :, 0], lse[:, :, 0]))
 
 
 def step_case(dtype: str, unit: int, batch: int, shared: int, device: str = "cpu") -> Case:
@@ -154,8 +149,8 @@ def step_case(dtype: str, unit: int, batch: int, shared: int, device: str = "cpu
     return step(lens, shared, 3, 64, dtype, unit, 60, device)
 
 
-def invented_case() -> Case:
-    """The worst errors over steps that hypothesis invents."""
+def hypothesis_case() -> Case:
+    """The largest errors over steps drawn by hypothesis."""
     worst = {"o": 0.0, "lse": 0.0}
 
     @settings(max_examples=15, deadline=None, derandomize=True, database=None)
@@ -168,18 +163,17 @@ def invented_case() -> Case:
     )
     def run(lens: list[list[int]], shared: int, group: int, unit: int, budget: int) -> None:
         lens[0][1] = max(lens[0][1], budget + 1)
-        found = step(lens, shared, group, 32, "fp32", unit, budget)
-        assert found["o"] <= TOLERANCE["fp32"], found
-        assert found["lse"] <= LSE_TOLERANCE, found
-        worst.update({name: max(worst[name], found[name]) for name in worst})
+        error = step(lens, shared, group, 32, "fp32", unit, budget)
+        assert_close(error, "fp32")
+        worst.update({name: max(worst[name], error[name]) for name in worst})
 
     run()
     return worst
 
 
-# Every dtype with every unit, G and D; batch and rows that share a sequence alternate.
+# Every dtype with every unit, G and D; batch sizes and rows per sequence alternate.
 GRID = {
-    f"{case[0]}-unit{case[1]}-B{case[2]}-shared{case[3]}-G{case[4]}-D{case[5]}": case
+    f"{interpreter.LABELS[case[0]]}-unit{case[1]}-B{case[2]}-shared{case[3]}-G{case[4]}-D{case[5]}": case
     for case in [
         (dtype, (1, 16)[(j + k) % 2], 1 + (i + j + k) % 2, 1 + j % 2, group, dim)
         for (i, dtype), (j, group), (k, dim) in product(
@@ -196,45 +190,23 @@ PROPERTIES: dict[str, Callable[[], Case]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 128)},
     "permuted": permuted_case,
     "short unit": short_unit_case,
-    "invented": invented_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> Iterator[tuple[str, Case]]:
-    assert module.INTERPRETED
-    cases: dict[str, Callable[[], Case]] = {name: partial(grid_case, *case) for name, case in GRID.items()}
-    cases |= {name: partial(step_case, *case) for name, case in STEPS.items()}
-    for name, run in (cases | PROPERTIES).items():
-        try:
-            yield name, run()
-        except Exception:
-            yield name, {"failed": traceback.format_exc()}
+CASES: dict[str, Callable[[], Case]] = {
+    **{name: partial(grid_case, *case) for name, case in GRID.items()},
+    **{name: partial(step_case, *case) for name, case in STEPS.items()},
+    **PROPERTIES,
+}
 
 
-# Every launch of a step, stopped where it would compile; see test_kernels_aot.py.
+# Every launch of a decode step.
 LAUNCHES = """
-import json
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-
-triton.runtime.driver.set_active(Driver())
-from lceval.kernels import aot, decode, gather_decode, scan, topk, variant
+from lceval.kernels import gather_decode, scan, topk
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
 
-launched = {}
-def hook(*, fn, compile, **_):
-    hints = {str(i): hint for (i,), hint in compile["configs"][0].items() if hint}
-    launched[compile["key"]] = [fn.name, compile["signature"], hints, sorted(compile["constants"].values())]
-    return True  # do not compile
-
-triton.knobs.runtime.jit_cache_hook = hook
 for name, dims in variant.USED_HEAD_DIMS.items():
     dtype = variant.TORCH[name]
     for dim in dims:
@@ -250,41 +222,19 @@ for name, dims in variant.USED_HEAD_DIMS.items():
                 chosen = chosen.view(rows, heads, -1)
                 for splits in (1, 16, 17):
                     gather_decode._launch(q, pool, pool, table, lens, chosen, index.unit, 50, 0.1, splits)
-
-gated = []
-for wanted in [v for module in (scan, topk, gather_decode) for v in module.variants()]:
-    signature, hints = aot.specialisation(wanted)
-    constants = sorted(wanted.constants.values())
-    gated.append([wanted.fn.__name__, signature, {str(i): hint for (i,), hint in hints.items()}, constants])
-print(json.dumps({"launched": [*launched.values()], "gated": gated}))
+report(v for module in (scan, topk, gather_decode) for v in module.variants())
 """
 
 
-def child_env(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), **changes}
+def assert_close(error: Case, dtype: str, tolerance: dict[str, float] = TOLERANCE) -> None:
+    assert error["o"] <= tolerance[dtype], error
+    assert error["lse"] <= LSE_TOLERANCE, error
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Case]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    command = [sys.executable, "-W", "error", __file__]
-    env = child_env(TRITON_INTERPRET="1")
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-def assert_close(found: Case, dtype: str, tolerance: dict[str, float] = TOLERANCE) -> None:
-    assert "failed" not in found, found["failed"]
-    assert found["o"] <= tolerance[dtype]
-    assert found["lse"] <= LSE_TOLERANCE
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*GRID, *STEPS, *PROPERTIES])
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, Case]) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], Case]) -> None:
     dtypes = {name: str(row[0]) for name, row in [*GRID.items(), *STEPS.items()]}
-    assert_close(interpreted[case], dtypes.get(case, "fp32"))
+    assert_close(interpreted(case), dtypes.get(case, "fp32"))
 
 
 @pytest.mark.gpu
@@ -298,13 +248,8 @@ def test_kernels_agree_with_the_reference_on_a_gpu(case: str, dtype: str) -> Non
         assert_close(step_case(dtype, *STEPS[case][1:], device="cuda"), dtype, GPU_TOLERANCE)
 
 
-def test_launches_ask_only_for_gated_variants_whatever_the_context() -> None:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = child_env()
-    env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result: dict[str, list[Any]] = json.loads(done.stdout)
+def test_launches_are_of_gated_variants_for_every_context_length() -> None:
+    result = interpreter.recorded_launches(LAUNCHES)
     launched = [row for row in result["launched"] if row[0] != "merge_kernel"]  # decode's
     assert [row for row in launched if row not in result["gated"]] == []
     assert {row[0] for row in launched} == {row[0] for row in result["gated"]}
@@ -317,11 +262,11 @@ def test_reference_over_every_unit_is_attention_over_the_whole(lens: list[int], 
     q = queries(1, 2 * len(lens), 32, torch.float32)
     chosen = choose(kv, 1, unit, max(1, -(-max(lens) // unit)))
     for budget in (0, 100):
-        found = errors(
+        error = errors(
             reference(q, kv.k, kv.v, kv.table, kv.lens, chosen, unit, budget, 0.2),
             whole_reference(q, kv.k, kv.v, kv.table, kv.lens, 0.2),
         )
-        assert_close(found, "fp32")
+        assert_close(error, "fp32")
 
 
 @pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
@@ -339,7 +284,7 @@ def test_cpu_tensors_take_the_torch_path_and_keep_their_dtype(dtype: torch.dtype
     assert torch.equal(gather_decode(*args)[0], reference(*args)[0].to(dtype))
 
 
-def test_another_store_is_refused() -> None:
+def test_a_quantized_cache_is_refused() -> None:
     kv = cache([[300]], 64, torch.float32)
     selective = Selective(QuantKV.quantize(kv, 4, 4), Bits.build(indexed_keys(kv, 10)), 10)
     with pytest.raises(TypeError, match="decode_selected reads a PagedKV by Bits or Bounds, got QuantKV by Bits"):
@@ -377,5 +322,4 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(dict(measure_all()), indent=1))
+    interpreter.main(CASES)

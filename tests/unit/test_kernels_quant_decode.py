@@ -1,38 +1,32 @@
-"""Decode attention over quantised pages: the reference against the plain codec, the kernels against the reference.
+"""Decode attention over quantized pages: the reference against the plain codec, the kernels against the reference.
 
-As test_kernels_decode.py, this file is also a script: one child process with TRITON_INTERPRET=1 runs every case below
-and prints the errors it measured as JSON; the tests judge them, each under its own name.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure; each test compares those of one case with the tolerance.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
 from lceval.kernels import merge, quant, variant
 from lceval.kernels import quant_decode as module
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.quant_decode import decode_pages, decode_quantised, reference
 
-Found = dict[str, float]
+Error = dict[str, float]
 Result = tuple[Tensor, Tensor]
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -54,7 +48,7 @@ def cache(counts: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) 
 
 
 def shuffled(kv: QuantKV) -> QuantKV:
-    """The same pages in another order, among spare ones that may not be read: their numbers are NaN."""
+    """The same pages in another order, among spare ones of NaN that must not be read."""
     count = kv.k.words.shape[0]
     order = torch.randperm(count + 2, generator=torch.Generator().manual_seed(3))[:count]
 
@@ -75,7 +69,7 @@ def queries(batch: int, heads: int, dim: int, dtype: torch.dtype) -> Tensor:
 
 
 def on(kv: QuantKV, device: str) -> QuantKV:
-    """Everything that a kernel reads, on that device."""
+    """The cache with all tensors that a kernel reads on `device`."""
     k, v = (Pool(x.bits, *(t.to(device) for t in x.tensors)) for x in (kv.k, kv.v))
     rest = kv.residual
     rest = replace(rest, **{name: getattr(rest, name).to(device) for name in ("k", "v", "table", "lens")})
@@ -83,11 +77,11 @@ def on(kv: QuantKV, device: str) -> QuantKV:
 
 
 def of_pages(kv: QuantKV) -> tuple[Any, ...]:
-    """What `decode_pages` and its reference take of a cache."""
+    """The arguments of `decode_pages` and its reference."""
     return kv.k, kv.v, kv.table, kv.lens, kv.residual.lens
 
 
-def errors(got: Result, want: Result) -> Found:
+def errors(got: Result, want: Result) -> Error:
     """The largest error of o, relative to its head, and of lse; NaN where an empty head is not 0 and -inf."""
     (o, lse), (want_o, want_lse) = ([x.cpu() for x in pair] for pair in (got, want))
     empty = torch.isneginf(want_lse)
@@ -99,24 +93,24 @@ def errors(got: Result, want: Result) -> Found:
     return {"o": worst.max().item(), "lse": worst_lse.max().item()}
 
 
-def worst(*found: Found) -> Found:
-    # max() over a NaN depends on its place.
-    return {name: torch.tensor([f[name] for f in found]).max().item() for name in found[0]}
+def worst(*measured: Error) -> Error:
+    # Python's max() over a NaN depends on its position.
+    return {name: torch.tensor([error[name] for error in measured]).max().item() for name in measured[0]}
 
 
-# --- what the child process measures, and a GPU too -----------------------------------------------------------------
+# --- cases: run in the child process, and on a GPU -----------------------------------------------------------------
 
 
 def grid_case(
     dtype: str, group: int, dim: int, bits: tuple[int, int], lengths: list[int] = LENGTHS, device: str = "cpu"
-) -> Found:
-    """Pages alone, then with the newest slots: against the reference, and against all that is read back."""
+) -> Error:
+    """Pages alone against the reference; pages with the newest slots against attention over the dequantized cache."""
     kv = shuffled(QuantKV.quantize(cache([lengths], dim, DTYPES[dtype]), *bits, residual=0))
     q = queries(1, len(lengths) * group, dim, DTYPES[dtype])
     scaling = 0.3 * dim**-0.5
-    there = on(kv, device)
-    pages = decode_pages(q.to(device), *of_pages(there), scaling, splits=3)
-    whole = decode_quantised(q.to(device), there, scaling)
+    moved = on(kv, device)
+    pages = decode_pages(q.to(device), *of_pages(moved), scaling, splits=3)
+    whole = decode_quantised(q.to(device), moved, scaling)
     # Slots that are not in pages are compared in float32: q and they are exact in it.
     new = replace(kv.residual, k=kv.residual.k.float(), v=kv.residual.v.float())
     want = reference(q, *of_pages(kv), scaling)
@@ -125,34 +119,34 @@ def grid_case(
     return worst(errors(pages, want), errors(whole, want_whole))
 
 
-def splits_case(splits: int) -> Found:
+def splits_case(splits: int) -> Error:
     kv = QuantKV.quantize(cache([[330, 0]], 64, torch.float32), 4, 2, residual=0)
     q = queries(1, 6, 64, torch.float32)
     return errors(decode_pages(q, *of_pages(kv), 0.1, splits=splits), decode_pages(q, *of_pages(kv), 0.1, splits=1))
 
 
-def shared_case(sequences: int) -> Found:
-    """Rows that share a sequence are read for together, and answered as if alone."""
+def shared_case(sequences: int) -> Error:
+    """Rows that share a sequence give the results of each row alone."""
     kv = QuantKV.quantize(cache([[200, 0, 70], [128, 64, 1]][:sequences], 64, torch.float32), 4, 4, residual=10)
     q = queries(3 * sequences, 6, 64, torch.float32)
     o, lse = kv.attend(q[:, :, None], 0.1)
     return errors(decode_quantised(q, kv, 0.1), (o[:, :, 0], lse[:, :, 0]))
 
 
-def nothing_kept_case() -> Found:
-    """No slot at all; no whole page; and not one page in the pools, kernels asked nonetheless."""
-    found = []
+def empty_case() -> Error:
+    """No slot; no whole page; and no page in the pools, with the kernels called nonetheless."""
+    measured = []
     for counts in ([[0, 0]], [[0, 63]]):
         kv = QuantKV.quantize(cache(counts, 64, torch.float32), 4, 4)
         q = queries(1, 6, 64, torch.float32)
         o, lse = kv.attend(q[:, :, None], 0.1)
-        found.append(errors(decode_quantised(q, kv, 0.1), (o[:, :, 0], lse[:, :, 0])))
-        found.append(errors(decode_pages(q, *of_pages(kv), 0.1), reference(q, *of_pages(kv), 0.1)))
-    return worst(*found)
+        measured.append(errors(decode_quantised(q, kv, 0.1), (o[:, :, 0], lse[:, :, 0])))
+        measured.append(errors(decode_pages(q, *of_pages(kv), 0.1), reference(q, *of_pages(kv), 0.1)))
+    return worst(*measured)
 
 
-def merge_case() -> Found:
-    """Shares without a slot among others, nothing but those, and a rest that is empty."""
+def merge_case() -> Error:
+    """Empty parts among others, nothing but empty parts, and an empty rest."""
     rng = torch.Generator().manual_seed(0)
     o, lse = torch.randn(2, 3, 19, 48, generator=rng), 9 * torch.randn(2, 3, 19, generator=rng)
     lse[:, 1, ::2] = lse[:, 2] = -math.inf
@@ -162,9 +156,9 @@ def merge_case() -> Found:
     return worst(*(errors(*pair) for pair in pairs))
 
 
-def invented_case() -> Found:
-    """The worst errors over shapes that hypothesis invents."""
-    found: list[Found] = []
+def hypothesis_case() -> Error:
+    """The largest errors over shapes drawn by hypothesis."""
+    measured: list[Error] = []
 
     @settings(max_examples=6, deadline=None, derandomize=True, database=None)
     @given(
@@ -178,17 +172,17 @@ def invented_case() -> Found:
         kv = shuffled(QuantKV.quantize(cache([counts], dim, torch.float32), *bits, residual))
         q = queries(1, 2 * group, dim, torch.float32)
         got = decode_pages(q, *of_pages(kv), 0.05, splits=2)
-        found.append(errors(got, reference(q, *of_pages(kv), 0.05)))
+        measured.append(errors(got, reference(q, *of_pages(kv), 0.05)))
 
     run()
-    return worst(*found)
+    return worst(*measured)
 
 
 SHORT = [0, 63, 64, 130]
 # Every G and every D in both dtypes, every number of bits on both sides; then padded and the widest head_dim, more
-# query heads than one tile, the dtype that is widened.
+# query heads than one tile, bfloat16 (float32 arithmetic in the interpreter).
 GRID = {
-    f"{dtype}-G{group}-D{dim}-kv{bits[0]}v{bits[1]}": (dtype, group, dim, bits, lengths)
+    f"{interpreter.LABELS[dtype]}-G{group}-D{dim}-kv{bits[0]}v{bits[1]}": (dtype, group, dim, bits, lengths)
     for dtype, group, dim, bits, lengths in [
         ("fp32", 1, 64, (8, 4), LENGTHS),
         ("fp32", 3, 128, (2, 8), LENGTHS),
@@ -206,61 +200,34 @@ GRID = {
         ("bf16", 2, 128, (16, 2), SHORT),
     ]
 }
-PROPERTIES: dict[str, Callable[[], Found]] = {
+PROPERTIES: dict[str, Callable[[], Error]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 7)},
     **{f"sequences={n}": partial(shared_case, n) for n in (1, 2)},
-    "nothing_kept": nothing_kept_case,
+    "empty": empty_case,
     "merge": merge_case,
-    "invented": invented_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> dict[str, dict[str, Any]]:
-    assert module.INTERPRETED
-    cases: dict[str, Callable[[], Found]] = {n: partial(grid_case, *c) for n, c in GRID.items()}
-    measured: dict[str, dict[str, Any]] = {}
-    for name, run in (cases | PROPERTIES).items():
-        try:
-            measured[name] = run()
-        except Exception:
-            measured[name] = {"failed": traceback.format_exc()}
-    return measured
+CASES: dict[str, Callable[[], Error]] = {name: partial(grid_case, *case) for name, case in GRID.items()} | PROPERTIES
 
 
 # --- tests ----------------------------------------------------------------------------------------------------------
 
 
-def child(*command: str, **changes: str) -> str:
-    """Output of a child that imports the same copy of the package as this process."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(Path(lceval.__file__).parents[1]), **changes}
-    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def assert_close(error: Error, dtype: str) -> None:
+    assert error["o"] <= TOLERANCE[dtype], error
+    assert error["lse"] <= LSE_TOLERANCE[dtype], error
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, Any]]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    return dict(json.loads(child("-W", "error", __file__, TRITON_INTERPRET="1")))
-
-
-def judge(found: dict[str, Any], dtype: str) -> None:
-    assert "failed" not in found, found["failed"]
-    assert found["o"] <= TOLERANCE[dtype], found
-    assert found["lse"] <= LSE_TOLERANCE[dtype], found
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", GRID)
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
-    judge(interpreted[case], GRID[case][0])
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], Error]) -> None:
+    assert_close(interpreted(case), GRID[case][0])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", PROPERTIES)
-def test_kernels_keep_their_properties(case: str, interpreted: dict[str, dict[str, Any]]) -> None:
-    judge(interpreted[case], "fp32")
+def test_kernels_keep_their_properties(case: str, interpreted: Callable[[str], Error]) -> None:
+    assert_close(interpreted(case), "fp32")
 
 
 @pytest.mark.gpu
@@ -271,11 +238,11 @@ def test_kernels_keep_their_properties(case: str, interpreted: dict[str, dict[st
 )
 def test_kernels_agree_with_the_reference_on_a_gpu(dtype: str, dim: int, bits: tuple[int, int]) -> None:
     for group in (1, 3, 4, 8):
-        judge(grid_case(dtype, group, dim, bits, device="cuda"), dtype)
+        assert_close(grid_case(dtype, group, dim, bits, device="cuda"), dtype)
 
 
 @pytest.mark.parametrize("bits", PAIRS)
-def test_reference_is_attention_over_what_the_plain_codec_reads_back(bits: tuple[int, int]) -> None:
+def test_reference_is_attention_over_the_dequantized_cache(bits: tuple[int, int]) -> None:
     full = cache([[130, 0, 64]], 48, torch.float32)
     kv = shuffled(QuantKV.quantize(full, *bits, residual=0))
     q = queries(1, 6, 48, torch.float32)
@@ -287,12 +254,12 @@ def test_reference_is_attention_over_what_the_plain_codec_reads_back(bits: tuple
         heads = slice(2 * row, 2 * row + 2)
         logits = 0.1 * (q[0, heads].double() @ k.double().T)
         want = (logits.softmax(-1) @ v.double())[None], logits.logsumexp(-1)[None]
-        judge(errors((o[:, heads], lse[:, heads]), want), "fp32")
+        assert_close(errors((o[:, heads], lse[:, heads]), want), "fp32")
 
 
 @pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES.values())
-def test_cpu_tensors_take_the_path_of_the_cache_and_keep_their_dtype(dtype: torch.dtype) -> None:
+def test_cpu_tensors_take_the_torch_path_and_keep_their_dtype(dtype: torch.dtype) -> None:
     kv = QuantKV.quantize(cache([[330, 0]], 64, dtype), 4, 4, residual=70)
     q = queries(2, 6, 64, dtype)
     o, lse = decode_quantised(q, kv, 0.125)
@@ -345,27 +312,10 @@ def test_a_bad_rest_a_bad_split_count_and_bad_rows_are_refused() -> None:
         decode_quantised(q[:, :3], kv, 0.1)
 
 
-# A launch of every head_dim, dtype and pair of gated bits, stopped where it would compile; see test_kernels_aot.py.
+# A launch of every head_dim, dtype and pair of gated bits.
 LAUNCHES = """
-import json
-import torch
-import triton
-from triton.backends.compiler import GPUTarget
-
-class Driver:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-    def get_current_device(self): return 0
-    def get_current_stream(self, device=None): return 0
-
-triton.runtime.driver.set_active(Driver())
-from lceval.kernels import aot, merge, quant_decode, variant
+from lceval.kernels import merge, quant_decode
 from lceval.kernels.quant import Pool
-
-launched = {}
-def hook(*, fn, compile, **_):
-    hints = {str(i): hint for (i,), hint in compile["configs"][0].items() if hint}
-    launched[compile["key"]] = [fn.name, compile["signature"], hints, sorted(compile["constants"].values())]
-    return True
 
 def pool(bits, dim, dtype, keys):
     if bits == 16:
@@ -375,7 +325,6 @@ def pool(bits, dim, dtype, keys):
     return Pool(bits, torch.empty(5, *words, dtype=torch.int32), *(torch.empty(5, *group, dtype=stored) for _ in "sz"))
 
 merge.merge = lambda *args: None
-triton.knobs.runtime.jit_cache_hook = hook
 for name, dims in variant.USED_HEAD_DIMS.items():
     dtype = variant.TORCH[name]
     for dim in dims:
@@ -386,22 +335,15 @@ for name, dims in variant.USED_HEAD_DIMS.items():
                 table, lens = (torch.zeros(batch, kv_heads, *x, dtype=torch.int32) for x in ((pages,), ()))
                 for splits in (1, 2, 16, 17):
                     quant_decode._launch(q, k, v, table, lens, lens, 0.1, None, splits)
-gated = []
-for wanted in quant_decode.variants():
-    signature, hints = aot.specialisation(wanted)
-    hints = {str(i): hint for (i,), hint in hints.items()}
-    gated.append([wanted.fn.__name__, signature, hints, sorted(wanted.constants.values())])
-print(json.dumps([[*launched.values()], gated]))
+report(quant_decode.variants())
 """
 
 
-def test_launches_ask_only_for_gated_variants_and_a_growing_cache_for_no_new_one() -> None:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    launched, gated = json.loads(child("-c", LAUNCHES))
-    assert [row for row in launched if row not in gated] == []
-    assert len(launched) == len(gated)
+def test_launches_are_of_gated_variants_and_a_growing_cache_needs_no_new_one() -> None:
+    result = interpreter.recorded_launches(LAUNCHES)
+    assert [row for row in result["launched"] if row not in result["gated"]] == []
+    assert len(result["launched"]) == len(result["gated"])
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure_all(), indent=1))
+    interpreter.main(CASES)

@@ -1,40 +1,33 @@
 """Scores from an index: the kernels against the indexes' own `scores` in float32.
 
-As in test_kernels_decode.py, this file is also a script: a child process with TRITON_INTERPRET=1 runs every case and
-prints the errors it measured as JSON.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
-from lceval.kernels import scan as module
 from lceval.kernels.bits import GROUP, Bits
 from lceval.kernels.bounds import Bounds
 from lceval.kernels.scan import reference, scan
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# Of the highest score of a row: products of 16-bit numbers are exact in float32. Measured 2.8e-6 (fp32), 2.7e-6 (fp16),
-# 7e-7 (bf16, widened): sums in another order.
+# Relative to the highest score of a row: products of 16-bit numbers are exact in float32. Measured 2.8e-6 (fp32),
+# 2.7e-6 (fp16), 7e-7 (bf16, computed in float32 by the interpreter): sums in another order.
 TOLERANCE = 1e-5
-# A GPU's tensor cores cut off what they add, and its exp2 is approximate; no GPU has measured it yet.
+# A GPU's tensor cores cut off what they add, and its exp2 is approximate; not measured on a GPU yet.
 GPU_TOLERANCE = 5e-5
 
 
@@ -78,25 +71,25 @@ def grid_case(dtype: str, kind: str, batch: int, shared: int, group: int, dim: i
 
 
 def blocks_case(kind: str, device: str = "cpu") -> float:
-    """Heads of several blocks, the second ends inside one; large logits, so that the blocks' maxima matter."""
+    """Heads of several blocks, the second ending inside one; large logits, so that the blocks' maxima matter."""
     index, counts = make([[3000, 2300]], 64, kind, 32, torch.float32)
     return error(index, counts, 4 * queries(1, 4, 32, torch.float32), 64, 0.5, device)
 
 
 def strided_case() -> float:
-    """q cut from a longer tensor."""
+    """q is a slice of a longer tensor."""
     index, counts = make([[130, 70]], 16, "bits", 64, torch.float32)
     return error(index, counts, queries(3, 8, 128, torch.float32)[:, ::2, :64], 16, 0.125, "cpu")
 
 
 def many_heads_case() -> float:
-    """More heads than one step of the sum that finds where a head's index begins."""
+    """More heads than one step of the prefix sum over the heads' index lengths."""
     index, counts = make([[33 if h % 3 else 20 for h in range(70)]], 20, "bits", 16, torch.float32)
     return error(index, counts, queries(1, 70, 16, torch.float32), 20, 0.25, "cpu")
 
 
-def invented_case() -> float:
-    """The worst error over shapes that hypothesis invents."""
+def hypothesis_case() -> float:
+    """The largest error over shapes drawn by hypothesis."""
     worst = [0.0]
 
     @settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -111,17 +104,17 @@ def invented_case() -> float:
     def run(lens: list[list[int]], kind: str, group: int, shared: int, dim: int, budget: int) -> None:
         lens[0][0] = max(lens[0][0], budget + 1)
         index, counts = make(lens, budget, kind, dim, torch.float32)
-        found = error(index, counts, queries(len(lens) * shared, 2 * group, dim, torch.float32), budget, 0.2, "cpu")
-        assert found <= TOLERANCE, found
-        worst.append(found)
+        q = queries(len(lens) * shared, 2 * group, dim, torch.float32)
+        worst.append(error(index, counts, q, budget, 0.2, "cpu"))
+        assert worst[-1] <= TOLERANCE
 
     run()
     return max(worst)
 
 
-# Every dtype, index, G and D; batch and rows that share a sequence alternate.
+# Every dtype, index, G and D; batch sizes and rows per sequence alternate.
 GRID = {
-    f"{case[0]}-{case[1]}-B{case[2]}-shared{case[3]}-G{case[4]}-D{case[5]}": case
+    f"{interpreter.LABELS[case[0]]}-{case[1]}-B{case[2]}-shared{case[3]}-G{case[4]}-D{case[5]}": case
     for case in [
         (dtype, kind, 1 + (i + j + k) % 2, 1 + (j + k) % 2, group, dim)
         for (i, dtype), kind, (j, group), (k, dim) in product(
@@ -136,36 +129,16 @@ PROPERTIES: dict[str, Callable[[], float]] = {
     "blocks bounds": partial(blocks_case, "bounds4"),
     "strided": strided_case,
     "many heads": many_heads_case,
-    "invented": invented_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> Iterator[tuple[str, float | str]]:
-    assert module.INTERPRETED
-    cases: dict[str, Callable[[], float]] = {name: partial(grid_case, *case) for name, case in GRID.items()}
-    for name, run in (cases | PROPERTIES).items():
-        try:
-            yield name, run()
-        except Exception:
-            yield name, traceback.format_exc()
+CASES: dict[str, Callable[[], float]] = {n: partial(grid_case, *case) for n, case in GRID.items()} | PROPERTIES
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, float | str]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*GRID, *PROPERTIES])
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, float | str]) -> None:
-    found = interpreted[case]
-    assert isinstance(found, float), found
-    assert found <= TOLERANCE
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], float]) -> None:
+    assert interpreted(case) <= TOLERANCE
 
 
 @pytest.mark.gpu
@@ -227,5 +200,4 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(dict(measure_all()), indent=1))
+    interpreter.main(CASES)

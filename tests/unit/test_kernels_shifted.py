@@ -1,23 +1,18 @@
-"""Shifted sparse attention: the reference against a mask made by its definition, the kernels against the reference.
+"""Shifted sparse attention: the reference against a mask built from its definition, the kernels against the reference.
 
-As in test_kernels_decode, one child process with TRITON_INTERPRET=1 runs every case (`python test_kernels_shifted.py`)
-and prints the errors it measured as JSON; the tests judge them. On a CUDA device the same cases run compiled.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure. On a CUDA device they run compiled.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,31 +20,31 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import lceval
 from lceval.kernels import shifted as module
 from lceval.kernels.shifted import reference, shifted
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error measured over all cases, of the output and of each gradient, relative to the largest element of its
-# head or to 1, the size of the inputs: a token that sees only itself has no gradient. fp32 1.5e-6
-# (sums in another order), fp16 8.0e-4 (p and ds rounded to 11 bits), bf16 3.4e-3 (results rounded to 8 bits).
+# head or to 1, the size of the inputs: a token that attends only to itself has no gradient. fp32
+# 1.5e-6 (sums in another order), fp16 8.0e-4 (p and ds rounded to 11 bits), bf16 3.4e-3 in the interpreter, which
+# computes in float32 (results rounded to 8 bits).
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 1e-2}
 
 
 def tensors(heads: int, kv_heads: int, lens: list[int], dim: int, dtype: torch.dtype) -> list[Tensor]:
-    """q, k, v and the output's gradient, cut from [B, T, heads, D] as a projection lays them; zeros at padding."""
+    """q, k, v and the output's gradient as views of [B, T, heads, D], the layout of a projection; zeros at padding."""
     rng = torch.Generator().manual_seed(sum(lens))
     shapes = [(len(lens), max(lens), n, dim) for n in (heads, kv_heads, kv_heads, heads)]
-    made = [torch.randn(shape, generator=rng).to(dtype).transpose(1, 2) for shape in shapes]
-    for x in made:
+    inputs = [torch.randn(shape, generator=rng).to(dtype).transpose(1, 2) for shape in shapes]
+    for x in inputs:
         for row, n in zip(x, lens, strict=True):
             row[:, n:] = 0
-    return made
+    return inputs
 
 
 def errors(args: list[Tensor], lens: list[int], group: int, device: str = "cpu") -> dict[str, float]:
-    """The errors of o, dq, dk, dv. The kernels find NaN at padding: none of it may be read, and zeros come back."""
+    """The errors of o, dq, dk, dv. Padding is NaN for the kernels: they must not read it, and return zeros there."""
     scaling, counts = args[0].shape[-1] ** -0.5, torch.tensor(lens, dtype=torch.int32)
     padding = (torch.arange(args[0].shape[2]) >= counts[:, None])[:, None, :, None]
     want_in = [x.float().clone().requires_grad_() for x in args[:3]]
@@ -61,20 +56,20 @@ def errors(args: list[Tensor], lens: list[int], group: int, device: str = "cpu")
     pairs = {"o": (got, want)} | {
         f"d{name}": (x.grad, y.grad) for name, x, y in zip("qkv", got_in, want_in, strict=True)
     }
-    found = {}
+    largest = {}
     for name, (x, y) in pairs.items():
         assert x is not None
         assert y is not None
         assert x.dtype == args[0].dtype
-        found[name] = 0.0
+        largest[name] = 0.0
         if y.numel():
             most = y.detach().abs().amax((2, 3)).clamp(min=1.0)
-            found[name] = float(((x.detach().cpu().float() - y.detach()).abs().amax((2, 3)) / most).max())
-    return found
+            largest[name] = float(((x.detach().cpu().float() - y.detach()).abs().amax((2, 3)) / most).max())
+    return largest
 
 
-def worst(found: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(torch.tensor([f[name] for f in found]).max()) for name in found[0]}
+def worst(measured: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(torch.tensor([error[name] for error in measured]).max()) for name in measured[0]}
 
 
 def grid_case(dtype: str, group_size: int, dim: int, group: int, device: str = "cpu") -> dict[str, float]:
@@ -89,9 +84,9 @@ def long_case(dtype: str, device: str = "cpu") -> dict[str, float]:
     return errors(tensors(2, 1, [1000], 64, DTYPES[dtype]), [1000], 96, device)
 
 
-def invented_case() -> dict[str, float]:
-    """Shapes that hypothesis invents: groups that no tile divides, odd numbers of heads, one group for all."""
-    found: list[dict[str, float]] = []
+def hypothesis_case() -> dict[str, float]:
+    """Shapes drawn by hypothesis: groups that no tile divides, odd numbers of heads, one group for all."""
+    measured: list[dict[str, float]] = []
 
     @settings(max_examples=6, deadline=None, derandomize=True, database=None)
     @given(
@@ -100,10 +95,10 @@ def invented_case() -> dict[str, float]:
         group=st.integers(1, 60),
     )
     def run(lens: list[int], heads: tuple[int, int], group: int) -> None:
-        found.append(errors(tensors(*heads, lens, 64, torch.float32), lens, 2 * group))
+        measured.append(errors(tensors(*heads, lens, 64, torch.float32), lens, 2 * group))
 
     run()
-    return worst(found)
+    return worst(measured)
 
 
 # Every dtype with every G and D; the group sizes alternate.
@@ -111,44 +106,23 @@ GROUPS = (16, 26, 64)
 GRID = {
     f"{dtype}-G{size}-D{dim}-group{GROUPS[(j + k) % 3]}": (dtype, size, dim, GROUPS[(j + k) % 3])
     for dtype, (j, size), (k, dim) in product(("fp32", "fp16"), enumerate([1, 3, 4, 8]), enumerate([64, 128]))
-} | {"bf16-G2-D64": ("bf16", 2, 64, 32)}
-CASES: dict[str, tuple[str, Callable[..., dict[str, float]]]] = {
-    **{name: (case[0], partial(grid_case, *case)) for name, case in GRID.items()},
-    "long-fp16": ("fp16", partial(long_case, "fp16")),
+} | {f"{interpreter.LABELS['bf16']}-G2-D64": ("bf16", 2, 64, 32)}
+CASES: dict[str, Callable[[], dict[str, float]]] = {
+    **{name: partial(grid_case, *case) for name, case in GRID.items()},
+    "long-fp16": partial(long_case, "fp16"),
+    "hypothesis": hypothesis_case,
 }
+DTYPE_OF = {**{name: case[0] for name, case in GRID.items()}, "long-fp16": "fp16", "hypothesis": "fp32"}
 
 
-def measure_all() -> dict[str, Any]:
-    assert module.INTERPRETED
-    found: dict[str, Any] = {}
-    for name, run in {**{n: c[1] for n, c in CASES.items()}, "invented": invented_case}.items():
-        try:
-            found[name] = run()
-        except Exception:
-            found[name] = {"failed": traceback.format_exc()}
-    return found
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-def judge(found: dict[str, Any], dtype: str) -> None:
-    assert "failed" not in found, found["failed"]
-    for name, value in found.items():
+def assert_close(error: dict[str, float], dtype: str) -> None:
+    for name, value in error.items():
         assert value <= TOLERANCE[dtype], (name, value)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*CASES, "invented"])
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, Any]) -> None:
-    judge(interpreted[case], "fp32" if case == "invented" else CASES[case][0])
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], dict[str, float]]) -> None:
+    assert_close(interpreted(case), DTYPE_OF[case])
 
 
 @pytest.mark.gpu
@@ -156,12 +130,12 @@ def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, Any]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("size", "dim", "group"), [(1, 64, 16), (3, 128, 26), (4, 128, 64), (8, 64, 64)])
 def test_compiled_kernels_agree_with_the_reference(dtype: str, size: int, dim: int, group: int) -> None:
-    judge(grid_case(dtype, size, dim, group, "cuda"), dtype)
-    judge(long_case(dtype, "cuda"), dtype)
+    assert_close(grid_case(dtype, size, dim, group, "cuda"), dtype)
+    assert_close(long_case(dtype, "cuda"), dtype)
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, lens: list[int], group: int) -> Tensor:
-    """One head and one sequence at a time, through torch's own attention under a mask."""
+    """One head and one sequence at a time, through torch's own attention with a mask."""
     o = torch.zeros_like(q)
     heads, size = q.shape[1], q.shape[1] // k.shape[1]
     for b, h in product(range(len(lens)), range(heads)):
@@ -193,7 +167,7 @@ def test_reference_has_the_gradients_of_its_output() -> None:
     assert torch.autograd.gradcheck(lambda *x: reference(*x, lens, 4, 0.5)[0], (q, k, v))
 
 
-def test_no_token_sees_a_later_one_or_another_group() -> None:
+def test_no_token_attends_to_a_later_one_or_another_group() -> None:
     q, k, v, _ = tensors(2, 2, [32], 16, torch.float32)
     before = reference(q, k, v, None, 8, 0.25)[0]
     k[:, :, 29:], v[:, :, 29:] = 9.0, 9.0
@@ -238,5 +212,4 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure_all(), indent=1))
+    interpreter.main(CASES)

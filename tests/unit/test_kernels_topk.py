@@ -1,28 +1,21 @@
 """Choosing the best units: the kernels must equal `select.top` exactly, ties and all.
 
-As in test_kernels_decode.py, this file is also a script: a child process with TRITON_INTERPRET=1 runs every case and
-prints what it found as JSON: null, or how the case failed.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py); each asserts that both are equal.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
 from lceval.kernels import topk as module
 from lceval.kernels.select import top
 from lceval.kernels.topk import reference, top_indices
@@ -51,7 +44,7 @@ KINDS = ["softmax", "ties", "equal", "special", "normal"]
 
 def agrees(scores: Tensor, sizes: list[int], count: int, device: str = "cpu") -> None:
     lens = torch.tensor(sizes, dtype=torch.int32)
-    # Whatever lies past a row's size is not read.
+    # Elements past a row's size must not be read.
     padded = scores.masked_fill(torch.arange(scores.shape[1]) >= lens[:, None], math.nan)
     got = top_indices(padded.to(device), lens.to(device), count).cpu()
     assert torch.equal(got, reference(scores, lens, count)), (sizes, count)
@@ -69,7 +62,7 @@ def long_case(kind: str, device: str = "cpu") -> None:
 
 
 def many_blocks_case() -> None:
-    """More blocks than a step of the sum over the blocks before."""
+    """More blocks than one step of the prefix sum over blocks."""
     module.SMALL, module.BLOCK, before = 0, 64, (module.SMALL, module.BLOCK)
     try:
         agrees(random_scores("ties", 1, 64 * 70), [64 * 70 - 3], 1234)
@@ -77,8 +70,8 @@ def many_blocks_case() -> None:
         module.SMALL, module.BLOCK = before
 
 
-def invented_case(small: int) -> None:
-    """Rows that hypothesis invents, by the kernel for short rows or by those for long ones."""
+def hypothesis_case(small: int) -> None:
+    """Rows drawn by hypothesis, through the kernel for short rows or those for long ones."""
     before = module.SMALL, module.BLOCK
     module.SMALL, module.BLOCK = small, 256
 
@@ -102,35 +95,14 @@ CASES: dict[str, Callable[[], None]] = {
     **{f"lengths {kind} {count}": partial(lengths_case, kind, count) for kind in KINDS for count in (1, 16, 100, 999)},
     **{f"long {kind}": partial(long_case, kind) for kind in KINDS},
     "many blocks": many_blocks_case,
-    "invented short": partial(invented_case, 8192),
-    "invented long": partial(invented_case, 0),
+    "hypothesis short": partial(hypothesis_case, 8192),
+    "hypothesis long": partial(hypothesis_case, 0),
 }
 
 
-def run_all() -> Iterator[tuple[str, str | None]]:
-    assert module.INTERPRETED
-    for name, run in CASES.items():
-        try:
-            run()
-            yield name, None
-        except Exception:
-            yield name, traceback.format_exc()
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str | None]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_equal_the_reference(case: str, interpreted: dict[str, str | None]) -> None:
-    assert interpreted[case] is None, interpreted[case]
+def test_kernels_equal_the_reference(case: str, interpreted: Callable[[str], None]) -> None:
+    interpreted(case)
 
 
 @pytest.mark.gpu
@@ -171,5 +143,4 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(dict(run_all()), indent=1))
+    interpreter.main(CASES)

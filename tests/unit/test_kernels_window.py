@@ -1,44 +1,38 @@
-"""Scores of a window and column sums: the reference against the policies' own code, the kernels against the reference.
+"""Window scores and column sums: the reference against the policies' own code, the kernels against the reference.
 
-As in test_kernels_decode, one child process with TRITON_INTERPRET=1 runs every case (`python test_kernels_window.py`)
-and prints the errors it measured as JSON; the tests judge them. On a CUDA device the same cases run compiled.
+The cases run in a child process under Triton's interpreter (tests/interpreter.py) and return the errors that they
+measure. On a CUDA device they run compiled.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
-from typing import Any
 
+import interpreter
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import lceval
 from lceval.kernels import window as module
 from lceval.kernels.window import received, reference, window_scores
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error measured over all cases, relative to the head's largest score. The products are the reference's own, so
-# only the order of their sums differs, in 16 bits too: fp32 8.4e-7, fp16 9.4e-7, bf16 (widened) 4.8e-7.
+# only the order of their sums differs, in 16 bits too: fp32 8.4e-7, fp16 9.4e-7, bf16 (computed in float32 by the
+# interpreter) 4.8e-7.
 TOLERANCE = 1e-5
 
 
 def tensors(
     batch: int, kv_heads: int, group: int, tokens: int, length: int, dim: int, dtype: str
 ) -> tuple[Tensor, ...]:
-    """q and k, cut from buffers whose other elements are NaN, as a prefill's buffers may be."""
+    """q and k, slices of buffers whose other elements are NaN."""
     rng = torch.Generator().manual_seed(length)
     q = torch.full((batch, kv_heads * group, tokens + 3, dim), math.nan)
     k = torch.full((batch, kv_heads, length + 5, dim), math.nan)
@@ -77,7 +71,7 @@ def splits_case(splits: int) -> float:
 
 
 def chunked_case() -> float:
-    """A context read in pieces adds up to the context read at once."""
+    """A prefill in chunks sums to the prefill in one piece."""
     q, k = tensors(1, 2, 3, 300, 300, 64, "fp16")
     total = torch.zeros(1, 2, 300)
     for start, end in ((0, 7), (7, 130), (130, 300)):
@@ -91,8 +85,8 @@ def sharp_case() -> float:
     return error(received(q * 3, k * 3, 0.125), reference(q * 3, k * 3, 0.125))
 
 
-def invented_case() -> float:
-    """The worst error over shapes that hypothesis invents; each query's weights add up to one."""
+def hypothesis_case() -> float:
+    """The largest error over shapes drawn by hypothesis; each query's weights sum to one."""
     worst = [0.0]
 
     @settings(max_examples=8, deadline=None, derandomize=True, database=None)
@@ -118,42 +112,24 @@ COUNTS = {"fp32": (12, 1, 17, 5), "fp16": (64, 1, 17, 40)}
 GRID = {
     f"{dtype}-G{group}-D{dim}-T{counts[(j + k) % 4]}": (dtype, group, dim, counts[(j + k) % 4])
     for (dtype, counts), (j, group), (k, dim) in product(COUNTS.items(), enumerate([1, 3, 4, 8]), enumerate([64, 128]))
-} | {f"{c[0]}-G{c[1]}-D{c[2]}": c for c in (("fp16", 4, 96, 64), ("fp16", 2, 256, 64), ("bf16", 4, 128, 9))}
+} | {
+    f"{interpreter.LABELS[c[0]]}-G{c[1]}-D{c[2]}": c
+    for c in (("fp16", 4, 96, 64), ("fp16", 2, 256, 64), ("bf16", 4, 128, 9))
+}
 PROPERTIES: dict[str, Callable[[], float]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16)},
     "chunked": chunked_case,
     "sharp": sharp_case,
-    "invented": invented_case,
+    "hypothesis": hypothesis_case,
 }
 
 
-def measure_all() -> dict[str, Any]:
-    assert module.INTERPRETED
-    found: dict[str, Any] = {}
-    for name, run in {**{n: partial(grid_case, *c) for n, c in GRID.items()}, **PROPERTIES}.items():
-        try:
-            found[name] = run()
-        except Exception:
-            found[name] = traceback.format_exc()
-    return found
+CASES: dict[str, Callable[[], float]] = {n: partial(grid_case, *case) for n, case in GRID.items()} | PROPERTIES
 
 
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, Any]:
-    pytest.importorskip("triton", reason="triton has no wheel for this platform")
-    env = {**os.environ, "PYTHONPATH": str(Path(lceval.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", [*GRID, *PROPERTIES])
-def test_kernels_agree_with_the_reference(case: str, interpreted: dict[str, Any]) -> None:
-    found = interpreted[case]
-    assert isinstance(found, float), found
-    assert found <= TOLERANCE
+@pytest.mark.parametrize("case", CASES)
+def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], float]) -> None:
+    assert interpreted(case) <= TOLERANCE
 
 
 @pytest.mark.gpu
@@ -168,7 +144,7 @@ def test_compiled_kernels_agree_with_the_reference(dtype: str, group: int, dim: 
 
 @given(length=st.integers(1, 120), tokens=st.integers(1, 120), group=st.sampled_from([1, 3]))
 @settings(deadline=None, max_examples=25)
-def test_reference_is_what_the_policies_compute(length: int, tokens: int, group: int) -> None:
+def test_reference_equals_what_the_policies_compute(length: int, tokens: int, group: int) -> None:
     from lceval.models.policies.base import LayerView
 
     q, k = tensors(2, 2, group, min(length, tokens), length, 32, "fp32")
@@ -213,5 +189,4 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(json.dumps(measure_all(), indent=1))
+    interpreter.main(CASES)

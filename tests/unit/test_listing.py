@@ -1,4 +1,4 @@
-"""`lceval tasks` and `lceval data list`: every name, what applies to it, and whether its data is at hand."""
+"""`lceval tasks` and `lceval data list`: names, properties and available data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lceval.tasks import catalogue
 
 
 def put(root: Path, *names: str) -> None:
-    """Files of a data folder; to be at hand they need only exist."""
+    """Create files in a data folder; only their existence is checked."""
     for name in names:
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(capsys: pytest.Capture
         listing.groups("lc_nothing_*")
 
 
-# At hand ------------------------------------------------------------------------------------------
+# Available data ------------------------------------------------------------------------------------------
 
 
 def at_hand(task: str) -> bool:
@@ -92,7 +92,7 @@ def at_hand(task: str) -> bool:
     return bool(record["at_hand"])
 
 
-def test_a_task_is_at_hand_once_all_its_files_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_is_available_once_all_its_files_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not at_hand("lc_quality_mc")
     put(folder, "quality/stories.jsonl")
     assert not at_hand("lc_quality_mc")
@@ -103,15 +103,15 @@ def test_a_task_is_at_hand_once_all_its_files_are(folder: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("task", ["lc_filings_ao_2k", "lc_iris_ao_2k"])
-def test_what_ships_is_always_at_hand(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_datasets_are_always_available(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
     assert at_hand(task)
     assert [record["source"] for record in listing.tasks(task)] == ["shipped"]
 
 
 def dataset_of(**fields: Any) -> catalogue.Dataset:
-    given = {"dataset": "d", "suite": "icr", "about": "", "rows": "", "version": 1, "layout": "text", "modes": {}}
-    return catalogue.Dataset(**given | fields)
+    defaults = {"dataset": "d", "suite": "icr", "about": "", "rows": "", "version": 1, "layout": "text", "modes": {}}
+    return catalogue.Dataset(**defaults | fields)
 
 
 HUB = catalogue.Hub("owner/set", "0" * 40, {"test": "data/test-*.parquet", "extra": "extra.jsonl"})
@@ -127,7 +127,7 @@ def test_a_copy_of_a_hub_repository_counts_once_every_pattern_has_a_file(tmp_pat
     assert listing.missing(dataset, tmp_path) == []
 
 
-def test_of_local_files_and_a_hub_repository_one_is_enough(tmp_path: Path) -> None:
+def test_local_files_or_a_hub_repository_suffice(tmp_path: Path) -> None:
     dataset = dataset_of(files=("set/q.jsonl", "set/p.jsonl"), hub=HUB)
     put(tmp_path, "set/q.jsonl")
     assert listing.missing(dataset, tmp_path)
@@ -135,7 +135,7 @@ def test_of_local_files_and_a_hub_repository_one_is_enough(tmp_path: Path) -> No
     assert listing.missing(dataset, tmp_path) == []
 
 
-def test_the_data_list_says_what_is_missing_and_what_to_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_data_list_names_missing_files_and_remedies(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = {record["dataset"]: record for record in json.loads(output(["data", "list", "--json"], capsys))}
     assert records.keys() == catalogue.datasets().keys()
     assert records["quality"]["missing"] == ["quality/stories.jsonl", "quality/questions.jsonl"]
@@ -148,11 +148,11 @@ def test_the_data_list_says_what_is_missing_and_what_to_do(folder: Path, capsys:
             assert f"lceval data fetch {name}" in text
 
 
-def test_it_loads_nothing_heavy() -> None:
+def test_it_imports_nothing_heavy() -> None:
     code = (
         "import sys; from lceval.cli import invoke; invoke(['tasks']); invoke(['data', 'list'])\n"
         "heavy = ('torch', 'transformers', 'lm_eval', 'numpy', 'datasets', 'sklearn', 'huggingface_hub')\n"
         "print([m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stderr.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stderr.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Each policy against its definition, written out slowly, and all of them against the contract."""
+"""Each policy against a slow reference implementation, and all of them against the common contract."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def view(length: int, layer: int = 0, batch: int = 1) -> LayerView:
-    """A layer with every observation a policy may ask for, and the queries of all tokens."""
+    """A layer with all prefill statistics, and the queries of all tokens."""
     generator = torch.Generator().manual_seed(1000 * length + layer)
     keys, values = (torch.randn(batch, KV_HEADS, length, DIM, generator=generator) for _ in range(2))
     queries, raw = (torch.randn(batch, HEADS, length, DIM, generator=generator) for _ in range(2))
@@ -67,7 +67,7 @@ def best(scores: list[float], count: int) -> list[int]:
 
 
 def attention_row(layer: LayerView, head: int, row: int) -> list[float]:
-    """Attention of query `row`, one of all, over the tokens up to it."""
+    """Attention of query `row` over the tokens up to it."""
     keys = layer.keys[0, head * KV_HEADS // HEADS]
     logits = [float(layer.queries[0, head, row] @ keys[i]) / math.sqrt(DIM) for i in range(row + 1)]
     total = sum(math.exp(x) for x in logits)
@@ -109,7 +109,7 @@ def test_knorm_keeps_the_shortest_keys(length: int) -> None:
         assert kept(KNorm(amount=Amount(7)), layer, head) == best([-n for n in norms], 7)
 
 
-def test_knorm_tells_16_bit_keys_apart_that_their_16_bit_norms_would_not() -> None:
+def test_knorm_separates_16_bit_keys_whose_16_bit_norms_are_equal() -> None:
     keys = torch.tensor([[1.0, 0.0], [1.0, 0.03125]], dtype=torch.bfloat16).flip(0)[None, None]
     scores = KNorm(amount=Amount(1)).scores(replace(view(2), keys=keys))
     assert torch.linalg.vector_norm(keys, dim=-1).unique().numel() == 1
@@ -178,30 +178,30 @@ def test_h2o_drops_the_smallest_sum_outside_the_recent_window(fresh: int) -> Non
         assert best(scores[0, head].tolist(), now.budget) == [*heavy, *range(12 - recent, 12)]
 
 
-def test_random_is_a_lot_drawn_anew_for_each_seed_layer_and_head() -> None:
+def test_random_draws_differ_between_seeds_layers_and_heads() -> None:
     draw = Random(amount=Amount(50)).scores(view(100))
     assert torch.equal(draw, Random(amount=Amount(3)).scores(view(100)))
     assert not torch.equal(draw[:, 0], draw[:, 1])
     assert not torch.equal(draw, Random(amount=Amount(50)).scores(view(100, layer=1)))
     assert not torch.equal(draw, Random(amount=Amount(50), seed=1).scores(view(100)))
-    # A seed must not be another one's later layer.
+    # A seed must not repeat the draw of another seed's later layer.
     assert not torch.equal(
         Random(amount=Amount(50), seed=1).scores(view(100)), Random(amount=Amount(50)).scores(view(100, layer=1))
     )
 
 
-def test_random_protects_sinks_and_recent_tokens_where_it_is_told_to() -> None:
+def test_random_protects_sinks_and_recent_tokens_if_configured() -> None:
     mask = keep(Random(amount=Amount(12), sinks=2, recent=5), view(100))
     assert mask[..., :2].all()
     assert mask[..., -5:].all()
     assert mask.sum(-1).eq(12).all()
-    # A budget that does not hold them all: sinks first.
+    # A budget below sinks + recent: sinks first.
     tight = keep(Random(amount=Amount(4), sinks=2, recent=5), view(100))
     assert tight[..., :2].all()
     assert tight[..., -5:].sum(-1).eq(2).all()
 
 
-def test_random_protects_no_token() -> None:
+def test_random_protects_no_token_by_default() -> None:
     counts = sum(keep(Random(amount=Amount(0.25), seed=seed), view(20))[0, 0].int() for seed in range(400))
     # 400 draws of probability 1/4: mean 100, standard deviation 8.7; five of them over 20 tokens.
     assert all(56 <= n <= 144 for n in counts.tolist())
@@ -209,7 +209,7 @@ def test_random_protects_no_token() -> None:
 
 @pytest.mark.parametrize("amount", [Amount(0.25), Amount(1.0), Amount(0.01), Amount(1), Amount(33), Amount(100)])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_every_policy_keeps_exactly_the_budget_it_promises(amount: Amount, length: int) -> None:
+def test_every_policy_keeps_exactly_its_budget(amount: Amount, length: int) -> None:
     layers = [view(length, layer, batch=2) for layer in range(LAYERS)]
     policies = [cls(amount=amount) for cls in PER_HEAD]
     for policy in policies:
@@ -230,7 +230,7 @@ def test_every_policy_keeps_exactly_the_budget_it_promises(amount: Amount, lengt
 
 @settings(deadline=None)
 @given(st.sampled_from(PER_HEAD[:-1]), st.integers(1, 90), st.integers(1, 40))
-def test_the_order_of_the_heads_decides_nothing(cls: type[Evictor], length: int, budget: int) -> None:
+def test_the_order_of_the_heads_does_not_matter(cls: type[Evictor], length: int, budget: int) -> None:
     layer, policy = view(length), cls(amount=Amount(budget))
 
     def swap(x: Tensor | None) -> Tensor:
@@ -242,7 +242,7 @@ def test_the_order_of_the_heads_decides_nothing(cls: type[Evictor], length: int,
     assert torch.equal(keep(policy, swapped), keep(policy, layer).flip(1))
 
 
-# The others lay their budget out anew for every amount: rungs, recent tokens and layers' shares.
+# The others divide their budget differently for every amount: rungs, recent tokens and layers' shares.
 @settings(deadline=None)
 @given(
     st.sampled_from([*(c for c in PER_HEAD if c not in (H2O, LaCache, PyramidKV)), KVzip]),
@@ -251,7 +251,9 @@ def test_the_order_of_the_heads_decides_nothing(cls: type[Evictor], length: int,
     st.integers(1, 90),
     st.integers(1, 90),
 )
-def test_a_larger_budget_loses_nothing(cls: type[Evictor], pooled: bool, length: int, a: int, b: int) -> None:
+def test_a_larger_budget_keeps_everything_that_a_smaller_one_keeps(
+    cls: type[Evictor], pooled: bool, length: int, a: int, b: int
+) -> None:
     def masks(tokens: int) -> Tensor:
         policy = cls(amount=Amount(tokens))
         if pooled and cls is not KVzip:
@@ -277,38 +279,38 @@ def test_a_policy_is_a_value(cls: type[Evictor]) -> None:
     assert len({cls(amount=Amount(5)), cls(amount=Amount(5)), cls(amount=Amount(6))}) == 2
 
 
-def test_what_each_policy_asks_the_prefill_to_observe() -> None:
-    def asks(cls: type[Evictor]) -> set[str]:
+def test_the_prefill_statistics_that_each_policy_requires() -> None:
+    def required(cls: type[Evictor]) -> set[str]:
         stats_spec = vars(cls(amount=Amount(5)).stats_spec)
         return {name for name, value in stats_spec.items() if value}
 
-    assert asks(SnapKV) == asks(PyramidKV) == asks(TOVA) == {"queries"}
-    assert asks(H2O) == {"column_sums"}
-    assert asks(ExpectedAttention) == {"query_moments"}
-    assert asks(KVzip) == {"reconstruction"}
+    assert required(SnapKV) == required(PyramidKV) == required(TOVA) == {"queries"}
+    assert required(H2O) == {"column_sums"}
+    assert required(ExpectedAttention) == {"query_moments"}
+    assert required(KVzip) == {"reconstruction"}
     for cls in (Streaming, KNorm, KeyDiff, LaCache, Random):
-        assert not asks(cls)
+        assert not required(cls)
     assert TOVA(amount=Amount(5)).stats_spec.queries == 1
     assert AdaKV(amount=Amount(5), inner=SnapKV(amount=Amount(5), window=9)).stats_spec.queries == 9
 
 
 @pytest.mark.parametrize(
-    ("cls", "wrong", "said"),
+    ("cls", "wrong", "message"),
     [
         (SnapKV, {"pool": 4}, "odd number"),
         (PyramidKV, {"pool": 4}, "odd number"),
-        (PyramidKV, {"beta": 0}, "beta is at least 1"),
-        (Streaming, {"sinks": -1}, "sinks is at least 0"),
-        (H2O, {"recent": 1.5}, "recent is a share"),
+        (PyramidKV, {"beta": 0}, "beta must be at least 1"),
+        (Streaming, {"sinks": -1}, "sinks must be at least 0"),
+        (H2O, {"recent": 1.5}, "recent must be a share"),
         (Random, {"seed": 65536}, "between 0 and 65535"),
-        (ExpectedAttention, {"future": 0}, "future is at least 1"),
-        (LaCache, {"sinks": -1}, "sinks is at least 0"),
+        (ExpectedAttention, {"future": 0}, "future must be at least 1"),
+        (LaCache, {"sinks": -1}, "sinks must be at least 0"),
         (LaCache, {"span": 3}, "less than span"),
         *((cls, {"when": "never"}, "prefill or always") for cls in (Streaming, TOVA, H2O, LaCache)),
     ],
 )
 def test_a_wrong_parameter_is_refused(
-    cls: type[Evictor] | type[StepEvictor], wrong: dict[str, object], said: str
+    cls: type[Evictor] | type[StepEvictor], wrong: dict[str, object], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         cls(amount=Amount(5), **wrong)

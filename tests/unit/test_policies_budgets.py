@@ -1,4 +1,4 @@
-"""Methods that share a budget out unevenly: over layers (pyramidkv), heads (adakv), and both (kvzip)."""
+"""Methods with uneven budgets: across layers (pyramidkv), heads (adakv), and both (kvzip)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lceval.models.policies.kvzip import KVzip
 from lceval.models.policies.pyramidkv import PyramidKV
 from lceval.models.policies.snapkv import SnapKV
 
-# Shares that doubles hold exactly, so that no rounding decides between two whole numbers.
+# Shares that doubles represent exactly, so that rounding is unambiguous.
 amounts = st.one_of(st.integers(1, 1024).map(lambda n: Amount(n / 1024)), st.integers(1, 3000).map(Amount))
 
 
 @settings(deadline=None)
 @given(amounts, st.integers(1, 4000), st.integers(1, 40), st.integers(1, 128), st.sampled_from([1, 2, 20, 30]))
-def test_pyramidkv_gives_each_layer_what_the_peer_does(
+def test_pyramidkv_layer_budgets_equal_those_of_kvpress(
     amount: Amount, tokens: int, layers: int, window: int, beta: int
 ) -> None:
     policy = PyramidKV(amount=amount, window=window, beta=beta)
@@ -43,12 +43,12 @@ def test_pyramidkv_gives_each_layer_what_the_peer_does(
         else:
             expected = Fraction(max(1, round(tokens * keep)))
         got = policy.budget(layer, layers, tokens)
-        # A line that passes midway between two whole numbers may be rounded to either.
+        # A value midway between two integers may be rounded to either.
         assert abs(got - expected) <= Fraction(1, 2) + Fraction(1, 10**9)
         assert 1 <= got <= tokens
 
 
-def test_pyramidkv_falls_from_the_first_layer_to_the_last_around_the_mean() -> None:
+def test_pyramidkv_budgets_decrease_from_the_first_layer_to_the_last_around_the_mean() -> None:
     policy = PyramidKV(amount=Amount(0.25), window=32)
     budgets = [policy.budget(layer, 30, 8000) for layer in range(30)]
     assert budgets[0] == 3900
@@ -58,13 +58,13 @@ def test_pyramidkv_falls_from_the_first_layer_to_the_last_around_the_mean() -> N
 
 
 @pytest.mark.parametrize("tokens", [64, 1000])
-def test_pyramidkv_is_uniform_where_its_last_layer_could_not_hold_the_window(tokens: int) -> None:
+def test_pyramidkv_is_uniform_if_its_last_layer_would_get_less_than_the_window(tokens: int) -> None:
     policy = PyramidKV(amount=Amount(0.25), window=64)
     assert {policy.budget(layer, 30, tokens) for layer in range(30)} == {tokens // 4}
 
 
 def random_scores(layers: int, heads: int, length: int, seed: int, levels: int | None = None) -> list[Tensor]:
-    """Scores [2, heads, length] of each layer; with `levels`, so few values that most of them tie."""
+    """Scores [2, heads, length] of each layer; with `levels`, so few distinct values that most tie."""
     generator = torch.Generator().manual_seed(seed)
     shape = (layers, 2, heads, length)
     if levels:
@@ -106,7 +106,7 @@ def test_adakv_gives_a_head_with_better_scores_more_slots() -> None:
     assert mask.sum(-1).tolist() == [[4, 36]]
 
 
-def test_adakv_lets_the_evictor_inside_it_set_each_layers_budget() -> None:
+def test_adakv_uses_the_layer_budgets_of_its_inner_evictor() -> None:
     amount = Amount(0.25)
     inner = PyramidKV(amount=amount, window=8)
     masks = AdaKV(amount=amount, inner=inner).select(random_scores(5, 3, 800, seed=0))

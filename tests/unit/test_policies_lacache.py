@@ -1,4 +1,4 @@
-"""LaCache's ladder against the rule told token by token, and policies that act while decoding against themselves."""
+"""LaCache's ladder against a token-by-token reference, and step-wise eviction against a longer prefill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kept_by(policy: StepEvictor, length: int, layer: int = 0, layers: int = 1) -
 
 
 def told_token_by_token(policy: LaCache, budget: int, seen: int, layer: int, layers: int) -> list[int]:
-    """A rung is compacted whole at each overflow; room left over goes to its own dropped tokens, newest first."""
+    """Compact a whole rung at each overflow; remaining room goes to its evicted tokens, newest first."""
     stay = math.ceil(policy.span / (policy.span - policy.overlap))
     rung = max(1 + math.ceil((layers - policy.span) / (policy.span - policy.overlap)), stay + 1)
     first = layer % (rung - stay + 1)
@@ -52,7 +52,7 @@ def told_token_by_token(policy: LaCache, budget: int, seen: int, layer: int, lay
 
 @settings(deadline=None)
 @given(spans, st.integers(0, 8), st.integers(1, 80), st.integers(0, 400), st.integers(1, 40), st.data())
-def test_the_ladder_holds_what_compaction_leaves(
+def test_the_ladder_keeps_what_compaction_keeps(
     span: tuple[int, int], sinks: int, budget: int, seen: int, layers: int, data: st.DataObject
 ) -> None:
     policy = LaCache(amount=Amount(budget), sinks=sinks, span=span[0], overlap=span[1])
@@ -63,7 +63,7 @@ def test_the_ladder_holds_what_compaction_leaves(
 
 
 def test_the_first_compaction_by_hand() -> None:
-    """Six layers, span 3, overlap 1: rungs of 1 + ceil(3/2) = 3 tokens, of which ceil(3/2) = 2 stay."""
+    """Six layers, span 3, overlap 1: rungs of 1 + ceil(3/2) = 3 tokens, of which ceil(3/2) = 2 are kept."""
     ladder = Ladder(20, 4, 3, 2, 0, 6)
     ladder.advance(20)
     assert ladder.kept.tolist() == list(range(20))
@@ -75,11 +75,11 @@ def test_the_first_compaction_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("span", "overlap"), [(16, 0), (9, 3)])
-def test_all_layers_together_span_more_of_the_text_than_one(span: int, overlap: int) -> None:
+def test_all_layers_together_span_more_of_the_context_than_one(span: int, overlap: int) -> None:
     policy = LaCache(amount=Amount(128), span=span, overlap=overlap)
-    held = [set(kept_by(policy, 400, layer, 32)) for layer in range(32)]
-    assert all(set(range(4)) | set(range(400 - 32, 400)) <= one for one in held)
-    assert len(set().union(*held)) > 1.5 * 128
+    kept = [set(kept_by(policy, 400, layer, 32)) for layer in range(32)]
+    assert all(set(range(4)) | set(range(400 - 32, 400)) <= one for one in kept)
+    assert len(set().union(*kept)) > 1.5 * 128
 
 
 @settings(deadline=None)
@@ -94,23 +94,23 @@ def test_steps_keep_what_a_prefill_of_the_same_length_would(
     cls: type[StepEvictor], budget: int, context: int, chunks: list[int], fork_at: int
 ) -> None:
     policy, layer, layers = cls(amount=Amount(budget), when="always"), 3, 12
-    held = torch.tensor(kept_by(policy, context, layer, layers), dtype=torch.int64)
+    kept = torch.tensor(kept_by(policy, context, layer, layers), dtype=torch.int64)
     memory: dict[str, object] = {}
     seen = context
     for number, chunk in enumerate(chunks):
         if number == fork_at:
             memory = copy.deepcopy(memory)
-        held = torch.cat([held, torch.arange(seen, seen + chunk)])
+        kept = torch.cat([kept, torch.arange(seen, seen + chunk)])
         seen += chunk
-        positions = held.expand(2, 3, -1)
+        positions = kept.expand(2, 3, -1)
         view = StepView(positions, torch.empty(0), torch.empty(0), seen, layer, layers, budget, memory)
         mask = top(policy.step_scores(view), budget)
         assert mask.eq(mask[:1, :1]).all()
-        held = held[mask[0, 0]]
-    assert held.tolist() == kept_by(policy, seen, layer, layers)
+        kept = kept[mask[0, 0]]
+    assert kept.tolist() == kept_by(policy, seen, layer, layers)
 
 
-def test_a_copied_memory_goes_its_own_way() -> None:
+def test_a_copied_memory_is_independent() -> None:
     policy = LaCache(amount=Amount(40), when="always")
 
     def step(seen: int, memory: dict[str, object]) -> list[int]:
@@ -123,16 +123,16 @@ def test_a_copied_memory_goes_its_own_way() -> None:
     theirs = copy.deepcopy(ours)
     step(150, theirs)
     assert step(101, ours) == kept_by(policy, 101, 0, 12)
-    # A question rolled back to an earlier length starts over.
+    # A question rolled back to an earlier length restarts its ladder.
     assert step(90, theirs) == kept_by(policy, 90, 0, 12)
 
 
 @pytest.mark.parametrize("budget", [64, 32768])
-def test_a_long_context_is_read_once_for_all_layers_of_a_phase(budget: int) -> None:
-    """128k tokens over 30 layers; the ladder is told pass by pass, not token by token, or this would take minutes."""
+def test_a_long_context_is_processed_once_for_all_layers_of_a_phase(budget: int) -> None:
+    """128k tokens over 30 layers; processed pass by pass, since token by token would take minutes."""
     policy = LaCache(amount=Amount(budget))
-    held = {layer: kept_by(policy, 131072, layer, 30) for layer in (0, 1, 2, 3, 4, 29)}
-    assert held[0] == held[4]
-    assert held[1] == held[29]
-    assert held[0] != held[1]
-    assert all(len(x) == budget for x in held.values())
+    kept = {layer: kept_by(policy, 131072, layer, 30) for layer in (0, 1, 2, 3, 4, 29)}
+    assert kept[0] == kept[4]
+    assert kept[1] == kept[29]
+    assert kept[0] != kept[1]
+    assert all(len(x) == budget for x in kept.values())

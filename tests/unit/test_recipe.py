@@ -1,4 +1,4 @@
-"""The recipe grammar: canonical form, round trip, and refusals that help."""
+"""The recipe grammar: canonical form, round trip, and error messages."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("snapvk:0.25", "did you mean 'snapkv'"),
         ("snapkv:0.25:windw=3", "did you mean 'window'"),
-        ("snapkv", "needs an amount, as in snapkv:0.25"),
+        ("snapkv", "requires an amount, as in snapkv:0.25"),
         ("snapkv:0", "the amount '0' is neither"),
         ("snapkv:1.5", "the amount '1.5' is neither"),
         ("snapkv:many", "the amount 'many' is neither"),
@@ -59,22 +59,22 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
         ("", "unknown KV method ''"),
     ],
 )
-def test_a_bad_recipe_is_refused_in_one_line_that_helps(text: str, said: str) -> None:
+def test_a_bad_recipe_is_refused_in_one_line_with_a_hint(text: str, message: str) -> None:
     with pytest.raises(UserError) as refusal:
         parse(text)
-    assert said in str(refusal.value)
+    assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
 @given(amounts, st.integers(0, 10**6))
-def test_a_budget_never_exceeds_the_context_and_never_loses_all_of_it(amount: Amount, length: int) -> None:
+def test_a_budget_is_at_most_the_context_and_at_least_one_token(amount: Amount, length: int) -> None:
     budget = amount.tokens(length)
     assert min(1, length) <= budget <= length
     if isinstance(amount.value, float) and length:
         assert abs(budget - amount.value * length) <= 1
 
 
-def test_the_expansion_names_every_parameter() -> None:
+def test_the_expansion_has_every_parameter() -> None:
     assert parse("snapkv:0.25+kv8v4").expanded() == {
         "evict": {"name": "snapkv", "amount": 0.25, "window": 64, "pool": 5},
         "store": {"name": "kv8v4", "k_bits": 8, "v_bits": 4, "residual": 128},

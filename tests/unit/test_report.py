@@ -1,4 +1,4 @@
-"""The page is the same for the same runs, and replaces only what it made."""
+"""The page is deterministic and replaces only earlier reports."""
 
 import json
 
@@ -29,23 +29,23 @@ def test_the_same_runs_give_the_same_bytes_and_an_earlier_report_is_replaced(tmp
     assert html.read_bytes() == first
 
 
-def test_a_file_of_another_make_is_never_replaced(tmp_path, run_folder, capsys):
+def test_a_file_that_is_not_a_report_is_never_replaced(tmp_path, run_folder, capsys):
     html = tmp_path / "notes.html"
     html.write_text("mine")
     assert invoke(["report", str(run_folder), "--output", str(html)]) == 2
-    assert "not a report of lceval" in capsys.readouterr().err
+    assert "not an lceval report" in capsys.readouterr().err
     assert html.read_text() == "mine"
 
 
-def test_what_a_judge_said_is_in_the_page(run_folder):
+def test_verdicts_are_in_the_page(run_folder):
     lines = [
-        {"id": str(i), "judge": "rule", "status": "judged", "judge_correct": 1.0, "reply": f"said of {i}"}
+        {"id": str(i), "judge": "rule", "status": "judged", "judge_correct": 1.0, "reply": f"reply {i}"}
         for i in range(7)
     ]
     lines[3] |= {"status": "unjudged", "reason": "unparsable", "reply": ""}
     (run_folder / "judged_mc.jsonl").write_text("\n".join(map(json.dumps, lines)))
     page = collect(read_runs([run_folder]))
     (block,), (row,) = page["blocks"], page["rows"]
-    assert block["judge"]["2"] == {"judge": "rule", "judge: status": "judged", "judge: reply": "said of 2"}
+    assert block["judge"]["2"] == {"judge": "rule", "judge: status": "judged", "judge: reply": "reply 2"}
     assert block["judge"]["3"] == {"judge": "rule", "judge: status": "unjudged", "judge: reason": "unparsable"}
     assert (row["unjudged"], row["metrics"]["judge_correct"]) == (1, 1.0)

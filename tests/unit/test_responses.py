@@ -1,4 +1,4 @@
-"""What was answered is not asked again."""
+"""A stored response is not generated again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lceval.responses import Responses
 
 
 class Model:
-    """Answers with the number of the call; files its responses through the hook, or not."""
+    """Answers with the number of the call; stores its responses through the hook, or not."""
 
     def __init__(self, hooked: bool = True, fail_after: int | None = None) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -43,7 +43,7 @@ class Model:
         return self._answer("loglikelihood_rolling", requests, lambda n: -float(n))
 
 
-def ask(doc_id: int, *args: Any, kind: str = "generate_until") -> Instance:
+def request(doc_id: int, *args: Any, kind: str = "generate_until") -> Instance:
     return Instance(kind, {}, args, 0, metadata=("task", doc_id, 1))
 
 
@@ -54,8 +54,8 @@ def attached(path: Path, **kwargs: Any) -> tuple[Model, Responses]:
 
 
 @pytest.mark.parametrize("hooked", [True, False])
-def test_a_second_start_asks_the_model_nothing_and_returns_the_same(tmp_path: Path, hooked: bool) -> None:
-    requests = [ask(i, f"q{i}", {"until": ["x"]}) for i in range(3)]
+def test_a_resumed_run_does_not_call_the_model_and_returns_the_same(tmp_path: Path, hooked: bool) -> None:
+    requests = [request(i, f"q{i}", {"until": ["x"]}) for i in range(3)]
     model, store = attached(tmp_path / "r", hooked=hooked)
     first = model.generate_until(requests)
     store.close()
@@ -64,11 +64,11 @@ def test_a_second_start_asks_the_model_nothing_and_returns_the_same(tmp_path: Pa
     assert again == first
     assert [r.meta for r in again] == [r.meta for r in first]
     assert model.calls == []
-    assert len(store.reused) == len(store.asked) == 3
+    assert len(store.reused) == len(store.requested) == 3
 
 
-def test_after_a_crash_only_the_missing_are_asked(tmp_path: Path) -> None:
-    requests = [ask(i, f"q{i}", {}) for i in range(5)]
+def test_after_a_crash_only_missing_responses_are_generated(tmp_path: Path) -> None:
+    requests = [request(i, f"q{i}", {}) for i in range(5)]
     model, store = attached(tmp_path / "r", fail_after=2)
     with pytest.raises(RuntimeError):
         model.generate_until(requests)
@@ -81,7 +81,7 @@ def test_after_a_crash_only_the_missing_are_asked(tmp_path: Path) -> None:
 
 
 def test_a_sample_counts_as_reused_only_when_all_its_choices_are(tmp_path: Path) -> None:
-    choices = [ask(doc, f"q{doc}", c, kind="loglikelihood") for doc in range(2) for c in "ab"]
+    choices = [request(doc, f"q{doc}", c, kind="loglikelihood") for doc in range(2) for c in "ab"]
     model, store = attached(tmp_path / "r", fail_after=3)
     with pytest.raises(RuntimeError):
         model.loglikelihood(choices)
@@ -94,8 +94,8 @@ def test_a_sample_counts_as_reused_only_when_all_its_choices_are(tmp_path: Path)
 
 
 @pytest.mark.parametrize("hooked", [True, False])
-def test_repeats_keep_their_own_responses(tmp_path: Path, hooked: bool) -> None:
-    repeats = [ask(0, "q", {"do_sample": True})] * 3
+def test_each_repeat_has_its_own_response(tmp_path: Path, hooked: bool) -> None:
+    repeats = [request(0, "q", {"do_sample": True})] * 3
     model, store = attached(tmp_path / "r", hooked=hooked)
     first = model.generate_until(repeats)
     store.close()
@@ -107,18 +107,18 @@ def test_repeats_keep_their_own_responses(tmp_path: Path, hooked: bool) -> None:
     assert len(model.calls) == 1
 
 
-def test_other_arguments_are_another_request(tmp_path: Path) -> None:
+def test_different_arguments_are_a_different_request(tmp_path: Path) -> None:
     model, _ = attached(tmp_path / "r")
-    model.generate_until([ask(0, "q", {"max_gen_toks": 8})])
-    model.generate_until([ask(0, "q", {"max_gen_toks": 9})])
+    model.generate_until([request(0, "q", {"max_gen_toks": 8})])
+    model.generate_until([request(0, "q", {"max_gen_toks": 9})])
     assert len(model.calls) == 2
 
 
-def test_what_is_on_disk_is_json(tmp_path: Path) -> None:
+def test_stored_values_are_json(tmp_path: Path) -> None:
     model, store = attached(tmp_path / "r")
-    model.loglikelihood_rolling([ask(0, "text", kind="loglikelihood_rolling")])
+    model.loglikelihood_rolling([request(0, "text", kind="loglikelihood_rolling")])
     store.close()
     content = (tmp_path / "r").read_bytes()
     assert b'{"value": -1.0, "meta": null}' in content
     model, _ = attached(tmp_path / "r")
-    assert model.loglikelihood_rolling([ask(0, "text", kind="loglikelihood_rolling")]) == [-1.0]
+    assert model.loglikelihood_rolling([request(0, "text", kind="loglikelihood_rolling")]) == [-1.0]

@@ -1,4 +1,4 @@
-"""What is read from disk is what lm-eval and lceval write there, and every refusal says what to do."""
+"""Results are read as lm-eval and lceval write them, and every error message names a remedy."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import pytest
 
 from lceval.errors import UserError
 from lceval.results import read_folder, read_runs
+from lceval.table import build
 
 DATE = "2026-01-02T03-04-05.678901"
 LATER = "2026-01-03T03-04-05.678901"
@@ -129,12 +130,12 @@ def test_reads_a_lceval_run_with_its_telemetry(tmp_path):
     ],
     ids=["mapping", "string with = in a value", "lcft default", "no arguments", "another model"],
 )
-def test_recipe_comes_from_the_model_arguments_where_no_run_json_names_it(tmp_path, config, recipe):
+def test_recipe_comes_from_the_model_arguments_without_a_run_json(tmp_path, config, recipe):
     write_results(tmp_path / "m", {"mc": [line(0, {"acc": 1.0})]}, config=config)
     assert only(tmp_path).recipe == recipe
 
 
-def test_headline_is_what_the_task_declares_else_the_first_listed_metric_with_numbers(tmp_path):
+def test_headline_is_the_declared_metric_else_the_first_listed_numeric_one(tmp_path):
     lines = [line(0, {"kv_bytes": 5, "bleu": ["a", "b"], "em": 0.0, "f1": 0.5})]
     listed = {"metric_list": [{"metric": "kv_bytes"}, {"metric": "bleu"}, {"metric": "f1"}, {"metric": "em"}]}
     declared = listed | {"metadata": {"version": 1.0, "headline": "em"}}
@@ -154,7 +155,7 @@ def test_headline_is_what_the_task_declares_else_the_first_listed_metric_with_nu
     assert run.tasks[3].samples[0].status == "ok"
 
 
-def test_of_several_filters_the_first_is_scored_and_all_are_named(tmp_path):
+def test_of_several_filters_the_first_is_scored_and_all_are_listed(tmp_path):
     lines = [line(i, {"exact_match": 1.0}, filter_name="strict") for i in range(2)]
     lines += [line(i, {"exact_match": 0.0}, filter_name="loose") for i in range(2)]
     write_results(tmp_path / "m", {"gsm": lines})
@@ -163,7 +164,7 @@ def test_of_several_filters_the_first_is_scored_and_all_are_named(tmp_path):
     assert scores(run) == [1.0, 1.0]
 
 
-def test_a_sample_without_a_cluster_is_one_of_its_own(tmp_path):
+def test_a_sample_without_a_cluster_is_its_own_cluster(tmp_path):
     docs = [{"cluster": "a"}, {"cluster": "a"}, {}, {"cluster": 7}, "not a mapping"]
     lines = [line(0, {"acc": 1.0}, doc=doc) for doc in docs]
     write_results(tmp_path / "m", {"mc": lines})
@@ -185,20 +186,20 @@ def test_a_missing_score_is_an_error_and_not_a_shorter_list(tmp_path):
     assert scores(only(tmp_path)) == [1.0, None]
 
 
-def test_a_sample_that_failed_keeps_no_score_and_a_cut_one_says_so(tmp_path):
-    failed, cut = {"status": "error"}, {"status": "ok", "truncated": True}
-    lines = [line(0, {"acc": 1.0, "kv": failed}), line(1, {"acc": 1.0, "kv": cut})]
+def test_a_failed_sample_has_no_score_and_a_truncated_one_is_marked(tmp_path):
+    failed, truncated = {"status": "error"}, {"status": "ok", "truncated": True}
+    lines = [line(0, {"acc": 1.0, "kv": failed}), line(1, {"acc": 1.0, "kv": truncated})]
     write_results(tmp_path / "m", {"mc": lines})
     samples = only(tmp_path).tasks[0].samples
     assert [(sample.score, sample.status) for sample in samples] == [(None, "error"), (1.0, "truncated")]
 
 
-def test_tasks_keep_the_order_they_ran_in_and_groups_are_no_tasks(tmp_path):
+def test_tasks_keep_their_run_order_and_groups_are_not_tasks(tmp_path):
     write_results(tmp_path / "m", {"zebra": [line(0, {"acc": 1.0})], "ant": [line(0, {"acc": 1.0})]})
     assert [task.task for task in only(tmp_path).tasks] == ["zebra", "ant"]
 
 
-def test_two_evaluations_in_one_folder_are_two_runs_told_apart_by_date(tmp_path):
+def test_two_evaluations_in_one_folder_are_two_runs_labelled_by_date(tmp_path):
     write_results(tmp_path / "out" / "m", {"mc": [line(0, {"acc": 0.0})]})
     write_results(tmp_path / "out" / "m", {"mc": [line(0, {"acc": 1.0})]}, date=LATER)
     older, newer = read_folder(tmp_path / "out")
@@ -206,20 +207,20 @@ def test_two_evaluations_in_one_folder_are_two_runs_told_apart_by_date(tmp_path)
     assert (newer.label, scores(newer)) == (f"out@{LATER}", [1.0])
 
 
-def test_two_models_in_one_folder_are_two_runs_told_apart_by_sub_folder(tmp_path):
+def test_two_models_in_one_folder_are_two_runs_labelled_by_sub_folder(tmp_path):
     for model in ("Org__B", "Org__A"):
         write_results(tmp_path / "out" / model, {"mc": [line(0, {"acc": 0.0})]})
     assert [run.label for run in read_folder(tmp_path / "out")] == ["out/Org__A", "out/Org__B"]
 
 
-def test_a_lceval_run_is_its_newest_results(tmp_path):
+def test_a_lceval_run_has_its_newest_results(tmp_path):
     write_run_json(tmp_path)
     write_results(tmp_path, {"mc": [line(0, {"acc": 0.0})]})
     write_results(tmp_path, {"mc": [line(0, {"acc": 1.0})]}, date=LATER)
     assert scores(only(tmp_path)) == [1.0]
 
 
-def test_runs_of_the_same_name_are_told_apart_by_their_parents(tmp_path):
+def test_runs_of_the_same_name_are_labelled_by_their_parents(tmp_path):
     for parent in ("a", "b"):
         write_results(tmp_path / parent / "out" / "m", {"mc": [line(0, {"acc": 0.0})]})
     runs = read_runs([tmp_path / "a" / "out", tmp_path / "b" / "out"])
@@ -231,7 +232,7 @@ def lceval_run(folder, score=1.0):
     write_run_json(folder)
 
 
-def test_a_folder_of_runs_stands_for_all_of_them_named_by_their_paths_in_it(tmp_path):
+def test_a_folder_of_runs_gives_all_its_runs_labelled_by_relative_path(tmp_path):
     sweep = tmp_path / "sweep"
     for name in ("b", "a/two", "a/one"):
         lceval_run(sweep / name)
@@ -247,20 +248,20 @@ def test_a_folder_of_runs_stands_for_all_of_them_named_by_their_paths_in_it(tmp_
     assert [scores(run) for run in runs[:2]] == [[0.0], [1.0]]
 
 
-def test_a_run_folder_is_itself_whatever_lies_in_it(tmp_path):
+def test_folders_inside_a_run_folder_are_ignored(tmp_path):
     lceval_run(tmp_path / "run")
     lceval_run(tmp_path / "run" / "inner", score=0.0)
     assert scores(only(tmp_path / "run")) == [1.0]
 
 
-def test_runs_are_looked_for_two_levels_down_and_no_further(tmp_path):
+def test_runs_are_searched_two_levels_deep(tmp_path):
     lceval_run(tmp_path / "a" / "b" / "c" / "run")
     with pytest.raises(UserError, match="no results_"):
         read_folder(tmp_path / "a")
     assert only(tmp_path / "a" / "b").label == "c/run"
 
 
-def test_runs_of_the_same_name_in_two_sweeps_are_told_apart_by_the_sweeps(tmp_path):
+def test_runs_of_the_same_name_in_two_sweeps_are_labelled_by_sweep(tmp_path):
     for name in ("one/x/full", "two/x/full", "two/lone"):
         lceval_run(tmp_path / name)
     runs = read_runs([tmp_path / "one", tmp_path / "two"])
@@ -270,11 +271,11 @@ def test_runs_of_the_same_name_in_two_sweeps_are_told_apart_by_the_sweeps(tmp_pa
 def test_a_broken_run_in_a_folder_of_runs_is_named(tmp_path):
     lceval_run(tmp_path / "a")
     write_run_json(tmp_path / "b")
-    with pytest.raises(UserError, match=r"b: run\.json says finished, but there is no results_"):
+    with pytest.raises(UserError, match=r"b: the status in run\.json is finished, but there is no results_"):
         read_folder(tmp_path)
 
 
-def test_a_sample_says_whether_its_judge_said_nothing(tmp_path):
+def test_a_sample_without_a_verdict_is_unjudged(tmp_path):
     failed = {"subem": 1.0, "judge_sum": None, "kv": {"status": "error"}}
     lines = [line(0, {"subem": 1.0, "judge_sum": 3.0}), line(1, {"subem": 1.0, "judge_sum": None}), line(2, failed)]
     write_results(tmp_path / "m", {"rj": lines, "ao": [line(0, {"subem": 1.0})]})
@@ -283,7 +284,7 @@ def test_a_sample_says_whether_its_judge_said_nothing(tmp_path):
     assert ao.samples[0].unjudged is None
 
 
-def test_an_unfinished_run_shows_what_it_has(tmp_path):
+def test_an_unfinished_run_has_its_samples_so_far(tmp_path):
     write_run_json(tmp_path, status="running")
     write_results(tmp_path, {"done": [line(0, {"acc": 1.0})], "next": [line(0, {"acc": 1.0})]})
     (tmp_path / f"samples_next_{DATE}.jsonl").unlink()
@@ -292,7 +293,7 @@ def test_an_unfinished_run_shows_what_it_has(tmp_path):
     assert [(task.task, len(task.samples)) for task in run.tasks] == [("done", 1), ("next", 0)]
 
 
-def test_a_run_that_has_just_started_shows_its_tasks_without_samples(tmp_path):
+def test_a_run_that_has_just_started_has_its_tasks_without_samples(tmp_path):
     write_run_json(tmp_path, status="running", tasks=["lc_nq_ao_8k", "lc_icr"])
     run = only(tmp_path)
     assert [(task.task, task.samples) for task in run.tasks] == [("lc_nq_ao_8k", ()), ("lc_icr", ())]
@@ -315,7 +316,7 @@ def no_samples(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda path: None, "no such folder"),
         (lambda path: path.write_text(""), "not a folder"),
@@ -337,25 +338,85 @@ def no_samples(path: Path) -> None:
         "nothing yet",
         "no samples file",
         "empty samples file",
-        "cut samples",
-        "cut run.json",
+        "truncated samples",
+        "truncated run.json",
         "list run.json",
         "folders without a run",
     ],
 )
-def test_what_cannot_be_read_is_refused_in_one_line(tmp_path, make, says):
+def test_an_unreadable_folder_is_refused_in_one_line(tmp_path, make, message):
     make(tmp_path / "out")
-    with pytest.raises(UserError, match=says) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_folder(tmp_path / "out")
     assert str(tmp_path / "out") in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_sample_keeps_what_was_answered_and_the_digest_of_its_prompt(tmp_path):
-    said, scored = line(0, {"acc": 1.0}), line(1, {"acc": 0.0})
+def test_a_sample_has_its_answer_and_the_digest_of_its_prompt(tmp_path):
+    generated, scored = line(0, {"acc": 1.0}), line(1, {"acc": 0.0})
     scored["filtered_resps"] = [[-1.5, False], [-0.25, True]]
-    write_results(tmp_path, {"qa": [said, scored]})
+    write_results(tmp_path, {"qa": [generated, scored]})
     task = only(tmp_path).tasks[0]
     assert [sample.answer for sample in task.samples] == ["Paris", "[-1.5, -0.25]"]
     assert [sample.prompt_hash for sample in task.samples] == ["11", "11"]
     assert task.file == tmp_path / f"samples_qa_{DATE}.jsonl"
+
+
+# Run folders of versions before 0.2 ---------------------------------------------------------------------------------
+
+
+def old_run(folder, kv, compress=None, *, as_text=False, setting="full", run_json=True):
+    """A run folder as versions before 0.2 wrote it: `compress=` in the model arguments, `shown` in the docs."""
+    arguments = {"pretrained": "smollm2-135m", "kv": kv} | ({"compress": compress} if compress else {})
+    model_args = ",".join(f"{key}={value}" for key, value in arguments.items()) if as_text else arguments
+    docs = [{"id": f"q{i}", "cluster": f"c{i}", "shown": setting} for i in range(4)]
+    answers = [float(i % 2 or kv == "full") for i in range(4)]
+    lines = [line(i, {"subem": answers[i]}, doc=doc) for i, doc in enumerate(docs)]
+    config = {"model": "lcft", "model_args": model_args}
+    write_results(folder, {"lc_filings_ao_1k": lines}, config=config)
+    if run_json:
+        write_run_json(folder, **config, recipe=kv, tasks=["lc_filings_ao_1k"])
+
+
+@pytest.mark.parametrize(("compress", "query_aware"), [("aware", True), ("agnostic", False), (None, None)])
+@pytest.mark.parametrize("as_text", [False, True], ids=["mapping", "text"])
+@pytest.mark.parametrize("run_json", [True, False], ids=["lceval run", "plain lm_eval"])
+def test_the_compress_argument_of_old_runs_is_read_as_query_aware(tmp_path, compress, query_aware, as_text, run_json):
+    old_run(tmp_path / "run", "snapkv:0.5", compress, as_text=as_text, run_json=run_json)
+    arguments = only(tmp_path / "run").config["model_args"]
+    expected = {"pretrained": "smollm2-135m", "kv": "snapkv:0.5"}
+    assert arguments == (expected if query_aware is None else expected | {"query_aware": query_aware})
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("full", "full"), ("rag:k=4:alike", "rag:k=4:length_matched"), ("alike:x", "alike:x"), ("", None)],
+)
+def test_the_context_setting_of_old_docs_is_read_under_its_current_name(tmp_path, old, new):
+    old_run(tmp_path / "run", "full", setting=old)
+    assert only(tmp_path / "run").tasks[0].context == new
+
+
+def test_the_current_context_setting_is_read_as_it_is(tmp_path):
+    doc = {"id": "q0", "context_setting": "gold:length_matched", "shown": "full"}
+    write_results(tmp_path / "m", {"lc_a": [line(0, {"subem": 1.0}, doc=doc)]})
+    assert only(tmp_path).tasks[0].context == "gold:length_matched"
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["mapping", "text"])
+def test_an_old_query_aware_run_is_compared_with_its_full_run(tmp_path, as_text):
+    old_run(tmp_path / "full", "full", "agnostic", as_text=as_text)
+    old_run(tmp_path / "aware", "snapkv:0.5", "aware", as_text=as_text)
+    full, aware = build(read_runs([tmp_path / "full", tmp_path / "aware"])).rows
+    assert (full["query_aware"], full["retention"]) == (None, None)
+    assert (aware["query_aware"], aware["retention"], aware["delta"]) == (True, 0.5, -0.5)
+
+
+def test_an_old_run_and_a_current_one_are_compared_with_each_other(tmp_path):
+    old_run(tmp_path / "full", "full")
+    current = {"model": "lcft", "model_args": {"pretrained": "smollm2-135m", "kv": "snapkv:0.5", "query_aware": True}}
+    docs = [{"id": f"q{i}", "cluster": f"c{i}", "context_setting": "full"} for i in range(4)]
+    lines = [line(i, {"subem": 0.0}, doc=doc) for i, doc in enumerate(docs)]
+    write_results(tmp_path / "new", {"lc_filings_ao_1k": lines}, config=current)
+    (_, new) = build(read_runs([tmp_path / "full", tmp_path / "new"])).rows
+    assert (new["query_aware"], new["delta"]) == (True, -1.0)

@@ -1,4 +1,4 @@
-"""`lceval score`: what it says of good files, by rows and by ground truth, and what it refuses."""
+"""`lceval score`: scores by rows and by ground truth, and invalid input."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def written(folder: Path, *records: Any, name: str = "predictions.jsonl") -> Pat
     return file
 
 
-def said(id_: Any, prediction: Any, *truth: Any) -> dict[str, Any]:
+def prediction_line(id_: Any, prediction: Any, *truth: Any) -> dict[str, Any]:
     return {"id": id_, "prediction": prediction, **({"ground_truth": truth[0]} if truth else {})}
 
 
@@ -77,7 +77,7 @@ def stories(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("lc_infinitebench_qa_ao", "kimi__longbook_qa_eng", 351, {"f1": 16.52}),
     ],
 )
-def test_published_figures_without_a_data_folder(
+def test_published_scores_are_reproduced_without_a_data_folder(
     task: str,
     file: str,
     n: int,
@@ -107,35 +107,45 @@ def test_loft_predictions_against_their_queries(data_folder: Path, capsys: pytes
 # By ground truth
 
 
-def test_truth_is_a_string_or_a_list_and_an_empty_prediction_is_wrong(tmp_path: Path, no_data: None) -> None:
+def test_ground_truth_is_a_string_or_a_list_and_an_empty_prediction_is_wrong(tmp_path: Path, no_data: None) -> None:
     records = [
-        said(0, "B", "B"),
-        said("x", "C. Hall", ["Hall", "C"]),
-        said(2, "", ["A"]),
-        said(3, "Not A but D", ["the fourth", "D"]),
+        prediction_line(0, "B", "B"),
+        prediction_line("x", "C. Hall", ["Hall", "C"]),
+        prediction_line(2, "", ["A"]),
+        prediction_line(3, "Not A but D", ["the fourth", "D"]),
     ]
     report = score(MC, written(tmp_path, *records))
     assert report["scores"] == {"acc": 0.75, "acc_first_char": 0.5, "parse_rate": 0.75}
     assert (report["n"], report["missing"], report["headline"], report["clusters"]) == (4, 0, "acc", 4)
 
 
-def test_longbench_v2_is_read_by_its_own_rule(tmp_path: Path, no_data: None) -> None:
-    records = [said(0, "The correct answer is (B)", "B"), said(1, "B", "B"), said(2, "The correct answer is C", ["D"])]
+def test_longbench_v2_is_scored_by_its_own_rule(tmp_path: Path, no_data: None) -> None:
+    records = [
+        prediction_line(0, "The correct answer is (B)", "B"),
+        prediction_line(1, "B", "B"),
+        prediction_line(2, "The correct answer is C", ["D"]),
+    ]
     assert score("lc_lbv2_mc", written(tmp_path, *records))["scores"] == pytest.approx(
         {"acc": 1 / 3, "parse_rate": 2 / 3}
     )
 
 
-def test_a_task_with_a_length_needs_no_tokenizer_where_the_truth_is_given(tmp_path: Path) -> None:
-    file = written(tmp_path, said("a", "Answer: Rome", ["Rome"]), said("b", "It is Rome, or Paris", ["Paris"]))
+def test_a_task_with_a_length_requires_no_tokenizer_with_ground_truth(tmp_path: Path) -> None:
+    file = written(
+        tmp_path,
+        prediction_line("a", "Answer: Rome", ["Rome"]),
+        prediction_line("b", "It is Rome, or Paris", ["Paris"]),
+    )
     report = score("lc_filings_ao_2k", file)
     assert report["matched_by"] == "ground_truth"
     assert report["scores"]["subem"] == 1
     assert report["scores"]["parse_rate"] == 0.5
 
 
-def test_a_scorer_that_applies_to_no_sample_is_null(tmp_path: Path, no_data: None) -> None:
-    report = score("lc_financebench_ao", written(tmp_path, said("a", "Answer: It rose.", ["because it rose"])))
+def test_a_metric_that_applies_to_no_prediction_is_null(tmp_path: Path, no_data: None) -> None:
+    report = score(
+        "lc_financebench_ao", written(tmp_path, prediction_line("a", "Answer: It rose.", ["because it rose"]))
+    )
     assert report["scores"]["number"] is None
     assert report["intervals"]["number"] is None
     assert "n/a" in render(report)
@@ -148,9 +158,12 @@ def test_rows_are_matched_by_id_and_a_missing_prediction_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stories(tmp_path, monkeypatch)
-    # in another order, with ground truths that lie: the rows know better
+    # in another order, with wrong ground truths, which the rows override
     file = written(
-        tmp_path, said("s2-1", "ship 2 sank", "no"), said("s1-2", "ship 1 sank", "no"), said("s1-1", "", "no")
+        tmp_path,
+        prediction_line("s2-1", "ship 2 sank", "no"),
+        prediction_line("s1-2", "ship 1 sank", "no"),
+        prediction_line("s1-1", "", "no"),
     )
     report = score("lc_squality_sum", file)
     assert (report["n"], report["missing"], report["missing_ids"]) == (4, 1, ["s2-2"])
@@ -166,16 +179,18 @@ def test_rows_of_a_task_with_a_length_are_built_with_the_named_tokenizer(tmp_pat
     folder = str(tmp_path / "words")
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>").save_pretrained(folder)
     rows = build.rows_of(catalogue.find("lc_filings_ao_2k"), {"pretrained": folder})
-    file = written(tmp_path, *(said(row["id"], f"Answer: {row['answers'][0]}", "not looked at") for row in rows))
+    file = written(
+        tmp_path, *(prediction_line(row["id"], f"Answer: {row['answers'][0]}", "not looked at") for row in rows)
+    )
     report = score("lc_filings_ao_2k", file, metadata={"pretrained": folder})
     assert (report["n"], report["missing"], report["matched_by"]) == (len(rows), 0, "rows")
     assert report["clusters"] == len({row["cluster"] for row in rows})
     assert report["scores"]["subem"] == report["scores"]["parse_rate"] == 1
-    # the packaged model's name is known here as it is to lm_eval
+    # the packaged model's alias is registered, as in lm_eval
     assert "smollm2-135m" in tokens.ALIASES
 
 
-def test_infinitebench_rows_and_its_files_ids_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_infinitebench_rows_have_the_ids_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "hub/xinrongzhang2022/InfiniteBench"
     folder.mkdir(parents=True)
     options = ["he", "she", "it", "they"]
@@ -183,14 +198,14 @@ def test_infinitebench_rows_and_its_files_ids_agree(tmp_path: Path, monkeypatch:
     for name in ("longbook_choice_eng", "longbook_qa_eng", "longbook_sum_eng"):
         written(folder, {"id": 0, **record}, {"id": 12, **record}, name=f"{name}.jsonl")
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
-    report = score(MC, written(tmp_path, said(12, "C"), said(0, "D")))
+    report = score(MC, written(tmp_path, prediction_line(12, "C"), prediction_line(0, "D")))
     assert (report["matched_by"], report["clusters"], report["scores"]["acc"]) == ("rows", 1, 0.5)
 
 
-# What is refused
+# Invalid input
 
 
-GOOD = said(0, "A", "A")
+GOOD = prediction_line(0, "A", "A")
 
 
 @pytest.mark.parametrize(
@@ -201,18 +216,21 @@ GOOD = said(0, "A", "A")
         ([], "is empty"),
         (["", " "], "is empty"),
         ([GOOD, {"prediction": "A"}], "line 2 has id=None: expected a string or a whole number"),
-        ([GOOD, said(True, "A", "A")], "line 2 has id=True"),
-        ([GOOD, said("", "A", "A")], "line 2 has id=''"),
-        ([GOOD, {"id": 1}], "line 2 has prediction=None: expected a string"),
-        ([GOOD, said(1, ["A"], "A")], "line 2 has prediction=['A']"),
-        ([GOOD, said(0, "B", "B")], "line 2 has id=0 a second time"),
-        ([GOOD, said("0", "B", "B")], "line 2 has id='0' a second time"),
-        ([GOOD, said(1, "A", [])], "line 2 has ground_truth=[]: expected a string or a list of strings"),
-        ([GOOD, said(1, "A", [1])], "line 2 has ground_truth=[1]"),
-        ([GOOD, said(1, "A", ["Hall"])], "id='1': ground_truth ['Hall'] names no letter"),
+        ([GOOD, prediction_line(True, "A", "A")], "line 2: invalid id=True"),
+        ([GOOD, prediction_line("", "A", "A")], "line 2: invalid id=''"),
+        ([GOOD, {"id": 1}], "line 2: invalid prediction=None: expected a string"),
+        ([GOOD, prediction_line(1, ["A"], "A")], "line 2: invalid prediction=['A']"),
+        ([GOOD, prediction_line(0, "B", "B")], "line 2: duplicate id=0"),
+        ([GOOD, prediction_line("0", "B", "B")], "line 2: duplicate id='0'"),
+        (
+            [GOOD, prediction_line(1, "A", [])],
+            "line 2: invalid ground_truth=[]: expected a string or a list of strings",
+        ),
+        ([GOOD, prediction_line(1, "A", [1])], "line 2: invalid ground_truth=[1]"),
+        ([GOOD, prediction_line(1, "A", ["Hall"])], "id='1': no letter in ground_truth ['Hall']"),
     ],
 )
-def test_a_bad_line_is_one_line_with_its_place_and_exit_2(
+def test_an_invalid_line_is_a_one_line_error_with_its_location_and_exit_2(
     lines: list[Any], message: str, tmp_path: Path, no_data: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert invoke(["score", MC, str(written(tmp_path, *lines)), "--json"]) == 2
@@ -235,7 +253,7 @@ def test_a_bad_line_is_one_line_with_its_place_and_exit_2(
         ([MC, "FILE", "--metadata", "context"], "--metadata 'context': expected KEY=VALUE"),
     ],
 )
-def test_what_cannot_be_scored_is_one_line_and_exit_2(
+def test_what_cannot_be_scored_is_a_one_line_error_and_exit_2(
     argv: list[str], message: str, tmp_path: Path, no_data: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = str(written(tmp_path, GOOD))
@@ -246,15 +264,17 @@ def test_what_cannot_be_scored_is_one_line_and_exit_2(
     assert captured.err.count("\n") == 1
 
 
-def test_ids_that_the_rows_do_not_have_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_that_are_not_among_the_rows_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stories(tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"has 1 ids that the 4 rows of lc_squality_sum do not have, the first 's3-1'"):
-        score("lc_squality_sum", written(tmp_path, said("s1-1", "sank"), said("s3-1", "sank")))
+    with pytest.raises(
+        UserError, match=r"has 1 ids that are not among the 4 rows of lc_squality_sum, the first 's3-1'"
+    ):
+        score("lc_squality_sum", written(tmp_path, prediction_line("s1-1", "sank"), prediction_line("s3-1", "sank")))
 
 
-def test_a_truth_must_come_with_every_prediction(tmp_path: Path, no_data: None) -> None:
-    with pytest.raises(UserError, match=r"id='1' has no ground_truth"):
-        score(MC, written(tmp_path, GOOD, said(1, "A")), by="ground_truth")
+def test_by_ground_truth_requires_it_in_every_prediction(tmp_path: Path, no_data: None) -> None:
+    with pytest.raises(UserError, match=r"id='1': no ground_truth"):
+        score(MC, written(tmp_path, GOOD, prediction_line(1, "A")), by="ground_truth")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +288,7 @@ def test_a_truth_must_come_with_every_prediction(tmp_path: Path, no_data: None) 
         ({"qid": "q", "model_outputs": [["x"], ["y"]]}, {"qid": "q", "answers": ["x"]}, "2 turns of outputs and 1"),
     ],
 )
-def test_damaged_loft_files_are_refused(prediction: Any, query: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_loft_files_raise(prediction: Any, query: Any, message: str, tmp_path: Path) -> None:
     gold = written(tmp_path, query, name="queries.jsonl")
     with pytest.raises(UserError) as caught:
         score("loft_rag", written(tmp_path, prediction), gold=gold)
@@ -284,14 +304,14 @@ def test_a_loft_query_without_a_prediction_is_wrong_in_all_its_turns(tmp_path: P
     assert report["scores"]["subspan_em"] == pytest.approx(1 / 3)
 
 
-def test_scoring_loads_no_model_and_needs_no_network(tmp_path: Path) -> None:
-    file = written(tmp_path, GOOD, said(1, "B", "C"))
+def test_scoring_loads_no_model_and_uses_no_network(tmp_path: Path) -> None:
+    file = written(tmp_path, GOOD, prediction_line(1, "B", "C"))
     code = (
         f"import sys; from lceval.cli import invoke; code = invoke(['score', {MC!r}, {str(file)!r}, '--json'])\n"
         "heavy = ('torch', 'transformers', 'lm_eval', 'datasets')\n"
         "print(code, [m for m in heavy if m in sys.modules], file=sys.stderr)"
     )
     environment = {key: value for key, value in os.environ.items() if key != "LCEVAL_DATA"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert ran.stderr.strip() == "0 []"
-    assert json.loads(ran.stdout)["scores"]["acc"] == 0.5
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert process.stderr.strip() == "0 []"
+    assert json.loads(process.stdout)["scores"]["acc"] == 0.5

@@ -1,4 +1,4 @@
-"""Each reader against its definition, written out slowly, and what its index finds and costs."""
+"""Each sparse attention method against a slow reference implementation, and the bytes of its index."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ SPARSE_ATTENTION: dict[str, Fier | Quest | Retrieval] = {
     "retrieval": Retrieval(amount=ONE, sinks=2, recent=7),
     "exact": Retrieval(amount=ONE, sinks=4, recent=0, index="exact"),
 }
-every_reader = pytest.mark.parametrize("name", SPARSE_ATTENTION)
+every_method = pytest.mark.parametrize("name", SPARSE_ATTENTION)
 
 
 def paged(counts: list[int], sequences: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> PagedKV:
-    """Heads that keep `counts` slots of a context of 210 tokens; 3 heads a sequence, unless it is one sequence."""
+    """Heads that keep `counts` slots of a context of 210 tokens; 3 heads per sequence, or all in one sequence."""
     generator = torch.Generator().manual_seed(seed)
     shape = (sequences, len(counts) // sequences, 210)
     k, v = (torch.randn(*shape, DIM, generator=generator).to(dtype) for _ in range(2))
@@ -54,7 +54,7 @@ def with_budget(name: str, budget: int) -> Fier | Quest | Retrieval:
 
 
 def one_bit(k: Tensor) -> Tensor:
-    """Keys [n, D] as two levels a group of 32 and channel, from the definition."""
+    """Keys [n, D] as two levels per group of 32 and channel, from the definition."""
     out = torch.empty_like(k)
     for start in range(0, len(k), 32):
         for channel in range(k.shape[1]):
@@ -70,7 +70,7 @@ def one_bit(k: Tensor) -> Tensor:
 
 
 def best(logits: list[Tensor], count: int) -> list[int]:
-    """The `count` units with the highest mean softmax over the query heads, the earlier of equals."""
+    """The `count` units with the highest mean softmax over the query heads, ties select the earlier."""
     mean = [sum(float(x[i]) for x in (x.double().softmax(-1) for x in logits)) for i in range(len(logits[0]))]
     return sorted(range(len(mean)), key=lambda i: (-mean[i], i))[:count]
 
@@ -92,7 +92,7 @@ def selection(sparse_attention: Fier | Quest | Retrieval, q: Tensor, k: Tensor, 
             for page in chosen
             for slot in range(page * sparse_attention.page, min(n, (page + 1) * sparse_attention.page))
         ]
-    # So few keys are searched exhaustively by either index.
+    # Both indexes search so few keys exhaustively.
     recent = min(sparse_attention.recent, budget)
     sinks = min(sparse_attention.sinks, budget - recent)
     between = best([k[sinks : n - recent] @ x * SCALING for x in q], budget - sinks - recent)
@@ -108,11 +108,11 @@ def expected(sparse_attention: Fier | Quest | Retrieval, kv: KV, q: Tensor, budg
     for row in range(rows):
         for kv_head in range(kv_heads):
             k, v = kv.head(row // shared * kv_heads + kv_head)
-            own = slice(kv_head * group, (kv_head + 1) * group)
+            group_heads = slice(kv_head * group, (kv_head + 1) * group)
             for token in range(tokens if len(k) else 0):
                 hidden = torch.ones(len(k), dtype=torch.bool)
-                hidden[selection(sparse_attention, q[row, own, token], k, budget)] = False
-                for head in range(own.start, own.stop):
+                hidden[selection(sparse_attention, q[row, group_heads, token], k, budget)] = False
+                for head in range(group_heads.start, group_heads.stop):
                     logits = k.double() @ q[row, head, token].double() * SCALING
                     logits[hidden] = -math.inf
                     lse[row, head, token] = logits.logsumexp(0)
@@ -120,15 +120,15 @@ def expected(sparse_attention: Fier | Quest | Retrieval, kv: KV, q: Tensor, budg
     return o, lse
 
 
-def assert_close(ours: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> None:
-    # Worst error measured over this file: 6e-7. Where a slot more or less were selected, it would be 1e-4 and more.
-    for a, b in zip(ours, truth, strict=True):
+def assert_close(actual: tuple[Tensor, Tensor], truth: tuple[Tensor, Tensor]) -> None:
+    # Largest error measured in this file: 6e-7. One slot more or less would cause 1e-4 and more.
+    for a, b in zip(actual, truth, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("group", [1, 3])
-@every_reader
+@every_method
 def test_a_budget_of_the_whole_context_is_dense(name: str, group: int, tokens: int) -> None:
     kv = paged(LENS, sequences=3)
     sparse_attention: SparseAttention = SPARSE_ATTENTION[name]
@@ -141,7 +141,7 @@ def test_a_budget_of_the_whole_context_is_dense(name: str, group: int, tokens: i
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("budget", [1, 16, 60])
-@every_reader
+@every_method
 def test_attention_is_full_attention_with_unselected_slots_masked(
     name: str, budget: int, group: int, tokens: int
 ) -> None:
@@ -156,8 +156,8 @@ def test_attention_is_full_attention_with_unselected_slots_masked(
 
 
 @pytest.mark.parametrize("n", [17, 64, 65, 200])
-@every_reader
-def test_heads_of_equal_length_go_together_and_give_the_same(name: str, n: int) -> None:
+@every_method
+def test_heads_of_equal_length_processed_together_give_the_same(name: str, n: int) -> None:
     sparse_attention = with_budget(name, 12)
     for sequences, rows in ((1, 1), (1, 3), (2, 2), (2, 4)):
         kv = paged([n] * 2 * sequences, sequences)
@@ -167,8 +167,8 @@ def test_heads_of_equal_length_go_together_and_give_the_same(name: str, n: int) 
             assert_close(ours, expected(sparse_attention, kv, q, 12))
 
 
-@every_reader
-# Not random: of two slots whose scores agree to the last bit or so, either may be selected.
+@every_method
+# Derandomized: of two slots whose scores differ by rounding only, either may be selected.
 @settings(deadline=None, max_examples=30, derandomize=True, database=None)
 @given(data=st.data())
 def test_many_tokens_at_once_equal_one_at_a_time(name: str, data: st.DataObject) -> None:
@@ -182,7 +182,7 @@ def test_many_tokens_at_once_equal_one_at_a_time(name: str, data: st.DataObject)
         assert_close(sparse.attend(q[:, :, token : token + 1], SCALING), (o[:, :, [token]], lse[:, :, [token]]))
 
 
-@every_reader
+@every_method
 def test_long_questions_are_computed_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for counts in ([200, 200], [200, 150], [200, 9]):
         for budget in (10, 100):
@@ -195,7 +195,7 @@ def test_long_questions_are_computed_in_blocks(name: str, monkeypatch: pytest.Mo
                 assert_close(sparse.attend(q, SCALING), whole)
 
 
-@every_reader
+@every_method
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_the_budget_is_spent_and_not_exceeded(name: str, data: st.DataObject) -> None:
@@ -227,7 +227,7 @@ def test_of_equal_scores_the_earlier_is_selected(scores: list[int], data: st.Dat
     assert mask.sum(-1).tolist() == [count, count]
 
 
-def test_the_first_layers_are_read_whole() -> None:
+def test_the_first_layers_stay_dense() -> None:
     kv = paged([200, 65])
     for sparse_attention, skip in (
         (Fier(amount=Amount(9)), 2),
@@ -246,19 +246,19 @@ def test_a_share_is_of_the_context_not_of_the_kept_slots() -> None:
     assert Fier(amount=Amount(0.1), skip=0).wrap(kv := paged([200]), 0, 2000) is kv
 
 
-def test_a_reader_says_what_it_allows() -> None:
+def test_a_wrong_parameter_is_refused() -> None:
     for bad in ({"skip": -1}, {"page": 0}, {"index": "ivv"}, {"nprobe": -1}, {"sinks": -1}, {"recent": -2}):
         for cls in (Fier, Quest, Retrieval):
             if set(bad) <= set(cls.__dataclass_fields__):
-                with pytest.raises(ValueError, match=r"is at least|at least|is ivf or exact"):
+                with pytest.raises(ValueError, match=r"at least|must be ivf or exact"):
                     cls(amount=ONE, **bad)  # type: ignore[arg-type]
 
 
-@every_reader
-@pytest.mark.parametrize("store", [(4, 4), (8, 2), (2, 16)])
+@every_method
+@pytest.mark.parametrize("quantization", [(4, 4), (8, 2), (2, 16)])
 @pytest.mark.parametrize("counts", [[200, 200], [200, 70], [130, 0]])
-def test_reading_selectively_from_quantised_slots(name: str, store: tuple[int, int], counts: list[int]) -> None:
-    kv = QuantKV.quantize(paged(counts), *store, residual=20)
+def test_sparse_attention_over_quantized_slots(name: str, quantization: tuple[int, int], counts: list[int]) -> None:
+    kv = QuantKV.quantize(paged(counts), *quantization, residual=20)
     sparse_attention = with_budget(name, 33)
     sparse = sparse_attention.wrap(kv, 0, 210)
     for tokens in (1, 6):
@@ -269,21 +269,21 @@ def test_reading_selectively_from_quantised_slots(name: str, store: tuple[int, i
     assert sparse.read_bytes < sparse.index.read_bytes + kv.read_bytes
 
 
-@every_reader
+@every_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half_precision(name: str, dtype: torch.dtype) -> None:
     kv, q = paged([200, 120], dtype=dtype), queries(1, 4, 3).to(dtype)
     o, lse = with_budget(name, 150).wrap(kv, 0, 210).attend(q, SCALING)
     assert o.dtype == dtype
     assert lse.dtype == torch.float32
-    # 150 of 200 slots of an even attention: near the dense result, which no wrong head or token would be.
+    # 150 of 200 slots under nearly uniform attention: close to the dense result, unlike a wrong head or token.
     dense = kv.attend(q, SCALING)
     assert (o - dense[0]).abs().max() < 0.25
     assert (lse - dense[1]).abs().max() < 0.5
 
 
-@every_reader
-def test_what_describes_the_slots_passes_through(name: str) -> None:
+@every_method
+def test_counts_positions_and_slots_are_those_of_the_wrapped_context(name: str) -> None:
     kv = paged([200, 65, 0])
     sparse = with_budget(name, 70).wrap(kv, 0, 210)
     assert sparse.counts == kv.counts
@@ -298,11 +298,11 @@ def test_what_describes_the_slots_passes_through(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_bits_lie_along_the_slots_and_take_an_eighth_of_half_precision_keys(dtype: torch.dtype) -> None:
+def test_bits_are_packed_along_the_slots_and_take_an_eighth_of_half_precision_keys(dtype: torch.dtype) -> None:
     k = torch.randn(75, DIM, generator=torch.Generator().manual_seed(3))
-    # Channels on either side of zero: what pads the last group must not be taken for a key.
+    # Channels far from zero on both sides: padding of the last group must not count as a key.
     k = (k + torch.tensor([8.0, -8.0]).repeat(DIM // 2)).to(dtype)
-    words, zero, scale = bits.quantise(k)
+    words, zero, scale = bits.quantize(k)
     assert words.shape == zero.shape == scale.shape == (3, DIM)
     assert words.dtype == torch.int32
     assert zero.dtype == scale.dtype == (torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
@@ -319,7 +319,7 @@ def test_bits_lie_along_the_slots_and_take_an_eighth_of_half_precision_keys(dtyp
 
 
 def test_equal_keys_have_one_level() -> None:
-    words, zero, scale = bits.quantise(torch.full((40, 3), 1.5))
+    words, zero, scale = bits.quantize(torch.full((40, 3), 1.5))
     assert scale.eq(0).all()
     assert zero.eq(1.5).all()
     assert words[0].eq(-1).all()
@@ -336,7 +336,7 @@ def test_a_page_bound_is_above_the_logits_of_its_slots() -> None:
         assert bound >= float((k[16 * i : 16 * i + 16] @ q[0, 0, 0]).max())
 
 
-@every_reader
+@every_method
 def test_reported_bytes_are_those_of_the_index_and_of_the_selected_slots(name: str) -> None:
     kv = paged([200, 150, 30])
     sparse = with_budget(name, 100).wrap(kv, 0, 210)
@@ -351,9 +351,9 @@ def test_reported_bytes_are_those_of_the_index_and_of_the_selected_slots(name: s
         assert isinstance(index, Nearest)
         tensors = [index.keys]
         assert len(index.keys) == 200 + 150 - 2 * (index.sinks + index.recent)
-    held = sum(t.untyped_storage().nbytes() for t in tensors)
-    assert index.stored_bytes == index.read_bytes == held
-    assert sparse.kept_bytes == kv.kept_bytes + held
-    assert sparse.allocated_bytes == kv.allocated_bytes + held
+    index_bytes = sum(t.untyped_storage().nbytes() for t in tensors)
+    assert index.stored_bytes == index.read_bytes == index_bytes
+    assert sparse.kept_bytes == kv.kept_bytes + index_bytes
+    assert sparse.allocated_bytes == kv.allocated_bytes + index_bytes
     slots = 2 * (100 // index.unit * index.unit) + 30
-    assert sparse.read_bytes == held + slots * 2 * DIM * 4
+    assert sparse.read_bytes == index_bytes + slots * 2 * DIM * 4

@@ -1,4 +1,4 @@
-"""What the readers' indexes find, over keys as models make them, and the inverted file in particular."""
+"""Recall of the sparse attention indexes over realistic keys, and the inverted file in particular."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def rotate(x: Tensor, positions: Tensor) -> Tensor:
 
 
 def anisotropic(n: int, seed: int, dim: int = 64) -> tuple[Tensor, Tensor]:
-    """Keys [n, 64] and queries [8, 64]: a large common mean, channels of log-normal width, neighbours alike, RoPE.
+    """Keys [n, 64] and queries [8, 64]: a large common mean, channels of log-normal width, similar neighbours, RoPE.
 
-    Each query is near to one of the keys, on top of noise.
+    Each query is one of the keys plus noise.
     """
     generator = torch.Generator().manual_seed(seed)
     width = torch.randn(dim, generator=generator).exp()
@@ -43,27 +43,27 @@ def anisotropic(n: int, seed: int, dim: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def recall(sparse_attention: SparseAttention, n: int, best_of: int) -> float:
-    """The share of the `best_of` slots with the highest logits that a reader selects; mean over 4 x 8 queries."""
-    found = 0
+    """The share of the `best_of` slots with the highest logits that the method selects; mean over 4 x 8 queries."""
+    hits = 0
     for seed in range(4):
         k, q = anisotropic(n, seed)
         kv = PagedKV.gather(k[None, None], k[None, None], torch.ones(1, 1, n, dtype=torch.bool))
         sparse = sparse_attention.wrap(kv, 0, n)
         assert isinstance(sparse, Selective)
         chosen = sparse.select(0, q[None, :, None], 64**-0.5)[0].repeat_interleave(sparse.index.unit, -1)[:, :n]
-        found += int(chosen.gather(1, (q @ k.T).topk(best_of).indices).sum())
-    return found / (4 * 8 * best_of)
+        hits += int(chosen.gather(1, (q @ k.T).topk(best_of).indices).sum())
+    return hits / (4 * 8 * best_of)
 
 
-def test_one_bit_a_token_finds_more_of_the_true_top_64_than_page_bounds() -> None:
-    # Measured at a budget of 64: 0.56 against 0.29; at a tenth of the context: 0.97 against 0.78. With 16-bit keys the
-    # two indexes take the same bytes.
+def test_one_bit_keys_have_a_higher_recall_of_the_top_64_than_page_bounds() -> None:
+    # Measured at a budget of 64: 0.56 against 0.29; at a tenth of the context: 0.97 against 0.78. For 16-bit keys both
+    # indexes have the same size.
     for budget, fier, quest in ((Amount(64), 0.5, 0.35), (Amount(0.1), 0.94, 0.84)):
         assert recall(Fier(amount=budget, skip=0), 4096, 64) > fier
         assert recall(Quest(amount=budget, skip=0), 4096, 64) < quest
 
 
-def test_the_inverted_file_finds_most_and_the_exhaustive_search_all() -> None:
+def test_the_inverted_file_has_a_high_recall_and_the_exhaustive_search_a_full_one() -> None:
     exact = Retrieval(amount=Amount(0.1), sinks=0, recent=0, index="exact")
     assert recall(exact, 4096, 410) == 1
     approximate = replace(exact, index="ivf")
@@ -91,7 +91,7 @@ def test_sinks_and_recent_slots_are_always_selected(capfd: pytest.CaptureFixture
         assert mask[..., :4].all()
         assert mask[..., -64:].all()
         assert mask.sum(-1).eq(100).all()
-        # A budget below them goes to the most recent.
+        # A smaller budget goes to the most recent slots.
         for budget, sinks in ((64, 0), (20, 0), (66, 2)):
             sparse = Retrieval(amount=Amount(budget), index=index).wrap(kv, 0, 1500)
             assert isinstance(sparse, Selective)
@@ -102,7 +102,7 @@ def test_sinks_and_recent_slots_are_always_selected(capfd: pytest.CaptureFixture
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_inverted_file_attends_to_what_it_selects_and_is_built_the_same_twice() -> None:
+def test_the_inverted_file_attends_to_its_selection_and_is_deterministic() -> None:
     kv = long_heads()
     one, two = (Retrieval(amount=Amount(150)).wrap(kv, 0, 1500) for _ in range(2))
     assert isinstance(one, Selective)
@@ -126,25 +126,25 @@ def test_the_inverted_file_attends_to_what_it_selects_and_is_built_the_same_twic
         assert_near(step[1], lse[:, :, [token]])
 
 
-def assert_near(ours: Tensor, truth: Tensor) -> None:
-    # Values reach 100 here, so an absolute error of 1e-4 is float32's.
-    torch.testing.assert_close(ours.double(), truth.double(), rtol=1e-5, atol=2e-4)
+def assert_near(actual: Tensor, truth: Tensor) -> None:
+    # Values reach 100, so float32 has an absolute error of 1e-4.
+    torch.testing.assert_close(actual.double(), truth.double(), rtol=1e-5, atol=2e-4)
 
 
-def test_bytes_of_the_inverted_file_are_those_it_serialises_to() -> None:
+def test_bytes_of_the_inverted_file_are_those_of_its_serialisation() -> None:
     import faiss
 
     sparse = Retrieval(amount=Amount(150), nprobe=9).wrap(long_heads(), 0, 1500)
     assert isinstance(sparse, Selective)
     assert isinstance(sparse.index, Nearest)
     written = sum(faiss.serialize_index(file).nbytes for file in sparse.index.files)
-    # Headers and the sizes of the lists, of which there are 38 a head.
+    # Headers and sizes of the 38 lists of each head.
     assert 0 <= written - sparse.index.stored_bytes < 3 * 1000
     # Nine of 38 lists, and all centroids.
     assert sparse.index.read_bytes == 3 * (38 * 256 + 1432 * 9 // 38 * 264)
 
 
-def test_a_query_that_finds_nothing_still_reads_its_budget() -> None:
+def test_a_query_without_search_results_still_uses_its_budget() -> None:
     same = torch.ones(1, 1, 1500, 64)
     for k in (same, torch.cat([same[:, :, :1499], -same[:, :, :1]], 2)):
         kv = PagedKV.gather(k, k, torch.ones(1, 1, 1500, dtype=torch.bool))

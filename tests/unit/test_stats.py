@@ -1,4 +1,4 @@
-"""The interval promises what the tables say: clusters, percentiles, and no certainty out of nothing."""
+"""The interval is the documented one: over clusters, by percentiles, undefined where uninformative."""
 
 import math
 import random
@@ -86,7 +86,7 @@ def test_agrees_with_resampling_the_clusters_one_by_one():
     assert hi == pytest.approx(np.quantile(draws, 0.975), abs=tolerance)
 
 
-def test_ten_copies_of_every_sample_in_its_cluster_add_no_certainty():
+def test_ten_copies_of_every_sample_in_its_cluster_do_not_narrow_the_interval():
     scores = [1.0, 0.0, 0.5, 1.0, 0.0, 0.25, 0.0]
     once = cluster_bootstrap(scores, range(7))
     assert cluster_bootstrap(scores * 10, [*range(7)] * 10) == pytest.approx(once)
@@ -106,7 +106,7 @@ def test_unanimous_scores_get_wilson_with_clusters_as_trials(value, clusters):
     [([1.0], ["a"]), ([0.0, 1.0, 1.0], ["a"] * 3), ([1.0, 1.0], ["a"] * 2), ([0.1] * 7, range(7))],
     ids=["one sample", "one cluster", "one unanimous cluster", "no variation"],
 )
-def test_no_interval_where_nothing_can_be_known(scores, clusters):
+def test_no_interval_where_the_bootstrap_is_uninformative(scores, clusters):
     mean, lo, hi = cluster_bootstrap(scores, clusters)
     assert mean == pytest.approx(sum(scores) / len(scores))
     assert math.isnan(lo)
@@ -117,8 +117,8 @@ def test_no_scores_give_no_numbers():
     assert all(math.isnan(value) for value in cluster_bootstrap([], []))
 
 
-def test_a_block_of_resamples_at_a_time_gives_a_true_interval(monkeypatch):
-    """Blocks bound the memory; 3 resamples a block lose and repeat none (sums may round differently)."""
+def test_resampling_in_blocks_gives_the_same_interval(monkeypatch):
+    """Blocks bound the memory; with 3 resamples per block none is lost or repeated (sums may round differently)."""
     rng = random.Random(1)
     scores = [rng.random() for _ in range(111)]
     whole = cluster_bootstrap(scores, range(111))
@@ -136,21 +136,21 @@ def test_a_block_of_resamples_at_a_time_gives_a_true_interval(monkeypatch):
     ],
     ids=["lengths", "nan", "level", "resamples"],
 )
-def test_refuses_what_it_cannot_resample(arguments, options):
+def test_invalid_arguments_are_refused(arguments, options):
     with pytest.raises(ValueError, match=r"scores|level"):
         cluster_bootstrap(*arguments, **options)
 
 
 @unhurried
 @given(SAMPLES, st.randoms(use_true_random=False))
-def test_the_order_of_samples_changes_nothing(samples, rng):
+def test_the_order_of_samples_does_not_matter(samples, rng):
     shuffled = rng.sample(samples, len(samples))
     assert same(bootstrap(shuffled), bootstrap(samples))
 
 
 @unhurried
 @given(SAMPLES, st.permutations(range(8)))
-def test_the_names_of_clusters_change_nothing(samples, names):
+def test_the_names_of_clusters_do_not_matter(samples, names):
     renamed = [(score, f"context {names[cluster]}") for score, cluster in samples]
     assert same(bootstrap(renamed), bootstrap(samples))
 

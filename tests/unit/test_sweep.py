@@ -1,4 +1,4 @@
-"""A grid is refused by its first mistake, and planned without loading anything."""
+"""A grid is rejected at its first error, and planned without loading a model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SMALL = {"models": ["smollm2-135m"], "tasks": ["lc_filings_ao_1k"]}
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
+    ("values", "message"),
     [
         ({**SMALL, "recipe": ["full"]}, "unknown key 'recipe'; did you mean recipes?"),
         ({"models": ["m"]}, "tasks: field required"),
         ({**SMALL, "limit": 0}, "limit: input should be greater than 0"),
-        ([], "expected keys as models, recipes and tasks, found list"),
+        ([], "expected keys such as models, recipes and tasks, got list"),
     ],
 )
-def test_a_bad_grid_is_refused_by_its_first_mistake(said: object, message: str) -> None:
-    with pytest.raises(UserError) as refused:
-        parse(said, "grid.yaml")
-    assert str(refused.value).startswith("grid.yaml: ")
-    assert message in str(refused.value)
+def test_a_bad_grid_is_rejected_at_its_first_error(values: object, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        parse(values, "grid.yaml")
+    assert str(error.value).startswith("grid.yaml: ")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -42,21 +42,21 @@ def test_a_bad_grid_is_refused_by_its_first_mistake(said: object, message: str) 
         ({"contexts": ["rag"]}, "no cell of the grid can be run"),
     ],
 )
-def test_a_bad_name_is_refused_before_anything_is_loaded(changes: dict[str, object], message: str) -> None:
+def test_a_bad_name_is_rejected_before_a_model_is_loaded(changes: dict[str, object], message: str) -> None:
     grid = {**SMALL, "tasks": ["lc_iris_ao_2k"], **changes} if "contexts" in changes else {**SMALL, **changes}
     with pytest.raises(UserError, match=message):
         plan(parse(grid, "grid"))
 
 
-def test_datasets_are_crossed_with_modes_and_lengths_and_what_there_is_not_is_said() -> None:
+def test_datasets_are_crossed_with_modes_and_lengths_and_missing_tasks_are_listed() -> None:
     grid = Grid(models=["m"], tasks=["nqopen"], modes=["ao", "mc"], lengths=[2, 3], contexts=["full", "gold"])
-    planned = plan(grid)
-    assert {cell.task for cell in planned.cells} == {"lc_nqopen_ao_2k"}
-    assert len(planned.cells) == 2
-    assert [name for name, _ in planned.na] == ["lc_nqopen_ao_3k", "lc_nqopen_mc_2k", "lc_nqopen_mc_3k"]
+    sweep_plan = plan(grid)
+    assert {cell.task for cell in sweep_plan.cells} == {"lc_nqopen_ao_2k"}
+    assert len(sweep_plan.cells) == 2
+    assert [name for name, _ in sweep_plan.na] == ["lc_nqopen_ao_3k", "lc_nqopen_mc_2k", "lc_nqopen_mc_3k"]
 
 
-def test_cells_that_differ_in_anything_have_folders_of_their_own() -> None:
+def test_cells_that_differ_in_any_setting_have_different_folders() -> None:
     grid = Grid(
         models=["a/m", "b/m"], adapters=[None, "x/ao", "y/ao"], recipes=["full", "snapkv:0.5"],
         tasks=["lc_filings_ao_1k"], contexts=["full", {"context": "rag", "retriever": "bm25"}],
@@ -70,7 +70,7 @@ def test_cells_that_differ_in_anything_have_folders_of_their_own() -> None:
     )
 
 
-def test_a_cell_is_what_run_makes_of_its_flags() -> None:
+def test_a_cell_has_the_arguments_of_lceval_run() -> None:
     cell = Cell("m", "ad", "int4", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),))
     assert cell.argv(Path("out")) == [
         "--model=lcft",
@@ -83,16 +83,17 @@ def test_a_cell_is_what_run_makes_of_its_flags() -> None:
     ]
 
 
-def test_finished_cells_cost_nothing_any_more(tmp_path: Path) -> None:
-    planned = plan(Grid(**SMALL, recipes=["full", "int4"], limit=4))  # type: ignore[arg-type]
-    assert (cost(planned, tmp_path)["samples"], cost(planned, tmp_path)["finished"]) == (8, 0)
-    folder = tmp_path / planned.cells[0].name
+def test_finished_cells_are_not_part_of_the_cost(tmp_path: Path) -> None:
+    sweep_plan = plan(Grid(**SMALL, recipes=["full", "int4"], limit=4))  # type: ignore[arg-type]
+    assert (cost(sweep_plan, tmp_path)["samples"], cost(sweep_plan, tmp_path)["finished"]) == (8, 0)
+    folder = tmp_path / sweep_plan.cells[0].name
     folder.mkdir()
     (folder / "run.json").write_text('{"status": "finished"}')
-    left = cost(planned, tmp_path)
+    left = cost(sweep_plan, tmp_path)
     assert (left["samples"], left["finished"], left["prefill_tokens"]) == (4, 1, 4 * 1024)
 
 
+@pytest.mark.model  # its chat template is looked up
 def test_generation_arguments_are_part_of_a_cell() -> None:
     (plain,) = plan(Grid(**SMALL)).cells  # type: ignore[arg-type]
     (short,) = plan(Grid(**SMALL, gen_kwargs={"until": ["\n"], "max_gen_toks": 16})).cells  # type: ignore[arg-type]
@@ -104,7 +105,7 @@ def test_generation_arguments_are_part_of_a_cell() -> None:
 
 
 def finish(root: Path, cell: Cell, **kv: float) -> None:
-    """A finished folder with one sample that cost so much."""
+    """A finished run folder with one sample that has this telemetry."""
     folder = root / cell.name
     folder.mkdir(parents=True)
     (folder / "run.json").write_text('{"status": "finished"}')
@@ -113,11 +114,11 @@ def finish(root: Path, cell: Cell, **kv: float) -> None:
 
 
 def test_the_cost_is_measured_on_finished_cells_of_the_model(tmp_path: Path) -> None:
-    planned = plan(Grid(models=["a/m", "b/m"], tasks=SMALL["tasks"], recipes=["full", "int4"], limit=1))
+    sweep_plan = plan(Grid(models=["a/m", "b/m"], tasks=SMALL["tasks"], recipes=["full", "int4"], limit=1))
     costs = {"prefill_s": 2.0, "prefill_tokens": 500, "question_s": 1.0, "decode_s": 3.0, "new_tokens": 8}
-    finish(tmp_path, planned.cells[0], **costs)
-    left = cost(planned, tmp_path)
-    # One answer of a, as long as the first and over one more reading; b's tokens are known from it, its time is not.
+    finish(tmp_path, sweep_plan.cells[0], **costs)
+    left = cost(sweep_plan, tmp_path)
+    # Of a, a prefill and an answer of the measured length are left; b's tokens follow from a's cell, b's time does not.
     assert left["seconds"] == pytest.approx(2.0 + 8 * (4.0 / 8))
     assert left["prefill_tokens"] == 2 * 500
     assert left["basis"]["a/m"] == "measured on 1 finished cell, 1 samples"
@@ -139,34 +140,34 @@ def test_without_finished_cells_the_cost_is_scaled_by_the_parameters_of_a_folder
     assert packaged["basis"] == {"smollm2-135m": "constants of the packaged model on two cores"}
 
 
-def test_the_constants_are_of_the_packaged_model(smollm2: str) -> None:
+def test_the_constants_match_the_packaged_model(smollm2: str) -> None:
     assert parameters(Path(smollm2)) == PARAMETERS
 
 
-def test_a_task_without_a_length_has_unknown_tokens_and_that_is_said(tmp_path: Path) -> None:
-    planned = plan(Grid(models=["smollm2-135m"], tasks=["lc_quality_mc", "lc_filings_ao_1k"], limit=2))
-    left = cost(planned, tmp_path)
+def test_a_task_of_unknown_length_is_reported_as_not_counted(tmp_path: Path) -> None:
+    sweep_plan = plan(Grid(models=["smollm2-135m"], tasks=["lc_quality_mc", "lc_filings_ao_1k"], limit=2))
+    left = cost(sweep_plan, tmp_path)
     assert left["unknown_tokens"] == ["lc_quality_mc"]
     assert left["prefill_tokens"] == 2 * 1024
-    assert "  tokens unknown, and reading them not counted: lc_quality_mc" in render(left)
+    assert "  not counted, because the context length is unknown: lc_quality_mc" in render(left)
 
 
 @pytest.mark.parametrize("preset", presets())
 def test_presets_are_planned_without_data_or_hub(preset: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
     assert invoke(["sweep", "--preset", preset, "--dry-run", "--set", "adapters=[null, runs/ao]", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     _, grid = read(None, preset)
-    adapted = sum("peft=runs/ao" in argument for cell in said["cells"] for argument in cell["run"])
-    assert len(said["cells"]) == 2 * adapted > 0
-    assert len(said["cells"]) % (2 * len(grid.recipes)) == 0
-    assert said["cost"]["finished"] == 0
+    adapted = sum("peft=runs/ao" in argument for cell in report["cells"] for argument in cell["run"])
+    assert len(report["cells"]) == 2 * adapted > 0
+    assert len(report["cells"]) % (2 * len(grid.recipes)) == 0
+    assert report["cost"]["finished"] == 0
 
 
-def test_the_grid_of_the_documentation_is_one() -> None:
+def test_the_grid_in_the_documentation_is_valid() -> None:
     page = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text()
-    said = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
-    assert set(said) == set(Grid.model_fields)
-    planned = plan(parse(said, "docs/sweep.md"))
-    assert {cell.task for cell in planned.cells} == {"lc_filings_ao_1k", "lc_nqopen_ao_2k", "lc_nqopen_ao_4k"}
-    assert planned.na == ()
+    values = yaml.safe_load(page.split("```yaml")[1].split("```")[0])
+    assert set(values) == set(Grid.model_fields)
+    sweep_plan = plan(parse(values, "docs/sweep.md"))
+    assert {cell.task for cell in sweep_plan.cells} == {"lc_filings_ao_1k", "lc_nqopen_ao_2k", "lc_nqopen_ao_4k"}
+    assert sweep_plan.na == ()

@@ -1,4 +1,4 @@
-"""Groups on several workers: shared out, survived, and never lost; the workers are real processes, the work is not."""
+"""Groups on several workers: distribution, failures and resuming, with real processes and a fake model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lceval.errors import LcevalError, UserError
 from lceval.sweep import cluster, processes
 from lceval.sweep.engine import sweep
 from lceval.sweep.grid import Grid
-from lceval.sweep.plan import Cell, Plan, plan
+from lceval.sweep.plan import Cell, SweepPlan, plan
 from lceval.sweep.share import Queue, split
 from lceval.sweep.worker import CellResult, failed, without_secrets
 
@@ -30,14 +30,16 @@ ALL = ["full", "int8", "int4", "snapkv:0.5"]
 
 def planned(
     recipes: Sequence[str] = ALL, models: Sequence[str] = ("m",), adapters: Sequence[str | None] = (None,)
-) -> Plan:
+) -> SweepPlan:
     tasks = ["lc_filings_ao_1k", "lc_filings_id_1k"]
     return plan(Grid(models=[*models], adapters=[*adapters], tasks=tasks, recipes=[*recipes]))
 
 
 class Files:
-    """Instead of a model: finishes a cell by its run.json. `int4` of the first task kills its process, each time;
-    `int8` does so the first time, and is found finished by half after that."""
+    """A fake worker that finishes a cell by writing its run.json.
+
+    `int4` of the first task kills its process every time; `int8` only the first time, and its folder remains.
+    """
 
     def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         for cell in group:
@@ -51,7 +53,7 @@ class Files:
         return [CellResult(cell.name, contexts=1) for cell in group]
 
 
-def test_a_worker_takes_the_groups_of_the_model_it_has_and_helps_where_most_is_left() -> None:
+def test_a_worker_prefers_groups_of_its_model_and_then_the_model_with_most_groups_left() -> None:
     groups = planned(models=["a", "b"], adapters=[None, "x", "y"]).groups()
     queue = Queue([group for group in groups if group[0].model == "a" or group[0].adapter is None])
     first, second = queue.take(), queue.take()
@@ -62,7 +64,7 @@ def test_a_worker_takes_the_groups_of_the_model_it_has_and_helps_where_most_is_l
     while (group := queue.take(owners[-1])) is not None:
         owners.append(group[0].owner)
     assert not queue
-    # Each model is loaded once by the one worker that goes on.
+    # The one worker that continues loads each model once.
     assert sum(a != b for a, b in pairwise(owners)) == len({*owners}) - 1
     assert len(owners) == 2 * 4 - 1
 
@@ -70,7 +72,7 @@ def test_a_worker_takes_the_groups_of_the_model_it_has_and_helps_where_most_is_l
 @pytest.mark.parametrize(
     ("workers", "sizes"), [(1, [4, 4]), (2, [4, 4]), (3, [2, 2, 4]), (5, [1, 1, 2, 2, 2]), (99, [1] * 8)]
 )
-def test_groups_are_split_only_as_far_as_workers_would_idle(workers: int, sizes: list[int]) -> None:
+def test_groups_are_split_only_if_workers_would_idle(workers: int, sizes: list[int]) -> None:
     whole = planned().groups()
     parts = split(whole, workers)
     assert sorted(map(len, parts)) == sorted(sizes)
@@ -78,36 +80,36 @@ def test_groups_are_split_only_as_far_as_workers_would_idle(workers: int, sizes:
     assert all(len({cell.group for cell in part}) == 1 for part in parts)
 
 
-def test_a_worker_that_dies_fails_its_cells_and_the_others_go_on_and_the_same_line_resumes(
+def test_a_dying_worker_fails_only_its_cells_and_the_same_command_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     grid = planned()
     engine = partial(processes.run, workers=3, make=Files)
     outcome = sweep(grid, tmp_path, engine)
-    # With three workers the first task is two groups: full and int8, of which only full was through, and the rest.
+    # With three workers the first task is two groups: full and int8, of which only full was finished, and the rest.
     lost = [cell for cell in grid.cells if cell.task == "lc_filings_ao_1k" and cell.recipe != "full"]
     assert set(outcome.failed) == {cell.name for cell in lost}
     assert len(outcome.folders) == len(grid.cells) - 3
     pids = {json.loads((folder / "run.json").read_text())["pid"] for folder in outcome.folders}
     assert os.getpid() not in pids
     assert len(pids) >= 2
-    said = "the worker process ended by SIGKILL (out of memory?); the same line goes on from here"
-    assert set(outcome.failed.values()) == {said}
+    message = "the worker process ended by SIGKILL (out of memory?); rerun the same command to resume"
+    assert set(outcome.failed.values()) == {message}
     status = json.loads((tmp_path / "sweep.json").read_text())
-    assert status["cells"][lost[0].name] == said
-    assert (tmp_path / status["errors"][lost[0].name]).read_text() == said
+    assert status["cells"][lost[0].name] == message
+    assert (tmp_path / status["errors"][lost[0].name]).read_text() == message
     assert capsys.readouterr().err.count("failed: ") == 3
 
-    # What the first start finished is no run that `opened` knows, so only what is left is asked for again.
-    rest = Plan(tuple(cell for cell in lost if cell.recipe != "int4"), ())
+    # The fake run.json has no identity, which `opened` requires, so only the unfinished cells are planned again.
+    rest = SweepPlan(tuple(cell for cell in lost if cell.recipe != "int4"), ())
     again = sweep(rest, tmp_path, engine)
     assert again.failed == {}
     assert [folder.name for folder in again.folders] == [cell.name for cell in rest.cells]
     assert not (tmp_path / status["errors"][lost[0].name]).exists()
 
 
-class Holds:
-    """Locks a folder as a run does, says so, and is never done."""
+class Blocks:
+    """A fake worker that locks a folder like a run, prints that it did, and never returns."""
 
     def run(self, group: Sequence[Cell], root: Path) -> list[CellResult]:
         with (root / ".lock").open("w") as lock:
@@ -117,16 +119,18 @@ class Holds:
         return []
 
 
-def test_workers_end_with_a_sweep_that_is_killed_and_let_go_of_their_folders(tmp_path: Path) -> None:
+def test_workers_of_a_killed_sweep_end_and_unlock_their_folders(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from test_sweep_workers import Holds, planned, processes\n"
-        "next(processes.run(planned().groups()[:1], Path(sys.argv[1]), 1, make=Holds))"
+        "import sys; from pathlib import Path; from test_sweep_workers import Blocks, planned, processes\n"
+        "next(processes.run(planned().groups()[:1], Path(sys.argv[1]), 1, make=Blocks))"
     )
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    line = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(line, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stderr is not None
-        # A worker's stdout is stderr: the table alone is printed there.
+        # A worker's stdout goes to stderr, because only the table goes to stdout.
         assert process.stderr.readline() == "locked\n"
         with (tmp_path / ".lock").open("w") as lock:
             with pytest.raises(BlockingIOError):
@@ -135,7 +139,7 @@ def test_workers_end_with_a_sweep_that_is_killed_and_let_go_of_their_folders(tmp
             fcntl.flock(lock, fcntl.LOCK_EX)
 
 
-def test_every_worker_has_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_worker_gets_its_share_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "visible_gpus", lambda: ["0", "1", "GPU-c"])
     assert [processes.environment(i, 2)["CUDA_VISIBLE_DEVICES"] for i in range(2)] == ["0,GPU-c", "1"]
     assert [processes.environment(i, 4)["CUDA_VISIBLE_DEVICES"] for i in range(4)] == ["0", "1", "GPU-c", "0"]
@@ -157,39 +161,39 @@ def test_every_worker_has_its_share_of_the_machine(monkeypatch: pytest.MonkeyPat
         (5, 2, [64], {"num_cpus": 12, "num_gpus": 1 / 3}),
     ],
 )
-def test_what_workers_ask_a_cluster_for_fits_it(
+def test_the_resources_that_workers_request_fit_the_cluster(
     workers: int, gpus: int, cpus: list[int], share: dict[str, float]
 ) -> None:
     assert cluster._share(workers, gpus, cpus) == share
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
-        (["--address", "auto"], "--address auto is a Ray cluster's: it goes with --engine ray"),
+        (["--address", "auto"], "--address auto requires --engine ray"),
         (["--workers", "0"], "Invalid value for '--workers'"),
         (["--engine", "slurm"], "Invalid value for '--engine'"),
         (["--engine", "ray", "--address", "127.0.0.1:1"], "--address 127.0.0.1:1: nothing answers there"),
     ],
 )
-def test_a_bad_choice_of_engine_is_one_line_and_exit_2(
-    flags: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_bad_engine_options_give_one_line_and_exit_2(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert invoke(["sweep", "--preset", "mini", "--output_path", str(tmp_path), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
-def test_without_ray_it_is_said_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'lceval\[cluster\]'"):
         cluster.check(None)
 
 
-def test_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "abcd-efgh-ijkl")
     text = "abcd-efgh-ijkl hf_ABCDEFGHIJ Bearer x.y.z https://me:pass@host/ sk-0123456789 skim-1234567890"
     assert (
@@ -200,7 +204,7 @@ def test_errors_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     assert failed(cell, LcevalError("no disk")).error == "no disk"
 
 
-# A cluster that stands already, and a sweep on it by its address; by themselves, for Ray warns where pytest forbids it.
+# A cluster, and a sweep on it by its address; in child processes, because Ray's warnings are errors in pytest.
 SCRIPT = """
 import sys, tempfile
 from contextlib import redirect_stdout
@@ -221,31 +225,31 @@ if sys.argv[1] == "head":
         sys.stdin.read()
         ray.shutdown()
 else:
-    with redirect_stdout(sys.stderr):  # as the command does: Ray says there that a worker died
+    with redirect_stdout(sys.stderr):  # as in the command: Ray prints there that a worker died
         outcome = sweep(planned(), Path(sys.argv[2]), partial(cluster.run, workers=3, address=sys.argv[1], make=Files))
     print(len(outcome.folders), *sorted(outcome.failed.values()), sep="\\n")
 """
 
 
 @pytest.mark.slow
-def test_a_cluster_tries_a_group_again_when_its_worker_died_and_then_gives_up_on_it_alone(tmp_path: Path) -> None:
+def test_a_cluster_retries_a_group_once_after_its_worker_died_and_fails_only_that_group(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    line = [sys.executable, "-c", SCRIPT]
-    head = subprocess.Popen([*line, "head"], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", SCRIPT]
+    head = subprocess.Popen([*command, "head"], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert head.stdin is not None
     assert head.stdout is not None
     try:
         address = head.stdout.readline().strip()
         cluster.check(address)
-        ran = subprocess.run([*line, address, str(tmp_path)], env=env, text=True, capture_output=True)
+        ran = subprocess.run([*command, address, str(tmp_path)], env=env, text=True, capture_output=True)
     finally:
         head.stdin.close()
         head.wait()
         head.stdout.close()
     assert ran.returncode == 0, ran.stderr
     count, *errors = ran.stdout.splitlines()
-    # full and int8 were tried again and went through; int4 took snapkv with it.
+    # The retry finished full and int8; int4 failed, and with it snapkv of the same group.
     assert int(count) == len(planned().cells) - 2
     assert len(errors) == 2
     assert errors[0].startswith("the worker process ended 2 times (Actor")

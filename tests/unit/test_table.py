@@ -1,4 +1,4 @@
-"""The table counts every sample, rounds nothing in data, and stays readable at 100 columns."""
+"""The table counts every sample, is unrounded as data, and fits 100 columns."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ def sample(score, *, cluster="c", kv_bytes=None, kv_bytes_full=None, status="ok"
     return Sample("id", cluster, score, kv_bytes, kv_bytes_full, kv, status)
 
 
-def some(scores, **keys):
+def samples_of(scores, **keys):
     """A sample per score, each in a cluster of its own."""
     return tuple(sample(score, cluster=f"c{i}", **keys) for i, score in enumerate(scores))
 
@@ -45,8 +45,8 @@ def cells(line):
 
 
 def test_rows_are_grouped_by_task_and_keep_the_order_of_the_runs():
-    first = run(task(some([1.0]), "t1"), task(some([1.0]), "t2"), label="b")
-    second = run(task(some([1.0]), "t2"), task(some([1.0]), "t1"), label="a")
+    first = run(task(samples_of([1.0]), "t1"), task(samples_of([1.0]), "t2"), label="b")
+    second = run(task(samples_of([1.0]), "t2"), task(samples_of([1.0]), "t1"), label="a")
     rows = build([first, second]).rows
     assert [(row["task"], row["run"]) for row in rows] == [
         ("t1", "b"),
@@ -57,71 +57,71 @@ def test_rows_are_grouped_by_task_and_keep_the_order_of_the_runs():
 
 
 def test_a_row_has_exactly_the_documented_keys():
-    assert list(row(*some([1.0, 0.0]))) == list(KEYS)
+    assert list(row(*samples_of([1.0, 0.0]))) == list(KEYS)
 
 
 def test_the_interval_is_over_clusters():
     samples = [sample(score, cluster=name) for score, name in [(1, "a"), (1, "a"), (0, "b"), (0.5, "c")]]
-    got = row(*samples)
+    values = row(*samples)
     expected = cluster_bootstrap([1, 1, 0, 0.5], ["a", "a", "b", "c"])
-    assert (got["score"], got["ci_lo"], got["ci_hi"]) == expected
-    assert (got["n"], got["clusters"]) == (4, 3)
+    assert (values["score"], values["ci_lo"], values["ci_hi"]) == expected
+    assert (values["n"], values["clusters"]) == (4, 3)
 
 
-def test_an_error_stays_in_the_denominator_as_zero_and_is_counted():
-    got = row(*some([1.0, 1.0]), sample(None, cluster="bad", status="error"))
-    assert (got["n"], got["errors"], got["score"]) == (3, 1, 2 / 3)
-    assert got["ci_lo"] <= got["score"] <= got["ci_hi"]
+def test_an_error_is_counted_and_scored_zero():
+    values = row(*samples_of([1.0, 1.0]), sample(None, cluster="bad", status="error"))
+    assert (values["n"], values["errors"], values["score"]) == (3, 1, 2 / 3)
+    assert values["ci_lo"] <= values["score"] <= values["ci_hi"]
 
 
 @pytest.mark.parametrize(
     ("scores", "better"), [([3.0, 5.0], False), ([-3.0, -5.0], True)], ids=["perplexity", "log-likelihood"]
 )
-def test_an_error_is_never_a_reward_where_zero_is_a_good_score(scores, better):
-    fine = row(*some(scores), headline="loss", higher_is_better=better)
+def test_an_error_has_no_score_where_zero_is_a_good_score(scores, better):
+    fine = row(*samples_of(scores), headline="loss", higher_is_better=better)
     assert fine["score"] == sum(scores) / 2
-    failed = row(*some(scores), sample(None, status="error"), headline="loss", higher_is_better=better)
+    failed = row(*samples_of(scores), sample(None, status="error"), headline="loss", higher_is_better=better)
     assert (failed["score"], failed["ci_lo"], failed["errors"]) == (None, None, 1)
 
 
 def test_memory_is_counted_over_the_samples_that_have_telemetry():
-    got = row(
+    values = row(
         sample(1.0, cluster="a", kv_bytes=2_000_000, kv_bytes_full=8_000_000, kv_dtype="float32"),
         sample(1.0, cluster="b", kv_bytes=1_000_000, kv_bytes_full=1_000_000, kv_dtype="float32"),
         sample(None, cluster="c", kv_bytes=0, kv_bytes_full=0, status="error"),
         sample(None, cluster="d", status="error"),
     )
-    assert got["kept_share"] == 3 / 9
-    assert got["kv_mb"] == 1.5
-    assert got["kv_16bit_share"] == 3 / 4.5
+    assert values["kept_share"] == 3 / 9
+    assert values["kv_mb"] == 1.5
+    assert values["kv_16bit_share"] == 3 / 4.5
 
 
 @pytest.mark.parametrize(
     ("dtype", "share"),
     [("float32", 0.5), ("torch.float32", 0.5), ("bfloat16", 0.25), ("torch.float16", 0.25), ("float5", None)],
 )
-def test_share_of_16_bit_follows_the_recorded_dtype(dtype, share):
+def test_share_of_fp16_kv_follows_the_recorded_dtype(dtype, share):
     assert row(sample(1.0, kv_bytes=25, kv_bytes_full=100, kv_dtype=dtype))["kv_16bit_share"] == share
 
 
-def test_prefill_is_timed_once_per_context_and_decode_over_all_that_generated():
-    got = row(
+def test_prefill_is_timed_once_per_context_and_decode_over_all_generated_samples():
+    values = row(
         sample(1.0, prefill_s=2.0, prefill_tokens=1000, shared_prefix=False, decode_tokens=10, decode_s=1.0),
         sample(1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0),
         sample(1.0, prefill_s=4.0, prefill_tokens=5000, shared_prefix=False, decode_tokens=0, decode_s=0.0),
     )
-    assert got["prefill_s"] == 3.0
-    assert got["prefill_tok_s"] == 1000.0
-    assert got["decode_tok_s"] == 20.0
+    assert values["prefill_s"] == 3.0
+    assert values["prefill_tok_s"] == 1000.0
+    assert values["decode_tok_s"] == 20.0
 
 
 def test_a_speed_that_was_not_measured_is_none_and_not_zero():
     log_likelihood = sample(1.0, prefill_s=0.0, shared_prefix=True, decode_tokens=0, decode_s=0.0)
-    for got in (row(log_likelihood), row(sample(1.0))):
-        assert (got["prefill_s"], got["prefill_tok_s"], got["decode_tok_s"]) == (None, None, None)
+    for values in (row(log_likelihood), row(sample(1.0))):
+        assert (values["prefill_s"], values["prefill_tok_s"], values["decode_tok_s"]) == (None, None, None)
 
 
-def test_cut_samples_are_counted_where_telemetry_says():
+def test_truncated_samples_are_counted_with_telemetry():
     assert row(sample(1.0, truncated=True), sample(1.0, truncated=False))["truncated"] == 1
     assert row(sample(1.0))["truncated"] is None
 
@@ -138,17 +138,17 @@ def test_cut_samples_are_counted_where_telemetry_says():
         ("word_perplexity", [0.5], "raw"),
     ],
 )
-def test_percent_is_for_metrics_that_lie_in_0_1_by_nature(metric, scores, unit):
-    assert row(*some(scores), headline=metric)["unit"] == unit
+def test_only_metrics_in_0_1_are_in_percent(metric, scores, unit):
+    assert row(*samples_of(scores), headline=metric)["unit"] == unit
 
 
 def test_fewer_samples_than_lm_eval_evaluated_is_unfinished():
-    assert row(*some([1.0, 0.0]), expected=3)["unfinished"]
-    assert not row(*some([1.0, 0.0]), expected=2)["unfinished"]
+    assert row(*samples_of([1.0, 0.0]), expected=3)["unfinished"]
+    assert not row(*samples_of([1.0, 0.0]), expected=2)["unfinished"]
 
 
 def test_json_rounds_nothing_and_has_null_for_undefined():
-    table = build([run(task(some([1 / 3, 1.0, 0.0])), task([sample(1.0)], "single"))])
+    table = build([run(task(samples_of([1 / 3, 1.0, 0.0])), task([sample(1.0)], "single"))])
     data = json.loads(to_json(table))
     assert data["rows"] == table.rows
     assert data["rows"][0]["score"] == (1 / 3 + 1.0) / 3
@@ -158,45 +158,45 @@ def test_json_rounds_nothing_and_has_null_for_undefined():
 
 
 def test_csv_rounds_nothing_and_has_an_empty_cell_for_undefined():
-    table = build([run(task(some([1 / 3, 1.0, 0.0])), label="a,b")])
-    (got,) = csv.DictReader(io.StringIO(to_csv(table)))
-    assert got["run"] == "a,b"
-    assert float(got["score"]) == table.rows[0]["score"]
-    assert float(got["ci_lo"]) == table.rows[0]["ci_lo"]
-    assert got["kept_share"] == ""
+    table = build([run(task(samples_of([1 / 3, 1.0, 0.0])), label="a,b")])
+    (values,) = csv.DictReader(io.StringIO(to_csv(table)))
+    assert values["run"] == "a,b"
+    assert float(values["score"]) == table.rows[0]["score"]
+    assert float(values["ci_lo"]) == table.rows[0]["ci_lo"]
+    assert values["kept_share"] == ""
 
 
 def test_markdown_is_one_pipe_table_per_task_with_numbers_to_the_right():
-    text = to_markdown(build([run(task(some([1.0, 0.0, 1.0, 0.0])), label="a|b*c")]))
+    text = to_markdown(build([run(task(samples_of([1.0, 0.0, 1.0, 0.0])), label="a|b*c")]))
     heading, _, header, rule, body, *_ = text.splitlines()
     assert heading == "### lc_nq_ao_8k (version 1.0): subem in %"
-    assert cells(header) == ["run", "recipe", "n", "score [95% CI]", "err"]
+    assert cells(header) == ["run", "recipe", "n", "score [95% CI]", "errors"]
     assert cells(rule) == ["---", "---", "---:", "---:", "---:"]
     assert cells(body) == [r"a\|b\*c", "full", "4", "50.0 [0.0, 100.0]", "0"]
 
 
 def test_score_prints_in_percent_with_its_interval():
-    samples = some([1.0] * 7 + [0.0] * 9)
+    samples = samples_of([1.0] * 7 + [0.0] * 9)
     _, lo, hi = cluster_bootstrap([1.0] * 7 + [0.0] * 9, range(16))
     assert f"43.8 [{100 * lo:.1f}, {100 * hi:.1f}]" in to_terminal(build([run(task(samples))]), 100)
 
 
-def test_unanimous_scores_print_a_wilson_interval_and_the_caption_says_so():
-    text = to_terminal(build([run(task(some([1.0] * 16)))]), 100)
+def test_unanimous_scores_have_a_wilson_interval_and_the_caption_states_it():
+    text = to_terminal(build([run(task(samples_of([1.0] * 16)))]), 100)
     assert "100.0 [80.6, 100.0]" in text
     assert "Wilson" in text
 
 
-def test_a_single_cluster_prints_no_interval_and_the_caption_says_why():
+def test_a_single_cluster_has_no_interval_and_the_caption_explains_it():
     text = to_terminal(build([run(task([sample(1.0), sample(0.0)]))]), 100)
     assert "50.0 [n/a]" in text
-    assert "n/a: one cluster" in text
+    assert "n/a: a single cluster" in text
 
 
-def test_unfinished_runs_are_marked_and_explained_and_join_their_task():
-    done = run(task(some([1.0, 0.0])), label="done")
+def test_unfinished_runs_are_marked_explained_and_listed_under_their_task():
+    done = run(task(samples_of([1.0, 0.0])), label="done")
     empty = run(TaskResult("lc_nq_ao_8k"), label="started", finished=False)
-    half = run(task(some([1.0])), label="half", finished=False)
+    half = run(task(samples_of([1.0])), label="half", finished=False)
     text = to_terminal(build([empty, done, half]), 100)
     assert text.count("lc_nq_ao_8k") == 1
     lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
@@ -206,15 +206,15 @@ def test_unfinished_runs_are_marked_and_explained_and_join_their_task():
     assert "unfinished" not in to_terminal(build([done]), 100)
 
 
-def test_another_version_of_a_task_stands_apart():
-    one, two = run(task(some([1.0, 0.0]))), run(task(some([1.0, 0.0]), version="2.0"))
+def test_versions_of_a_task_have_separate_headings():
+    one, two = run(task(samples_of([1.0, 0.0]))), run(task(samples_of([1.0, 0.0]), version="2.0"))
     text = to_terminal(build([one, two]), 100)
     assert "lc_nq_ao_8k (version 1.0): subem" in text
     assert "lc_nq_ao_8k (version 2.0): subem" in text
 
 
-def test_the_filter_is_named_where_a_task_has_one():
-    text = to_terminal(build([run(task(some([1.0, 0.0]), filters=("strict", "loose")))]), 100)
+def test_the_filter_of_a_task_is_in_its_heading():
+    text = to_terminal(build([run(task(samples_of([1.0, 0.0]), filters=("strict", "loose")))]), 100)
     assert "subem in %, filter strict" in text
 
 
@@ -228,14 +228,14 @@ def telemetry_runs(**other):
         "decode_tokens": 12,
         "decode_s": 0.9,
     }
-    samples = some([1.0, 0.0] * 60, **keys)
+    samples = samples_of([1.0, 0.0] * 60, **keys)
     return [
         run(task(samples), label="smol-full"),
         run(task(samples), label="smol-adakv-int4-window32", recipe=LONG_RECIPE, **other),
     ]
 
 
-def test_the_terminal_form_fits_100_columns_with_every_number_whole():
+def test_the_terminal_table_fits_100_columns_with_unshortened_numbers():
     text = to_terminal(build(telemetry_runs(model="hf", pretrained="org/SmolLM2-135M-Instruct")), 100)
     assert max(len(line) for line in text.splitlines()) <= 100
     for number in ("120", "50.0 [", "25.0", "106", "50.0", "6.94", "1180", "13.3"):
@@ -244,7 +244,7 @@ def test_the_terminal_form_fits_100_columns_with_every_number_whole():
 
 
 @pytest.mark.parametrize("width", [40, 80, 101, 200])
-def test_no_width_costs_a_number_or_a_name_a_character(width):
+def test_numbers_and_names_are_complete_at_every_width(width):
     text = to_terminal(build(telemetry_runs(peft="runs/ao")), width)
     assert "…" not in text
     full = next(line for line in text.splitlines() if line.startswith("smol-full"))
@@ -260,26 +260,26 @@ def test_no_width_costs_a_number_or_a_name_a_character(width):
         assert name.replace(" ", "") in folded.replace(" ", "")
 
 
-def test_a_name_that_looks_like_markup_is_printed_as_it_is():
-    text = to_terminal(build([run(task(some([1.0, 0.0])), label="[red]a:smile:")]), 100)
+def test_a_name_that_looks_like_markup_is_printed_verbatim():
+    text = to_terminal(build([run(task(samples_of([1.0, 0.0])), label="[red]a:smile:")]), 100)
     assert "[red]a:smile:" in text
 
 
-def test_what_is_the_same_in_every_row_is_said_once():
+def test_a_constant_model_is_stated_once_in_the_caption():
     text = to_terminal(build(telemetry_runs()), 100)
     assert text.count("smol\n") == 1
     assert "model: lcft smol" in text
     assert "model: " not in to_terminal(build(telemetry_runs(model="hf")), 100)
 
 
-def test_numbers_keep_three_significant_digits_in_the_forms_for_people():
+def test_numbers_have_three_significant_digits_in_human_readable_formats():
     for kv_bytes, printed in [(1, "1e-06"), (12_345, "0.0123"), (9_870_000, "9.87"), (1_234_567_890, "1235")]:
         text = to_markdown(build([run(task([sample(1.0, kv_bytes=kv_bytes, kv_bytes_full=10**12)]))]))
         assert f"| {printed} |" in text
 
 
 @pytest.mark.parametrize("fmt", ["terminal", "markdown", "csv", "json"])
-def test_main_reads_folders_and_renders_each_form(tmp_path, fmt):
+def test_main_reads_folders_and_renders_each_format(tmp_path, fmt):
     config = {"configs": {"mc": {}}, "config": {"model": "hf", "model_args": "pretrained=org/m"}}
     (tmp_path / "out" / "org__m").mkdir(parents=True)
     (tmp_path / "out" / "org__m" / "results_D.json").write_text(json.dumps(config))
@@ -333,7 +333,7 @@ def test_reads_what_lm_evals_own_writer_leaves(tmp_path):
     tracker.general_config_tracker.log_experiment_args("lcft", "pretrained=org/m", "", "", False)
     tracker.save_results_aggregated(results=results, samples={"lc_x": rows})
     tracker.save_results_samples(task_name="lc_x", samples=rows)
-    (got,) = json.loads(main([tmp_path / "out"], "json"))["rows"]
+    (values,) = json.loads(main([tmp_path / "out"], "json"))["rows"]
     expected = ("out", "snapkv:0.25", "lc_x", "1.0", 4, 0.5, 1, False)
     keys = ("run", "recipe", "task", "version", "n", "score", "errors", "unfinished")
-    assert tuple(got[key] for key in keys) == expected
+    assert tuple(values[key] for key in keys) == expected

@@ -1,4 +1,4 @@
-"""Means over tasks: what they are over is said, nothing is mixed in that does not belong, none goes in silence."""
+"""Means over tasks: documented, over comparable tasks only, and with every exclusion listed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole(label: str = "all", **keys: Any) -> Run:
     return run(label, *(task(name, scores) for name, scores in SCORES.items()), **keys)
 
 
-def test_a_length_is_the_mean_over_its_tasks_of_their_means() -> None:
+def test_a_length_is_the_mean_of_its_tasks_means() -> None:
     more = task("lc_financebenchmulti_ao_8k", [1.0, 0.0]), task("lc_filings_ao_2k", [0.0, 0.0, 1.0])
     rows = build(
         [run("r", task("lc_finqa_ao", [1.0, 0.0, 0.0, 0.0]), *more, task("lc_tatqa_ao", [1.0]))], "length"
@@ -82,7 +82,7 @@ def test_retention_of_a_mean_is_paired_within_each_task() -> None:
     assert (row["delta"], row["delta_lo"], row["delta_hi"]) == pytest.approx(delta)
 
 
-def test_modes_of_one_dataset_are_rows_and_never_averaged() -> None:
+def test_modes_of_one_dataset_are_separate_rows() -> None:
     tasks = [
         task("lc_filings_ao_1k", [1.0, 0.0]),
         task("lc_filings_id_1k", [1.0, 1.0]),
@@ -96,7 +96,7 @@ def test_modes_of_one_dataset_are_rows_and_never_averaged() -> None:
     assert "### suite finance, mode id: mean in %" in to_markdown(build([run("a", *tasks)], "suite"))
 
 
-def test_a_mean_of_which_one_task_has_no_full_has_no_retention() -> None:
+def test_a_mean_has_no_retention_if_one_task_has_no_full_run() -> None:
     less = whole("less", recipe="snapkv:0.5")
     full = run("full", *(task(name, scores) for name, scores in SCORES.items() if name != "lc_finqa_ao"))
     rows = {(r["run"], r["suite"]): r for r in build([full, less], "suite").rows}
@@ -104,7 +104,7 @@ def test_a_mean_of_which_one_task_has_no_full_has_no_retention() -> None:
     assert rows["less", "icr"]["retention"] == 1.0
 
 
-def test_a_sweep_with_a_folder_per_task_gives_the_rows_of_one_run() -> None:
+def test_one_folder_per_task_gives_the_rows_of_one_run() -> None:
     apart = [run(name, task(name, scores)) for name, scores in SCORES.items()]
     together = build([whole()], "suite").rows
     for row, expected in zip(build(apart, "suite").rows, together, strict=True):
@@ -122,41 +122,53 @@ def test_two_runs_of_one_configuration_stay_two_rows() -> None:
     ]
 
 
-@pytest.mark.parametrize("other", [{"recipe": "int8"}, {"peft": "ao"}, {"model": "hf"}, {"pretrained": "org/n"}])
-def test_what_is_not_the_same_configuration_is_never_averaged(other: dict[str, Any]) -> None:
-    first = run("a", task("lc_filings_ao_1k", [1.0, 0.0]))
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"recipe": "int8"},
+        {"peft": "ao"},
+        {"model": "hf"},
+        {"pretrained": "org/n"},
+        {"recipe": "snapkv:0.5", "config": {"model_args": {"query_aware": True}}},
+    ],
+)
+def test_different_configurations_are_never_averaged(other: dict[str, Any]) -> None:
+    recipe = "snapkv:0.5" if "config" in other else "full"
+    first = run("a", task("lc_filings_ao_1k", [1.0, 0.0]), recipe=recipe)
     second = run("b", task("lc_finqa_ao", [0.0, 0.0]), **other)
     assert [r["over"] for r in build([first, second], "suite").rows] == ["lc_filings_ao_1k", "lc_finqa_ao"]
 
 
-def test_what_is_no_share_is_left_out_and_named() -> None:
+def test_scores_outside_0_1_are_excluded_and_listed() -> None:
     loss = task("wikitext", [3.0, 4.0], headline="word_perplexity", higher_is_better=False, context=None)
     skill = task("lc_diabetes_ao", [0.5, -0.5], headline="skill")
     table = build([run("a", task("lc_filings_ao_1k", [1.0, 0.0]), loss, skill)], "suite")
     assert [row["over"] for row in table.rows] == ["lc_filings_ao_1k"]
     assert table.left_out == ("wikitext", "lc_diabetes_ao")
-    assert "- In no mean, because the score is no share of 1: wikitext, lc_diabetes_ao." in to_markdown(table)
+    assert "- Excluded from means, because the score is not in [0, 1]: wikitext, lc_diabetes_ao." in to_markdown(table)
     assert '"left_out": [\n    "wikitext",' in to_json(table)
 
 
-def test_rows_over_different_tasks_are_said_not_to_be_comparable() -> None:
+def test_rows_over_different_tasks_are_marked_as_not_comparable() -> None:
     part = run("part", task("lc_filings_ao_1k", [1.0, 0.0]), recipe="int8")
-    assert "not comparable: suite finance, mode ao" in to_markdown(build([whole(), part], "suite"))
-    assert "not comparable" not in to_markdown(build([whole()], "suite"))
+    assert "Not comparable, because the rows cover different tasks: suite finance, mode ao" in to_markdown(
+        build([whole(), part], "suite")
+    )
+    assert "Not comparable" not in to_markdown(build([whole()], "suite"))
 
 
 @pytest.mark.parametrize(
-    ("by", "said"),
+    ("by", "definition"),
     [
         ("suite", "mean over lengths of the mean over the tasks of that length of each task's mean headline score"),
         ("length", "mean over the tasks of that length of each task's mean headline score"),
     ],
 )
-def test_the_caption_says_what_the_mean_is_over(by: Any, said: str) -> None:
+def test_the_caption_defines_the_mean(by: Any, definition: str) -> None:
     table = build([whole()], by)
-    assert f"- score: {said}." in to_markdown(table)
-    assert f'"mean_over": "{said}"' in to_json(table)
-    assert "bootstrap over clusters (contexts) of each task by itself" in to_markdown(table)
+    assert f"- score: {definition}." in to_markdown(table)
+    assert f'"mean_over": "{definition}"' in to_json(table)
+    assert "bootstrap CI over clusters (contexts), resampled within each task" in to_markdown(table)
 
 
 def test_an_unfinished_task_marks_its_suite() -> None:
@@ -166,7 +178,7 @@ def test_an_unfinished_task_marks_its_suite() -> None:
     assert "| begun\\* |" in to_markdown(build([begun], "suite"))
 
 
-def test_tasks_of_others_are_a_group_of_their_own() -> None:
+def test_tasks_without_a_suite_are_a_separate_group() -> None:
     rows = build([run("a", task("hotpot_16k", [1.0, 0.0]), task("lc_filings_ao_1k", [1.0]))], "length").rows
     assert [(r["suite"], r["length_k"]) for r in rows] == [(None, 16), ("finance", 1)]
-    assert "tasks of no suite at 16k" in to_markdown(build([run("a", task("hotpot_16k", [1.0, 0.0]))], "length"))
+    assert "tasks without a suite at 16k" in to_markdown(build([run("a", task("hotpot_16k", [1.0, 0.0]))], "length"))

@@ -1,4 +1,4 @@
-"""Every form shows the same rows: escaped, whole, and with what was quoted marked as quoted."""
+"""Every format has the same rows, escaped and complete, with quoted results marked as quoted."""
 
 from __future__ import annotations
 
@@ -71,19 +71,20 @@ def markdown_rows(text: str) -> list[list[str]]:
 
 
 def test_markdown_html_and_latex_have_the_same_cells() -> None:
-    made = table("less")
-    markdown = markdown_rows(to_markdown(made))
-    assert markdown[0][:6] == ["run", "recipe", "n", "score [95% CI]", "% of full", "minus full"]
+    compared = table("less")
+    markdown = markdown_rows(to_markdown(compared))
+    assert markdown[0][:6] == ["run", "recipe", "n", "score [95% CI]", "retention %", "Δ vs full"]
     assert [row[:2] for row in markdown[1:]] == [["full", "full"], ["less", "snapkv:0.25"]]
     assert markdown[2][4].startswith("67 [")
     assert markdown[2][5].startswith("-25.0 [")
-    assert Cells(to_html(made)).rows == markdown
-    body = to_latex(made).split("\\toprule\n")[1].split("\n\\bottomrule")[0].replace("\\midrule\n", "")
-    unescaped = re.sub(r"\{([\[\]])\}", r"\1", body).replace("\\%", "%")
+    assert Cells(to_html(compared)).rows == markdown
+    body = to_latex(compared).split("\\toprule\n")[1].split("\n\\bottomrule")[0].replace("\\midrule\n", "")
+    unescaped = re.sub(r"\{([\[\]])\}", r"\1", body).replace("\\%", "%").replace("\\_", "_")
+    unescaped = unescaped.replace("\\ensuremath{\\Delta}", "Δ")
     assert [line.removesuffix(" \\\\").split(" & ") for line in unescaped.splitlines()] == markdown
 
 
-def test_html_is_a_page_of_its_own_and_lets_no_name_be_markup() -> None:
+def test_html_is_a_standalone_page_with_escaped_names() -> None:
     text = to_html(table("<script>alert(1)</script>&amp;"))
     page = Cells(text)
     assert page.rows[2][0] == "<script>alert(1)</script>&amp;"
@@ -92,7 +93,7 @@ def test_html_is_a_page_of_its_own_and_lets_no_name_be_markup() -> None:
     assert re.search(r"https?:|url\(|@import|src=|href=", text) is None
 
 
-def test_latex_escapes_every_sign_that_it_would_act_on() -> None:
+def test_latex_special_characters_are_escaped() -> None:
     text = to_latex(table(r"a&b%c$d#e_f{g}h~i^j\k<l>m|n[o]"))
     row = next(line for line in text.splitlines() if line.startswith("a\\&b"))
     assert row.startswith(
@@ -112,7 +113,7 @@ def test_latex_escapes_every_sign_that_it_would_act_on() -> None:
     assert outside.count("{") == outside.count("}")
 
 
-def test_csv_is_flat_and_has_a_column_per_metric() -> None:
+def test_csv_is_flat_with_a_column_per_metric() -> None:
     one, two = run("a", [1.0, 0.0]), run("b", [1.0, 0.0], "int8")
     samples = tuple(
         Sample(s.id, s.cluster, s.score, None, None, {}, "ok", metrics={"subem": 1.0, "ids_f1": 0.5})
@@ -127,48 +128,51 @@ def test_csv_is_flat_and_has_a_column_per_metric() -> None:
     assert not any(cell.startswith("{") for cell in second.values())
 
 
-def test_the_same_runs_give_the_same_bytes_in_every_form() -> None:
+def test_the_same_runs_give_the_same_bytes_in_every_format() -> None:
     for render in (to_terminal, to_markdown, to_latex, to_csv, to_html, to_json):
         assert render(table("a", "b")) == render(table("a", "b")), render
 
 
-def test_a_narrow_terminal_leaves_out_what_it_can_and_says_so() -> None:
+def header_lines(text: str) -> str:
+    return text.split("─")[0]
+
+
+def test_a_narrow_terminal_omits_optional_columns_and_lists_them() -> None:
     wide, narrow = to_terminal(table("less"), 200), to_terminal(table("less"), 100)
-    assert "minus full" in wide.splitlines()[2]
-    assert "Not shown" not in wide
-    shown = narrow.splitlines()[2]
-    assert "% of full" in shown
-    assert "minus full" not in shown
-    assert "Not shown at this width: minus full" in narrow
+    assert "Δ vs full" in header_lines(wide)
+    assert "Omitted at this width" not in wide
+    assert "retention" in header_lines(narrow)
+    assert "Δ vs full" not in header_lines(narrow)
+    assert "Omitted at this width: Δ vs full" in narrow
     assert max(len(line) for line in narrow.splitlines()) <= 100
-    assert "read: what" in wide
-    assert "read: what" not in narrow
+    assert "read MB/step: " in wide
+    assert "read MB/step: " not in narrow
 
 
-def test_what_is_not_as_it_should_be_is_counted_and_explained() -> None:
+def test_answers_in_a_bad_format_are_counted_and_explained() -> None:
     text = to_markdown(table("less"))
-    assert markdown_rows(text)[0][-1] == "form"
+    assert markdown_rows(text)[0][-1] == "bad format"
     assert markdown_rows(text)[1][-1] == "32"
-    assert "- form: answers without the form that was asked for" in text
+    assert "- bad format: answers not in the requested format" in text
 
 
-# Quoted figures ---------------------------------------------------------------------------------------------------
+# Quoted results ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["paper-table1", "paper-table2"])
-def test_the_means_that_were_printed_are_those_of_the_figures_beside_them(name: str) -> None:
-    """A figure copied wrongly would show: means are printed to a tenth, of figures rounded to a tenth."""
+def test_the_printed_means_match_the_quoted_numbers(name: str) -> None:
+    """Detects copying errors: means of numbers rounded to a tenth are printed to a tenth."""
     (reference,) = load([name])
     assert len(reference.columns) == len(reference.metrics)
     for row in reference.rows:
-        *figures, average = row["values"]
+        *numbers, average = row["values"]
         assert len(row["values"]) == len(reference.columns)
         if average is not None:
-            assert average == pytest.approx(sum(figures) / len(figures), abs=0.1001)
+            assert average == pytest.approx(sum(numbers) / len(numbers), abs=0.1001)
 
 
 @pytest.mark.parametrize("fmt", ["terminal", "markdown", "latex", "csv", "html", "json"])
-def test_quoted_figures_are_marked_in_every_form(tmp_path: Path, fmt: Any) -> None:
+def test_quoted_results_are_marked_in_every_format(tmp_path: Path, fmt: Any) -> None:
     plain = main([write_run(tmp_path / "run")], fmt)
     text = main([tmp_path / "run"], fmt, reference=["paper-table1", "paper-table2"])
     assert "quoted: R+Judge" in text
@@ -177,14 +181,14 @@ def test_quoted_figures_are_marked_in_every_form(tmp_path: Path, fmt: Any) -> No
     assert "quoted: " not in plain
 
 
-def test_quoted_figures_are_never_among_our_rows_nor_in_a_mean(tmp_path: Path) -> None:
+def test_quoted_results_are_not_in_the_rows_or_means(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     for by in ("task", "suite", "length"):
         alone = json.loads(main([folder], "json", by=by))
-        beside = json.loads(main([folder], "json", by=by, reference=["paper-table1"]))
-        assert beside["rows"] == alone["rows"]
-        assert (alone["quoted"], len(beside["quoted"])) == ([], 35)
-    (best,) = [r for r in beside["quoted"] if (r["run"], r["task"]) == ("quoted: AO", "HotpotQA")]
+        quoted = json.loads(main([folder], "json", by=by, reference=["paper-table1"]))
+        assert quoted["rows"] == alone["rows"]
+        assert (alone["quoted"], len(quoted["quoted"])) == ([], 35)
+    (best,) = [r for r in quoted["quoted"] if (r["run"], r["task"]) == ("quoted: AO", "HotpotQA")]
     assert best == {
         "run": "quoted: AO",
         "pretrained": "Qwen2.5-7B-Instruct-1M",
@@ -199,13 +203,13 @@ def test_quoted_figures_are_never_among_our_rows_nor_in_a_mean(tmp_path: Path) -
     assert [row["score"] for row in rows if row["task"] == "Loong financial"][:2] == ["49.9", "39.5"]
 
 
-def test_an_unknown_reference_is_refused_with_what_there_is(tmp_path: Path) -> None:
+def test_an_unknown_reference_is_refused_with_the_known_names(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown reference 'paper-table3': expected one of paper-table1, paper-table2"):
         main([tmp_path], "json", reference=["paper-table3"])
 
 
 def write_run(folder: Path) -> Path:
-    """A plain lm-eval folder of a task of ours."""
+    """A plain lm-eval folder of an lceval task."""
     task = "lc_filings_ao_1k"
     folder.mkdir()
     (folder / "results_D.json").write_text(json.dumps({"configs": {task: {}}, "config": {"model": "hf"}}))
@@ -217,7 +221,7 @@ def write_run(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_takes_forms_means_and_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_accepts_formats_means_and_references(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "run")
     options = ["--by", "suite", "--reference", "paper-table1", "--reference", "paper-table2", "--format", "latex"]
     assert invoke(["table", str(folder), *options]) == 0

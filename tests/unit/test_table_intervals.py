@@ -1,4 +1,4 @@
-"""Ratios and differences to another run, and means over tasks: held against scipy, statsmodels and counting."""
+"""Ratios, differences and means over tasks, compared with scipy, statsmodels and enumeration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ratio(*strata: Stratum) -> Estimate:
 
 
 def paired(n: int = 120, seed: int = 3) -> Stratum:
-    """Scores that go together, as those of one question under two recipes do."""
+    """Correlated scores, like those of one question under two recipes."""
     rng = np.random.default_rng(seed)
     theirs = rng.gamma(3.0, size=n)
     ours = theirs * rng.uniform(0.4, 1.0, size=n)
@@ -34,20 +34,20 @@ def paired(n: int = 120, seed: int = 3) -> Stratum:
 def test_ratio_and_difference_agree_with_scipys_paired_bootstrap() -> None:
     sample = paired()
     share, delta = against([sample])
-    for found, statistic in (
+    for estimate, statistic in (
         (share, lambda a, b, axis=-1: a.mean(axis=axis) / b.mean(axis=axis)),
         (delta, lambda a, b, axis=-1: a.mean(axis=axis) - b.mean(axis=axis)),
     ):
         theirs = stats.bootstrap(
             (sample.ours, sample.theirs), statistic, paired=True, n_resamples=10_000, method="percentile", rng=5
         )
-        assert found.value == pytest.approx(statistic(np.array(sample.ours), np.array(sample.theirs)), rel=1e-12)
+        assert estimate.value == pytest.approx(statistic(np.array(sample.ours), np.array(sample.theirs)), rel=1e-12)
         tolerance = DRAWN_TWICE * theirs.standard_error
-        assert found.lo == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
-        assert found.hi == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
+        assert estimate.lo == pytest.approx(theirs.confidence_interval.low, abs=tolerance)
+        assert estimate.hi == pytest.approx(theirs.confidence_interval.high, abs=tolerance)
 
 
-def test_the_ratio_of_clustered_means_is_as_wide_as_the_delta_method_says() -> None:
+def test_the_ratio_of_clustered_means_has_the_width_of_the_delta_method() -> None:
     """The delta method's error of R = mean(s) / mean(f) is that of mean(s - R f) / mean(f), clusters taken together.
 
     With 150 clusters it is normal enough: bounds at 1.96 errors, to a tenth of an error.
@@ -56,32 +56,32 @@ def test_the_ratio_of_clustered_means_is_as_wide_as_the_delta_method_says() -> N
     clusters = rng.integers(0, 150, size=600)
     theirs = rng.uniform(1, 2, size=600) + rng.uniform(0, 1, size=150)[clusters]
     ours = 0.6 * theirs + rng.uniform(-0.25, 0.25, size=150)[clusters] + rng.uniform(-0.2, 0.2, size=600)
-    found = ratio(Stratum(ours.tolist(), theirs.tolist(), clusters.tolist()))
+    estimate = ratio(Stratum(ours.tolist(), theirs.tolist(), clusters.tolist()))
     share = ours.mean() / theirs.mean()
     fit = sm.OLS(ours - share * theirs, np.ones(600)).fit(cov_type="cluster", cov_kwds={"groups": clusters})
     error = float(fit.bse[0]) / theirs.mean()
-    assert found.value == pytest.approx(share, rel=1e-12)
-    assert found.lo == pytest.approx(share - 1.96 * error, abs=0.1 * error)
-    assert found.hi == pytest.approx(share + 1.96 * error, abs=0.1 * error)
+    assert estimate.value == pytest.approx(share, rel=1e-12)
+    assert estimate.lo == pytest.approx(share - 1.96 * error, abs=0.1 * error)
+    assert estimate.hi == pytest.approx(share + 1.96 * error, abs=0.1 * error)
     unpaired = ratio(Stratum(ours.tolist(), rng.permutation(theirs).tolist(), clusters.tolist()))
-    assert found.hi is not None
-    assert found.lo is not None
+    assert estimate.hi is not None
+    assert estimate.lo is not None
     assert unpaired.hi is not None
     assert unpaired.lo is not None
-    assert found.hi - found.lo < unpaired.hi - unpaired.lo
+    assert estimate.hi - estimate.lo < unpaired.hi - unpaired.lo
 
 
-def test_the_difference_of_clustered_means_is_as_wide_as_a_cluster_robust_regression_says() -> None:
+def test_the_difference_of_clustered_means_has_the_width_of_a_cluster_robust_regression() -> None:
     rng = np.random.default_rng(9)
     clusters = rng.integers(0, 150, size=500)
     drops = rng.normal(0.2, 0.3, size=150)[clusters] + rng.normal(0, 0.3, size=500)
     theirs = rng.uniform(0, 1, size=500)
-    found = difference([Stratum((theirs - drops).tolist(), theirs.tolist(), clusters.tolist())])
+    estimate = difference([Stratum((theirs - drops).tolist(), theirs.tolist(), clusters.tolist())])
     fit = sm.OLS(-drops, np.ones(500)).fit(cov_type="cluster", cov_kwds={"groups": clusters})
     lo, hi = fit.conf_int()[0]
-    assert found.value == pytest.approx(-drops.mean())
-    assert found.lo == pytest.approx(lo, abs=0.1 * fit.bse[0])
-    assert found.hi == pytest.approx(hi, abs=0.1 * fit.bse[0])
+    assert estimate.value == pytest.approx(-drops.mean())
+    assert estimate.lo == pytest.approx(lo, abs=0.1 * fit.bse[0])
+    assert estimate.hi == pytest.approx(hi, abs=0.1 * fit.bse[0])
 
 
 def test_three_contexts_reach_the_best_and_the_worst_of_their_27_draws() -> None:
@@ -98,11 +98,11 @@ def test_a_single_task_has_the_interval_of_its_own_row() -> None:
     rng = np.random.default_rng(1)
     scores, clusters = rng.uniform(size=200).tolist(), rng.integers(0, 60, size=200).tolist()
     value, lo, hi = cluster_bootstrap(scores, clusters)
-    found = mean([Stratum(scores, [], clusters)])
+    estimate = mean([Stratum(scores, [], clusters)])
     tolerance = DRAWN_TWICE * (hi - lo) / (2 * 1.96)
-    assert found.value == pytest.approx(value)
-    assert found.lo == pytest.approx(lo, abs=tolerance)
-    assert found.hi == pytest.approx(hi, abs=tolerance)
+    assert estimate.value == pytest.approx(value)
+    assert estimate.lo == pytest.approx(lo, abs=tolerance)
+    assert estimate.hi == pytest.approx(hi, abs=tolerance)
 
 
 def test_a_mean_over_tasks_is_resampled_within_each_task() -> None:
@@ -110,15 +110,15 @@ def test_a_mean_over_tasks_is_resampled_within_each_task() -> None:
     rng = np.random.default_rng(2)
     tasks = [rng.gamma(2.0, size=150), rng.gamma(4.0, size=150), rng.gamma(1.0, size=90)]
     weights = [0.25, 0.25, 0.5]
-    found = mean([Stratum(t.tolist(), [], range(len(t)), w) for t, w in zip(tasks, weights, strict=True)])
+    estimate = mean([Stratum(t.tolist(), [], range(len(t)), w) for t, w in zip(tasks, weights, strict=True)])
     value = sum(w * t.mean() for t, w in zip(tasks, weights, strict=True))
     error = math.sqrt(sum(w**2 * t.var() / len(t) for t, w in zip(tasks, weights, strict=True)))
-    assert found.value == pytest.approx(value)
-    assert found.lo == pytest.approx(value - 1.96 * error, abs=0.15 * error)
-    assert found.hi == pytest.approx(value + 1.96 * error, abs=0.15 * error)
+    assert estimate.value == pytest.approx(value)
+    assert estimate.lo == pytest.approx(value - 1.96 * error, abs=0.15 * error)
+    assert estimate.hi == pytest.approx(value + 1.96 * error, abs=0.15 * error)
 
 
-def test_a_ratio_over_tasks_is_the_ratio_of_their_means_and_not_the_mean_of_their_ratios() -> None:
+def test_a_ratio_over_tasks_is_the_ratio_of_means_and_not_the_mean_of_ratios() -> None:
     easy = Stratum([0.9, 0.9], [1.0, 1.0], "ab", 0.5)
     hard = Stratum([0.0, 0.1], [0.1, 0.1], "ab", 0.5)
     share, delta = against([easy, hard])
@@ -147,28 +147,28 @@ def test_a_ratio_over_tasks_is_the_ratio_of_their_means_and_not_the_mean_of_thei
         "one context with anything to lose",
     ],
 )
-def test_where_nothing_can_be_known_there_is_no_number(stratum: Stratum, expected: Estimate) -> None:
+def test_no_ratio_or_interval_where_it_is_undefined(stratum: Stratum, expected: Estimate) -> None:
     assert ratio(stratum) == expected
 
 
-def test_one_task_with_a_single_context_leaves_the_mean_without_an_interval() -> None:
+def test_a_task_with_a_single_context_gives_a_mean_without_interval() -> None:
     known, single = paired(), Stratum([1.0, 2.0], [2.0, 2.0], "aa", 0.5)
     assert mean([Stratum(known.ours, [], known.clusters, 0.5), single]).lo is None
     assert difference([single]).value == -0.5 * 0.5
 
 
-def test_neither_the_order_of_samples_nor_the_names_of_contexts_change_anything() -> None:
+def test_sample_order_and_context_names_do_not_matter() -> None:
     sample = paired(60)
     order = np.random.default_rng(0).permutation(60).tolist()
     shuffled = Stratum([sample.ours[i] for i in order], [sample.theirs[i] for i in order], [f"x{i}" for i in order])
     assert against([shuffled]) == against([sample])
 
 
-def test_what_is_kept_of_the_draws_and_what_is_not_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_and_uncached_draws_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = paired(50)
     whole = against([sample])
-    monkeypatch.setattr(intervals, "_KEPT_DRAWS", 0)
+    monkeypatch.setattr(intervals, "_CACHED_DRAWS", 0)
     assert against([sample]) == whole
     monkeypatch.setattr(intervals, "_BLOCK_DRAWS", 3333)
-    for found, before in zip(against([sample]), whole, strict=True):
-        assert found == pytest.approx(before, rel=0.05)
+    for estimate, before in zip(against([sample]), whole, strict=True):
+        assert estimate == pytest.approx(before, rel=0.05)

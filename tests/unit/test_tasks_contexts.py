@@ -1,4 +1,4 @@
-"""What a question is shown: full, gold, none, rag; and what is refused."""
+"""Context settings: full, gold, none, rag; and invalid settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TASK = "lc_filings_ao_2k"
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tokenizer with one token a word or punctuation mark."""
+    """Folder of a tokenizer with one token per word or punctuation mark."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("words")
@@ -35,22 +35,22 @@ def rows(words: str, task: str = TASK, **metadata: Any) -> list[Any]:
     return build.rows_of(catalogue.find(task), {"pretrained": words, **metadata})
 
 
-def test_gold_shows_the_gold_documents_alone_and_none_shows_nothing(words: str) -> None:
+def test_gold_has_only_the_gold_documents_and_none_has_no_documents(words: str) -> None:
     full, gold, none = (rows(words, **more) for more in ({}, {"context": "gold"}, {"context": "none"}))
     assert [row["id"] for row in gold] == [row["id"] for row in none] == [row["id"] for row in full]
-    for everything, some, nothing in zip(full, gold, none, strict=True):
-        assert [document["pid"] for document in some["docs"]] == everything["gold_pids"]
-        assert some["context"] == f"[DOC 0]\n{some['docs'][0]['text']}"
-        assert some["answers"][0] in some["context"]
-        assert prompts.prompt(some).startswith("Read the numbered documents")
-        assert (nothing["docs"], nothing["context"]) == ([], "")
-        assert prompts.prompt(nothing) == prompts.join(nothing["instruction"], "", nothing["ask"])
-        assert "documents" not in prompts.prompt(nothing)
-        assert nothing["length_tokens"] < some["length_tokens"] < everything["length_tokens"]
-        assert some["cluster"] == nothing["cluster"] == everything["cluster"]
+    for full_row, gold_row, none_row in zip(full, gold, none, strict=True):
+        assert [document["pid"] for document in gold_row["docs"]] == full_row["gold_pids"]
+        assert gold_row["context"] == f"[DOC 0]\n{gold_row['docs'][0]['text']}"
+        assert gold_row["answers"][0] in gold_row["context"]
+        assert prompts.prompt(gold_row).startswith("Read the numbered documents")
+        assert (none_row["docs"], none_row["context"]) == ([], "")
+        assert prompts.prompt(none_row) == prompts.join(none_row["instruction"], "", none_row["ask"])
+        assert "documents" not in prompts.prompt(none_row)
+        assert none_row["length_tokens"] < gold_row["length_tokens"] < full_row["length_tokens"]
+        assert gold_row["cluster"] == none_row["cluster"] == full_row["cluster"]
 
 
-def test_every_length_is_counted_anew(words: str) -> None:
+def test_lengths_are_measured_again(words: str) -> None:
     meter = build.meter_for("t", {"pretrained": words})
     for row in rows(words, context="gold"):
         (prompt,) = meter.prompts([prompts.prompt(row)])
@@ -58,48 +58,56 @@ def test_every_length_is_counted_anew(words: str) -> None:
 
 
 @pytest.mark.parametrize("chunk", [40, 2048])
-def test_rag_shows_what_full_shows_in_its_order_within_the_budget(words: str, chunk: int) -> None:
+def test_rag_has_chunks_of_the_full_context_in_its_order_within_the_budget(words: str, chunk: int) -> None:
     meter = build.meter_for("t", {"pretrained": words})
     full = {row["id"]: row for row in rows(words)}
-    found = rows(words, context="rag", retriever="bm25", chunk=chunk, budget=300)
+    retrieved = rows(words, context="rag", retriever="bm25", chunk=chunk, budget=300)
     hits = 0
-    for row in found:
-        shown = full[row["id"]]["context"]
-        at = 0
+    for row in retrieved:
+        context = full[row["id"]]["context"]
+        offset = 0
         for document in row["docs"]:
-            at = shown.index(document["text"], at) + len(document["text"])
+            offset = context.index(document["text"], offset) + len(document["text"])
         costs = meter.pieces([document["text"] for document in row["docs"]])
         assert sum(costs) <= 300
         assert max(costs) <= max(chunk, 300)
         hits += row["answers"][0] in row["context"]
-    # every question names its company, and so does every sentence: BM25 must find most of them
-    assert hits / len(found) > 0.5
-    assert len({row["context"] for row in found}) > len({row["cluster"] for row in found})
+    # every question and every sentence has the company name: BM25 must retrieve most of them
+    assert hits / len(retrieved) > 0.5
+    assert len({row["context"] for row in retrieved}) > len({row["cluster"] for row in retrieved})
 
 
 @pytest.mark.parametrize(
-    ("task", "metadata", "said"),
+    ("task", "metadata", "message"),
     [
         (TASK, {"context": "golden"}, r"context='golden': expected one of full, gold, none, rag"),
-        ("lc_kvlookup_ao_4k", {"context": "rag"}, r"lc_kvlookup_ao_4k has no context=rag: it has full, gold, none"),
-        ("lc_quality_mc", {"context": "gold"}, r"lc_quality_mc has no context=gold"),
-        (TASK, {"context": "rag", "retriever": "tfidf"}, r"no retriever='tfidf': it has bm25, dense, hybrid"),
+        (
+            "lc_kvlookup_ao_4k",
+            {"context": "rag"},
+            r"lc_kvlookup_ao_4k does not support context=rag: expected one of full, gold, none",
+        ),
+        ("lc_quality_mc", {"context": "gold"}, r"lc_quality_mc does not support context=gold"),
+        (
+            TASK,
+            {"context": "rag", "retriever": "tfidf"},
+            r"not support retriever='tfidf': expected one of bm25, dense, hybrid",
+        ),
         (TASK, {"context": "rag", "chunk": 0}, r"chunk=0: expected a positive number of tokens"),
         (TASK, {"context": "rag", "budget": "4k"}, r"budget='4k'"),
-        (TASK, {"retriever": "bm25"}, r"retriever= goes with context=rag; here context=full"),
-        (TASK, {"context": "gold", "budget": 100}, r"budget= goes with context=rag; here context=gold"),
+        (TASK, {"retriever": "bm25"}, r"retriever= requires context=rag, got context=full"),
+        (TASK, {"context": "gold", "budget": 100}, r"budget= requires context=rag, got context=gold"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(task: str, metadata: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_an_invalid_setting_is_named_in_the_error(task: str, metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         contexts.setting(catalogue.find(task), metadata)
     assert "\n" not in str(caught.value)
 
 
 @given(st.sampled_from(["bm25", "dense", "hybrid"]), st.integers(1, 4096), st.integers(1, 9999))
-def test_a_choice_is_named_by_everything_that_decides_it(retriever: str, chunk: int, budget: int) -> None:
+def test_the_string_of_a_setting_has_all_of_its_fields(retriever: str, chunk: int, budget: int) -> None:
     task = catalogue.find(TASK)
-    made = contexts.setting(task, {"context": "rag", "retriever": retriever, "chunk": chunk, "budget": budget})
-    assert str(made) == f"rag:{retriever}:chunk={chunk}:budget={budget}"
+    setting = contexts.setting(task, {"context": "rag", "retriever": retriever, "chunk": chunk, "budget": budget})
+    assert str(setting) == f"rag:{retriever}:chunk={chunk}:budget={budget}"
     assert str(contexts.setting(task, {})) == "full"
-    assert made.needs_meter
+    assert setting.requires_meter

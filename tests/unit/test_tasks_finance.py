@@ -1,4 +1,4 @@
-"""Rows of the finance suite: real samples where they are at hand, hand-made records through the hub's loader."""
+"""Rows of the finance suite: real samples if available, synthetic records through the hub's loader."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Folder of a tokenizer with one token a word or punctuation mark."""
+    """Folder of a tokenizer with one token per word or punctuation mark."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     folder = tmp_path_factory.mktemp("words")
@@ -76,7 +76,7 @@ def _lines(folder: Path, pattern: str) -> list[str]:
 # TAT-QA
 
 
-def test_tatqa_asks_every_question_and_names_the_evidence(data_folder: Path) -> None:
+def test_tatqa_has_every_question_with_its_evidence(data_folder: Path) -> None:
     rows = rows_of("lc_tatqa_ao")
     check(rows)
     assert len(rows) == 1668
@@ -88,14 +88,16 @@ def test_tatqa_asks_every_question_and_names_the_evidence(data_folder: Path) -> 
         "count": 32,
     }
     records = map(json.loads, _lines(data_folder, "tatqa/*"))
-    told = {question["uid"]: question["answer_from"] for record in records for question in record["questions"]}
+    answer_sources = {
+        question["uid"]: question["answer_from"] for record in records for question in record["questions"]
+    }
     for row in rows:
         has_table = row["docs"][0]["pid"] in row["gold_pids"]
-        assert has_table == ("table" in told[row["id"]])
-        assert told[row["id"]] == "table" or len(row["gold_pids"]) > has_table
+        assert has_table == ("table" in answer_sources[row["id"]])
+        assert answer_sources[row["id"]] == "table" or len(row["gold_pids"]) > has_table
 
 
-def test_tatqa_shows_a_table_as_rows_between_pipes(data_folder: Path) -> None:
+def test_tatqa_renders_a_table_as_rows_between_pipes(data_folder: Path) -> None:
     row = rows_of("lc_tatqa_ao")[0]
     first = row["docs"][0]["text"].split("\n")
     assert first[2:4] == ["| Fixed Price | $ 1,452.4 | $ 1,146.2 | $ 1,036.9 |", "| Other | 44.1 | 56.7 | 70.8 |"]
@@ -113,12 +115,12 @@ TATQA = {
             "answer": answer,
             "derivation": "",
             "answer_type": kind,
-            "answer_from": told,
+            "answer_from": answer_from,
             "rel_paragraphs": paragraphs,
             "req_comparison": False,
             "scale": scale,
         }
-        for n, (question, answer, kind, told, paragraphs, scale) in enumerate(
+        for n, (question, answer, kind, answer_from, paragraphs, scale) in enumerate(
             [
                 ("What were sales in 2020?", ["$ 12.5"], "span", "table-text", ["1"], "million"),
                 ("By how much did they change?", 15.5, "arithmetic", "table", [], "million"),
@@ -131,13 +133,13 @@ TATQA = {
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty data folder, by itself."""
+    """An empty data folder."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path / "data"))
     return tmp_path / "data"
 
 
 def put(hub: Path, task: str, records: list[dict[str, Any]], name: str = "") -> None:
-    """Writes records as the hub's repository has them."""
+    """Write records in the format of the hub repository."""
     described = catalogue.find(task).dataset.hub
     assert described is not None
     (pattern,) = described.files.values()
@@ -149,7 +151,7 @@ def put(hub: Path, task: str, records: list[dict[str, Any]], name: str = "") -> 
         file.write_text(json.dumps(records), encoding="utf-8")
 
 
-def test_tatqa_reads_the_hubs_file_whose_answers_are_of_several_kinds(hub: Path) -> None:
+def test_tatqa_loads_the_hubs_file_with_answers_of_several_types(hub: Path) -> None:
     put(hub, "lc_tatqa_ao", [TATQA])
     rows = rows_of("lc_tatqa_ao")
     check(rows)
@@ -160,7 +162,7 @@ def test_tatqa_reads_the_hubs_file_whose_answers_are_of_several_kinds(hub: Path)
 
 
 @pytest.mark.parametrize("lost", ["table", "paragraphs", "questions"])
-def test_a_damaged_tatqa_record_is_refused(hub: Path, lost: str) -> None:
+def test_an_invalid_tatqa_record_raises(hub: Path, lost: str) -> None:
     put(hub, "lc_tatqa_ao", [{key: value for key, value in TATQA.items() if key != lost}])
     assert "tatqa_dataset_dev.json record 1 is no TAT-QA context" in one_line("lc_tatqa_ao")
 
@@ -168,7 +170,7 @@ def test_a_damaged_tatqa_record_is_refused(hub: Path, lost: str) -> None:
 # ConvFinQA
 
 
-def test_convfinqa_asks_the_last_question_and_tells_those_before(data_folder: Path) -> None:
+def test_convfinqa_has_the_last_question_and_the_previous_questions(data_folder: Path) -> None:
     rows = rows_of("lc_convfinqa_ao")
     check(rows)
     assert len(rows) == 200
@@ -178,12 +180,12 @@ def test_convfinqa_asks_the_last_question_and_tells_those_before(data_folder: Pa
         assert row["question"].startswith(record["questions"][-1])
         assert all(question.strip() in row["question"] for question in record["questions"])
         assert row["answers"][0] in ("yes", "no") or float(row["answers"][0]) == record["answer"]
-        # nothing of the page is lost by cutting it into sentences
-        told = " ".join(document["text"] for document in row["docs"] if document["title"] == "text")
-        assert told.split() == record["text"].split()
+        # splitting into sentences loses no text of the page
+        page_text = " ".join(document["text"] for document in row["docs"] if document["title"] == "text")
+        assert page_text.split() == record["text"].split()
 
 
-def test_convfinqa_names_the_table_and_the_sentences_that_the_source_marks(data_folder: Path) -> None:
+def test_convfinqas_gold_documents_are_the_annotated_table_and_sentences(data_folder: Path) -> None:
     records = {record["id"]: record for record in map(json.loads, _lines(data_folder, "convfinqa/*"))}
     whole = 0
     for row in rows_of("lc_convfinqa_ao"):
@@ -193,13 +195,13 @@ def test_convfinqa_names_the_table_and_the_sentences_that_the_source_marks(data_
             whole += 1
             continue
         assert (gold[0]["title"] == "table") == bool(table.strip())
-        shown = set(normalize(" ".join(document["text"] for document in gold)).split())
-        wanted = set(normalize(golden).split())
-        assert len(wanted & shown) >= 0.9 * len(wanted)
-    assert whole <= 1  # one conversation names no evidence
+        gold_words = set(normalize(" ".join(document["text"] for document in gold)).split())
+        golden_words = set(normalize(golden).split())
+        assert len(golden_words & gold_words) >= 0.9 * len(golden_words)
+    assert whole <= 1  # one conversation has no evidence annotation
 
 
-def test_sentences_end_at_their_full_stops_and_not_at_abbreviations() -> None:
+def test_sentences_end_at_full_stops_and_not_at_abbreviations() -> None:
     text = "sales in the u.s . rose to $ 1.2 million . acme inc . paid ( see note 5 ) . no . of staff : 12 ."
     assert reports.sentences(text) == [
         "sales in the u.s . rose to $ 1.2 million .",
@@ -222,7 +224,7 @@ FINQA = {
 }
 
 
-def test_finqa_reads_the_hubs_records(hub: Path) -> None:
+def test_finqa_loads_the_hubs_records(hub: Path) -> None:
     second = {**FINQA, "id": "ACME/2009/page_49.pdf-2", "question": "did sales fall?", "answers": "yes"}
     empty = {**FINQA, "id": "ACME/2009/page_49.pdf-3", "answers": ""}
     other = {**FINQA, "id": "ACME/2010/page_1.pdf-1", "post_text": []}
@@ -255,11 +257,16 @@ def test_finqa_reads_the_hubs_records(hub: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lost", "said"), [("question", "question=None"), ("table", "has no table"), ("pre_text", "has no pre_text")]
+    ("lost", "message"),
+    [
+        ("question", ": invalid question=None"),
+        ("table", " has no table"),
+        ("pre_text", " has no pre_text"),
+    ],
 )
-def test_a_damaged_finqa_record_is_refused(hub: Path, lost: str, said: str) -> None:
+def test_an_invalid_finqa_record_raises(hub: Path, lost: str, message: str) -> None:
     put(hub, "lc_finqa_ao", [FINQA, {key: value for key, value in FINQA.items() if key != lost}])
-    assert f"finqa-test.parquet record 2 {'has ' if '=' in said else ''}{said}" in one_line("lc_finqa_ao")
+    assert f"finqa-test.parquet record 2{message}" in one_line("lc_finqa_ao")
 
 
 DOCFINQA = {
@@ -270,7 +277,7 @@ DOCFINQA = {
 }
 
 
-def test_docfinqa_reads_the_hubs_records_and_keeps_a_filings_questions_together(hub: Path) -> None:
+def test_docfinqa_loads_the_hubs_records_and_groups_the_questions_of_a_filing(hub: Path) -> None:
     other = {**DOCFINQA, "Context": "Another filing."}
     again = {**DOCFINQA, "Question": "did they rise?", "Answer": "yes"}
     prose = {**DOCFINQA, "Question": "why?", "Answer": "because of the rates"}
@@ -287,13 +294,13 @@ def test_docfinqa_reads_the_hubs_records_and_keeps_a_filings_questions_together(
     }
 
 
-def test_docfinqa_takes_answers_that_the_file_keeps_as_numbers(hub: Path) -> None:
+def test_docfinqa_accepts_numeric_answers(hub: Path) -> None:
     put(hub, "lc_docfinqa_ao", [{**DOCFINQA, "Answer": 0.25}, {**DOCFINQA, "Answer": 3.0, "Question": "how many?"}])
     assert [row["answers"] for row in rows_of("lc_docfinqa_ao")] == [["0.25"], ["3"]]
 
 
 @pytest.mark.parametrize("lost", ["Context", "Question", "Answer"])
-def test_a_damaged_docfinqa_record_is_refused(hub: Path, lost: str) -> None:
+def test_an_invalid_docfinqa_record_raises(hub: Path, lost: str) -> None:
     put(hub, "lc_docfinqa_ao", [{key: value for key, value in DOCFINQA.items() if key != lost}])
     assert f"record 1 has {lost}=None" in one_line("lc_docfinqa_ao")
 
@@ -301,7 +308,7 @@ def test_a_damaged_docfinqa_record_is_refused(hub: Path, lost: str) -> None:
 # FinanceBench
 
 
-def test_financebench_shows_whole_filings_and_knows_the_evidence_pages(data_folder: Path) -> None:
+def test_financebench_has_whole_filings_with_gold_evidence_pages(data_folder: Path) -> None:
     rows = rows_of("lc_financebench_ao")
     check(rows)
     assert len(rows) == 52
@@ -315,7 +322,7 @@ def test_financebench_shows_whole_filings_and_knows_the_evidence_pages(data_fold
     assert pages == 1163  # 1,165, two of them blank
 
 
-def test_context_gold_is_the_oracle_page_and_none_the_closed_book(data_folder: Path) -> None:
+def test_context_gold_is_the_oracle_and_none_is_closed_book(data_folder: Path) -> None:
     oracle, closed = (rows_of("lc_financebench_ao", context=kind) for kind in ("gold", "none"))
     assert Counter(len(row["docs"]) for row in oracle) == {1: 49, 2: 2, 3: 1}
     assert all([document["pid"] for document in row["docs"]] == row["gold_pids"] for row in oracle)
@@ -328,7 +335,7 @@ def multi(data_folder: Path, words: str) -> Rows:
     return rows_of("lc_financebenchmulti_ao_8k", pretrained=words)
 
 
-def test_financebenchmulti_keeps_the_length(multi: Rows, words: str) -> None:
+def test_financebenchmulti_meets_the_length(multi: Rows, words: str) -> None:
     check(multi)
     meter = tokens.meter_for("t", {"pretrained": words})
     for row in multi:
@@ -344,31 +351,31 @@ def test_financebenchmulti_fills_with_the_same_filing_first(multi: Rows, data_fo
     alone = mixed = 0
     for row in multi:
         filing = row["gold_pids"][0].rpartition("-p")[0]
-        shown = [document["pid"].rpartition("-p")[0] for document in row["docs"]]
+        filings = [document["pid"].rpartition("-p")[0] for document in row["docs"]]
         if pages[filing] > 100:
-            # the last page may be another filing's: it is the one that fits best
-            assert shown.count(filing) >= len(shown) - 1
+            # the last page may be of another filing, as the one that fits best
+            assert filings.count(filing) >= len(filings) - 1
             alone += 1
         elif pages[filing] < 10:
-            assert len(set(shown)) > 1
+            assert len(set(filings)) > 1
             mixed += 1
     assert alone
     assert mixed
 
 
-def test_no_other_page_of_financebenchmulti_holds_the_answer(multi: Rows) -> None:
+def test_no_other_page_of_financebenchmulti_contains_the_answer(multi: Rows) -> None:
     checked = 0
     for row in multi:
         (answer,) = row["answers"]
         if normalize(answer) in ("yes", "no"):
             continue
-        held = LeakIndex([document["text"] for document in row["docs"]]).holders([normalize(answer)])
-        assert {row["docs"][index]["pid"] for index in held} <= set(row["gold_pids"])
+        leaking = LeakIndex([document["text"] for document in row["docs"]]).containing([normalize(answer)])
+        assert {row["docs"][index]["pid"] for index in leaking} <= set(row["gold_pids"])
         checked += 1
     assert checked == 51
 
 
-def test_the_evidence_of_financebenchmulti_stands_at_every_depth(multi: Rows) -> None:
+def test_the_evidence_of_financebenchmulti_is_at_every_depth(multi: Rows) -> None:
     depths = []
     for row in multi:
         pids = [document["pid"] for document in row["docs"]]
@@ -378,7 +385,7 @@ def test_the_evidence_of_financebenchmulti_stands_at_every_depth(multi: Rows) ->
     assert 0.35 < sum(depths) / len(depths) < 0.65
 
 
-def test_the_seed_decides_the_pages_of_financebenchmulti(multi: Rows, words: str) -> None:
+def test_the_seed_determines_the_pages_of_financebenchmulti(multi: Rows, words: str) -> None:
     again = rows_of("lc_financebenchmulti_ao_8k", pretrained=words)
     other = rows_of("lc_financebenchmulti_ao_8k", pretrained=words, data_seed=7)
     assert again == multi
@@ -391,7 +398,7 @@ FILING = {"id": "q1", "question": "What is it?", "answer": "Customer deposits", 
 
 @pytest.fixture
 def filings(hub: Path) -> Any:
-    """A function that writes questions, on pages of two small filings."""
+    """A function that writes questions on pages of two small filings."""
 
     def write(questions: list[dict[str, Any]]) -> None:
         folder = hub / "financebench"
@@ -406,7 +413,7 @@ def filings(hub: Path) -> Any:
     return write
 
 
-def test_financebench_asks_only_questions_whose_pages_are_at_hand(filings: Any) -> None:
+def test_financebench_has_only_questions_with_available_pages(filings: Any) -> None:
     absent = {**FILING, "id": "q2", "doc_name": "GONE_10K", "gold_pages": [["GONE_10K", 0]]}
     filings([{**FILING, "gold_pages": [["ACME_10K", 1], ["ACME_10K", 1]]}, absent])
     (row,) = rows_of("lc_financebench_ao")
@@ -419,12 +426,12 @@ def test_financebench_asks_only_questions_whose_pages_are_at_hand(filings: Any) 
     }
 
 
-def test_financebench_refuses_a_question_without_pages_and_a_set_without_questions(filings: Any) -> None:
+def test_financebench_raises_without_gold_pages_or_questions(filings: Any) -> None:
     filings([FILING])
     assert "financebench/questions.jsonl id='q1' has gold_pages=None" in one_line("lc_financebench_ao")
 
 
-def test_financebench_says_when_nothing_can_be_asked(filings: Any) -> None:
+def test_financebench_raises_without_a_usable_question(filings: Any) -> None:
     filings([{**FILING, "doc_name": "GONE_10K", "gold_pages": [["GONE_10K", 0]]}])
     assert "lc_financebench_ao has no rows" in one_line("lc_financebench_ao")
 
@@ -449,7 +456,7 @@ LOONG = {
 LOONG_FILE = "data/financial-00000-of-00001.parquet"
 
 
-def test_loong_reads_the_hubs_records(hub: Path) -> None:
+def test_loong_loads_the_hubs_records(hub: Path) -> None:
     simple = {**LOONG, "id": "id-2", "level": 1, "question": "What are the sales of Acme?", "answer": "$3"}
     chinese = {**LOONG, "id": "id-3", "language": "zh"}
     put(hub, "lc_loong_ao", [LOONG, simple, chinese], LOONG_FILE)
@@ -480,7 +487,7 @@ def test_loong_reads_the_hubs_records(hub: Path) -> None:
     assert [(row["id"], row["level"], row["answers"]) for row in rows[1:]] == [("id-2", 1, ["$3"])]
 
 
-def test_loong_can_be_kept_to_some_levels(hub: Path) -> None:
+def test_loong_can_be_restricted_to_levels(hub: Path) -> None:
     put(hub, "lc_loong_ao", [LOONG, {**LOONG, "id": "id-2", "level": 1}], LOONG_FILE)
     task = catalogue.find("lc_loong_ao")
     for levels, ids in (([1], ["id-2"]), ([1, 3], ["id-1", "id-2"])):
@@ -492,7 +499,7 @@ def test_loong_can_be_kept_to_some_levels(hub: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         ({"docs": None}, "docs=None"),
         ({"level": None}, "level=None"),
@@ -500,15 +507,15 @@ def test_loong_can_be_kept_to_some_levels(hub: Path) -> None:
         ({"docs": " "}, "has no docs"),
     ],
 )
-def test_a_damaged_loong_record_is_refused(hub: Path, damage: dict[str, Any], said: str) -> None:
+def test_an_invalid_loong_record_raises(hub: Path, damage: dict[str, Any], message: str) -> None:
     put(hub, "lc_loong_ao", [{**LOONG, **damage}], LOONG_FILE)
-    assert said in one_line("lc_loong_ao")
+    assert message in one_line("lc_loong_ao")
 
 
 def test_reports_without_a_heading_are_one_document() -> None:
     (only,) = loong.reports("Table of contents\nSales: 3.", "x")
     assert only == {"pid": "x-0", "title": "", "text": "Table of contents\nSales: 3."}
-    # such brackets within a line are no heading
+    # such brackets within a line are not a heading
     assert len(loong.reports("\u300aAcme\u300b\nsee \u300aNotes\u300b below", "x")) == 1
 
 
@@ -526,7 +533,7 @@ def test_reports_without_a_heading_are_one_document() -> None:
         (None, ""),
     ],
 )
-def test_loongs_answers_become_one_line(answer: object, line: str) -> None:
+def test_loongs_answers_are_rendered_on_one_line(answer: object, line: str) -> None:
     assert loong.compact(answer) == line
 
 
@@ -536,14 +543,14 @@ def test_every_answer_of_loong_can_be_rendered(data_folder: Path) -> None:
     assert len(lines) == 295
     assert all(lines)
     parsed = [json.loads(line) for line in lines if line.startswith("{")]
-    assert len(parsed) == 90  # 89 objects, and one that the source keeps as a text
+    assert len(parsed) == 90  # 89 objects, and one text
 
 
-# All of them
+# All datasets
 
 
 @pytest.mark.parametrize("task", ["lc_finqa_ao", "lc_docfinqa_ao", "lc_loong_ao"])
-def test_without_a_copy_or_a_network_the_error_says_both_ways(
+def test_without_a_copy_or_a_network_the_error_names_both_remedies(
     hub: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unreachable(*args: object, **options: object) -> None:
@@ -551,9 +558,9 @@ def test_without_a_copy_or_a_network_the_error_says_both_ways(
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     monkeypatch.setattr("lceval.tasks.sources._commit", lambda hub: hub.revision)
-    said = one_line(task)
-    assert "from the hub (no route to the hub)" in said
-    assert "lceval data fetch" in said
+    message = one_line(task)
+    assert "from the hub (no route to the hub)" in message
+    assert "lceval data fetch" in message
 
 
 @pytest.mark.parametrize("task", ["lc_convfinqa_ao", "lc_financebench_ao"])
@@ -561,7 +568,7 @@ def test_without_the_local_files_the_error_names_them(hub: Path, task: str) -> N
     assert f"{catalogue.find(task).dataset.files[0]}" in one_line(task)
 
 
-def test_what_does_not_fit_an_8k_model_is_outside_the_group() -> None:
+def test_datasets_that_do_not_fit_an_8k_model_are_not_in_the_group() -> None:
     members = set(catalogue.groups()["lc_finance"])
     assert {"lc_tatqa_ao", "lc_convfinqa_ao", "lc_financebenchmulti_ao_8k"} <= members
     assert not {"lc_docfinqa_ao", "lc_finqa_ao", "lc_financebench_ao", "lc_loong_ao"} & members

@@ -1,4 +1,4 @@
-"""HELMET's files: their schemas, the length, gold passages at their depth, what is passed over, and the archive."""
+"""HELMET's files: schemas, length, depth of gold passages, skipped questions, and the archive."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ TEMPLATE = (
 
 def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
     """One token for a word, a punctuation mark or a run of white space."""
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+| |\w+|[^\w\s]"), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+| |\w+|[^\w\s]"), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
     fast.chat_template = template
     return fast
 
@@ -49,24 +49,24 @@ def passage(question: int, rank: int) -> dict[str, Any]:
 
 
 def record(dataset: str, question: int, depth: int, count: int, depths: int = 6) -> dict[str, Any]:
-    """A record in the schema of the dataset's file: the gold passage at one of `depths` places among `count`."""
+    """A record in the schema of the dataset's file, with the gold passage at one of `depths` positions of `count`."""
     key = "id" if dataset == "popqa" else "psg_id"
     own = [{**passage(question, rank), key: str(1000 * question + rank)} for rank in range(1, count)]
     gold = {"title": "Gold", "text": f"The answer to it is answer{question}.", key: str(1000 * question)}
     place = round(depth * (count - 1) / (depths - 1))
-    shown = [*own[:place], gold, *own[place:]]
-    made: dict[str, Any] = {"question": f"What is the answer to number {question}?", "answers": [f"answer{question}"]}
+    ctxs = [*own[:place], gold, *own[place:]]
+    fields: dict[str, Any] = {"question": f"What is the answer to number {question}?", "answers": [f"answer{question}"]}
     if dataset == "popqa":
-        shown = [{**one, "has_answer": one is gold, "score": 1.0} for one in shown]
-        return {**made, "id": 7000 + question, "s_pop": 10 * question + 1, "ctxs": shown}
+        ctxs = [{**ctx, "has_answer": ctx is gold, "score": 1.0} for ctx in ctxs]
+        return {**fields, "id": 7000 + question, "s_pop": 10 * question + 1, "ctxs": ctxs}
     if dataset != "nq":
-        made["id"] = f"dev-{question}"
-    return {**made, "ctxs": shown, "positive_ctxs": [{key: gold[key], "title": "Gold", "text": gold["text"]}]}
+        fields["id"] = f"dev-{question}"
+    return {**fields, "ctxs": ctxs, "positive_ctxs": [{key: gold[key], "title": "Gold", "text": gold["text"]}]}
 
 
 @pytest.fixture
 def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """A function that writes a dataset's file of K passages, as the archive holds it, into the data folder."""
+    """A function that writes a dataset's file of K passages, as in the archive, into the data folder."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
 
@@ -91,8 +91,8 @@ def built(name: str, meter: str = "plain", seed: int = 1234) -> list[Any]:
     return helmet.rows(request(name, meter, seed)).build()
 
 
-def check(made: list[Any], meter: str, limit: int, reply: int) -> None:
-    for row in made:
+def check(task_rows: list[Any], meter: str, limit: int, reply: int) -> None:
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         (counted,) = METERS[meter].prompts([prompts.prompt(row)])
         assert row["length_tokens"] == counted + reply
@@ -135,53 +135,55 @@ def test_a_record_of_each_file_becomes_a_row(dataset: str, put: Callable[..., Pa
 
 
 @pytest.mark.parametrize(("meter", "limit"), [("plain", 4096), ("chat", 4096), ("chat", 8192)])
-def test_rows_keep_the_length_and_the_files_order(meter: str, limit: int, put: Callable[..., Path]) -> None:
+def test_rows_meet_the_length_in_the_order_of_the_file(meter: str, limit: int, put: Callable[..., Path]) -> None:
     k = {4096: 20, 8192: 50}[limit]
     records = [record("nq", question, depth, 100) for question in range(4) for depth in range(6)]
     put("nq", k, records)
     put("nq", {20: 50, 50: 105}[k], [])
-    made = built(f"lc_nq_ao_{limit // 1024}k", meter)
-    assert len(made) == 24
-    check(made, meter, limit, 32)
-    for row in made:
+    task_rows = built(f"lc_nq_ao_{limit // 1024}k", meter)
+    assert len(task_rows) == 24
+    check(task_rows, meter, limit, 32)
+    for row in task_rows:
         ranks = [int(d["pid"]) % 1000 for d in row["docs"] if d["pid"] not in row["gold_pids"]]
         assert ranks == sorted(ranks)
-        # Nothing is left out but from the end, where the last few fill the length.
+        # Passages are left out only at the end, where the last few fill the length.
         assert ranks[: len(ranks) - 5] == list(range(1, len(ranks) - 4))
         assert max(ranks) <= len(ranks) + 14
 
 
-def test_gold_passages_stand_at_the_depths_of_the_file(put: Callable[..., Path]) -> None:
+def test_gold_passages_are_at_the_depths_of_the_file(put: Callable[..., Path]) -> None:
     put("nq", 20, [record("nq", 1, depth, 100) for depth in range(6)])
     put("nq", 50, [])
     places = [[d["pid"] for d in row["docs"]].index("1000") / (len(row["docs"]) - 1) for row in built("lc_nq_ao_4k")]
     assert places == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1], abs=0.02)
 
 
-def test_a_question_with_too_few_passages_comes_from_the_next_file_and_else_is_passed_over(
+def test_a_question_with_too_few_passages_is_taken_from_the_next_file_or_skipped(
     put: Callable[..., Path],
 ) -> None:
     put("hotpotqa", 20, [record("hotpotqa", q, depth, 20, 3) for q in range(3) for depth in range(3)])
     put("hotpotqa", 50, [record("hotpotqa", q, depth, 50, 3) for q in (0, 2) for depth in range(3)])
-    made = built("lc_hotpotqa_ao_4k")
-    check(made, "plain", 4096, 32)
-    assert {row["answers"][0] for row in made} == {"answer0", "answer2"}
-    assert all("k50_dep3" in row["source"] for row in made)
-    assert [row["id"][-2:] for row in made] == ["-0", "-1", "-2"] * 2
-    assert len({row["cluster"] for row in made}) == 2
+    task_rows = built("lc_hotpotqa_ao_4k")
+    check(task_rows, "plain", 4096, 32)
+    assert {row["answers"][0] for row in task_rows} == {"answer0", "answer2"}
+    assert all("k50_dep3" in row["source"] for row in task_rows)
+    assert [row["id"][-2:] for row in task_rows] == ["-0", "-1", "-2"] * 2
+    assert len({row["cluster"] for row in task_rows}) == 2
 
 
-def test_no_question_long_enough_is_an_error(put: Callable[..., Path]) -> None:
+def test_too_few_passages_for_every_question_raises(put: Callable[..., Path]) -> None:
     put("nq", 440, [record("nq", 1, 0, 20)])
     put("nq", 1000, [record("nq", 1, 0, 40)])
-    with pytest.raises(UserError, match=r"lc_nq_ao_64k has no question .* 65536 tokens .*k440.* or .*k1000") as caught:
+    with pytest.raises(
+        UserError, match=r"lc_nq_ao_64k: no question has passages of 65536 tokens .*k440.* or .*k1000"
+    ) as caught:
         built("lc_nq_ao_64k")
     one_line(caught)
-    with pytest.raises(UserError, match=r"lc_nq_ao_128k has no question"):
+    with pytest.raises(UserError, match=r"lc_nq_ao_128k: no question"):
         built("lc_nq_ao_128k")
 
 
-def test_popqa_asks_about_rarely_looked_up_entities_alone(put: Callable[..., Path]) -> None:
+def test_popqa_has_only_long_tail_entities(put: Callable[..., Path]) -> None:
     records = [record("popqa", question, 0, 60) for question in (1, 98, 99, 100, 500)]
     records[2]["s_pop"] = 1000
     put("popqa", 20, records)
@@ -189,7 +191,7 @@ def test_popqa_asks_about_rarely_looked_up_entities_alone(put: Callable[..., Pat
     assert {row["answers"][0] for row in built("lc_popqa_ao_4k")} == {"answer1", "answer98"}
 
 
-def test_the_seed_decides_which_questions_are_asked(put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_determines_the_questions(put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     put("nq", 20, [record("nq", question, 0, 60) for question in range(12)])
     put("nq", 50, [])
     monkeypatch.setattr(helmet, "_USUAL_QUESTIONS", 4)
@@ -199,14 +201,14 @@ def test_the_seed_decides_which_questions_are_asked(put: Callable[..., Path], mo
     assert {row["cluster"] for row in first} != {row["cluster"] for row in other}
 
 
-def test_lengths_ask_the_same_questions_first(put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lengths_share_their_first_questions(put: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for k in (20, 50, 105):
         put("nq", k, [record("nq", question, 0, 100) for question in range(8)])
     monkeypatch.setattr(helmet, "_USUAL_QUESTIONS", 3)
     assert [row["id"] for row in built("lc_nq_ao_4k")] == [row["id"] for row in built("lc_nq_ao_8k")]
 
 
-def test_a_passage_that_is_there_twice_is_shown_once(put: Callable[..., Path]) -> None:
+def test_a_duplicate_passage_is_used_once(put: Callable[..., Path]) -> None:
     twice = record("nq", 1, 0, 60)
     twice["ctxs"] += twice["ctxs"][:3]
     put("nq", 20, [twice])
@@ -214,12 +216,12 @@ def test_a_passage_that_is_there_twice_is_shown_once(put: Callable[..., Path]) -
     check(built("lc_nq_ao_4k"), "plain", 4096, 32)
 
 
-def test_gold_ids_that_name_no_passage_are_refused(put: Callable[..., Path]) -> None:
+def test_gold_ids_without_a_passage_raise(put: Callable[..., Path]) -> None:
     other = record("nq", 1, 0, 60)
     other["positive_ctxs"] = [{"psg_id": "elsewhere"}]
     put("nq", 20, [other])
     put("nq", 50, [])
-    with pytest.raises(UserError, match="no gold passage among the ctxs") as caught:
+    with pytest.raises(UserError, match="no gold id of") as caught:
         built("lc_nq_ao_4k")
     one_line(caught)
 
@@ -235,23 +237,23 @@ def test_gold_context_and_none_come_from_the_same_rows(put: Callable[..., Path],
 
 
 @given(st.data())
-def test_gold_documents_keep_their_order_and_their_share_of_the_others(data: st.DataObject) -> None:
+def test_gold_documents_keep_their_order_and_relative_depth(data: st.DataObject) -> None:
     count = data.draw(st.integers(1, 40))
     documents = [Document(pid=str(n), title="", text="") for n in range(count)]
     gold = sorted(data.draw(st.sets(st.integers(0, count - 1), max_size=4)))
     others = [n for n in range(count) if n not in gold]
     kept = sorted(data.draw(st.sets(st.sampled_from(others)))) if others else []
-    made = [int(d["pid"]) for d in helmet.shown(documents, [str(n) for n in gold], [str(n) for n in kept])]
-    assert [n for n in made if n in gold] == gold
-    assert [n for n in made if n not in gold] == kept
+    order = [int(d["pid"]) for d in helmet.arrange(documents, [str(n) for n in gold], [str(n) for n in kept])]
+    assert [n for n in order if n in gold] == gold
+    assert [n for n in order if n not in gold] == kept
     for n in gold:
         before, share = sum(o < n for o in others), len(kept) / max(len(others), 1)
-        assert sum(o not in gold for o in made[: made.index(n)]) == pytest.approx(before * share, abs=0.5)
-    assert kept != others or made == list(range(count))
+        assert sum(o not in gold for o in order[: order.index(n)]) == pytest.approx(before * share, abs=0.5)
+    assert kept != others or order == list(range(count))
 
 
 @given(st.lists(st.integers(90, 160), min_size=1, max_size=60), st.integers(-50, 9000))
-def test_packed_never_exceeds_the_room_and_fills_it_from_the_front(costs: list[int], capacity: int) -> None:
+def test_packed_never_exceeds_the_capacity_and_fills_it_in_order(costs: list[int], capacity: int) -> None:
     chosen = helmet.packed(capacity, costs)
     total = sum(costs[index] for index in chosen)
     assert total <= max(capacity, 0)
@@ -261,17 +263,17 @@ def test_packed_never_exceeds_the_room_and_fills_it_from_the_front(costs: list[i
     assert chosen[:front] == list(range(front))
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 def without(field: str, dataset: str = "nq") -> dict[str, Any]:
-    made = record(dataset, 1, 0, 3)
-    del made[field]
-    return made
+    incomplete = record(dataset, 1, 0, 3)
+    del incomplete[field]
+    return incomplete
 
 
 @pytest.mark.parametrize(
-    ("dataset", "bad", "said"),
+    ("dataset", "bad", "message"),
     [
         ("nq", "{", "line 2 is not JSON"),
         ("nq", "[]", "line 2 is a list"),
@@ -284,19 +286,21 @@ def without(field: str, dataset: str = "nq") -> dict[str, Any]:
         ("popqa", {**record("nq", 1, 0, 3), "s_pop": 5}, "line 2 has ctxs="),
     ],
 )
-def test_a_damaged_line_is_refused_with_its_place(dataset: str, bad: Any, said: str, put: Callable[..., Path]) -> None:
+def test_an_invalid_line_raises_with_its_location(
+    dataset: str, bad: Any, message: str, put: Callable[..., Path]
+) -> None:
     put(dataset, 20, [record(dataset, 0, 0, 60), bad])
     put(dataset, 50, [])
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         built(f"lc_{dataset}_ao_4k")
     assert "princeton-nlp/HELMET/data/kilt/" in one_line(caught)
 
 
-def test_without_the_files_the_error_says_what_fetches_them(
+def test_without_the_files_the_error_names_the_fetch_command(
     put: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(
-        UserError, match=r"finds no hub/princeton-nlp/HELMET/data/kilt/nq-.*k20_.*data fetch nq`"
+        UserError, match=r"missing hub/princeton-nlp/HELMET/data/kilt/nq-.*k20_.*data fetch nq`"
     ) as caught:
         built("lc_nq_ao_4k")
     assert str(tmp_path) in one_line(caught)
@@ -307,13 +311,13 @@ def test_without_the_files_the_error_says_what_fetches_them(
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-def test_every_length_has_its_file_and_no_group_pulls_the_archive(dataset: str) -> None:
-    found = catalogue.datasets()[dataset]
-    assert found.hub is not None
-    assert list(found.hub.files) == ["20", "50", "105", "220", "440", "1000"]
-    assert all(f"_k{k}_dep" in name for k, name in found.hub.files.items())
-    assert len(found.lengths) == len(found.hub.files)
-    assert set(found.modes) == {"ao", "id", "idc", "idq", "rj", "docid"}
+def test_every_length_has_its_file_and_no_group_requires_the_archive(dataset: str) -> None:
+    known = catalogue.datasets()[dataset]
+    assert known.hub is not None
+    assert list(known.hub.files) == ["20", "50", "105", "220", "440", "1000"]
+    assert all(f"_k{k}_dep" in name for k, name in known.hub.files.items())
+    assert len(known.lengths) == len(known.hub.files)
+    assert set(known.modes) == {"ao", "id", "idc", "idq", "rj", "docid"}
     assert not any(f"lc_{dataset}_" in member for member in catalogue.groups()["lc_icr"])
 
 
@@ -321,19 +325,19 @@ def test_every_length_has_its_file_and_no_group_pulls_the_archive(dataset: str) 
 
 
 def archive(members: dict[str, bytes | None]) -> bytes:
-    """A gzipped tar; None makes a folder."""
-    made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w:gz") as tar:
+    """A gzipped tar; None is a folder."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
             info.size = len(content or b"")
             tar.addfile(info, io.BytesIO(content or b""))
-    return made.getvalue()
+    return archive.getvalue()
 
 
 class Stream(io.RawIOBase):
-    """Bytes that can be read once, and how many were."""
+    """Bytes that can be read once, with a count of those read."""
 
     def __init__(self, content: bytes) -> None:
         self._content, self.taken = io.BytesIO(content), 0
@@ -358,16 +362,16 @@ def files(folder: Path) -> list[str]:
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-def test_only_what_is_wanted_is_taken_and_reading_stops_there(tmp_path: Path) -> None:
+def test_only_required_files_are_extracted_and_reading_stops_after_them(tmp_path: Path) -> None:
     stream = Stream(archive(MEMBERS))
-    wanted = {"data/kilt/a.jsonl", "data/kilt/b.jsonl"}
-    assert helmet_archive.fetch_members(stream, wanted, tmp_path) == wanted  # type: ignore[arg-type]
-    assert files(tmp_path) == sorted(wanted)
+    required = {"data/kilt/a.jsonl", "data/kilt/b.jsonl"}
+    assert helmet_archive.fetch_members(stream, required, tmp_path) == required  # type: ignore[arg-type]
+    assert files(tmp_path) == sorted(required)
     assert (tmp_path / "data/kilt/b.jsonl").read_bytes() == b"b" * 9000
     assert stream.taken < 3_000_000
 
 
-def test_a_name_that_is_not_a_file_of_the_archive_is_not_found(tmp_path: Path) -> None:
+def test_a_name_that_is_not_in_the_archive_is_not_extracted(tmp_path: Path) -> None:
     whole = io.BytesIO(archive(MEMBERS))
     assert helmet_archive.fetch_members(whole, {"data", "other", "data/kilt/a.jsonl"}, tmp_path) == {
         "data/kilt/a.jsonl"
@@ -376,13 +380,13 @@ def test_a_name_that_is_not_a_file_of_the_archive_is_not_found(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["../out", "/etc/out", "data/../../out"])
-def test_a_name_that_leads_out_of_the_folder_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="leads out"):
+def test_a_name_outside_of_the_folder_raises(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="outside of the folder"):
         helmet_archive.fetch_members(io.BytesIO(archive({name: b"x"})), {name}, tmp_path / "in")
     assert files(tmp_path) == []
 
 
-def test_a_cut_off_archive_leaves_whole_files_alone(tmp_path: Path) -> None:
+def test_a_truncated_archive_leaves_only_complete_files(tmp_path: Path) -> None:
     whole = archive({"first": b"1" * 100, "second": NOISE})
     with pytest.raises((EOFError, tarfile.TarError, OSError)):
         helmet_archive.fetch_members(io.BytesIO(whole[:3_000_000]), {"first", "second"}, tmp_path)
@@ -392,7 +396,7 @@ def test_a_cut_off_archive_leaves_whole_files_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A hub whose archive has the members put under "members"; "opened" lists what was opened."""
+    """A hub whose archive has the files of "members"; "opened" lists opened files."""
     state: dict[str, Any] = {"members": {}, "opened": []}
 
     class FileSystem:
@@ -406,7 +410,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return state
 
 
-def test_fetch_takes_what_is_missing_from_the_pinned_archive(hub: dict[str, Any], put: Callable[..., Path]) -> None:
+def test_fetch_downloads_missing_files_from_the_pinned_archive(hub: dict[str, Any], put: Callable[..., Path]) -> None:
     dataset = catalogue.datasets()["nq"]
     assert dataset.hub is not None
     own = put("nq", 20, [record("nq", 1, 0, 60)])
@@ -421,21 +425,21 @@ def test_fetch_takes_what_is_missing_from_the_pinned_archive(hub: dict[str, Any]
     assert len(hub["opened"]) == 1
 
 
-def test_fetch_says_what_the_archive_lacks_and_why_it_cannot_be_read(hub: dict[str, Any], tmp_path: Path) -> None:
+def test_fetch_errors_name_missing_members_and_the_reason(hub: dict[str, Any], tmp_path: Path) -> None:
     dataset = catalogue.datasets()["popqa"]
     assert dataset.hub is not None
     absent = dataset.hub.files["1000"]
     hub["members"] = {name: b"x" for name in dataset.hub.files.values() if name != absent}
-    with pytest.raises(InfrastructureError, match=f"does not hold {absent}") as caught:
+    with pytest.raises(InfrastructureError, match=f"does not contain {absent}") as caught:
         helmet_archive.fetch(dataset, tmp_path)
     one_line(caught)
     hub["members"] = RuntimeError("no route\nto it")
-    with pytest.raises(InfrastructureError, match=r"cannot take the files of popqa .*\(no route\)") as caught:
+    with pytest.raises(InfrastructureError, match=r"cannot fetch the files of popqa .*\(no route\)") as caught:
         helmet_archive.fetch(dataset, tmp_path)
     one_line(caught)
 
 
-def test_a_record_without_an_id_is_known_by_its_question() -> None:
+def test_a_record_without_an_id_is_identified_by_its_question() -> None:
     line = json.dumps(record("nq", 1, 0, 3)).encode()
     assert helmet_files.key_of(helmet_files.checked(line, "here")) == "What is the answer to number 1?"
     assert helmet_files.key_of(record("popqa", 1, 0, 3)) == "7001"

@@ -1,4 +1,4 @@
-"""Rows of the key-value lookup: length, depth of the asked pair, what the documents are, and bad input."""
+"""Rows of the key-value lookup: length, depth of the target pair, documents, invalid input."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(pattern: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token for each match of a pattern and one for each stretch between matches."""
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>")
+    """One token for each match of a pattern and each segment between matches."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
     fast.chat_template = template
     return fast
 
@@ -46,23 +46,23 @@ def uuids(count: int, name: str) -> list[str]:
     return [str(uuid.uuid5(uuid.NAMESPACE_DNS, f"{name} {number}")) for number in range(count)]
 
 
-def record(pairs: int, asked: int, name: str = "") -> dict[str, Any]:
-    made = [list(pair) for pair in zip(uuids(pairs, f"{name} key"), uuids(pairs, f"{name} value"), strict=True)]
-    return {"ordered_kv_records": made, "key": made[asked][0], "value": made[asked][1]}
+def record(pairs: int, target: int, name: str = "") -> dict[str, Any]:
+    records = [list(pair) for pair in zip(uuids(pairs, f"{name} key"), uuids(pairs, f"{name} value"), strict=True)]
+    return {"ordered_kv_records": records, "key": records[target][0], "value": records[target][1]}
 
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that makes a data folder of the given lines or records."""
+    """A function that writes lines or records into a data folder."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
 
-    def make(*records: Any) -> Any:
+    def write(*records: Any) -> Any:
         file = tmp_path / kvlookup.RECORDS
         file.parent.mkdir(exist_ok=True)
         file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
 
-    return make
+    return write
 
 
 def build(_: None, name: str, limit: int) -> tuple[list[Any], tokens.TokenMeter]:
@@ -94,14 +94,14 @@ def check(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
 
 
 @pytest.mark.parametrize(("name", "limit"), [("digits", 4096), ("digits in a template", 4096), ("characters", 4096)])
-def test_rows_keep_the_length_and_show_each_pair_on_a_line_of_its_own(source: Any, name: str, limit: int) -> None:
-    built, meter = build(source(*(record(140, asked, str(asked)) for asked in (0, 63, 139))), name, limit)
+def test_rows_meet_the_length_and_have_one_pair_per_line(source: Any, name: str, limit: int) -> None:
+    built, meter = build(source(*(record(140, target, str(target)) for target in (0, 63, 139))), name, limit)
     assert len(built) == 3
     check(built, meter, limit)
 
 
 @pytest.mark.parametrize("limit", [4096, 8192])
-def test_every_list_of_the_published_data_makes_a_row(data_folder: Path, limit: int) -> None:
+def test_every_list_of_the_published_data_becomes_a_row(data_folder: Path, limit: int) -> None:
     built, meter = build(None, "digits in a template", limit)
     assert len(built) == 50
     check(built, meter, limit)
@@ -110,7 +110,7 @@ def test_every_list_of_the_published_data_makes_a_row(data_folder: Path, limit: 
     assert sum(place > 0.95 for place in places) <= 5
 
 
-def test_the_packaged_models_own_tokens_leave_room_for_every_reply(data_folder: Path, smollm2: str) -> None:
+def test_every_reply_fits_in_the_packaged_models_tokens(data_folder: Path, smollm2: str) -> None:
     meter = tokens.meter_for("t", {"pretrained": smollm2})
     built = rows_with(meter, 4096)
     check(built, meter, 4096)
@@ -118,19 +118,19 @@ def test_the_packaged_models_own_tokens_leave_room_for_every_reply(data_folder: 
     assert max(replies) < 64
 
 
-# Which pairs --------------------------------------------------------------------------------------
+# Selected pairs -----------------------------------------------------------------------------------
 
 
 @given(st.integers(1, 150).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n - 1), st.integers(1, n))))
-def test_a_cut_drops_from_the_end_and_keeps_the_asked_pair_at_its_depth(sizes: tuple[int, int, int]) -> None:
-    total, asked, count = sizes
+def test_truncation_drops_pairs_from_the_end_and_keeps_the_depth_of_the_target(sizes: tuple[int, int, int]) -> None:
+    total, target, count = sizes
     pairs = tuple((f"k{number}", f"v{number}") for number in range(total))
-    shown = kvlookup.Lookup("id", pairs, asked).first(count)
-    assert len(shown) == count
-    others = [pair for pair in shown if pair != pairs[asked]]
-    assert others == [pair for pair in pairs if pair != pairs[asked]][: count - 1]
-    assert shown.index(pairs[asked]) == pytest.approx(asked * (count - 1) / max(total - 1, 1), abs=0.5)
-    assert count < total or tuple(shown) == pairs
+    included = kvlookup.Lookup("id", pairs, target).first(count)
+    assert len(included) == count
+    others = [pair for pair in included if pair != pairs[target]]
+    assert others == [pair for pair in pairs if pair != pairs[target]][: count - 1]
+    assert included.index(pairs[target]) == pytest.approx(target * (count - 1) / max(total - 1, 1), abs=0.5)
+    assert count < total or tuple(included) == pairs
 
 
 def test_a_longer_task_only_adds_pairs(source: Any) -> None:
@@ -154,17 +154,17 @@ def test_a_longer_task_only_adds_pairs(source: Any) -> None:
         ("Answer: 0d7b", 0.0),
     ],
 )
-def test_a_value_is_found_with_and_without_its_quotes(reply: str, score: float) -> None:
+def test_a_value_matches_with_and_without_quotes(reply: str, score: float) -> None:
     value = uuids(1, "value")[0]
     assert scoring.answer_results({"answers": [value]}, [reply.format(value)])["subem"] == score
 
 
-def test_a_value_cut_short_is_wrong() -> None:
+def test_a_truncated_value_is_wrong() -> None:
     value = uuids(1, "value")[0]
     assert scoring.answer_results({"answers": [value]}, [f"Answer: {value[:-1]}"])["subem"] == 0.0
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
@@ -172,7 +172,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     return str(caught.value)
 
 
-def test_a_list_too_short_for_the_length_is_refused_with_its_size(source: Any) -> None:
+def test_a_list_too_short_for_the_length_raises_with_its_size(source: Any) -> None:
     records = source(record(140, 3), record(20, 3))
     with pytest.raises(UserError, match=r"20 pairs of kvlookup-001 .* choose a shorter task") as caught:
         build(records, "digits", 4096)
@@ -181,9 +181,9 @@ def test_a_list_too_short_for_the_length_is_refused_with_its_size(source: Any) -
         build(records, "words", 4096)
 
 
-def test_pairs_too_long_to_come_near_the_limit_are_refused(source: Any) -> None:
+def test_pairs_too_long_for_the_length_tolerance_raise(source: Any) -> None:
     records = source(*(record(140, number, str(number)) for number in range(9)))
-    with pytest.raises(UserError, match=r"within 2% of 1024 .* use a longer task") as caught:
+    with pytest.raises(UserError, match=r"1024 tokens of this tokenizer within 2%: use a longer task") as caught:
         build(records, "digits", 1024)
     one_line(caught)
 
@@ -192,25 +192,25 @@ PAIRS = [["k", "v"], ["g", "w"]]
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
-        ('{"key": "k"}', "line 1 has value=None"),
-        ({"key": "k", "value": "v"}, "record 1 has no ordered_kv_records"),
-        ({"key": "k", "value": "v", "ordered_kv_records": {"k": "v"}}, "record 1 has no ordered_kv_records"),
-        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["h"]]}, "record 1 has no ordered_kv_records"),
-        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["h", 1]]}, "record 1 has no ordered_kv_records"),
-        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["k", "x"]]}, "record 1 has a key twice"),
-        ({"key": "k", "value": "w", "ordered_kv_records": PAIRS}, r"asks for the pair \['k', 'w'\]"),
-        ({"key": "k", "value": "v", "ordered_kv_records": []}, r"asks for the pair \['k', 'v'\]"),
+        ('{"key": "k"}', "line 1: invalid value=None"),
+        ({"key": "k", "value": "v"}, "record 1: invalid ordered_kv_records"),
+        ({"key": "k", "value": "v", "ordered_kv_records": {"k": "v"}}, "record 1: invalid ordered_kv_records"),
+        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["h"]]}, "record 1: invalid ordered_kv_records"),
+        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["h", 1]]}, "record 1: invalid ordered_kv_records"),
+        ({"key": "k", "value": "v", "ordered_kv_records": [*PAIRS, ["k", "x"]]}, "record 1: duplicate key"),
+        ({"key": "k", "value": "w", "ordered_kv_records": PAIRS}, r"the pair \['k', 'w'\] is not in"),
+        ({"key": "k", "value": "v", "ordered_kv_records": []}, r"the pair \['k', 'v'\] is not in"),
     ],
 )
-def test_damaged_data_is_refused_with_its_place(source: Any, bad: Any, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_invalid_data_raises_with_its_location(source: Any, bad: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         build(source(bad), "digits", 4096)
     assert kvlookup.RECORDS in one_line(caught)
 
 
-def test_without_tokenizer_or_data_folder_the_error_says_what_to_name(
+def test_a_missing_tokenizer_or_data_folder_is_named_in_the_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"lc_kvlookup_ao_4k .*pretrained=\.\.\."):
@@ -224,7 +224,7 @@ def test_without_tokenizer_or_data_folder_the_error_says_what_to_name(
     one_line(caught)
 
 
-def test_rows_come_back_from_the_cache(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_loaded_from_the_cache(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source(record(140, 70))
     TOKENIZERS["digits"].save_pretrained(tmp_path / "tokenizer")
     metadata = {"lc_task": "lc_kvlookup_ao_4k", "pretrained": str(tmp_path / "tokenizer"), "version": "1.0"}

@@ -21,7 +21,7 @@ from lceval.errors import UserError
 from lceval.tasks import catalogue, prompts
 
 TASKS = Path(lceval.tasks.__file__).parent
-# One task of each form whose data ships or lies in the data folder; by what it needs.
+# One task per output format whose data is shipped or in the data folder, with the files it requires.
 SHIPPED = {"lc_filings_ao_1k", "lc_filings_id_1k", "lc_filings_rj_1k"}
 FROM_FOLDER = {"lc_nqopen_docid_2k", "lc_nqopen_idc_4k", "lc_nqopen_idq_2k", "lc_quality_mc", "lc_kvlookup_ao_4k"}
 TELEMETRY = {"kv_bytes", "kv_bytes_full", "kv"}
@@ -29,19 +29,19 @@ TELEMETRY = {"kv_bytes", "kv_bytes_full", "kv"}
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    """One token a word and one a digit, with a chat template; saved under its `name_or_path`."""
+    """One token per word and one per digit, with a chat template; saved under its `name_or_path`."""
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    # without the digits, whole lists of UUIDs would come to less than 4k
+    # without one token per digit, complete lists of UUIDs would be shorter than 4k
     words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
-    made = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
-    made.chat_template = (
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
+    tokenizer.chat_template = (
         "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] | trim }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     folder = str(tmp_path_factory.mktemp("tokenizer"))
-    made.save_pretrained(folder)
-    made.name_or_path = folder
-    return made
+    tokenizer.save_pretrained(folder)
+    tokenizer.name_or_path = folder
+    return tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ class Score(tuple):  # type: ignore[type-arg]
 
 
 class Recorder(LM):
-    """Answers with telemetry, fails every fourth request as `overlong=skip` does, and keeps the prompts."""
+    """Returns answers with telemetry, fails every fourth request like `overlong=skip`, and records the prompts."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -121,10 +121,10 @@ class Recorder(LM):
 
 
 def test_every_name_of_the_catalogue_is_found_and_nothing_else() -> None:
-    found = manager()
-    assert set(found.all_subtasks) == set(catalogue.tasks())
-    assert set(found.all_groups) == set(catalogue.groups())
-    assert set(found.all_tasks) == set(catalogue.tasks()) | set(catalogue.groups())
+    tasks = manager()
+    assert set(tasks.all_subtasks) == set(catalogue.tasks())
+    assert set(tasks.all_groups) == set(catalogue.groups())
+    assert set(tasks.all_tasks) == set(catalogue.tasks()) | set(catalogue.groups())
     assert not set(catalogue.tasks()) & set(catalogue.groups())
 
 
@@ -150,13 +150,13 @@ def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> No
         assert config["generation_kwargs"]["do_sample"] is False
         assert config["generation_kwargs"]["max_gen_toks"] > 0
     else:
-        # The prompt ends with it, so the row's own prefix must not say it again.
+        # The prompt ends with it, so the row's reply prefix must not repeat it.
         assert config["gen_prefix"] == prompts.ANSWER_PREFIX
         assert prompts.reply_prefix(task.output_format) == ""
 
 
 @pytest.mark.parametrize("dataset", catalogue.datasets().values(), ids=lambda dataset: dataset.dataset)
-def test_a_dataset_says_what_it_needs_to(dataset: catalogue.Dataset) -> None:
+def test_a_dataset_has_all_required_fields(dataset: catalogue.Dataset) -> None:
     assert dataset.suite in {"icr", "finance", "mc", "longdoc", "tabular"}
     assert set(dataset.contexts) <= set(catalogue.CONTEXTS)
     assert dataset.contexts[0] == "full"
@@ -167,10 +167,10 @@ def test_a_dataset_says_what_it_needs_to(dataset: catalogue.Dataset) -> None:
     assert dataset.licence
     assert dataset.count
     pinned = dataset.hub is None or re.fullmatch("[0-9a-f]{40}", dataset.hub.revision)
-    assert pinned or dataset.dataset == "loong"  # of which no commit is known; the one that is read is recorded
+    assert pinned or dataset.dataset == "loong"  # not pinned; the current commit is recorded
 
 
-def test_suites_hold_what_a_model_of_8k_tokens_can_read() -> None:
+def test_suites_have_only_tasks_that_fit_an_8k_model() -> None:
     groups = catalogue.groups()
     assert groups["lc_nqopen_ao"] == [f"lc_nqopen_ao_{k}k" for k in (2, 4, 8, 16, 32, 64, 128)]
     assert {"lc_nqopen_ao_8k", "lc_hotpotpool_ao_2k", "lc_kvlookup_ao_8k"} <= set(groups["lc_icr"])
@@ -219,13 +219,13 @@ def test_a_model_without_telemetry_runs_every_task(
         metric["metric"] for metric in catalogue.output_format_config(catalogue.find(task).output_format)["metric_list"]
     }
     assert scored == declared
-    # lm-eval itself always says that custom datasets take --metadata; nothing else may be said
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
-    assert [message for message in said if "--metadata" not in message] == []
+    # lm-eval always logs that custom datasets take --metadata; nothing else may be logged
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("lm_eval")]
+    assert [message for message in messages if "--metadata" not in message] == []
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_context_stands_verbatim_in_every_prompt_and_the_length_is_kept(
+def test_the_context_is_verbatim_in_every_prompt_and_the_length_is_met(
     tokenizer: PreTrainedTokenizerFast, chat: bool
 ) -> None:
     lm = Recorder(tokenizer)

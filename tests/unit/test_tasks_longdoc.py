@@ -38,22 +38,22 @@ def published(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("model", "figure"), [("gpt4", 22.44), ("kimi", 16.52)])
-def test_infinitebenchs_f1_of_the_published_outputs(model: str, figure: float, data_folder: Path) -> None:
+def test_infinitebenchs_published_f1_is_reproduced(model: str, figure: float, data_folder: Path) -> None:
     records = published(data_folder, f"{model}__longbook_qa_eng")
     assert len(records) == 351
     scored = [infinitebench.qa_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
     assert round(100 * sum(score["f1"] for score in scored) / len(scored), 2) == figure
 
 
-def test_rouge_lsum_of_the_published_summaries(data_folder: Path) -> None:
+def test_infinitebenchs_published_rouge_lsum_is_reproduced(data_folder: Path) -> None:
     records = published(data_folder, "gpt4__longbook_sum_eng")
     assert len(records) == 103
     scored = [summaries.summary_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
     assert round(100 * sum(score["rougeLsum"] for score in scored) / len(scored), 2) == 14.73
 
 
-def test_infinitebenchs_f1_takes_the_best_gold_and_has_no_closed_answers() -> None:
-    # 2 of 3 words said, 2 of 2 gold ones
+def test_infinitebenchs_f1_is_the_maximum_over_golds_without_special_answers() -> None:
+    # 2 of 3 predicted words, 2 of 2 gold words
     assert infinitebench.token_f1("The old sea captain!", ["a storm", "sea captain"]) == pytest.approx(4 / 5)
     assert infinitebench.token_f1("Yes, it did", ["yes"]) == pytest.approx(2 / 4)
     assert infinitebench.token_f1("", ["yes"]) == infinitebench.token_f1("...", ["the"]) == 0
@@ -68,23 +68,23 @@ def test_a_further_reference_never_lowers_rouge(summary: str, references: list[s
     assert all(0 <= one[name] <= all_of_them[name] <= 1 for name in one)
 
 
-def test_rouge_is_the_best_reference_for_each_measure_by_itself() -> None:
-    # unigrams: all of the first reference, in another order; bigrams: one of the second's three
-    said = summaries.rouge("storm at sea", ["sea at storm", "we went to storm at last"])
-    assert said["rouge1"] == 1
-    assert said["rouge2"] == pytest.approx(2 * 1 / (2 + 5))
-    assert said["rougeL"] == pytest.approx(2 * 2 / (3 + 6))
+def test_each_rouge_measure_is_its_maximum_over_the_references() -> None:
+    # unigrams: all of the first reference, in another order; bigrams: one of three of the second
+    scores = summaries.rouge("storm at sea", ["sea at storm", "we went to storm at last"])
+    assert scores["rouge1"] == 1
+    assert scores["rouge2"] == pytest.approx(2 * 1 / (2 + 5))
+    assert scores["rougeL"] == pytest.approx(2 * 2 / (3 + 6))
 
 
 def test_the_sentences_of_lsum_are_lines_and_words_are_not_stemmed() -> None:
-    # line by line all is found, in whatever order the lines stand; as one sentence only half of it
-    said = summaries.rouge("the ship sank\nthe captain swam", ["the captain swam\nthe ship sank"])
-    assert said["rougeLsum"] == 1
-    assert said["rougeL"] == pytest.approx(1 / 2)
+    # by lines, all matches in any order of lines; as one sentence, only half
+    scores = summaries.rouge("the ship sank\nthe captain swam", ["the captain swam\nthe ship sank"])
+    assert scores["rougeLsum"] == 1
+    assert scores["rougeL"] == pytest.approx(1 / 2)
     assert summaries.rouge("ships", ["ship"])["rouge1"] == 0
 
 
-def test_thinking_is_no_part_of_a_summary_and_an_empty_one_scores_nothing() -> None:
+def test_thinking_is_not_part_of_a_summary_and_an_empty_summary_scores_zero() -> None:
     doc = {"answers": ["the ship sank"]}
     assert summaries.summary_results(doc, ["<think>sea, storm</think>\nThe ship sank"])["rouge1"] == 1
     assert set(summaries.summary_results(doc, ["<think>the ship sank"]).values()) == {0.0}
@@ -109,13 +109,13 @@ def test_every_question_of_squality_has_its_story_and_four_references(data_folde
         )
 
 
-def test_a_reference_scores_as_itself(data_folder: Path) -> None:
+def test_a_reference_as_the_summary_scores_one(data_folder: Path) -> None:
     row = rows("lc_squality_sum")[0]
     assert set(summaries.summary_results(row, [row["answers"][2]]).values()) == {1.0}
 
 
 @pytest.mark.parametrize(
-    ("story", "said"),
+    ("story", "message"),
     [
         ({"document": "It was night.", "questions": []}, "record 1 is no SQuALITY story (KeyError: 'metadata')"),
         (
@@ -133,15 +133,15 @@ def test_a_reference_scores_as_itself(data_folder: Path) -> None:
         ({"metadata": {"passage_id": "1"}, "questions": []}, "line 1 has document=None: expected a string"),
     ],
 )
-def test_a_damaged_story_is_refused_in_one_line(
-    story: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_invalid_story_is_a_one_line_error(
+    story: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "squality").mkdir()
     (tmp_path / "squality/squality_v1-3_dev.jsonl").write_text(json.dumps(story) + "\n")
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     with pytest.raises(UserError) as caught:
         rows("lc_squality_sum")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_story_is_refused_in_one_line(
 
 
 def hub_record(split: str, n: int, **changed: Any) -> dict[str, Any]:
-    """A record as the hub's files have it."""
+    """A record in the format of the hub's files."""
     options = [f"option {n}.{place}" for place in range(4)] if split == "longbook_choice_eng" else []
     answers = {
         "longbook_choice_eng": [f"option {n}.{n % 4}"],
@@ -211,7 +211,7 @@ def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkey
     split = SPLITS[task]
     hub_copy(tmp_path, split, [hub_record(split, n) for n in range(4)], monkeypatch)
     built = rows(task)
-    # the questions on a book stand together
+    # the questions on a book are adjacent
     assert [row["id"] for row in built] == ["0", "2", "1", "3"]
     assert [row["context"] for row in built] == ["Book 0.", "Book 0.", "Book 1.", "Book 1."]
     row = built[1]
@@ -233,7 +233,7 @@ def test_a_copy_of_the_hubs_files_becomes_rows(task: str, tmp_path: Path, monkey
 
 def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = "longbook_choice_eng"
-    # a book that says the same twice: only the letter tells them apart
+    # identical option texts: only the letter distinguishes them
     record = hub_record(split, 0, options=["he", "she", "he", "they"], answer=["he", "C"])
     hub_copy(tmp_path, split, [record], monkeypatch)
     (row,) = rows("lc_infinitebench_mc")
@@ -241,7 +241,7 @@ def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"answer": ["nobody"]}, r"id=1 has answer=\['nobody'\] and 4 options: expected four, and one of them"),
         ({"options": ["option 1.0", "option 1.1"]}, r"id=1 has answer=\['option 1.1'\] and 2 options: expected four"),
@@ -251,25 +251,25 @@ def test_an_answer_may_come_with_its_letter(tmp_path: Path, monkeypatch: pytest.
         ({"id": 0}, r"has id=0 twice"),
     ],
 )
-def test_a_damaged_record_is_refused_with_its_place(
-    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_invalid_record_raises_with_its_location(
+    changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     split = "longbook_choice_eng"
     hub_copy(tmp_path, split, [hub_record(split, 0), hub_record(split, 1, **changed)], monkeypatch)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         rows("lc_infinitebench_mc")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("task", SPLITS)
-def test_a_missing_field_is_refused(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_field_raises(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [{key: value for key, value in hub_record(SPLITS[task], 0).items() if key != "context"}]
     hub_copy(tmp_path, SPLITS[task], records, monkeypatch)
-    with pytest.raises(UserError, match=r"record 1 has context=None: expected a string"):
+    with pytest.raises(UserError, match=r"record 1: invalid context=None: expected a string"):
         rows(task)
 
 
-def test_every_scorer_that_speaks_is_declared() -> None:
+def test_every_emitted_metric_is_declared() -> None:
     emitted = {
         "lc_infinitebench_mc": {"acc", "acc_first_char", "parse_rate"},
         "lc_infinitebench_qa_ao": {"subem", "subem_raw", "em", "f1", "parse_rate"},
@@ -283,5 +283,5 @@ def test_every_scorer_that_speaks_is_declared() -> None:
         assert config["metadata"]["headline"] in metrics
 
 
-def test_the_books_stay_out_of_the_suites_group() -> None:
+def test_the_books_are_not_in_the_suite_group() -> None:
     assert catalogue.groups()["lc_longdoc"] == ["lc_squality_sum"]

@@ -1,4 +1,4 @@
-"""Multiple choice: what letter an output gives by each benchmark's rule, and the rows of LongBench v2."""
+"""Multiple choice: the letter of an output by each benchmark's rule, and the rows of LongBench v2."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows(task: str, **metadata: Any) -> list[Any]:
         ("The correct answer is ***A***", "A"),
         ("Let me compare. (A) is wrong, (B) too.\nThe correct answer is (D)", "D"),
         ("The correct answer is (A). On reflection, The correct answer is (B).", "A"),
-        # with brackets wins over without, wherever they stand
+        # brackets take precedence, at any position
         ("The correct answer is A? No: The correct answer is (B)", "B"),
         ("<think>The correct answer is (A)</think>The correct answer is (D)", "D"),
         ("The correct answer is (A), it seems.</think>\nThe correct answer is (C)", "C"),
@@ -62,41 +62,41 @@ def rows(task: str, **metadata: Any) -> list[Any]:
         ("The answer is (B)", None),
         ("None of them.", None),
         ("", None),
-        # and it does not look at what follows the letter
+        # what follows the letter is not checked
         ("The correct answer is Because", "B"),
         ("The correct answer is (B and (C))", None),
     ],
 )
-def test_longbench_v2_reads_the_stated_letter_and_nothing_else(output: str, letter: str | None) -> None:
+def test_longbench_v2_accepts_only_the_stated_letter(output: str, letter: str | None) -> None:
     assert letters.stated_letter(output) == letter
     for gold in range(4):
-        said = letters.letter_results({"gold": gold}, [output])
-        assert said == {"acc": float(letter == "ABCD"[gold]), "parse_rate": float(letter is not None)}
+        metrics = letters.letter_results({"gold": gold}, [output])
+        assert metrics == {"acc": float(letter == "ABCD"[gold]), "parse_rate": float(letter is not None)}
 
 
 class Failed(str):
-    """A response to a prompt that was not run."""
+    """A response of a failed sample."""
 
     meta: dict[str, Any]
 
 
-def test_a_sample_that_was_not_run_is_wrong_whatever_it_says() -> None:
+def test_a_failed_sample_is_wrong_whatever_its_text() -> None:
     failed = Failed("The correct answer is (A)")
     failed.meta = {"status": "error"}
     assert letters.letter_results({"gold": 0}, [failed])["acc"] == 0
     assert letters.infinite_results({"answers": ["A", "a text"]}, [failed])["acc"] == 0
 
 
-def test_a_reply_in_the_form_that_the_prompt_asks_for_is_read() -> None:
-    asked = prompts.ask("letter", "Which?", ["w", "x", "y", "z"])
-    assert 'Reply with one line: "The correct answer is (X)".' in asked
+def test_the_output_format_of_the_prompt_is_parsed() -> None:
+    ask = prompts.ask("letter", "Which?", ["w", "x", "y", "z"])
+    assert 'Reply with one line: "The correct answer is (X)".' in ask
     assert letters.stated_letter(f"{prompts.reply_prefix('letter')} (C)") == "C"
     assert letters.stated_letter(f"{prompts.reply_prefix('letter')} C") == "C"
 
 
 @pytest.mark.parametrize("answers", [["the text alone"], ["E"], ["a"], ["AB"]])
-def test_a_truth_without_a_letter_is_refused(answers: list[str]) -> None:
-    with pytest.raises(UserError, match="names no letter"):
+def test_a_ground_truth_without_a_letter_raises(answers: list[str]) -> None:
+    with pytest.raises(UserError, match="no letter in ground_truth"):
         letters.letter_results({"answers": answers}, ["The correct answer is (A)"])
 
 
@@ -115,13 +115,13 @@ def test_a_truth_without_a_letter_is_refused(answers: list[str]) -> None:
         ("Not A but B", ["Hall", "B"], True, False),
         ("Well.\nIt is B, not C\nD", ["Hall", "C"], True, False),
         ("Well.\nIt is B, not C\nD", ["Hall", "D"], False, False),
-        # where that fails, the older rules may still find it
+        # otherwise, the older rules apply
         ("A. not B", ["Hall", "A"], True, True),
         ("Not C but D; the answer is: Hall", ["Hall", "B"], True, False),
         ('So the answer is "Hall"', ["Hall", "B"], True, False),
         ('So the answer is Mr. "Hall"', ["Hall", "B"], False, False),
         ("not B or C", ["Hall", "B"], True, False),
-        # the first character is a letter, and that is that
+        # the first character is a letter: no further rule applies
         ("Carley, that is D", ["Carley", "B"], False, False),
         ("A man named Hall", ["Hall", "B"], False, False),
         ("answer:", ["Hall", "B"], False, False),
@@ -136,7 +136,7 @@ def test_infinitebenchs_current_and_published_rules(output: str, golds: list[str
     assert letters.first_character(output, golds) is first
 
 
-def test_infinitebench_drops_thinking_and_counts_what_names_no_letter() -> None:
+def test_infinitebench_ignores_thinking_and_counts_outputs_without_a_letter() -> None:
     doc = {"answers": ["B", "Hall"]}
     thought = letters.infinite_results(doc, ["<think>A or C? A.</think>B"])
     assert thought == {"acc": 1.0, "acc_first_char": 1.0, "parse_rate": 1.0}
@@ -145,7 +145,7 @@ def test_infinitebench_drops_thinking_and_counts_what_names_no_letter() -> None:
 
 
 @given(st.text(alphabet="ABCDE abc.:\n'", max_size=40), st.sampled_from("ABCD"))
-def test_whoever_is_right_by_the_first_character_is_right_by_the_current_rule(output: str, gold: str) -> None:
+def test_correct_by_the_first_character_implies_correct_by_the_current_rule(output: str, gold: str) -> None:
     if letters.first_character(output, ["words", gold]):
         assert letters.by_first_line(output, ["words", gold])
 
@@ -153,13 +153,13 @@ def test_whoever_is_right_by_the_first_character_is_right_by_the_current_rule(ou
 @pytest.mark.parametrize(
     ("model", "first", "current"), [("gpt4", 67.25, 68.12), ("kimi", 72.49, 73.36)], ids=["gpt4", "kimi"]
 )
-def test_the_published_figures_come_out_of_the_published_outputs(
+def test_the_published_scores_are_reproduced_from_the_published_outputs(
     model: str, first: float, current: float, data_folder: Path
 ) -> None:
     file = data_folder / PREDICTIONS / f"{model}__longbook_choice_eng.jsonl"
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(records) == 229
-    scored = [letters.infinite_results({"answers": of["ground_truth"]}, [of["prediction"]]) for of in records]
+    scored = [letters.infinite_results({"answers": line["ground_truth"]}, [line["prediction"]]) for line in records]
     means = {name: 100 * sum(score[name] for score in scored) / len(scored) for name in scored[0]}
     assert round(means["acc_first_char"], 2) == first
     assert round(means["acc"], 2) == current
@@ -169,7 +169,7 @@ def test_the_published_figures_come_out_of_the_published_outputs(
 
 
 def hub_record(n: int, context: str, **changed: Any) -> dict[str, Any]:
-    """A record as data.json has it."""
+    """A record in the format of data.json."""
     return {
         "_id": f"66f{n:021d}",
         "domain": "Single-Document QA",
@@ -196,10 +196,10 @@ def hub_copy(folder: Path, records: list[dict[str, Any]], monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("task", ["lc_lbv2_mc", "lc_lbv2_mc_ll"])
 def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [hub_record(0, "A report. "), hub_record(1, "Another one."), hub_record(2, "A report.")]
-    hub_copy(tmp_path, made, monkeypatch)
+    records = [hub_record(0, "A report. "), hub_record(1, "Another one."), hub_record(2, "A report.")]
+    hub_copy(tmp_path, records, monkeypatch)
     built = rows(task)
-    # the third shares the first one's context, and stands beside it
+    # the third row has the context of the first, and is adjacent to it
     assert [row["id"][-1] for row in built] == ["0", "2", "1"]
     assert [row["cluster"] for row in built].count(built[0]["cluster"]) == 2
     row = built[-1]
@@ -235,7 +235,7 @@ def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeyp
     assert "sample" not in row["source"]
 
 
-def test_without_context_the_question_is_asked_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_context_the_prompt_is_the_question_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_copy(tmp_path, [hub_record(0, "A report.")], monkeypatch)
     (row,) = rows("lc_lbv2_mc", context="none")
     assert (row["context"], row["docs"]) == ("", [])
@@ -243,33 +243,33 @@ def test_without_context_the_question_is_asked_alone(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
-        ({"answer": "E"}, r"_id='66f0+1' has answer='E': expected A to D"),
-        ({"answer": "AB"}, r"has answer='AB'"),
-        ({"question": None}, r"record 2 has question=None: expected a string"),
-        ({"_id": f"66f{0:021d}"}, r"has _id='66f0+' twice"),
+        ({"answer": "E"}, r"_id='66f0+1': invalid answer='E': expected A to D"),
+        ({"answer": "AB"}, r"invalid answer='AB'"),
+        ({"question": None}, r"record 2: invalid question=None: expected a string"),
+        ({"_id": f"66f{0:021d}"}, r"duplicate _id='66f0+'"),
     ],
 )
-def test_a_damaged_record_is_refused_with_its_place(
-    changed: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_invalid_record_raises_with_its_location(
+    changed: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_copy(tmp_path, [hub_record(0, "A report."), hub_record(1, "Another.", **changed)], monkeypatch)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         rows("lc_lbv2_mc")
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_field_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_field_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = [{key: value for key, value in hub_record(0, "A report.").items() if key != "choice_C"}]
     hub_copy(tmp_path, records, monkeypatch)
-    with pytest.raises(UserError, match=r"data\.json record 1 has choice_C=None: expected a string"):
+    with pytest.raises(UserError, match=r"data\.json record 1: invalid choice_C=None: expected a string"):
         rows("lc_lbv2_mc")
 
 
-def test_the_local_sample_says_that_it_is_one(data_folder: Path) -> None:
+def test_the_source_of_the_local_sample_says_that_it_is_a_sample(data_folder: Path) -> None:
     if not (data_folder / "longbench_v2/sample_with_context.jsonl").is_file():
-        pytest.skip("LCEVAL_DATA does not hold longbench_v2/sample_with_context.jsonl")
+        pytest.skip("LCEVAL_DATA has no longbench_v2/sample_with_context.jsonl")
     built = rows("lc_lbv2_mc")
     assert len(built) == 8
     for row in built:
@@ -279,7 +279,7 @@ def test_the_local_sample_says_that_it_is_one(data_folder: Path) -> None:
     assert {row["difficulty"] for row in built} == {"easy", "hard"}
 
 
-def test_a_hub_copy_wins_over_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_copy_takes_precedence_over_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub_copy(tmp_path, [hub_record(0, "From the hub.")], monkeypatch)
     sample = tmp_path / "longbench_v2/sample_with_context.jsonl"
     sample.parent.mkdir()
@@ -288,7 +288,7 @@ def test_a_hub_copy_wins_over_the_sample(tmp_path: Path, monkeypatch: pytest.Mon
     assert row["context"] == "From the hub."
 
 
-def test_the_tasks_have_their_names_and_stay_out_of_the_suites_group() -> None:
+def test_the_tasks_exist_and_are_not_in_the_suite_group() -> None:
     assert {"lc_lbv2_mc", "lc_lbv2_mc_ll"} <= catalogue.tasks().keys()
     assert not any("lbv2" in task for task in catalogue.groups()["lc_mc"])
     for task, emitted in [("lc_lbv2_mc", {"acc", "parse_rate"}), ("lc_lbv2_mc_ll", {"acc"})]:

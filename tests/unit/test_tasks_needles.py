@@ -1,4 +1,4 @@
-"""Needle tasks and bAbI over real text: length, depth, answers that stand once, chains, facts in order, bad input."""
+"""Needle tasks and bAbI on real text: length, depth, unique answers, chains, order of facts, invalid input."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ NEEDLES = (*CODES, "vt")
 
 
 def tokenizer(pattern: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token for each match of a pattern and one for each stretch between matches."""
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>")
+    """One token for each match of a pattern and each segment between matches."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
     fast.chat_template = template
     return fast
 
@@ -49,15 +49,15 @@ _WORDS = "the a old ship star of man said and then looked up at his cold hand wa
 
 
 def story(number: int, count: int = 90) -> str:
-    """A story as the file has them: a title, a note, then paragraphs of very different length."""
+    """A story in the format of the file: a title, a note, then paragraphs of very different lengths."""
     rng = random.Random(number)
-    told = [
+    paragraphs = [
         " ".join(rng.choice(_WORDS.split()) for _ in range(rng.choice([2, 4, 7, 12, 30, 60]))).capitalize()
         + f" {number}.{n}."
         for n in range(count)
     ]
     note = "[Transcriber's Note: This etext was produced from a magazine.]"
-    return "\n \n ".join([f"STORY {number}", "By A. WRITER", note, *told])
+    return "\n \n ".join([f"STORY {number}", "By A. WRITER", note, *paragraphs])
 
 
 QUESTION = {
@@ -71,7 +71,7 @@ QUESTION = {
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A data folder of twelve invented stories and a story of bAbI that asks twice."""
+    """A data folder with twelve synthetic stories and a bAbI story with two questions."""
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     write(tmp_path / haystack.STORIES, [{"metadata": {}, "document": story(n), "questions": []} for n in range(12)])
@@ -93,12 +93,12 @@ def request(name: str, meter: str = "words", seed: int = 1234) -> build.Request:
 
 
 def built(name: str, meter: str = "words", seed: int = 1234) -> list[Any]:
-    asked = request(name, meter, seed)
-    return asked.dataset.plan(asked).build()
+    row_request = request(name, meter, seed)
+    return row_request.dataset.plan(row_request).build()
 
 
-def check(made: list[Any], meter: str, limit: int, reply: int) -> None:
-    for row in made:
+def check(task_rows: list[Any], meter: str, limit: int, reply: int) -> None:
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         (counted,) = METERS[meter].prompts([prompts.prompt(row)])
         assert row["length_tokens"] == counted + reply
@@ -108,7 +108,7 @@ def check(made: list[Any], meter: str, limit: int, reply: int) -> None:
         assert len(set(pids)) == len(pids)
         assert set(row["gold_pids"]) <= set(pids)
         assert 0 <= row["depth"] <= 1
-    assert len({row["id"] for row in made}) == len(made)
+    assert len({row["id"] for row in task_rows}) == len(task_rows)
 
 
 def hidden(row: dict[str, Any]) -> list[str]:
@@ -129,26 +129,26 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 
 @pytest.mark.parametrize(("meter", "limit"), [("words", 2048), ("digits in a template", 2048), ("words", 4096)])
 @pytest.mark.parametrize("dataset", NEEDLES)
-def test_fifty_rows_keep_the_length_and_hide_every_needle_once(
+def test_fifty_rows_meet_the_length_and_have_every_needle_once(
     dataset: str, limit: int, meter: str, folder: Path
 ) -> None:
-    made = built(f"lc_{dataset}_ao_{limit // 1024}k", meter)
-    assert len(made) == 50
-    check(made, meter, limit, 32 if dataset in ("niah_single", "niah_multikey") else 128)
-    for row in made:
+    task_rows = built(f"lc_{dataset}_ao_{limit // 1024}k", meter)
+    assert len(task_rows) == 50
+    check(task_rows, meter, limit, 32 if dataset in ("niah_single", "niah_multikey") else 128)
+    for row in task_rows:
         for needle in hidden(row):
             assert row["context"].count(needle) == 1
-        told = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
-        assert not any(answer.lower() in told for answer in row["answers"])
+        haystack_text = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
+        assert not any(answer.lower() in haystack_text for answer in row["answers"])
         for answer in row["answers"]:
             assert any(answer in needle for needle in golds(row))
-    clusters = {row["cluster"]: row["context"] for row in made}
+    clusters = {row["cluster"]: row["context"] for row in task_rows}
     assert len(clusters) == len(set(clusters.values())) == (50 if dataset == "niah_single" else 10)
-    assert all(clusters[row["cluster"]] == row["context"] for row in made)
+    assert all(clusters[row["cluster"]] == row["context"] for row in task_rows)
 
 
 @pytest.mark.parametrize("dataset", CODES)
-def test_a_key_is_looked_up_by_its_own_needles_and_no_others(dataset: str, folder: Path) -> None:
+def test_a_question_is_answered_only_by_the_needles_of_its_keys(dataset: str, folder: Path) -> None:
     options = catalogue.datasets()[dataset].options
     for row in built(f"lc_{dataset}_ao_2k"):
         pairs = [re.fullmatch(r"The access code of the (.+) is (\d{7})\.", needle) for needle in hidden(row)]
@@ -158,42 +158,42 @@ def test_a_key_is_looked_up_by_its_own_needles_and_no_others(dataset: str, folde
         for pair in pairs:
             assert pair is not None
             known.setdefault(pair[1], set()).add(pair[2])
-        wanted = [key for key in known if key in row["question"]]
-        assert len(wanted) == options["asked"]
-        assert {answer for key in wanted for answer in known[key]} == set(row["answers"])
+        asked_keys = [key for key in known if key in row["question"]]
+        assert len(asked_keys) == options["asked"]
+        assert {answer for key in asked_keys for answer in known[key]} == set(row["answers"])
         assert len(row["answers"]) == len(set(row["answers"])) == options["asked"] * options["values"]
         assert len(golds(row)) == len(row["answers"])
-        assert all(any(key in needle for key in wanted) for needle in golds(row))
+        assert all(any(key in needle for key in asked_keys) for needle in golds(row))
 
 
-def held(context: str) -> dict[str, str]:
-    """What every variable of a text holds, read from top to bottom."""
+def resolved(context: str) -> dict[str, str]:
+    """Value of every variable of a text, resolved from top to bottom."""
     values: dict[str, str] = {}
     for line in context.split("\n\n"):
-        if found := re.fullmatch(r"VAR ([A-Z]+) = (?:VAR ([A-Z]+)|(\d+))", line):
-            assert found[1] not in values
-            values[found[1]] = values[found[2]] if found[2] else found[3]
+        if match := re.fullmatch(r"VAR ([A-Z]+) = (?:VAR ([A-Z]+)|(\d+))", line):
+            assert match[1] not in values
+            values[match[1]] = values[match[2]] if match[2] else match[3]
     return values
 
 
 def test_chains_resolve_from_top_to_bottom_to_exactly_the_answers(folder: Path) -> None:
     for row in built("lc_vt_ao_2k"):
-        values = held(row["context"])
+        values = resolved(row["context"])
         (value,) = re.findall(r"\d{5}", row["question"])
         assert len(values) == 25
-        assert [name for name, holds in values.items() if holds == value] == row["answers"]
+        assert [name for name, assigned in values.items() if assigned == value] == row["answers"]
         assert len(row["answers"]) == 5
-        assert held("\n\n".join(golds(row))) == dict.fromkeys(row["answers"], value)
+        assert resolved("\n\n".join(golds(row))) == dict.fromkeys(row["answers"], value)
 
 
 @pytest.mark.parametrize("dataset", ["niah_single", "niah_multikey"])
-def test_single_needles_stand_evenly_over_all_depths(dataset: str, folder: Path) -> None:
+def test_single_needles_are_uniform_over_all_depths(dataset: str, folder: Path) -> None:
     depths = sorted(row["depth"] for row in built(f"lc_{dataset}_ao_4k"))
     assert depths == pytest.approx([(n + 0.5) / 50 for n in range(50)], abs=0.05)
 
 
 @pytest.mark.parametrize("dataset", ["niah_multivalue", "niah_multiquery", "vt"])
-def test_needles_of_a_context_stand_one_in_each_stretch(dataset: str, folder: Path) -> None:
+def test_each_segment_of_a_context_has_one_needle(dataset: str, folder: Path) -> None:
     for row in built(f"lc_{dataset}_ao_4k"):
         needles = [document["pid"] for document in row["docs"] if document["pid"].startswith("needle-")]
         every = [haystack.depth_of("facts", row["docs"], [pid]) for pid in needles]
@@ -202,14 +202,14 @@ def test_needles_of_a_context_stand_one_in_each_stretch(dataset: str, folder: Pa
 
 
 @pytest.mark.parametrize("dataset", [*NEEDLES, "babi"])
-def test_the_seed_decides_the_rows(dataset: str, folder: Path) -> None:
+def test_the_seed_determines_the_rows(dataset: str, folder: Path) -> None:
     name = f"lc_{dataset}_{'qa2' if dataset == 'babi' else 'ao'}_2k"
     first, again, other = (json.dumps(built(name, seed=seed)) for seed in (1, 1, 2))
     assert first == again
     assert first != other
 
 
-def test_all_lengths_hide_the_same_needles(folder: Path) -> None:
+def test_all_lengths_have_the_same_needles(folder: Path) -> None:
     short, long = built("lc_niah_multikey_ao_2k"), built("lc_niah_multikey_ao_4k", "digits in a template")
     for one, other in zip(short, long, strict=True):
         assert [one[field] for field in ("id", "question", "answers")] == [
@@ -227,91 +227,91 @@ def test_every_value_of_a_list_is_scored(folder: Path) -> None:
     assert (half["recall"], half["all_found"]) == (0.5, 0)
 
 
-# The text -----------------------------------------------------------------------------------------
+# Haystack -----------------------------------------------------------------------------------------
 
 
-def test_titles_and_notes_of_the_edition_are_left_out() -> None:
+def test_titles_and_edition_notes_are_left_out() -> None:
     head = "\n\nProduced by Somebody at\nhttp://x\n\nTHE END\nOF IT\n \n By A. WRITER\n\n I\n\n"
     text = head + ' He came\nin.\n \n \n "Well?"\n\n***'
     assert haystack.paragraphs(text) == ["He came in.", '"Well?"']
 
 
-def test_a_text_shorter_than_the_context_begins_again_under_other_names(folder: Path) -> None:
+def test_a_text_shorter_than_the_context_is_repeated_with_other_ids(folder: Path) -> None:
     write(folder / haystack.STORIES, [{"document": story(1, 60)}])
-    made = built("lc_niah_single_ao_4k")
-    check(made, "words", 4096, 32)
-    told = [document["text"] for document in made[0]["docs"]]
-    assert len(set(told)) < len(told)
+    task_rows = built("lc_niah_single_ao_4k")
+    check(task_rows, "words", 4096, 32)
+    texts = [document["text"] for document in task_rows[0]["docs"]]
+    assert len(set(texts)) < len(texts)
 
 
 @given(st.lists(st.integers(0, 400), max_size=30), st.lists(st.floats(0, 1), max_size=8))
-def test_needles_stand_between_paragraphs_nearest_to_their_depth(sizes: list[int], depths: list[float]) -> None:
+def test_needles_are_at_the_paragraph_boundary_nearest_to_their_depth(sizes: list[int], depths: list[float]) -> None:
     text = [Document(pid=f"t{n}", title="", text="x" * size) for n, size in enumerate(sizes)]
     needles = [Document(pid=f"n{n}", title="", text="") for n in range(len(depths))]
-    made = haystack.placed(text, needles, sorted(depths))
-    assert [d for d in made if d["pid"].startswith("t")] == text
-    assert [d for d in made if d["pid"].startswith("n")] == needles
+    task_rows = haystack.placed(text, needles, sorted(depths))
+    assert [d for d in task_rows if d["pid"].startswith("t")] == text
+    assert [d for d in task_rows if d["pid"].startswith("n")] == needles
     edges = [sum(size + 2 for size in sizes[:n]) for n in range(len(sizes) + 1)]
     for needle, depth in zip(needles, sorted(depths), strict=True):
-        at = sum(len(d["text"]) + 2 for d in made[: made.index(needle)] if d["pid"].startswith("t"))
+        at = sum(len(d["text"]) + 2 for d in task_rows[: task_rows.index(needle)] if d["pid"].startswith("t"))
         assert abs(at - depth * edges[-1]) == pytest.approx(min(abs(edge - depth * edges[-1]) for edge in edges))
 
 
-def test_real_stories_hold_no_answer_and_are_mostly_used(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_stories_contain_no_answer_and_are_mostly_used(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
     lines = (data_folder / haystack.STORIES).read_text(encoding="utf-8").strip().split("\n")
-    told = [json.loads(line)["document"] for line in lines]
-    kept = [line for text in told for line in haystack.paragraphs(text)]
-    assert sum(map(len, kept)) > 0.9 * sum(len(" ".join(text.split())) for text in told)
+    stories = [json.loads(line)["document"] for line in lines]
+    kept = [line for text in stories for line in haystack.paragraphs(text)]
+    assert sum(map(len, kept)) > 0.9 * sum(len(" ".join(text.split())) for text in stories)
     assert not any(re.search("gutenberg|transcriber", line, re.IGNORECASE) for line in kept)
-    made = built("lc_vt_ao_8k")
-    check(made, "words", 8192, 128)
-    assert all(row["context"].lower().count(name.lower()) <= 2 for row in made for name in row["answers"])
+    task_rows = built("lc_vt_ao_8k")
+    check(task_rows, "words", 8192, 128)
+    assert all(row["context"].lower().count(name.lower()) <= 2 for row in task_rows for name in row["answers"])
 
 
 # bAbI ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("meter", "limit"), [("words", 2048), ("digits in a template", 2048), ("words", 4096)])
-def test_facts_stand_once_in_order_and_the_supporting_ones_are_gold(limit: int, meter: str, folder: Path) -> None:
-    made = built(f"lc_babi_qa2_{limit // 1024}k", meter)
-    assert len(made) == 3
-    check(made, meter, limit, 32)
+def test_facts_occur_once_in_order_and_supporting_facts_are_gold(limit: int, meter: str, folder: Path) -> None:
+    task_rows = built(f"lc_babi_qa2_{limit // 1024}k", meter)
+    assert len(task_rows) == 3
+    check(task_rows, meter, limit, 32)
     records = [json.loads(line) for line in (folder / "babi/qa2_test.jsonl").read_text().splitlines()]
-    for row in made:
-        said = records[int(row["id"].rsplit("-", 1)[1])]
-        assert hidden(row) == said["facts"]
-        assert golds(row) == [said["facts"][n] for n in sorted(said["supporting"])]
+    for row in task_rows:
+        record = records[int(row["id"].rsplit("-", 1)[1])]
+        assert hidden(row) == record["facts"]
+        assert golds(row) == [record["facts"][n] for n in sorted(record["supporting"])]
         assert row["answers"] == ["hallway"]
-    by_id = {row["id"]: row for row in made}
+    by_id = {row["id"]: row for row in task_rows}
     assert by_id["babi-qa2-000"]["cluster"] == by_id["babi-qa2-001"]["cluster"] != by_id["babi-qa2-002"]["cluster"]
 
 
-def test_text_that_may_say_something_about_the_facts_is_left_out(folder: Path) -> None:
-    telling = ["Then john looked up.", "Nobody was in the Hallways.", "Mary was there."]
+def test_text_that_may_bear_on_a_question_is_left_out(folder: Path) -> None:
+    revealing = ["Then john looked up.", "Nobody was in the Hallways.", "Mary was there."]
     harmless = ["Johnson looked up.", "The milk was cold."]
-    write(folder / haystack.STORIES, [{"document": "\n\n".join([*telling, *harmless, story(n)])} for n in range(12)])
+    write(folder / haystack.STORIES, [{"document": "\n\n".join([*revealing, *harmless, story(n)])} for n in range(12)])
     seen = {document["text"] for row in built("lc_babi_qa1_4k") for document in row["docs"]}
-    assert seen.isdisjoint(telling)
+    assert seen.isdisjoint(revealing)
     assert seen.issuperset(harmless)
 
 
 @pytest.mark.parametrize("mode", ["qa1", "qa2", "qa3"])
 def test_a_hundred_real_questions_of_each_task(data_folder: Path, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
-    made = built(f"lc_babi_{mode}_4k")
-    assert len(made) == 100
-    check(made, "words", 4096, 32)
-    assert {len(row["gold_pids"]) for row in made} == {int(mode[-1])}
-    for row in made:
+    task_rows = built(f"lc_babi_{mode}_4k")
+    assert len(task_rows) == 100
+    check(task_rows, "words", 4096, 32)
+    assert {len(row["gold_pids"]) for row in task_rows} == {int(mode[-1])}
+    for row in task_rows:
         facts = [document["pid"] for document in row["docs"] if document["pid"].startswith("fact-")]
         assert facts == [f"fact-{n}" for n in range(len(facts))]
-        told = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
-        assert row["answers"][0] not in told
-    assert 20 < len({row["cluster"] for row in made}) < 100
+        haystack_text = "\n".join(d["text"] for d in row["docs"] if d["pid"].startswith("story-")).lower()
+        assert row["answers"][0] not in haystack_text
+    assert 20 < len({row["cluster"] for row in task_rows}) < 100
 
 
-def test_gold_context_shows_the_supporting_facts_alone_in_order(folder: Path) -> None:
+def test_gold_context_has_only_the_supporting_facts_in_order(folder: Path) -> None:
     tokenizer(r"\w+|[^\w\s]").save_pretrained(folder / "words")
     task, metadata = catalogue.find("lc_babi_qa2_2k"), {"pretrained": str(folder / "words")}
     row = next(r for r in build.rows_of(task, {**metadata, "context": "gold"}) if r["id"] == "babi-qa2-000")
@@ -319,11 +319,11 @@ def test_gold_context_shows_the_supporting_facts_alone_in_order(folder: Path) ->
     assert {r["context"] for r in build.rows_of(task, {**metadata, "context": "none"})} == {""}
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "message"),
     [
         ("{", r"babi/qa1_test\.jsonl line 1 is not JSON"),
         ({**QUESTION, "facts": []}, r"line 1 has facts=\[\]"),
@@ -334,26 +334,26 @@ def test_gold_context_shows_the_supporting_facts_alone_in_order(folder: Path) ->
         ({k: v for k, v in QUESTION.items() if k != "supporting"}, "record 1 has supporting=None"),
     ],
 )
-def test_damaged_questions_are_refused_with_their_place(bad: Any, said: str, folder: Path) -> None:
+def test_invalid_questions_raise_with_their_location(bad: Any, message: str, folder: Path) -> None:
     write(folder / "babi/qa1_test.jsonl", [bad])
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         built("lc_babi_qa1_2k")
     one_line(caught)
 
 
 @pytest.mark.parametrize("name", ["lc_vt_ao_2k", "lc_niah_single_ao_2k", "lc_babi_qa1_2k"])
-def test_stories_that_are_damaged_or_hold_no_text_are_refused(name: str, folder: Path) -> None:
+def test_invalid_stories_or_stories_without_text_raise(name: str, folder: Path) -> None:
     write(folder / haystack.STORIES, [{"text": "x"}])
-    with pytest.raises(UserError, match=r"squality/.* line 1 has document=None") as caught:
+    with pytest.raises(UserError, match=r"squality/.* line 1: invalid document=None") as caught:
         built(name)
     one_line(caught)
     write(folder / haystack.STORIES, [{"document": "THE TITLE"}])
-    with pytest.raises(UserError, match=rf"{name} finds no paragraph") as caught:
+    with pytest.raises(UserError, match=rf"{name} finds no usable paragraph") as caught:
         built(name)
     one_line(caught)
 
 
-def test_a_length_in_which_nothing_fits_is_refused(folder: Path) -> None:
+def test_a_length_at_which_nothing_fits_raises(folder: Path) -> None:
     facts = [f"Mary went to the place number {n}." for n in range(900)]
     write(folder / "babi/qa3_test.jsonl", [{**QUESTION, "facts": facts}])
     with pytest.raises(UserError, match=r"lc_babi_qa3_2k cannot place any story .* 2048 .* longer task") as caught:
@@ -371,5 +371,5 @@ def test_without_the_data_the_error_names_the_variable_and_the_file(
         one_line(caught)
 
 
-def test_story_numbers_change_where_facts_do_not_go_on() -> None:
+def test_story_numbers_change_where_facts_do_not_continue() -> None:
     assert babi.story_numbers([["a"], ["a", "b"], ["b"], ["b"], ["a", "b"]]) == [0, 0, 1, 1, 2]

@@ -1,4 +1,4 @@
-"""Reading numbers from real answers, and the metrics of the finance forms."""
+"""Parsing of numbers in realistic answers, and the metrics of the finance output formats."""
 
 from __future__ import annotations
 
@@ -57,24 +57,24 @@ READ = {
 
 
 @pytest.mark.parametrize(("text", "value"), READ.items())
-def test_a_number_is_read_from_real_answers(text: str, value: float) -> None:
+def test_a_number_is_parsed_from_realistic_answers(text: str, value: float) -> None:
     assert numbers.parse_number(text) == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("text", ["", "no", "none of them", "FY2023", "Q2", "10-K", "2nd", "the 8-K filing"])
-def test_where_there_is_no_number_none_is_read(text: str) -> None:
+def test_text_without_a_number_gives_none(text: str) -> None:
     assert numbers.parse_number(text) is None
 
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{:,}", "${:,}", "about {}", "{} .", "it was {} then"]))
-def test_any_amount_is_read_back_as_it_is_printed(amount: Any, output_format: str) -> None:
-    text = output_format.format(amount)
+def test_any_printed_amount_is_parsed(amount: Any, template: str) -> None:
+    text = template.format(amount)
     assert numbers.parse_number(text) == float(amount)
     assert numbers.number_match(text, f"{amount:,}") == 1.0
 
 
 @given(st.text(max_size=60))
-def test_no_text_breaks_the_reading(text: str) -> None:
+def test_parsing_never_raises(text: str) -> None:
     assert numbers.parse_number(text) is None or isinstance(numbers.parse_number(text), float)
     assert numbers.number_metrics(text, "14").keys() == {"exact", "within_1pct"}
     scoring.scaled_metrics(text, ["14", "15"], "", "multi-span")
@@ -115,7 +115,7 @@ NUMBER_SCORES = [
     ("1.40", "1.42403", 0.0, 0.0),
     ("14.123%", "0.14123", 1.0, 1.0),
     ("14%", "0.14123", 0.0, 1.0),
-    ("14.123", "0.14123", 0.0, 0.0),  # a percentage without its sign is another number
+    ("14.123", "0.14123", 0.0, 0.0),  # a percentage without its sign is a different number
     ("24.69136%", "24.69136", 1.0, 1.0),  # a program that multiplied by 100
     ("$380 million", "380", 1.0, 1.0),
     ("-0.09709", "-0.09709", 1.0, 1.0),
@@ -127,13 +127,13 @@ NUMBER_SCORES = [
     ("yes", "no", 0.0, 0.0),
     ("7", "no", 0.0, 0.0),
     ("unknown", "3.5", 0.0, 0.0),
-    ("14.12%", "14.1%", 1.0, 1.0),  # a gold that a person printed
+    ("14.12%", "14.1%", 1.0, 1.0),  # a gold in printed form
     ("14.2%", "14.1%", 0.0, 1.0),
 ]
 
 
 @pytest.mark.parametrize(("answer", "gold", "exact", "close"), NUMBER_SCORES)
-def test_computed_numbers_are_equal_at_five_decimals_and_the_tolerance_stands_apart(
+def test_computed_numbers_are_compared_at_five_decimals_and_the_tolerance_is_separate(
     answer: str, gold: str, exact: float, close: float
 ) -> None:
     assert numbers.number_metrics(answer, gold) == {"exact": exact, "within_1pct": close}
@@ -145,8 +145,8 @@ SCALED = [
     ("1,496.5 million", ["$1,496.5"], "million", "span", (1.0, 1.0, 1.0)),
     ("1,496.5", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # the scale is part of the answer
     ("1,496.5 thousand", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),
-    ("$1,496,500,000", ["$1,496.5"], "million", "span", (1.0, 1.0, 0.0)),  # equal, though its scale is another
-    ("1.4965 billion", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # 1.4965 is rounded before it is scaled
+    ("$1,496,500,000", ["$1,496.5"], "million", "span", (1.0, 1.0, 0.0)),  # equal value, different scale
+    ("1.4965 billion", ["$1,496.5"], "million", "span", (0.0, 0.0, 0.0)),  # 1.4965 is rounded before scaling
     ("Sales were $1,496.5 million.", ["$1,496.5"], "million", "span", (1.0, 1.0, 1.0)),
     ("-12.6 million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
     ("(12.6) million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
@@ -154,7 +154,7 @@ SCALED = [
     ("-12.604 million", ["-12.6"], "million", "arithmetic", (1.0, 1.0, 1.0)),
     ("-22.22%", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 1.0)),
     ("-22.22 percent", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 1.0)),
-    ("-0.2222", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 0.0)),  # the published reading of a fraction
+    ("-0.2222", ["-22.22"], "percent", "arithmetic", (1.0, 1.0, 0.0)),  # a fraction, by the published rule
     ("-22.22", ["-22.22"], "percent", "arithmetic", (0.0, 0.0, 0.0)),
     ("-22%", ["-22.22"], "percent", "arithmetic", (0.0, 0.0, 1.0)),
     ("4", ["4"], "", "count", (1.0, 1.0, 1.0)),
@@ -194,7 +194,7 @@ def test_an_answer_is_scored_with_its_scale(
     assert tuple(scores[name] for name in ("em", "f1", "scale")) == pytest.approx(expected)
 
 
-def test_every_gold_answer_of_tatqa_scores_full_marks_as_a_reply(data_folder: Path) -> None:
+def test_every_gold_answer_of_tatqa_scores_one_as_a_reply(data_folder: Path) -> None:
     lines = (data_folder / "tatqa/tatqa_dataset_dev.jsonl").read_text(encoding="utf-8").splitlines()
     scored = 0
     for question in (question for line in lines for question in json.loads(line)["questions"]):
@@ -207,21 +207,21 @@ def test_every_gold_answer_of_tatqa_scores_full_marks_as_a_reply(data_folder: Pa
     assert scored == 1668
 
 
-# What lm-eval calls
+# process_results
 
 
-class Said(str):
+class Response(str):
     """A response of our own model: text with telemetry."""
 
     meta: dict[str, Any]
 
-    def __new__(cls, text: str, **meta: Any) -> Said:
-        made = super().__new__(cls, text)
-        made.meta = meta
-        return made
+    def __new__(cls, text: str, **meta: Any) -> Response:
+        response = super().__new__(cls, text)
+        response.meta = meta
+        return response
 
 
-def test_numbers_are_scored_after_the_marker_and_an_answer_without_one_is_no_parsed_answer() -> None:
+def test_numbers_are_scored_after_the_marker_and_replies_without_a_number_are_not_parsed() -> None:
     doc = {"answers": ["0.375"]}
     assert scoring.number_results(doc, ["3 of 8\nAnswer: 37.5%"]) == {
         "exact": 1.0,
@@ -232,30 +232,30 @@ def test_numbers_are_scored_after_the_marker_and_an_answer_without_one_is_no_par
     assert scoring.number_results(doc, ["Answer: I cannot tell"])["parse_rate"] == 0.0
 
 
-def test_a_sample_that_was_not_run_scores_zero_everywhere() -> None:
-    failed = Said("Answer: 4", status="error", kv={})
+def test_a_failed_sample_scores_zero_on_all_metrics() -> None:
+    failed = Response("Answer: 4", status="error", kv={})
     doc = {"answers": ["4"], "spans": ["4"], "scale": "", "answer_type": "count"}
     for results in (scoring.number_results, scoring.scaled_results, scoring.judged_results):
-        made = results(doc, [failed])
-        assert {value for name, value in made.items() if not name.startswith("kv")} == {0.0}
-        assert made["kv"]["status"] == "error"
+        metrics = results(doc, [failed])
+        assert {value for name, value in metrics.items() if not name.startswith("kv")} == {0.0}
+        assert metrics["kv"]["status"] == "error"
 
 
-def test_an_answer_with_a_scale_also_tells_its_subem() -> None:
+def test_an_answer_with_a_scale_also_has_subem() -> None:
     doc = {"answers": ["12.6 million"], "spans": ["12.6"], "scale": "million", "answer_type": "arithmetic"}
-    made = scoring.scaled_results(doc, ["Answer: $12.6 million"])
-    assert made == {"em": 1.0, "f1": 1.0, "scale": 1.0, "subem": 1.0, "parse_rate": 1.0}
+    metrics = scoring.scaled_results(doc, ["Answer: $12.6 million"])
+    assert metrics == {"em": 1.0, "f1": 1.0, "scale": 1.0, "subem": 1.0, "parse_rate": 1.0}
 
 
-def test_a_judged_answer_is_the_whole_reply_and_needs_no_marker() -> None:
+def test_a_judged_answer_is_the_whole_reply_without_a_marker() -> None:
     doc = {"answers": ['{"high": [], "low": ["Acme Inc."]}']}
-    made = scoring.judged_results(doc, [Said('<think>high?</think>{"high": [], "low": ["Acme Inc."]}', kv={})])
-    assert (made["f1"], made["subem"], made["em"], made["parse_rate"]) == (1.0, 1.0, 1.0, 1.0)
-    assert made["kv"]["status"] == "ok"
-    assert scoring.judged_results(doc, [Said("", kv={})])["kv"]["status"] == "wrong_format"
+    metrics = scoring.judged_results(doc, [Response('<think>high?</think>{"high": [], "low": ["Acme Inc."]}', kv={})])
+    assert (metrics["f1"], metrics["subem"], metrics["em"], metrics["parse_rate"]) == (1.0, 1.0, 1.0, 1.0)
+    assert metrics["kv"]["status"] == "ok"
+    assert scoring.judged_results(doc, [Response("", kv={})])["kv"]["status"] == "wrong_format"
 
 
-def test_short_answers_compare_figures_only_where_the_gold_is_one() -> None:
+def test_short_answers_compare_figures_only_if_the_gold_is_a_number() -> None:
     assert shared.short_results({"answers": ["30.8%"]}, ["Answer: it grew 30.8%"])["number"] == 1.0
     assert shared.short_results({"answers": ["30.8%"]}, ["Answer: it grew"])["number"] == 0.0
     assert shared.short_results({"answers": ["Customer deposits"]}, ["Answer: 30.8%"])["number"] is None

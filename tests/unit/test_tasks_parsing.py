@@ -1,4 +1,4 @@
-"""What outputs say: documents named, quotes given, answers; on outputs as models write them."""
+"""Parsing of realistic model outputs: cited documents, quotes, answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DOC = {"docs": DOCS, "gold_pids": ["a", "b"], "answers": ["Ole Vinter"]}
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    ("text", "document_ids"),
     [
         ("Relevant documents: [DOC 3], [DOC 5]", [3, 5]),
         ("[DOC 3][DOC 4]", [3, 4]),
@@ -39,17 +39,17 @@ DOC = {"docs": DOCS, "gold_pids": ["a", "b"], "answers": ["Ole Vinter"]}
         ("", None),
     ],
 )
-def test_documents_are_found_in_the_usual_spellings(text: str, named: list[int] | None) -> None:
-    assert parsing.document_ids(text) == named
+def test_citations_are_parsed_in_the_usual_spellings(text: str, document_ids: list[int] | None) -> None:
+    assert parsing.document_ids(text) == document_ids
 
 
 @given(st.lists(st.integers(0, 999), min_size=1))
-def test_the_required_form_is_read_back(numbers: list[int]) -> None:
+def test_the_required_format_is_parsed(numbers: list[int]) -> None:
     text = "Relevant documents: " + ", ".join(f"[DOC {number}]" for number in numbers)
     assert parsing.document_ids(text) == list(dict.fromkeys(numbers))
 
 
-def test_only_what_stands_before_the_last_answer_and_outside_thinking_names_documents() -> None:
+def test_only_citations_before_the_last_answer_and_outside_thinking_count() -> None:
     text = "<think>[DOC 9]</think>[DOC 0]\nThe answer is: maybe\n[DOC 1]\nThe answer is: Ole [DOC 7]"
     assert parsing.document_ids(parsing.before_answer(text)) == [0, 1]
     assert parsing.document_ids(parsing.before_answer("[DOC 4] and no answer")) == [4]
@@ -71,7 +71,7 @@ def test_quotes_belong_to_the_tag_before_them(text: str, expected: list[Any]) ->
 
 
 @pytest.mark.parametrize(
-    ("named", "gold", "scores"),
+    ("cited", "gold", "scores"),
     [
         ([0, 1], {0, 1}, (1, 1, 1, 1, 1)),
         ([0], {0, 1}, (1, 0.5, 2 / 3, 0, 1)),
@@ -84,17 +84,17 @@ def test_quotes_belong_to_the_tag_before_them(text: str, expected: list[Any]) ->
         (None, set(), (0, 0, 0, 0, 0)),
     ],
 )
-def test_citations_are_scored_as_sets(named: Any, gold: set[int], scores: tuple[float, ...]) -> None:
-    assert tuple(scoring.citation_metrics(named, gold).values()) == pytest.approx(scores)
+def test_citations_are_scored_as_sets(cited: Any, gold: set[int], scores: tuple[float, ...]) -> None:
+    assert tuple(scoring.citation_metrics(cited, gold).values()) == pytest.approx(scores)
 
 
 def test_a_cited_answer_is_scored_with_its_documents() -> None:
-    made = scoring.cited_results(DOC, ["Relevant documents: [DOC 0], [DOC 2]\nThe answer is: Ole Vinter"])
-    assert (made["subem"], made["parse_rate"]) == (1, 1)
-    assert (made["ids_precision"], made["ids_recall"], made["ids_exact"]) == (0.5, 0.5, 0)
+    metrics = scoring.cited_results(DOC, ["Relevant documents: [DOC 0], [DOC 2]\nThe answer is: Ole Vinter"])
+    assert (metrics["subem"], metrics["parse_rate"]) == (1, 1)
+    assert (metrics["ids_precision"], metrics["ids_recall"], metrics["ids_exact"]) == (0.5, 0.5, 0)
 
 
-def test_copies_count_only_word_for_word_and_only_of_gold_documents() -> None:
+def test_only_verbatim_copies_of_exactly_the_gold_documents_count() -> None:
     whole = f"[DOC 0] {DOCS[0]['text']}\n[DOC 1] {DOCS[1]['text']}\nThe answer is: Ole Vinter"
     assert scoring.copied_results(DOC, [whole])["content"] == 1
     assert scoring.copied_results(DOC, [whole])["ids_exact"] == 1
@@ -103,14 +103,14 @@ def test_copies_count_only_word_for_word_and_only_of_gold_documents() -> None:
     assert scoring.copied_results(DOC, ["The answer is: Ole Vinter"])["content"] == 0
 
 
-def test_quotes_count_where_they_stand_in_the_gold_document_they_name() -> None:
-    said = '[DOC 1] "Ole Vinter built"\n[DOC 0] "nine days"\nThe answer is: Ole Vinter'
-    made = scoring.quoted_results(DOC, [said])
-    assert (made["quotes"], made["ids_exact"], made["subem"]) == (0.5, 1, 1)
+def test_quotes_count_if_they_are_in_the_gold_document_they_cite() -> None:
+    output = '[DOC 1] "Ole Vinter built"\n[DOC 0] "nine days"\nThe answer is: Ole Vinter'
+    metrics = scoring.quoted_results(DOC, [output])
+    assert (metrics["quotes"], metrics["ids_exact"], metrics["subem"]) == (0.5, 1, 1)
     assert scoring.quoted_results(DOC, ["The answer is: Ole Vinter"])["quotes"] == 0
 
 
-def test_recall_at_k_and_all_or_nothing_recall() -> None:
+def test_recall_and_mrecall_at_k() -> None:
     assert scoring.recall_at([2, 0, 9], {0, 1}, 1) == 0
     assert scoring.recall_at([2, 0, 9], {0, 1}, 2) == 0.5
     assert scoring.mrecall_at([0, 9], {0, 1}, 1) == 1
@@ -120,7 +120,7 @@ def test_recall_at_k_and_all_or_nothing_recall() -> None:
     assert scoring.retrieved_results(DOC, ["nothing of use"])["ids_rate"] == 0
 
 
-def test_references_are_all_to_be_found_whatever_their_case() -> None:
+def test_references_match_regardless_of_case() -> None:
     doc = {"answers": ["QX1", "4711"]}
-    made = scoring.listed_results(doc, ["I think 4711.\nAnswer: qx1, 99"])
-    assert (made["recall"], made["recall_raw"], made["all_found"], made["parse_rate"]) == (0.5, 1, 0, 1)
+    metrics = scoring.listed_results(doc, ["I think 4711.\nAnswer: qx1, 99"])
+    assert (metrics["recall"], metrics["recall_raw"], metrics["all_found"], metrics["parse_rate"]) == (0.5, 1, 0, 1)

@@ -1,4 +1,4 @@
-"""Passage pools: leakage, hard negatives, depth, the hub's formats, and real data at several lengths."""
+"""Passage pools: leakage, hard negatives, depth, hub formats, and real data at several lengths."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ def rows(task: str, tokenizer: str) -> list[Any]:
 
 
 def by_context(built: list[Any]) -> list[list[Any]]:
-    found: dict[str, list[Any]] = {}
+    clusters: dict[str, list[Any]] = {}
     for row in built:
-        found.setdefault(row["cluster"], []).append(row)
-    return list(found.values())
+        clusters.setdefault(row["cluster"], []).append(row)
+    return list(clusters.values())
 
 
 @pytest.mark.parametrize("dataset", ["nqopen", "hotpotpool"])
 @pytest.mark.parametrize("length", [4, 16])
-def test_over_all_rows_nothing_leaks_and_gold_is_whole_at_its_depth(
+def test_no_answer_leaks_and_gold_passages_are_complete_and_spread(
     dataset: str, length: int, smollm2: str, data_folder: Path
 ) -> None:
     built = rows(f"lc_{dataset}_ao_{length}k", smollm2)
@@ -44,45 +44,45 @@ def test_over_all_rows_nothing_leaks_and_gold_is_whole_at_its_depth(
     lines = [line for file in files for line in (data_folder / file).read_text(encoding="utf-8").splitlines()]
     pool = {record["pid"]: record["text"].strip() for record in map(json.loads, lines)}
     assert len(built) == {"nqopen": 400}.get(dataset, len(built)) >= 60
-    for of in by_context(built):
-        shown = {document["pid"]: document["text"] for document in of[0]["docs"]}
-        assert all(text == pool[pid] for pid, text in shown.items())
-        normal = {pid: normalize(text) for pid, text in shown.items()}
+    for context_rows in by_context(built):
+        texts = {document["pid"]: document["text"] for document in context_rows[0]["docs"]}
+        assert all(text == pool[pid] for pid, text in texts.items())
+        normal = {pid: normalize(text) for pid, text in texts.items()}
         places = []
-        for row in of:
+        for row in context_rows:
             answers = [normalize(answer) for answer in row["answers"]]
-            holders = {pid for pid, text in normal.items() if any(answer in text for answer in answers)}
-            assert holders <= set(row["gold_pids"]) <= set(shown)
-            assert holders
-            places += [[*shown].index(pid) for pid in row["gold_pids"]]
-        for stretch, place in enumerate(sorted(places)):
-            assert len(shown) * stretch // len(places) <= place < len(shown) * (stretch + 1) // len(places)
-        assert all(0.98 * length * 1024 <= row["length_tokens"] <= length * 1024 for row in of)
-        assert {row["context"] for row in of} == {of[0]["context"]}
+            leaking = {pid for pid, text in normal.items() if any(answer in text for answer in answers)}
+            assert leaking <= set(row["gold_pids"]) <= set(texts)
+            assert leaking
+            places += [[*texts].index(pid) for pid in row["gold_pids"]]
+        for segment, place in enumerate(sorted(places)):
+            assert len(texts) * segment // len(places) <= place < len(texts) * (segment + 1) // len(places)
+        assert all(0.98 * length * 1024 <= row["length_tokens"] <= length * 1024 for row in context_rows)
+        assert {row["context"] for row in context_rows} == {context_rows[0]["context"]}
 
 
 @pytest.mark.parametrize("task", ["lc_musique_ao_4k", "lc_squad_ao_2k", "lc_nqopen_rj_4k", "lc_nqopen_idq_4k"])
-def test_other_pools_and_modes_keep_their_length(task: str, smollm2: str, data_folder: Path) -> None:
+def test_other_pools_and_modes_meet_their_length(task: str, smollm2: str, data_folder: Path) -> None:
     built = rows(task, smollm2)
     limit = int(task.rpartition("_")[2][:-1]) * 1024
     assert len(built) >= 24
     assert all(0.98 * limit <= row["length_tokens"] <= limit for row in built)
 
 
-def test_first_come_the_named_distractors_and_what_bm25_finds(smollm2: str, data_folder: Path) -> None:
+def test_the_distractors_of_the_source_and_bm25_negatives_come_first(smollm2: str, data_folder: Path) -> None:
     task = catalogue.find("lc_hotpotpool_ao_4k")
     meter = tokens.meter_for("t", {"pretrained": smollm2})
     request = build.Request(task.name, task.dataset, "ao", meter, 4096, 1234)
     built = task.dataset.plan(request).build()
     lines = (data_folder / "hotpotqa/questions.jsonl").read_text(encoding="utf-8").splitlines()
-    named = {record["question"].strip(): set(record["distractor_pids"]) for record in map(json.loads, lines)}
+    distractors = {record["question"].strip(): set(record["distractor_pids"]) for record in map(json.loads, lines)}
     shares = []
-    for of in by_context(built):
-        gold = {pid for row in of for pid in row["gold_pids"]}
-        fillers = [document["pid"] for document in of[0]["docs"] if document["pid"] not in gold]
-        theirs = set().union(*(named[row["question"]] for row in of))
-        shares.append(sum(pid in theirs for pid in fillers) / len(fillers))
-    # twenty hard negatives a context; a 4k context has room for a little more than that
+    for context_rows in by_context(built):
+        gold = {pid for row in context_rows for pid in row["gold_pids"]}
+        fillers = [document["pid"] for document in context_rows[0]["docs"] if document["pid"] not in gold]
+        expected = set().union(*(distractors[row["question"]] for row in context_rows))
+        shares.append(sum(pid in expected for pid in fillers) / len(fillers))
+    # 20 hard negatives per context; a 4k context has room for slightly more
     assert min(shares) > 0.5
 
 
@@ -93,9 +93,9 @@ def source(name: str, records: list[dict[str, Any]]) -> SourceFile:
     return SourceFile(name, records, "0" * 64)
 
 
-def test_questions_that_cannot_be_scored_are_left_out() -> None:
+def test_unusable_questions_are_left_out() -> None:
     texts = ["The river Oza is 40 km long.", "Nothing of note.", "Yes, it was a frigate."]
-    asked = [
+    records = [
         {"question": "How long is the Oza?", "answers": ["40 km"], "gold_pids": ["p0"]},
         {"question": "How long is the Oza?", "answers": ["40 km"], "gold_pids": ["p0"]},
         {"question": "Which river?", "answers": ["Danube"], "gold_pids": ["p0"]},
@@ -103,32 +103,32 @@ def test_questions_that_cannot_be_scored_are_left_out() -> None:
         {"question": "Was it?", "answers": ["yes"], "gold_pids": ["p2"]},
     ]
     numbers = {f"p{n}": n for n in range(3)}
-    found = questions.askable("x", source("q", asked), numbers, LeakIndex(texts))
-    assert [question.id for question in found] == ["x-00000"]
+    usable = questions.usable_questions("x", source("q", records), numbers, LeakIndex(texts))
+    assert [question.id for question in usable] == ["x-00000"]
     with pytest.raises(UserError, match=r"gold_pids=\['p9'\]"):
-        questions.askable("x", source("q", [{**asked[0], "gold_pids": ["p9"]}]), numbers, LeakIndex(texts))
+        questions.usable_questions("x", source("q", [{**records[0], "gold_pids": ["p9"]}]), numbers, LeakIndex(texts))
 
 
 def numbers(count: int, seed: int) -> list[str]:
-    """Words that are in nobody's way."""
+    """Random words that occur nowhere else."""
     rng = random.Random(seed)
     return ["".join(rng.choices("bcdfghjklmnpqrstvwxz", k=6)) for _ in range(count)]
 
 
 def facts(count: int) -> list[tuple[str, str, str, str]]:
-    """Title, passage, question and answer, all different."""
+    """Distinct tuples of title, passage, question and answer."""
     names, things = numbers(count, 1), numbers(count, 2)
     padding = "The town lies by a lake and is known for its fairs, which are held every spring and autumn. " * 9
     return [
-        # of every length, so that some choice of them fits
+        # of many lengths, so that some selection fits
         (name, f"{name} is known for {thing}. {padding[: 200 + 13 * n]}", f"What is {name} known for?", thing)
         for n, (name, thing) in enumerate(zip(names, things, strict=True))
     ]
 
 
-def hub_record(dataset: str, made: list[tuple[str, str, str, str]], n: int) -> dict[str, Any]:
-    title, text, question, answer = made[n]
-    other = made[(n + 1) % len(made)]
+def hub_record(dataset: str, pool: list[tuple[str, str, str, str]], n: int) -> dict[str, Any]:
+    title, text, question, answer = pool[n]
+    other = pool[(n + 1) % len(pool)]
     if dataset == "squad":
         return {
             "id": str(n),
@@ -162,7 +162,7 @@ def hub_record(dataset: str, made: list[tuple[str, str, str, str]], n: int) -> d
 
 
 def hub_copy(folder: Path, dataset: str, records: list[dict[str, Any]]) -> Path:
-    """A copy of the dataset's repository, as the hub holds it."""
+    """A local copy of the dataset's hub repository."""
     hub = catalogue.datasets()[dataset].hub
     assert hub is not None
     file = folder / "hub" / hub.repo / hub.files["validation"]
@@ -178,13 +178,13 @@ def hub_copy(folder: Path, dataset: str, records: list[dict[str, Any]]) -> Path:
 def test_a_copy_of_the_hubs_files_becomes_a_pool(
     dataset: str, smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = facts(60)
-    hub_copy(tmp_path, dataset, [hub_record(dataset, made, n) for n in range(60)])
+    pool = facts(60)
+    hub_copy(tmp_path, dataset, [hub_record(dataset, pool, n) for n in range(60)])
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))
     built = rows(f"lc_{dataset}_ao_2k", smollm2)
     assert len(built) >= 20
-    answers = {question: answer for _, _, question, answer in made}
+    answers = {question: answer for _, _, question, answer in pool}
     for row in built:
         assert row["answers"][0] == answers[row["question"]]
         (gold,) = [document for document in row["docs"] if document["pid"] in row["gold_pids"]]
@@ -193,7 +193,7 @@ def test_a_copy_of_the_hubs_files_becomes_a_pool(
 
 
 @pytest.mark.parametrize("dataset", ["squad", "hotpotpool", "musique"])
-def test_a_damaged_record_of_the_hub_is_refused_with_its_place(
+def test_an_invalid_hub_record_raises_with_its_location(
     dataset: str, smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record = hub_record(dataset, facts(2), 0)
@@ -201,12 +201,12 @@ def test_a_damaged_record_of_the_hub_is_refused_with_its_place(
     hub_copy(tmp_path, dataset, [record])
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "arrow"))
-    with pytest.raises(UserError, match=r"record 1 has question=None: expected a string") as caught:
+    with pytest.raises(UserError, match=r"record 1: invalid question=None: expected a string") as caught:
         rows(f"lc_{dataset}_ao_2k", smollm2)
     assert "\n" not in str(caught.value)
 
 
-def test_the_seed_decides_a_pools_rows_to_the_byte(smollm2: str, data_folder: Path) -> None:
+def test_the_same_seed_gives_byte_identical_rows(smollm2: str, data_folder: Path) -> None:
     task = catalogue.find("lc_nqopen_ao_2k")
     meter = tokens.meter_for("t", {"pretrained": smollm2})
     first, again, other = (

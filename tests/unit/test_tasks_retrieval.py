@@ -1,4 +1,4 @@
-"""BM25 is Lucene's formula; chunks lose nothing and keep their bound."""
+"""BM25 equals Lucene's formula; chunks lose no text and respect the token limit."""
 
 from __future__ import annotations
 
@@ -94,18 +94,18 @@ def test_bm25_is_lucenes_formula_on_any_texts(texts: list[str], question: str) -
     check_bm25(texts, question)
 
 
-def test_the_best_come_first_and_no_more_than_asked_for() -> None:
+def test_ranked_returns_the_best_texts_up_to_the_requested_number() -> None:
     index = bm25_order(ODD)
     assert index.ranked("cat dog", 3) == index.ranked("cat dog")[:3]
     assert index.ranked("cat dog", 0) == []
     assert len(index.ranked("cat dog", 99)) == len(ODD)
 
 
-def test_indexing_and_asking_print_and_log_nothing(
+def test_indexing_and_ranking_print_and_log_nothing(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    caplog.handler.setLevel(logging.NOTSET)  # as lm-eval's: the root logger's level is the only sieve
+    caplog.handler.setLevel(logging.NOTSET)  # as in lm-eval: only the root logger's level filters
     bm25_order(ODD).ranked("cat")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
@@ -114,13 +114,13 @@ def test_indexing_and_asking_print_and_log_nothing(
 def test_importing_it_loads_neither_torch_nor_the_embedder() -> None:
     heavy = ("torch", "transformers", "sentence_transformers", "faiss")
     code = f"import sys, lceval.tasks.retrieval; print([m for m in {heavy} if m in sys.modules])"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip() == "[]"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert process.stdout.strip() == "[]"
 
 
 @cache
 def meter(kind: str) -> TokenMeter:
-    """One token a word or mark; or byte pairs, where a word's tokens depend on what stands before it."""
+    """One token per word or mark; or byte pairs, where the tokens of a word depend on what precedes it."""
     if kind == "words":
         tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -151,7 +151,7 @@ LONG = st.lists(st.tuples(WORDS, GAPS), max_size=60).map(lambda pairs: "".join(w
 
 @given(st.lists(LONG, max_size=4), st.integers(1, 40), st.sampled_from(["words", "bytes"]))
 @settings(deadline=None)
-def test_chunks_lose_nothing_stand_in_the_text_and_keep_the_bound(texts: list[str], limit: int, kind: str) -> None:
+def test_chunks_cover_the_text_in_order_and_respect_the_token_limit(texts: list[str], limit: int, kind: str) -> None:
     docs = [document(text, f"p{number}") for number, text in enumerate(texts)]
     chunks = chunked(docs, limit, meter(kind))
     for doc, whole in zip(docs, meter(kind).pieces(texts), strict=True):
@@ -160,18 +160,18 @@ def test_chunks_lose_nothing_stand_in_the_text_and_keep_the_bound(texts: list[st
         if whole <= limit:
             assert [chunk.text for chunk in own] == [doc["text"]]
             continue
-        place, broken = 0, []
+        place, word_splits = 0, []
         for chunk in own:
-            found = doc["text"].index(chunk.text, place)
-            between = doc["text"][place:found]
+            start = doc["text"].index(chunk.text, place)
+            between = doc["text"][place:start]
             assert not between.strip()
             if not between and place:
-                broken.append(place)
-            place = found + len(chunk.text)
+                word_splits.append(place)
+            place = start + len(chunk.text)
             assert meter(kind).pieces([chunk.text])[0] <= limit or len(chunk.text) == 1
         assert not doc["text"][place:].strip()
-        for cut in broken:  # only inside a word that is longer than a chunk
-            (word,) = (w.group() for w in re.finditer(r"\S+", doc["text"]) if w.start() < cut < w.end())
+        for split in word_splits:  # only inside a word that is longer than a chunk
+            (word,) = (w.group() for w in re.finditer(r"\S+", doc["text"]) if w.start() < split < w.end())
             assert meter(kind).pieces([word])[0] > limit
     assert [chunk.pid for chunk in chunks] == sorted(chunk.pid for chunk in chunks)
 
@@ -190,17 +190,17 @@ def test_a_chunk_on_one_line_is_nearly_full_or_has_no_room_for_the_next_word(wor
             assert count([text[start : end if end > 0 else len(text)]])[0] > limit
 
 
-def test_a_chunk_ends_with_a_line_where_one_ends_in_its_last_quarter() -> None:
+def test_a_chunk_ends_at_a_line_break_in_its_last_quarter() -> None:
     rows = [f"row {number} has exactly seven words\n" for number in range(40)]
     chunks = chunked([document("".join(rows))], 20, meter("words"))
     assert [chunk.text.count("\n") + 1 for chunk in chunks] == [3] * 13 + [1]
     assert "\n".join(chunk.text for chunk in chunks) + "\n" == "".join(rows)
-    # eleven words a row: a line's end is not worth half a chunk
+    # eleven words per row: a chunk is not halved to end at a line break
     long = "".join(f"row {number} has more words in it than half a chunk\n" for number in range(9))
     assert len(chunked([document(long)], 20, meter("words"))[0].text.split()) > 15
 
 
-def test_a_long_document_costs_a_few_tokenizer_calls_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunking_a_long_document_takes_few_tokenizer_calls_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     counted = meter("bytes")
     pieces = counted.pieces

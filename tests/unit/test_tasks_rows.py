@@ -1,4 +1,4 @@
-"""Built rows: leakage, length in the model's tokens, answers, determinism, the cache, and bad input."""
+"""Rows: leakage, length in the model's tokens, answers, determinism, caching, invalid input."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW_FIELDS = set(rows.Row.__required_keys__)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE trained on invented filings: adds a start token, and has a chat template."""
+    """Byte-level BPE trained on synthetic filings, with a start token and a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -43,7 +43,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word or punctuation mark; no chat template."""
+    """One token per word or punctuation mark; no chat template."""
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
@@ -64,7 +64,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def made(task: str, tokenizer: str | None = None, **metadata: Any) -> list[Any]:
+def rows_of(task: str, tokenizer: str | None = None, **metadata: Any) -> list[Any]:
     """The rows of a task."""
     return build.rows_of(catalogue.find(task), ({"pretrained": tokenizer} if tokenizer else {}) | metadata)
 
@@ -75,14 +75,14 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
 
 
 def request_for(task: str, tokenizer: str, seed: int = 1234) -> build.Request:
-    found = catalogue.find(task)
-    assert found.length_k is not None
+    known = catalogue.find(task)
+    assert known.length_k is not None
     meter = tokens.meter_for(task, {"pretrained": tokenizer})
-    return build.Request(task, found.dataset, found.output_format, meter, found.length_k * 1024, seed)
+    return build.Request(task, known.dataset, known.output_format, meter, known.length_k * 1024, seed)
 
 
 def check_lengths(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
-    """Every row by counting its whole prompt, which the builder does for one row of a context only."""
+    """Check every row by counting its complete prompt; the builder counts only one row per context."""
     totals = [count + 32 for count in meter.prompts([prompts.prompt(row) for row in built])]
     assert [row["length_tokens"] for row in built] == totals
     assert 0.98 * limit <= min(totals)
@@ -101,10 +101,10 @@ def check_rows(built: list[Any]) -> None:
 
 
 def clusters(built: list[Any]) -> list[list[Any]]:
-    found: dict[str, list[Any]] = {}
+    by_cluster: dict[str, list[Any]] = {}
     for row in built:
-        found.setdefault(row["cluster"], []).append(row)
-    return list(found.values())
+        by_cluster.setdefault(row["cluster"], []).append(row)
+    return list(by_cluster.values())
 
 
 # Filings ------------------------------------------------------------------------------------------
@@ -112,24 +112,22 @@ def clusters(built: list[Any]) -> list[list[Any]]:
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
 @pytest.mark.parametrize("limit", [1024, 2048])
-def test_filings_keep_the_length_and_ask_for_answers_that_stand_once(
-    folders: dict[str, str], tokenizer: str, limit: int
-) -> None:
+def test_filings_meet_the_length_and_answers_occur_once(folders: dict[str, str], tokenizer: str, limit: int) -> None:
     meter = tokens.meter_for("t", {"pretrained": folders[tokenizer]})
-    built = made(f"lc_filings_ao_{limit // 1024}k", folders[tokenizer])
+    built = rows_of(f"lc_filings_ao_{limit // 1024}k", folders[tokenizer])
     check_rows(built)
     check_lengths(built, meter, limit)
     assert len(built) == 48
     assert [len(of) for of in clusters(built)] == [4] * 12
     for row in built:
         (answer,) = row["answers"]
-        holders = [document["pid"] for document in row["docs"] if answer in document["text"]]
-        assert holders == row["gold_pids"]
+        containing = [document["pid"] for document in row["docs"] if answer in document["text"]]
+        assert containing == row["gold_pids"]
         assert normalize(row["context"]).count(normalize(answer)) == 1
 
 
-def test_questions_on_a_context_ask_for_different_facts(folders: dict[str, str]) -> None:
-    for of in clusters(made("lc_filings_ao_2k", folders["words"])):
+def test_questions_on_a_context_are_on_different_facts(folders: dict[str, str]) -> None:
+    for of in clusters(rows_of("lc_filings_ao_2k", folders["words"])):
         assert len({row["question"] for row in of}) == 4
         assert len({row["gold_pids"][0] for row in of}) == 4
         assert len({row["context"] for row in of}) == 1
@@ -150,7 +148,7 @@ def test_the_figures_of_a_filing_add_up() -> None:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "words"])
-def test_the_seed_decides_the_rows(folders: dict[str, str], tokenizer: str) -> None:
+def test_the_seed_determines_the_rows(folders: dict[str, str], tokenizer: str) -> None:
     first, again, other = (
         json.dumps(filings.rows(request_for("lc_filings_ao_1k", folders[tokenizer], seed)).build())
         for seed in (1, 1, 2)
@@ -165,16 +163,16 @@ def test_the_seed_decides_the_rows(folders: dict[str, str], tokenizer: str) -> N
 @pytest.fixture(scope="module", params=["bytes", "words"])
 def nq(request: pytest.FixtureRequest, folders: dict[str, str], data_folder: Path) -> tuple[list[Any], Any]:
     """All rows of 2k with one of the tokenizers, and its meter."""
-    asked = request_for("lc_nqopen_ao_2k", folders[request.param])
-    return asked.dataset.plan(asked).build(), asked.meter
+    row_request = request_for("lc_nqopen_ao_2k", folders[request.param])
+    return row_request.dataset.plan(row_request).build(), row_request.meter
 
 
-def test_nqopen_keeps_the_length(nq: tuple[list[Any], Any]) -> None:
+def test_nqopen_meets_the_length(nq: tuple[list[Any], Any]) -> None:
     built, meter = nq
     check_lengths(built, meter, 2048)
 
 
-def test_nqopen_uses_four_hundred_questions_four_to_a_context(nq: tuple[list[Any], Any]) -> None:
+def test_nqopen_has_four_hundred_questions_four_per_context(nq: tuple[list[Any], Any]) -> None:
     built, _ = nq
     check_rows(built)
     assert len(built) == 400
@@ -182,7 +180,7 @@ def test_nqopen_uses_four_hundred_questions_four_to_a_context(nq: tuple[list[Any
     assert all(len({row["context"] for row in of}) == 1 for of in clusters(built))
 
 
-def test_no_passage_but_a_questions_own_gold_contains_an_answer_asked_on_its_context(
+def test_only_a_questions_own_gold_passages_contain_its_answers(
     nq: tuple[list[Any], Any],
 ) -> None:
     for of in clusters(nq[0]):
@@ -190,11 +188,11 @@ def test_no_passage_but_a_questions_own_gold_contains_an_answer_asked_on_its_con
         for row in of:
             answers = [normalize(answer) for answer in row["answers"]]
             assert all(answers)
-            holders = {pid for pid, text in normal.items() if any(answer in text for answer in answers)}
-            assert holders == set(row["gold_pids"])
+            containing = {pid for pid, text in normal.items() if any(answer in text for answer in answers)}
+            assert containing == set(row["gold_pids"])
 
 
-def test_gold_passages_are_whole_and_stand_one_in_each_quarter(nq: tuple[list[Any], Any], data_folder: Path) -> None:
+def test_gold_passages_are_complete_and_one_is_in_each_quarter(nq: tuple[list[Any], Any], data_folder: Path) -> None:
     lines = (data_folder / "nq_open/passages.jsonl").read_text(encoding="utf-8").splitlines()
     pool = {record["pid"]: record["text"].strip() for record in map(json.loads, lines)}
     ends = {"first": 0, "last": 0}
@@ -210,15 +208,15 @@ def test_gold_passages_are_whole_and_stand_one_in_each_quarter(nq: tuple[list[An
 
 
 def test_lengths_share_their_questions(folders: dict[str, str], data_folder: Path) -> None:
-    asked = [{row["id"] for row in made(f"lc_nqopen_ao_{length}", folders["words"])} for length in ("2k", "4k")]
-    assert len(asked[0] & asked[1]) >= 380
+    ids = [{row["id"] for row in rows_of(f"lc_nqopen_ao_{length}", folders["words"])} for length in ("2k", "4k")]
+    assert len(ids[0] & ids[1]) >= 380
 
 
 # QuALITY ------------------------------------------------------------------------------------------
 
 
 def test_quality_has_every_question_with_and_without_a_tokenizer(folders: dict[str, str], data_folder: Path) -> None:
-    measured, plain = made("lc_quality_mc", folders["words"]), made("lc_quality_mc")
+    measured, plain = rows_of("lc_quality_mc", folders["words"]), rows_of("lc_quality_mc")
     assert len(measured) == 111
     assert all(row["length_tokens"] > 2000 for row in measured)
     assert [{**row, "length_tokens": None} for row in measured] == plain
@@ -231,22 +229,22 @@ def test_quality_has_every_question_with_and_without_a_tokenizer(folders: dict[s
 # The cache ----------------------------------------------------------------------------------------
 
 
-def test_rows_are_built_once_and_come_back_byte_for_byte(
+def test_rows_are_built_once_and_cached_byte_for_byte(
     folders: dict[str, str], own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = {"lc_task": "lc_filings_ao_1k", "pretrained": folders["words"], "version": "1.0"}
-    first = build.dataset(**asked)["test"].to_list()
+    metadata = {"lc_task": "lc_filings_ao_1k", "pretrained": folders["words"], "version": "1.0"}
+    first = build.dataset(**metadata)["test"].to_list()
     (entry,) = (own_cache / "rows").iterdir()
     content = entry.read_bytes()
     entry.unlink()
-    build.dataset(**asked)
+    build.dataset(**metadata)
     assert entry.read_bytes() == content
     monkeypatch.setattr(build, "_build", lambda *_: pytest.fail("built again"))
-    assert build.dataset(**asked)["test"].to_list() == first
+    assert build.dataset(**metadata)["test"].to_list() == first
 
 
 @pytest.mark.parametrize("damage", [b"", b"[]\n", b'{"rows": 2}\n{}\n', b"\xff\xfe"])
-def test_a_damaged_entry_is_built_again(own_cache: Path, damage: bytes) -> None:
+def test_a_damaged_cache_entry_is_rebuilt(own_cache: Path, damage: bytes) -> None:
     built = [{"id": "a"}, {"id": "b"}]
     rows.cached_rows("t", {"x": 1}, lambda: built)
     (entry,) = (own_cache / "rows").iterdir()
@@ -256,14 +254,14 @@ def test_a_damaged_entry_is_built_again(own_cache: Path, damage: bytes) -> None:
     assert entry.read_bytes() == whole
 
 
-def test_every_input_makes_an_entry_of_its_own(own_cache: Path) -> None:
+def test_every_input_is_part_of_the_cache_key(own_cache: Path) -> None:
     for inputs in ({"seed": 1}, {"seed": 2}, {"seed": 1, "limit": 3}):
         rows.cached_rows("t", inputs, list)
     assert len(list((own_cache / "rows").iterdir())) == 3
 
 
 @pytest.mark.parametrize("name", ["compose.py", "modes/ao.yaml", "icr/nqopen.yaml"])
-def test_a_changed_source_or_template_makes_new_entries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_source_or_template_changes_the_cache_key(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     digest, read = rows.code_digest.__wrapped__, Path.read_bytes
     before = digest()
     monkeypatch.setattr(Path, "read_bytes", lambda path: read(path) + b" " * path.match(name))
@@ -279,23 +277,23 @@ def test_an_unwritable_cache_is_reported_and_does_not_stop_the_run(
     assert "LCEVAL_CACHE" in caplog.text
 
 
-# Bad input ----------------------------------------------------------------------------------------
+# Invalid input ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("task", ["lc_nqopen_ao_2k", "lc_filings_ao_2k"])
-def test_without_a_tokenizer_the_error_says_how_to_name_one(task: str) -> None:
+def test_without_a_tokenizer_the_error_names_the_arguments(task: str) -> None:
     with pytest.raises(UserError, match=r"pretrained=\.\.\. or tokenizer=\.\.\.") as caught:
-        made(task)
+        rows_of(task)
     assert one_line(caught).startswith("lc_")
 
 
 def test_a_tokenizer_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no-such-folder") as caught:
-        made("lc_filings_ao_1k", str(tmp_path / "no-such-folder"))
+        rows_of("lc_filings_ao_1k", str(tmp_path / "no-such-folder"))
     one_line(caught)
 
 
-def test_aliases_lead_to_a_folder(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aliases_resolve_to_a_folder(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tokens.ALIASES, "a-short-name", lambda: folders["words"])
     meter = tokens.meter_for("t", {"pretrained": "a-short-name"})
     assert meter.fingerprint == tokens.meter_for("t", {"pretrained": folders["words"]}).fingerprint
@@ -306,16 +304,16 @@ def test_without_a_data_folder_the_error_names_the_variable_and_the_files(
 ) -> None:
     monkeypatch.delenv("LCEVAL_DATA", raising=False)
     with pytest.raises(UserError, match=r"LCEVAL_DATA is not set.*nq_open/questions\.jsonl") as caught:
-        made("lc_nqopen_ao_2k", folders["words"])
+        rows_of("lc_nqopen_ao_2k", folders["words"])
     one_line(caught)
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
-    with pytest.raises(UserError, match=r"quality/stories\.jsonl and no quality/questions\.jsonl") as caught:
-        made("lc_quality_mc")
+    with pytest.raises(UserError, match=r"quality/stories\.jsonl and quality/questions\.jsonl") as caught:
+        rows_of("lc_quality_mc")
     one_line(caught)
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1 is a list"),
@@ -325,15 +323,15 @@ def test_without_a_data_folder_the_error_names_the_variable_and_the_files(
         ("", "is empty"),
     ],
 )
-def test_damaged_data_is_refused_with_its_place(
-    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, said: str
+def test_invalid_data_raises_with_its_location(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, message: str
 ) -> None:
     (tmp_path / "nq_open").mkdir()
     (tmp_path / "nq_open/questions.jsonl").write_text(line)
     (tmp_path / "nq_open/passages.jsonl").write_text('{"pid": "p", "title": "", "text": "a"}\n')
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
-    with pytest.raises(UserError, match=said) as caught:
-        made("lc_nqopen_ao_2k", folders["words"])
+    with pytest.raises(UserError, match=message) as caught:
+        rows_of("lc_nqopen_ao_2k", folders["words"])
     assert "nq_open" in one_line(caught)
 
 
@@ -347,14 +345,14 @@ def test_a_pool_that_is_too_small_is_an_error_not_a_short_task(
         (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     with pytest.raises(UserError, match="larger pool") as caught:
-        made("lc_nqopen_ao_2k", folders["words"])
+        rows_of("lc_nqopen_ao_2k", folders["words"])
     one_line(caught)
 
 
 @pytest.mark.parametrize("seed", ["abc", 1.5, None, True])
-def test_a_seed_that_is_no_whole_number_is_refused(folders: dict[str, str], seed: object) -> None:
+def test_a_seed_that_is_not_an_integer_raises(folders: dict[str, str], seed: object) -> None:
     with pytest.raises(UserError, match="data_seed") as caught:
-        made("lc_filings_ao_1k", folders["words"], data_seed=seed)
+        rows_of("lc_filings_ao_1k", folders["words"], data_seed=seed)
     one_line(caught)
 
 
@@ -376,7 +374,7 @@ def test_the_start_token_is_counted_once_with_and_without_the_template(folders: 
     assert tokens.TokenMeter(with_template).template_tokens == expected - alone - 1
 
 
-def test_the_fingerprint_tells_tokenizers_and_templates_apart() -> None:
+def test_the_fingerprint_differs_between_tokenizers_and_templates() -> None:
     other = byte_tokenizer()
     other.chat_template = None
     meters = [

@@ -1,4 +1,4 @@
-"""Scores of one answer: the normaliser, extraction on hard outputs, metrics, and telemetry."""
+"""Scoring of one output: normalisation, answer extraction, metrics and telemetry."""
 
 import math
 import string
@@ -61,7 +61,7 @@ def test_normalize_is_idempotent_and_leaves_no_ascii_punctuation(text):
 
 
 @given(st.text(), st.text(alphabet=string.ascii_letters + " ", min_size=1))
-def test_a_gold_inside_the_prediction_is_a_subem_hit_unless_it_vanishes(around, gold):
+def test_a_gold_inside_the_prediction_is_a_subem_hit_unless_it_normalises_to_nothing(around, gold):
     expected = float(bool(parsing.normalize(gold)))
     assert scoring.subem(f"{around} {gold} {around}", [gold]) == expected
 
@@ -99,7 +99,7 @@ def test_extraction_of_hard_outputs(text, answer, parsed):
 
 
 @given(st.text(), st.from_regex(r"[A-Za-z0-9$][A-Za-z0-9$ ,.]{0,30}[A-Za-z0-9]", fullmatch=True))
-def test_the_last_marker_wins_whatever_came_before(before, answer):
+def test_the_last_marker_is_used(before, answer):
     text = before.replace("<", "").replace(">", "") + "\nAnswer: " + answer
     assert parsing.extract(text) == (answer, True)
 
@@ -116,7 +116,7 @@ def test_a_gold_that_normalises_to_nothing_matches_nothing():
     assert scoring.subem("anything", ["The"]) == scoring.em("the", ["The"]) == scoring.f1("a", ["The"]) == 0.0
 
 
-def test_raw_and_extracted_subem_differ_where_the_answer_was_only_considered():
+def test_raw_and_extracted_subem_differ_if_the_answer_is_not_final():
     metrics = scoring.answer_metrics("It may be Paris.\nAnswer: London", ["Paris"])
     assert (metrics["subem"], metrics["subem_raw"], metrics["parse_rate"]) == (0.0, 1.0, 1.0)
 
@@ -137,7 +137,7 @@ def test_other_models_get_no_telemetry():
     assert set(scoring.choice_results(DOC, [(-1.0, False)] * 4)) == {"acc", "acc_norm"}
 
 
-def test_telemetry_is_passed_on_with_the_status_and_the_meta_left_as_it_was():
+def test_telemetry_is_emitted_with_the_status_and_meta_is_unchanged():
     kv = {"kept_share": 0.25, "new_tokens": 5}
     answer = reply("Answer: Paris", status="ok", kv_bytes=10, kv_bytes_full=40, kv=kv)
     results = scoring.answer_results(DOC, [answer])
@@ -158,31 +158,31 @@ def test_telemetry_is_passed_on_with_the_status_and_the_meta_left_as_it_was():
         ("", {"kv": {"status": "error"}}, "error"),
     ],
 )
-def test_every_answer_ends_in_a_named_status(text, meta, recorded):
+def test_every_answer_has_a_status(text, meta, recorded):
     assert scoring.answer_results(DOC, [reply(text, **meta)])["kv"]["status"] == recorded
 
 
 @pytest.mark.parametrize("meta", [{"status": "error"}, {"kv": {"status": "error"}}])
-def test_a_document_that_was_not_run_scores_zero_everywhere(meta):
+def test_a_failed_sample_scores_zero_on_all_metrics(meta):
     answer = scoring.answer_results(DOC, [reply("Answer: Paris", **meta)])
     choice = scoring.choice_results(DOC, [score(value, **meta) for value in (-9.0, -1.0, -9.0, -9.0)])
     scored = {**answer, **choice}
     assert all(scored[name] == 0.0 for name in ("subem", "subem_raw", "em", "f1", "parse_rate", "acc", "acc_norm"))
 
 
-def test_choices_are_compared_by_likelihood_and_by_likelihood_per_byte():
+def test_choices_are_compared_by_likelihood_and_by_likelihood_per_character():
     values = [(-4.0, False), (-6.0, False), (-9.0, False), (-9.0, False)]
     doc = {"choices": ["no", "a longer text", "x", "y"], "gold": 1}
     assert scoring.choice_results(doc, values) == {"acc": 0.0, "acc_norm": 1.0}
 
 
-def test_characters_normalise_as_in_lm_eval():
+def test_acc_norm_is_per_character_as_in_lm_eval():
     # 4 characters each, though the second has 8 bytes
     assert scoring.choice_metrics([-4.0, -6.0], ["abcd", "éééé"], gold=1) == {"acc": 0.0, "acc_norm": 0.0}
     assert scoring.choice_metrics([-4.0, -6.0], ["abcd", "abcdefgh"], gold=1) == {"acc": 0.0, "acc_norm": 1.0}
 
 
-def test_kept_share_is_the_mean_over_the_samples_that_were_run():
+def test_kept_share_is_the_mean_over_the_samples_that_did_not_fail():
     failed = {"status": "error", "kept_share": 1.0}
     assert scoring.kept_share([{"kept_share": 0.25}, {"kept_share": 0.75, "status": "ok"}, failed]) == 0.5
     assert math.isnan(scoring.kept_share([failed]))

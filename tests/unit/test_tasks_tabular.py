@@ -1,4 +1,4 @@
-"""The tabular suite: which rows are shown, how many, what is asked, and how a reply is scored."""
+"""The tabular suite: selection and number of examples, questions and scoring."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(pattern: str, template: str | None = None) -> tokens.TokenMeter:
-    """One token for each match of a pattern and one for each stretch between matches."""
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>")
+    """One token for each match of a pattern and each segment between matches."""
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>")
     fast.chat_template = template
     return tokens.TokenMeter(fast)
 
 
-WORDS = r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]"  # a token a digit, a word with its space, a mark
+WORDS = r" ?[A-Za-z]+|[0-9]|\s|[^\sA-Za-z0-9]"  # tokens: a digit, a word with its space, a mark
 METERS = {
     "words": tokenizer(WORDS),
     "words in a template": tokenizer(WORDS, CHAT_TEMPLATE),
@@ -47,10 +47,10 @@ METERS = {
 
 
 def request_for(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> build.Request:
-    found = catalogue.find(task)
-    assert found.length_k is not None
-    limit = found.length_k * 1024
-    return build.Request(task, found.dataset, found.output_format, METERS[meter], limit, seed, metadata)
+    known = catalogue.find(task)
+    assert known.length_k is not None
+    limit = known.length_k * 1024
+    return build.Request(task, known.dataset, known.output_format, METERS[meter], limit, seed, metadata)
 
 
 def built(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> list[Any]:
@@ -66,7 +66,7 @@ def one_line(caught: pytest.ExceptionInfo[UserError]) -> str:
     return str(caught.value)
 
 
-# Which rows ---------------------------------------------------------------------------------------
+# Selection of rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -81,11 +81,11 @@ def test_the_nearest_rows_are_those_of_scikit_learn(name: str) -> None:
     assert list(every) == held_out
     for number, expected in zip(held_out, distances, strict=True):
         assert sorted(every[number]) == training
-        found = np.linalg.norm(scaled[every[number]] - scaled[number], axis=1)
-        assert np.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        distances = np.linalg.norm(scaled[every[number]] - scaled[number], axis=1)
+        assert np.allclose(distances, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_equally_near_rows_keep_the_order_of_the_table() -> None:
+def test_ties_keep_the_order_of_the_table() -> None:
     features = np.array([[0.0, 5.0], [1.0, 5.0], [1.0, 5.0], [-1.0, 5.0], [1.0, 5.0]])
     table = tables.Table(
         name="ties",
@@ -101,45 +101,45 @@ def test_equally_near_rows_keep_the_order_of_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_no_row_that_is_asked_for_is_shown_and_classes_keep_their_shares(name: str) -> None:
+def test_held_out_rows_are_no_examples_and_the_split_is_stratified(name: str) -> None:
     dataset, table = catalogue.datasets()[name], table_of(name)
     assert len(table.held_out) == dataset.options["held_out"] == int(dataset.count)
     assert sorted(table.held_out + table.training) == list(range(len(table.targets)))
-    orders = [tables.nearest(table), tables.drawn(table, 1)]
+    orders = [tables.nearest(table), tables.random_order(table, 1)]
     assert all(sorted(order) == list(table.training) for of in orders for order in of.values())
     if table.classes:
-        asked = Counter(table.target(number) for number in table.held_out)
+        targets = Counter(table.target(number) for number in table.held_out)
         every = Counter(table.target(number) for number in range(len(table.targets)))
         share = len(table.held_out) / len(table.targets)
-        assert all(abs(asked[of] - share * count) <= 1 for of, count in every.items())
+        assert all(abs(targets[of] - share * count) <= 1 for of, count in every.items())
 
 
-def test_the_nearest_row_is_shown_last_and_random_rows_differ_between_questions() -> None:
+def test_the_nearest_example_is_last_and_random_examples_differ_between_questions() -> None:
     table = table_of("iris")
     near = built("lc_iris_ao_2k")
     order = tables.nearest(table)
     for row, number in zip(near, table.held_out, strict=True):
-        shown = [document["pid"] for document in row["docs"]]
-        assert shown == [f"iris-{of}" for of in reversed(order[number][: len(shown)])]
+        examples = [document["pid"] for document in row["docs"]]
+        assert examples == [f"iris-{other}" for other in reversed(order[number][: len(examples)])]
     random_rows = built("lc_iris_ao_2k", retriever="random")
     assert len({row["context"] for row in random_rows}) == len(random_rows)
     assert [(row["id"], row["question"], row["answers"]) for row in random_rows] == [
         (row["id"], row["question"], row["answers"]) for row in near
     ]
-    # what the retrieval is for: the nearest row has the right class far more often than any row has
+    # the nearest row has the correct class far more often than an average row
     last = [fmean(row["docs"][-1]["text"].endswith(row["answers"][0]) for row in of) for of in (near, random_rows)]
     assert last[0] > 0.8 > 0.6 > last[1]
 
 
 @pytest.mark.parametrize("retriever", ["knn", "random"])
-def test_the_seed_decides_the_rows(retriever: str) -> None:
+def test_the_seed_determines_the_rows(retriever: str) -> None:
     first, again, other = (json.dumps(built("lc_iris_ao_2k", seed=seed, retriever=retriever)) for seed in (-1, -1, 2))
     assert first == again
     assert first != other
 
 
 @pytest.mark.parametrize("retriever", ["knn", "random"])
-def test_a_longer_task_asks_the_same_and_shows_the_rows_of_the_shorter(retriever: str) -> None:
+def test_a_longer_task_has_the_same_questions_and_more_examples(retriever: str) -> None:
     short, long = (built(f"lc_diabetes_ao_{k}k", retriever=retriever) for k in (4, 8))
     for less, more in zip(short, long, strict=True):
         assert (less["id"], less["question"]) == (more["id"], more["question"])
@@ -148,43 +148,43 @@ def test_a_longer_task_asks_the_same_and_shows_the_rows_of_the_shorter(retriever
         assert len(more["docs"]) > count
 
 
-def test_the_retriever_is_part_of_what_rows_are_cached_under() -> None:
+def test_the_retriever_is_part_of_the_cache_key() -> None:
     inputs = [tables.rows(request_for("lc_iris_ao_2k", retriever=of)).inputs for of in ("knn", "random")]
     assert inputs[0] != inputs[1]
     assert inputs[0] == tables.rows(request_for("lc_iris_ao_2k")).inputs
     assert inputs[0] != tables.rows(request_for("lc_wine_ao_8k")).inputs
 
 
-# How many, and what is asked ----------------------------------------------------------------------
+# Number of examples, questions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("retriever", ["knn", "random"])
 @pytest.mark.parametrize("meter", ["words", "words in a template"])
 @pytest.mark.parametrize("task", ["lc_iris_ao_2k", "lc_wine_ao_8k", "lc_cancer_ao_8k", "lc_diabetes_ao_4k"])
-def test_every_row_keeps_the_length(task: str, meter: str, retriever: str) -> None:
+def test_every_row_meets_the_length(task: str, meter: str, retriever: str) -> None:
     request = request_for(task, meter, retriever=retriever)
-    _, limit = request.fitted
-    made = tables.rows(request).build()
+    _, limit = request.meter_and_limit
+    task_rows = tables.rows(request).build()
     reply = catalogue.new_tokens(request.output_format)
     assert reply > 0
-    counted = METERS[meter].prompts([prompts.prompt(row) for row in made])
-    assert [row["length_tokens"] for row in made] == [count + reply for count in counted]
-    for row in made:
+    counted = METERS[meter].prompts([prompts.prompt(row) for row in task_rows])
+    assert [row["length_tokens"] for row in task_rows] == [count + reply for count in counted]
+    for row in task_rows:
         assert set(row) >= set(rows.Row.__required_keys__)
         assert 0.98 * limit <= row["length_tokens"] <= limit
         assert row["context"].split("\n") == [document["text"] for document in row["docs"]]
         assert row["gold_pids"] == []
-    assert len({frozenset(row) for row in made}) == 1
-    assert len({row["id"] for row in made}) == len({row["cluster"] for row in made}) == len(made)
+    assert len({frozenset(row) for row in task_rows}) == 1
+    assert len({row["id"] for row in task_rows}) == len({row["cluster"] for row in task_rows}) == len(task_rows)
 
 
-def test_a_row_is_asked_in_the_form_of_the_examples_and_names_the_classes() -> None:
+def test_a_question_has_the_format_of_the_examples_and_lists_the_classes() -> None:
     row = built("lc_iris_ao_2k")[0]
     table = table_of("iris")
     number = int(row["id"].removeprefix("iris-"))
     names = ("sepal length", "sepal width", "petal length", "petal width")
-    said = "; ".join(f"{name}: {value:g}" for name, value in zip(names, table.features[number], strict=True))
-    assert row["question"] == f"{said} -> setosa, versicolor or virginica?"
+    features = "; ".join(f"{name}: {value:g}" for name, value in zip(names, table.features[number], strict=True))
+    assert row["question"] == f"{features} -> setosa, versicolor or virginica?"
     assert row["answers"] == [("setosa", "versicolor", "virginica")[int(table.targets[number])]]
     assert row["classes"] == ["setosa", "versicolor", "virginica"]
     assert row["source"] == table.identity
@@ -198,7 +198,7 @@ def test_a_row_is_asked_in_the_form_of_the_examples_and_names_the_classes() -> N
     assert first["text"] == table.line(int(first["pid"].removeprefix("iris-")))
 
 
-def test_a_regression_row_carries_what_its_score_is_measured_by() -> None:
+def test_a_regression_row_has_the_fields_of_its_scorer() -> None:
     table = table_of("diabetes")
     known = [table.targets[number] for number in table.training]
     row = built("lc_diabetes_ao_4k")[0]
@@ -209,12 +209,12 @@ def test_a_regression_row_carries_what_its_score_is_measured_by() -> None:
 
 
 @pytest.mark.parametrize(("name", "columns"), [("iris", 4), ("wine", 13), ("cancer", 10), ("diabetes", 10)])
-def test_a_line_has_every_column_rounded_and_none_in_scientific_notation(name: str, columns: int) -> None:
+def test_a_line_has_every_column_rounded_without_scientific_notation(name: str, columns: int) -> None:
     table = table_of(name)
     digits = catalogue.datasets()[name].options["digits"]
     for number in range(len(table.targets)):
-        said, target = table.line(number).split(" -> ")
-        cells = dict(cell.split(": ") for cell in said.split("; "))
+        features, target = table.line(number).split(" -> ")
+        cells = dict(cell.split(": ") for cell in features.split("; "))
         assert len(cells) == columns
         assert target == table.target(number)
         for cell, value in zip(cells.values(), table.features[number], strict=True):
@@ -224,30 +224,30 @@ def test_a_line_has_every_column_rounded_and_none_in_scientific_notation(name: s
 
 
 @pytest.mark.parametrize(
-    ("meter", "said"),
+    ("meter", "message"),
     [
         ("lines", r"lc_iris_ao_2k needs 2048 tokens and all 90 training rows of iris come to \d+ .* a shorter task"),
         ("characters", r"lc_iris_ao_2k cannot come within 2% of 2048 tokens .* a longer task"),
     ],
 )
-def test_a_length_that_whole_rows_do_not_reach_is_an_error(meter: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_a_length_that_whole_rows_cannot_reach_raises(meter: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         built("lc_iris_ao_2k", meter)
     one_line(caught)
 
 
-# The run's choices --------------------------------------------------------------------------------
+# Settings of a run --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def words(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Folder of the tokenizer, as a run names it."""
+    """Folder of the tokenizer."""
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
     METERS["words"]._tokenizer.save_pretrained(tmp_path / "words")
     return str(tmp_path / "words")
 
 
-def test_zero_shot_shows_no_row_and_still_names_the_classes(words: str) -> None:
+def test_zero_shot_has_no_examples_and_lists_the_classes(words: str) -> None:
     run = {"pretrained": words}
     full = build.rows_of(catalogue.find("lc_iris_ao_2k"), run)
     none = build.rows_of(catalogue.find("lc_iris_ao_2k"), {**run, "context": "none"})
@@ -259,7 +259,7 @@ def test_zero_shot_shows_no_row_and_still_names_the_classes(words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "metadata", "said"),
+    ("task", "metadata", "message"),
     [
         ("lc_iris_ao_2k", {"retriever": "bm25"}, "lc_iris_ao_2k has no retriever='bm25': it has knn and random"),
         ("lc_iris_ao_2k", {"retriever": ["knn"]}, r"no retriever=\['knn'\]: it has knn and random"),
@@ -273,10 +273,8 @@ def test_zero_shot_shows_no_row_and_still_names_the_classes(words: str) -> None:
         ("lc_iris_ao_2k", {"retriever": "knn", "chunk": 100}, "chunk= goes with context=rag"),
     ],
 )
-def test_a_choice_that_a_table_does_not_have_is_refused(
-    words: str, task: str, metadata: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(UserError, match=said) as caught:
+def test_an_unsupported_setting_raises(words: str, task: str, metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         build.rows_of(catalogue.find(task), {"pretrained": words, **metadata})
     one_line(caught)
 
@@ -304,7 +302,7 @@ class Reply(str):
         ("Answer: rose", 0, 0),
         ("Answer:", 0, 0),
         ("", 0, 0),
-        # base models that go on with the table
+        # base models that continue the table
         (" setosa\nsepal length: 5; petal width: 2 -> virginica", 1, 0),
         ("\nsepal length: 5.1; petal width: 0.2 -> setosa\n", 1, 0),
         ("Answer: sepal length: 5.1; petal width: 0.2 -> setosa", 1, 0),
@@ -329,45 +327,45 @@ def test_a_class_is_scored_by_its_name(output: str, acc: int, parsed: int) -> No
         (" 99\n", 1, 0),
     ],
 )
-def test_a_value_is_scored_by_how_far_it_is_off(output: str, error: float, parsed: int) -> None:
+def test_a_value_is_scored_by_its_error(output: str, error: float, parsed: int) -> None:
     expected = {"abs_error": error, "skill": 1 - error / 50, "parse_rate": parsed}
     assert scoring.target_results(DISEASE, [output]) == expected
 
 
 @given(st.text())
-def test_no_output_beats_the_truth_and_none_is_worse_than_saying_nothing(output: str) -> None:
-    made, nothing = (scoring.target_results(DISEASE, [said]) for said in (output, ""))
-    assert nothing["skill"] <= made["skill"] <= 1
-    assert nothing["abs_error"] >= made["abs_error"] >= 0
-    assert math.isfinite(made["skill"])
+def test_no_output_is_better_than_the_true_value_or_worse_than_an_empty_output(output: str) -> None:
+    metrics, empty = (scoring.target_results(DISEASE, [text]) for text in (output, ""))
+    assert empty["skill"] <= metrics["skill"] <= 1
+    assert empty["abs_error"] >= metrics["abs_error"] >= 0
+    assert math.isfinite(metrics["skill"])
 
 
-def test_the_median_of_the_training_targets_has_a_skill_of_nought() -> None:
+def test_the_median_of_the_training_targets_has_zero_skill() -> None:
     table = table_of("diabetes")
     known = [table.targets[number].item() for number in table.training]
-    scale = tables._scale(table)
+    scale = tables._scorer_fields(table)
     docs = [{**scale(number), "answers": [table.target(number)]} for number in table.training]
-    made = [scoring.target_results(doc, [f"Answer: {np.median(known)}"])["skill"] for doc in docs]
-    assert fmean(made) == pytest.approx(0, abs=1e-9)
+    skills = [scoring.target_results(doc, [f"Answer: {np.median(known)}"])["skill"] for doc in docs]
+    assert fmean(skills) == pytest.approx(0, abs=1e-9)
 
 
-def test_a_sample_that_failed_has_the_worst_score_not_the_best() -> None:
+def test_a_failed_sample_has_the_worst_score() -> None:
     failed = Reply("")
     failed.meta = {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error"}}
-    made = scoring.target_results(DISEASE, [failed])
-    assert (made["abs_error"], made["skill"], made["parse_rate"]) == (240, 1 - 240 / 50, 0)
-    assert made["kv"] == {"status": "error"}
+    metrics = scoring.target_results(DISEASE, [failed])
+    assert (metrics["abs_error"], metrics["skill"], metrics["parse_rate"]) == (240, 1 - 240 / 50, 0)
+    assert metrics["kv"] == {"status": "error"}
     assert scoring.label_results(IRIS, [failed])["acc"] == 0
 
 
 @pytest.mark.parametrize(
-    ("task", "made"),
+    ("task", "metrics"),
     [
         ("lc_iris_ao_2k", scoring.label_results(IRIS, ["Answer: setosa"])),
         ("lc_diabetes_ao_4k", scoring.target_results(DISEASE, ["Answer: 1"])),
     ],
 )
-def test_every_metric_is_declared_by_the_tasks_template(task: str, made: dict[str, float]) -> None:
+def test_every_metric_is_declared_by_the_tasks_template(task: str, metrics: dict[str, float]) -> None:
     output_format = catalogue.output_format_config(catalogue.find(task).output_format)
-    assert list(made) == [metric["metric"] for metric in output_format["metric_list"]]
-    assert output_format["metadata"]["headline"] in made
+    assert list(metrics) == [metric["metric"] for metric in output_format["metric_list"]]
+    assert output_format["metadata"]["headline"] in metrics

@@ -1,8 +1,8 @@
-"""A prompt that changes must raise its version: `dataset.version` for its rows, the template's for its form.
+"""A changed prompt requires a new version: `dataset.version` for its rows, the template's for its output format.
 
-prompts.json holds, for each dataset and mode, the version with a digest of the prompt around fixed documents, and for
-the first mode, where the data ship or are at hand, of the first real prompt. After raising a version:
-python tests/unit/test_tasks_versions.py writes the new digests, and refuses any whose version stayed.
+prompts.json has, for each dataset and mode, the version and a digest of the prompt around fixed documents, and for the
+first mode, if the data is available, a digest of the first real prompt. After increasing a version, run
+python tests/unit/test_tasks_versions.py to write the new digests; it rejects changes without a new version.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def first_prompt(dataset: catalogue.Dataset, tokenizer: str) -> str:
     return prompts.prompt(build.rows_of(task, {"pretrained": tokenizer})[0])
 
 
-def at_hand(dataset: catalogue.Dataset) -> bool:
+def is_available(dataset: catalogue.Dataset) -> bool:
     folder = Path(os.environ.get("LCEVAL_DATA", "/nowhere"))
     return (not dataset.files and dataset.hub is None) or (
         bool(dataset.files) and all((folder / file).is_file() for file in dataset.files)
@@ -56,17 +56,17 @@ def at_hand(dataset: catalogue.Dataset) -> bool:
 
 
 def words(folder: Path) -> str:
-    """A tokenizer with one token a word, a digit or a punctuation mark."""
-    made = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", eos_token="</s>").save_pretrained(folder)
+    """A tokenizer with one token per word, digit or punctuation mark."""
+    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Digits(True)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>").save_pretrained(folder)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def pinned() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(PINNED.read_text())
-    return found
+    versions: dict[str, Any] = json.loads(PINNED.read_text())
+    return versions
 
 
 def test_every_dataset_and_mode_is_pinned_and_nothing_else(pinned: dict[str, Any]) -> None:
@@ -76,8 +76,8 @@ def test_every_dataset_and_mode_is_pinned_and_nothing_else(pinned: dict[str, Any
 @pytest.mark.parametrize(("dataset", "mode"), EVERY, ids=lambda part: getattr(part, "dataset", part))
 def test_a_prompt_changes_only_with_its_version(dataset: catalogue.Dataset, mode: str, pinned: dict[str, Any]) -> None:
     known = pinned[f"{dataset.dataset}:{mode}"]
-    found = (version(dataset, mode), digest(around_fixed_documents(dataset, mode)))
-    assert found == (known["version"], known["prompt"]), "raise the version, then run this file"
+    current = (version(dataset, mode), digest(around_fixed_documents(dataset, mode)))
+    assert current == (known["version"], known["prompt"]), "increase the version, then run this file"
 
 
 @pytest.mark.parametrize("dataset", catalogue.datasets().values(), ids=lambda dataset: dataset.dataset)
@@ -87,33 +87,33 @@ def test_the_first_real_prompt_changes_only_with_its_version(
     known = pinned[f"{dataset.dataset}:{next(iter(dataset.modes))}"]
     if "first" not in known:
         assert dataset.hub is not None
-        pytest.skip(f"{dataset.dataset} comes from the hub alone")
-    if not at_hand(dataset):
-        pytest.skip(f"LCEVAL_DATA does not hold {dataset.files}")
+        pytest.skip(f"{dataset.dataset} is only on the hub")
+    if not is_available(dataset):
+        pytest.skip(f"LCEVAL_DATA has no {dataset.files}")
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path / "cache"))
-    found = digest(first_prompt(dataset, words(tmp_path / "words")))
-    assert found == known["first"], "raise the version, then run this file"
+    current = digest(first_prompt(dataset, words(tmp_path / "words")))
+    assert current == known["first"], "increase the version, then run this file"
 
 
 def renew() -> None:
-    """Write the digests of today; those of an unchanged version may not change."""
+    """Write the current digests; those of an unchanged version must not change."""
     known: dict[str, Any] = json.loads(PINNED.read_text()) if PINNED.exists() else {}
-    made: dict[str, Any] = {}
+    digests: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LCEVAL_CACHE"] = folder
         tokenizer = words(Path(folder) / "words")
         for dataset, mode in EVERY:
             name = f"{dataset.dataset}:{mode}"
-            made[name] = {"version": version(dataset, mode), "prompt": digest(around_fixed_documents(dataset, mode))}
+            digests[name] = {"version": version(dataset, mode), "prompt": digest(around_fixed_documents(dataset, mode))}
             if mode == next(iter(dataset.modes)):
-                if at_hand(dataset):
-                    made[name]["first"] = digest(first_prompt(dataset, tokenizer))
+                if is_available(dataset):
+                    digests[name]["first"] = digest(first_prompt(dataset, tokenizer))
                 elif "first" in known.get(name, {}):
-                    made[name]["first"] = known[name]["first"]
+                    digests[name]["first"] = known[name]["first"]
             before = known.get(name)
-            if before and before["version"] == made[name]["version"] and not before.items() <= made[name].items():
-                sys.exit(f"{name} changed under version {before['version']}: raise it first")
-    PINNED.write_text(json.dumps(made, indent=1) + "\n")
+            if before and before["version"] == digests[name]["version"] and not before.items() <= digests[name].items():
+                sys.exit(f"{name} changed under version {before['version']}: increase it first")
+    PINNED.write_text(json.dumps(digests, indent=1) + "\n")
 
 
 if __name__ == "__main__":

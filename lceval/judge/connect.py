@@ -1,4 +1,4 @@
-"""A judge ready to be asked, its replies filed: what `lceval judge`, a run that judges itself and a reward all open."""
+"""A loaded judge with its reply cache, shared by `lceval judge`, in-run judging and training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TIMEOUT_S = 120.0
 
 
 @contextmanager
-def asking(
+def connect(
     spec: str | None,
-    what: str | None,
+    progress_label: str | None,
     *,
     replies: Path | None = None,
     timeout: float = TIMEOUT_S,
@@ -27,16 +27,16 @@ def asking(
     limits: Limits | None = None,
     wait: bool = False,
 ) -> Iterator[tuple[Judge, Client]]:
-    """A judge and the client that asks it.
+    """A judge and its client.
 
     Args:
-        spec: the judge; None: the one that LCEVAL_JUDGE names.
-        what: for the progress bar; None shows none.
-        replies: their file; None: the one in the cache, where every command finds them.
-        wait: for another process that asks the same judge, instead of refusing.
+        spec: the judge; None: that of LCEVAL_JUDGE.
+        progress_label: label of the progress bar; None disables it.
+        replies: the reply cache; None: the default one, shared by all commands.
+        wait: wait for another process that uses the same judge, instead of raising.
 
     Raises:
-        UserError: there is no such judge, or another process asks it.
+        UserError: no such judge, or another process uses it.
     """
     file = replies or default_path()
     judge = judges.make(judges.chosen(spec), timeout=timeout, max_tokens=max_tokens)
@@ -44,7 +44,7 @@ def asking(
         with (
             alone(file, judge.name, wait=wait),
             Store(file) as store,
-            Progress(f"{what} by {judge.label}") if what else nullcontext() as progress,
+            Progress(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
         ):
             client = Client(
                 judge,

@@ -1,4 +1,4 @@
-"""The table in the forms that people read: a section per task, then the caption, then what was quoted."""
+"""Human-readable formats of the table: one section per task, the caption, quoted tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lceval.table.rows import Table
 
 @dataclass(frozen=True)
 class Grid:
-    """One table: `text` says which columns are left-aligned."""
+    """One table; `text`: whether each column is left-aligned."""
 
     heading: str
     header: Sequence[str]
@@ -35,27 +35,28 @@ def to_markdown(table: Table) -> str:
         lines += ["| " + " | ".join(line) + " |" for line in escaped]
         return f"### {grid.heading}\n\n" + "\n".join(lines)
 
-    said = "\n".join(f"- {line}" for line in caption(table, columns(table))).replace("*", "\\*")
-    return "\n\n".join([*map(pipe, _measured(table, columns(table))), said, *map(pipe, _quoted(table))])
+    legend = "\n".join(f"- {line}" for line in caption(table, columns(table))).replace("*", "\\*")
+    return "\n\n".join([*map(pipe, _measured(table, columns(table))), legend, *map(pipe, _quoted(table))])
 
 
 _LATEX = {
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **{character: f"\\{character}" for character in "&%$#_{}"},
     "\\": "\\textbackslash{}",
     "~": "\\textasciitilde{}",
+    "Δ": "\\ensuremath{\\Delta}",
     "^": "\\textasciicircum{}",
     "<": "\\textless{}",
     ">": "\\textgreater{}",
     "|": "\\textbar{}",
-    # At the start of a row a bracket would belong to the line break before it.
+    # A bracket at the start of a row would be parsed as an argument of the preceding line break.
     "[": "{[}",
     "]": "{]}",
 }
 
 
 def latex(text: str) -> str:
-    """The text with every sign that LaTeX would act on escaped."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    """The text with LaTeX special characters escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def to_latex(table: Table) -> str:
@@ -81,9 +82,11 @@ def to_latex(table: Table) -> str:
             ]
         )
 
-    said = "{\\footnotesize " + "\n\n".join(map(latex, caption(table, columns(table)))) + "\\par}"
-    needed = "% needs \\usepackage{booktabs}"
-    return "\n\n".join([needed, *map(tabular, _measured(table, columns(table))), said, *map(tabular, _quoted(table))])
+    legend = "{\\footnotesize " + "\n\n".join(map(latex, caption(table, columns(table)))) + "\\par}"
+    packages = "% needs \\usepackage{booktabs}"
+    return "\n\n".join(
+        [packages, *map(tabular, _measured(table, columns(table))), legend, *map(tabular, _quoted(table))]
+    )
 
 
 _STYLE = (
@@ -96,7 +99,7 @@ _STYLE = (
 
 
 def to_html(table: Table) -> str:
-    """A page of its own: plain tables, no script, nothing fetched."""
+    """A standalone page: plain tables, no scripts, no external resources."""
 
     def element(grid: Grid, kind: str) -> str:
         def cells(tag: str, line: Sequence[str]) -> str:
@@ -110,13 +113,13 @@ def to_html(table: Table) -> str:
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 
-    said = "\n".join(f"<li>{html.escape(line)}</li>" for line in caption(table, columns(table)))
+    legend = "\n".join(f"<li>{html.escape(line)}</li>" for line in caption(table, columns(table)))
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             f"<title>lceval table</title><style>{_STYLE}</style></head><body>",
             *(element(grid, "measured") for grid in _measured(table, columns(table))),
-            f"<ul>\n{said}\n</ul>",
+            f"<ul>\n{legend}\n</ul>",
             *(element(grid, "quoted") for grid in _quoted(table)),
             "</body></html>",
         ]
@@ -124,75 +127,75 @@ def to_html(table: Table) -> str:
 
 
 def to_terminal(table: Table, width: int | None = None) -> str:
-    """Plain text for a terminal of `width` characters: the console's own, or 100 where there is none.
+    """Plain text for a terminal of `width` characters (default: that of the console, else 100).
 
-    Names fold onto further lines, and columns that one can do without are left out (the caption says which), before a
-    number loses a digit; a terminal too narrow for the rest gets lines wider than itself.
+    Numbers are never shortened: names fold onto further lines and optional columns are omitted (the caption lists
+    them). Lines exceed the width if the required columns do not fit.
     """
     from rich.console import Console
     from rich.text import Text
 
     available = width or shutil.get_terminal_size(fallback=(100, 24)).columns
-    chosen, left_out = _fitting(table, available)
+    chosen, omitted = _fitting(table, available)
     grids, quoted = _measured(table, chosen), list(_quoted(table))
-    # One width for all sections, so that their columns stand below each other.
-    least = [max(widths) for widths in zip(*map(_least, grids), strict=True)]
-    gap = 2 if _needed(least, 2) <= available else 1
-    wanted = max([_needed(least, gap), *(_needed(_least(grid), 2) for grid in quoted)])
+    # The same widths in all sections, so that their columns align.
+    minimum = [max(widths) for widths in zip(*map(_minimum_widths, grids), strict=True)]
+    gap = 2 if _total_width(minimum, 2) <= available else 1
+    required = max([_total_width(minimum, gap), *(_total_width(_minimum_widths(grid), 2) for grid in quoted)])
     text = io.StringIO()
     console = Console(
-        file=text, width=max(available, wanted), color_system=None, markup=False, emoji=False, highlight=False
+        file=text, width=max(available, required), color_system=None, markup=False, emoji=False, highlight=False
     )
     for grid in grids:
-        console.print(Text(grid.heading), _rich(grid, least, gap), Text(), sep="\n")
+        console.print(Text(grid.heading), _rich(grid, minimum, gap), Text(), sep="\n")
     lines = caption(table, chosen)
-    if left_out:
-        names = ", ".join(_one_line(column.header) for column in left_out)
-        lines.append(f"Not shown at this width: {names}; --format markdown has all.")
+    if omitted:
+        names = ", ".join(_one_line(column.header) for column in omitted)
+        lines.append(f"Omitted at this width: {names}; --format markdown has all columns.")
     for line in lines:
         console.print(Text(line))
     for grid in quoted:
-        console.print(Text(), Text(grid.heading), _rich(grid, _least(grid), 2), sep="\n")
+        console.print(Text(), Text(grid.heading), _rich(grid, _minimum_widths(grid), 2), sep="\n")
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
 def _fitting(table: Table, available: int) -> tuple[list[Column], list[Column]]:
-    """The columns that fit, and those that had to go."""
-    chosen, left_out = columns(table), list[Column]()
-    while _needed(_widths(table, chosen), 1) > available:
-        spare = max(chosen, key=lambda column: column.spare)
-        if not spare.spare:
+    """The columns that fit, and the omitted ones."""
+    chosen, omitted = columns(table), list[Column]()
+    while _total_width(_widths(table, chosen), 1) > available:
+        optional = max(chosen, key=lambda column: column.priority)
+        if not optional.priority:
             break
-        chosen.remove(spare)
-        left_out.append(spare)
-    return chosen, left_out
+        chosen.remove(optional)
+        omitted.append(optional)
+    return chosen, omitted
 
 
 def _widths(table: Table, chosen: Sequence[Column]) -> list[int]:
-    return [max(widths) for widths in zip(*map(_least, _measured(table, chosen)), strict=True)]
+    return [max(widths) for widths in zip(*map(_minimum_widths, _measured(table, chosen)), strict=True)]
 
 
-def _least(grid: Grid) -> list[int]:
-    """Characters each column cannot do without; names can do with 11, folded."""
-    found = []
+def _minimum_widths(grid: Grid) -> list[int]:
+    """The minimum width of each column in characters; text folds at 11."""
+    widths = []
     for text, *cells in zip(grid.text, grid.header, *grid.lines, strict=True):
         longest = max(len(line) for cell in cells for line in str(cell).split("\n"))
-        found.append(min(longest, 11) if text else longest)
-    return found
+        widths.append(min(longest, 11) if text else longest)
+    return widths
 
 
-def _needed(widths: Sequence[int], gap: int) -> int:
+def _total_width(widths: Sequence[int], gap: int) -> int:
     return sum(widths) + gap * (len(widths) - 1)
 
 
-def _rich(grid: Grid, least: Sequence[int], gap: int) -> Any:
+def _rich(grid: Grid, widths: Sequence[int], gap: int) -> Any:
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    made = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
-    for header, text, minimum in zip(grid.header, grid.text, least, strict=True):
-        made.add_column(
+    rendered = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
+    for header, text, minimum in zip(grid.header, grid.text, widths, strict=True):
+        rendered.add_column(
             Text(header),
             justify="left" if text else "right",
             vertical="top",
@@ -201,8 +204,8 @@ def _rich(grid: Grid, least: Sequence[int], gap: int) -> Any:
             min_width=minimum,
         )
     for line in grid.lines:
-        made.add_row(*map(Text, line))
-    return made
+        rendered.add_row(*map(Text, line))
+    return rendered
 
 
 def _one_line(text: str) -> str:
