@@ -29,7 +29,8 @@ lint: install
 	$(BIN)/deptry .
 
 # Before each commit. Leaves out the tests that load the packaged model (marker `model`) and those of more than about
-# ten seconds (marker `slow`: compiling every kernel, sweeps, judged runs).
+# ten seconds (marker `slow`): compiling every kernel, kernels under Triton's interpreter, worker processes, dense rankings.
+# After a change in kernels/, also run `pytest tests/unit/test_kernels_NAME.py`.
 check: lint
 	$(PYTEST) -m "not model and not slow"
 

@@ -25,10 +25,16 @@ MODEL_FIXTURES = {"smollm2", "lcft_model", "hf", "lcft", "instances"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `model` what requests the packaged model; a child process that loads it needs the mark by hand."""
+    """Mark `model` what requests the packaged model, and `slow` what waits for Triton's interpreter.
+
+    A test whose child process loads the model needs the mark by hand.
+    """
     for item in items:
-        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+        fixtures = set(getattr(item, "fixturenames", ()))
+        if MODEL_FIXTURES & fixtures:
             item.add_marker(pytest.mark.model)
+        if "interpreted" in fixtures:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

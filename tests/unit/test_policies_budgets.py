@@ -124,9 +124,9 @@ def test_adakv_refuses_what_it_cannot_pool() -> None:
         AdaKV(amount=amount, inner=AdaKV(amount=amount, inner=snapkv))
     with pytest.raises(ValueError, match="when=always"):
         AdaKV(amount=amount, inner=H2O(amount=amount, when="always"))
-    with pytest.raises(ValueError, match="one amount"):
+    with pytest.raises(ValueError, match="the same amount"):
         AdaKV(amount=Amount(0.5), inner=snapkv)
-    with pytest.raises(ValueError, match="floor is a share"):
+    with pytest.raises(ValueError, match="floor must be a share"):
         AdaKV(amount=amount, inner=snapkv, floor=1.5)
 
 
