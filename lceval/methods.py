@@ -29,7 +29,10 @@ EXAMPLES = {
     "quantize": ("{}", "snapkv:0.25+{}"),
     "sparse attention": ("{}:0.1", "snapkv:0.25+{}:0.1"),
 }
-_MORE = "`lceval methods NAME` describes one. An amount is a share of the context's tokens (0.25) or tokens (2048)."
+_MORE = (
+    "`lceval methods NAME` describes one. AMOUNT is a share of the context's tokens (0.25) or a number of tokens (2048).\n"
+    "kvAvB: keys in A bits and values in B (16, 8, 4 or 2, not equal), as kv8v4."
+)
 
 
 def records() -> list[dict[str, Any]]:
@@ -69,7 +72,15 @@ def text(name: str = "", *, as_json: bool = False) -> str:
     """All methods in a table, or one in full."""
     if as_json:
         return json.dumps(record(name) if name else records(), indent=2)
-    return _in_full(record(name)) if name else f"{_columns([_line(r) for r in records()])}\n\n{_MORE}"
+    if name:
+        return _in_full(record(name))
+    mixed = [quantizer for quantizer in QUANTIZERS if quantizer.startswith("kv")]
+    # Keys and values in different bits: one line for all pairs.
+    lines = [_line(r) for r in records() if r["method"] not in mixed[1:]]
+    for line in lines:
+        if line["method"] == mixed[0]:
+            line["method"] = "kvAvB"
+    return f"{_columns(lines)}\n\n{_MORE}"
 
 
 def _described(docstring: str | None) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def _line(method: dict[str, Any]) -> dict[str, str]:
         "method": method["method"] + ":AMOUNT" * method["amount"],
         "axis": method["axis"] or "-",
         "keys": " ".join(f"{key}={v['default']}" for key, v in method["keys"].items() if key != "when") or "-",
-        "when": ", ".join(method["when"]) or "-",
+        "when": ", ".join(method["when"]) or ("prefill" if method["axis"] == "evict" else "-"),
         "source": method["source"] or "-",
     }
 

@@ -26,8 +26,9 @@ AXES = {
 
 def test_all_methods_are_listed_with_their_axis() -> None:
     assert {record["method"]: record["axis"] for record in methods.records()} == AXES
-    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-2]]
-    assert first_words == NAMES
+    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-3]]
+    mixed = [name for name in NAMES if name.startswith("kv") and name != "kvzip"]
+    assert first_words == list(dict.fromkeys("kvAvB" if name in mixed else name for name in NAMES))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
