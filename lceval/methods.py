@@ -30,7 +30,7 @@ EXAMPLES = {
     "sparse attention": ("{}:0.1", "snapkv:0.25+{}:0.1"),
 }
 _MORE = (
-    "`lceval methods NAME` describes one. AMOUNT is a share of the context's tokens (0.25) or a number of tokens (2048).\n"
+    "`lceval methods NAME` describes one. AMOUNT: a share of the context's tokens (0.25), or tokens (2048).\n"
     "kvAvB: keys in A bits and values in B (16, 8, 4 or 2, not equal), as kv8v4."
 )
 
