@@ -134,13 +134,13 @@ _COLUMNS = (
         lambda row: number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6),
         priority=3,
     ),
-    Column("pre-\nfill\ns", lambda row: number(row["prefill_s"])),
-    Column("pre-\nfill\ntok/s", lambda row: number(row["prefill_tok_s"])),
-    Column("de-\ncode\ntok/s", lambda row: number(row["decode_tok_s"])),
-    Column("er-\nrors", lambda row: str(row["errors"]), show="always"),
-    Column("trun-\ncated", lambda row: _count(row["truncated"])),
+    Column("prefill\ns", lambda row: number(row["prefill_s"]), priority=4),
+    Column("prefill\ntok/s", lambda row: number(row["prefill_tok_s"])),
+    Column("decode\ntok/s", lambda row: number(row["decode_tok_s"])),
+    Column("errors", lambda row: str(row["errors"]), show="always"),
+    Column("truncated", lambda row: _count(row["truncated"])),
     Column("bad\nformat", lambda row: _count(row["wrong_format"]), priority=1),
-    Column("un-\njudged", lambda row: _count(row["unjudged"])),
+    Column("unjudged", lambda row: _count(row["unjudged"])),
 )
 
 

@@ -209,7 +209,7 @@ def _rich(grid: Grid, widths: Sequence[int], gap: int) -> Any:
 
 
 def _one_line(text: str) -> str:
-    return text.replace("-\n", "").replace("\n", " ")
+    return text.replace("\n", " ")
 
 
 def _measured(table: Table, chosen: Sequence[Column]) -> list[Grid]:

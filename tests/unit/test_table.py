@@ -238,7 +238,7 @@ def telemetry_runs(**other):
 def test_the_terminal_table_fits_100_columns_with_unshortened_numbers():
     text = to_terminal(build(telemetry_runs(model="hf", pretrained="org/SmolLM2-135M-Instruct")), 100)
     assert max(len(line) for line in text.splitlines()) <= 100
-    for number in ("120", "50.0 [", "25.0", "106", "50.0", "6.94", "1180", "13.3"):
+    for number in ("120", "50.0 [", "25.0", "106", "50.0", "1180", "13.3"):
         assert number in text
     assert "\x1b" not in text
 
@@ -248,7 +248,8 @@ def test_numbers_and_names_are_complete_at_every_width(width):
     text = to_terminal(build(telemetry_runs(peft="runs/ao")), width)
     assert "…" not in text
     full = next(line for line in text.splitlines() if line.startswith("smol-full"))
-    assert full.split()[-6:] == ["106", "50.0", "6.94", "1180", "13.3", "0"]
+    prefill_s = [] if "prefill s" in text else ["6.94"]  # one of the columns that a narrow table omits, and says so
+    assert full.split()[-5 - len(prefill_s) :] == ["106", "50.0", *prefill_s, "1180", "13.3", "0"]
     lines = text.splitlines()
     header = next(line for line in lines if line.startswith("run "))
     starts = [header.index(name) for name in ("run", "model", "recipe")]
