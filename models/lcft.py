@@ -79,11 +79,8 @@ class LCFT(HFLM):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         self.recipe = recipe.parse(str(kv))
-        for name, value, allowed in (
-            ("overlong", overlong, OVERLONG),
-            ("attn", attn, attention.CHOICES),
-            ("diagnose", diagnose, Diagnosis.KINDS),
-        ):
+        choices = {"overlong": (overlong, OVERLONG), "attn": (attn, attention.CHOICES)}
+        for name, (value, allowed) in {**choices, "diagnose": (diagnose, Diagnosis.KINDS)}.items():
             if value not in allowed:
                 raise UserError(f"bad model argument {name}={value!r}: one of {', '.join(allowed)}")
         if not isinstance(query_aware, bool):
@@ -93,9 +90,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         if not isinstance(prefix_cache_gib, int | float) or prefix_cache_gib < 0:
             raise UserError(f"bad model argument prefix_cache_gib={prefix_cache_gib!r}: a number of GiB, or 0")
         if query_aware and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(
-                f"kv={self.recipe} evicts during decoding, which excludes query_aware=true: use query_aware=false"
-            )
+            raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
             raise UserError("lcft does not support --batch_size auto: pass a number")
         if "attn_implementation" in kwargs:
@@ -112,9 +107,7 @@ class LCFT(HFLM):  # type: ignore[misc]
                 raise _unknown_argument(unknown[1]) from None
             raise
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
-            raise UserError(
-                f"peft={self.peft}: prompt-learning adapters add tokens to the cache and are not supported; use LoRA"
-            )
+            raise UserError(f"peft={self.peft}: prompt-learning adapters add tokens to the cache: use LoRA instead")
         if merge and not self.peft:
             raise UserError("bad model argument merge=True: no adapter to merge; pass one as peft=")
         self.merge = merge

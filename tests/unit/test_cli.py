@@ -62,6 +62,7 @@ def test_an_unexpected_error_is_one_line_and_exit_4(
         invoke(["doctor"])
 
 
+@pytest.mark.model  # doctor looks for the packaged model
 def test_doctor_names_a_remedy_for_every_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
