@@ -1,1 +1,1 @@
-"""Adapters for long-context models."""
+"""Training of adapters for long-context models."""

@@ -1,4 +1,4 @@
-"""Compression-aware fine-tuning: which evictor the answers of a context see it through, drawn for each context."""
+"""Compression-aware training: draw an evictor for each context."""
 
 from __future__ import annotations
 
@@ -13,35 +13,38 @@ from lceval.training.packing import check_trainable
 
 
 def check(compression_aware: CompressionAware) -> None:
-    """Refuse what cannot be drawn, before anything is loaded.
+    """Check that all evictors support training, before anything is loaded.
 
     Raises:
-        UserError: not an evictor, or one that cannot be trained.
+        UserError: not an evictor, or one that does not support training.
     """
     for name in compression_aware.evictors:
-        evictor(name, compression_aware.keep[1])
+        with_budget(name, compression_aware.keep[1])
 
 
-def evictor(name: str, keep: float) -> Evictor:
-    """The evictor that a recipe string without an amount names, keeping a share.
+def with_budget(name: str, keep: float) -> Evictor:
+    """The evictor of a KV recipe without a budget.
+
+    Args:
+        keep: share of the context that is kept.
 
     Raises:
-        UserError: as `recipe.parse`; or it evicts nothing, or it cannot be trained.
+        UserError: as `recipe.parse`, or the recipe does not evict, or does not support training.
     """
     method, _, rest = name.partition(":")
     text = f"{method}:{keep:.4f}" + (f":{rest}" if rest else "")
-    found = recipe.parse(method if method in QUANTIZERS else text)
-    made = check_trainable(found.evictor)
-    if made is None or found.quantizer or found.sparse_attention:
-        raise UserError(f"compression_aware.evictors: {name!r} evicts nothing; one of {', '.join(EVICTORS)}")
-    return made
+    parsed = recipe.parse(method if method in QUANTIZERS else text)
+    evictor = check_trainable(parsed.evictor)
+    if evictor is None or parsed.quantizer or parsed.sparse_attention:
+        raise UserError(f"compression_aware.evictors: {name!r} does not evict; expected one of {', '.join(EVICTORS)}")
+    return evictor
 
 
 def draw(compression_aware: CompressionAware, rng: random.Random, progress: float) -> Evictor | None:
-    """What one context's answers see it through; None is all of it.
+    """An evictor for one context; None: full cache.
 
     Args:
-        progress: the share of the training that is done, for the curriculum.
+        progress: fraction of training completed, for the curriculum.
     """
     if rng.random() < compression_aware.full:
         return None
@@ -49,7 +52,7 @@ def draw(compression_aware: CompressionAware, rng: random.Random, progress: floa
     low, high = compression_aware.keep
     if compression_aware.curriculum:
         low = high - (high - low) * min(1.0, 2 * progress)
-    made = evictor(name, rng.uniform(low, high))
-    if "seed" in {field.name for field in dataclasses.fields(made)}:
-        made = dataclasses.replace(made, seed=rng.randrange(1 << 16))  # type: ignore[call-arg]
-    return made
+    evictor = with_budget(name, rng.uniform(low, high))
+    if "seed" in {field.name for field in dataclasses.fields(evictor)}:
+        evictor = dataclasses.replace(evictor, seed=rng.randrange(1 << 16))  # type: ignore[call-arg]
+    return evictor

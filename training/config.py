@@ -1,4 +1,4 @@
-"""What a training run is asked for: a YAML recipe with `key=value` changes, checked before anything is loaded."""
+"""Training recipes: a YAML file with `--set KEY=VALUE` overrides, validated before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lceval.training.texts import Texts
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are refused."""
+    """A section of a recipe; unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Model(Section):
-    """The model that is tuned: `pretrained` as for lm_eval.
+    """The base model; `pretrained` is a name or folder, as for lm_eval.
 
     Attributes:
-        dtype: of the weights. `auto` is bfloat16 where the device computes fast in it (`lceval.training.precision`),
-            else float32; the card and `train.json` state the one that was used.
-        chat_template: whether prompts go through the tokenizer's template, as `lceval run` does; None: if it has one.
-        shape: fields of its configuration, `model_type` among them: what `--dry-run` counts where the model itself is
-            not at hand.
+        dtype: dtype of the weights. `auto` is bfloat16 where the device computes fast in it
+            (`lceval.training.precision`), else float32; the model card and `train.json` record the choice.
+        chat_template: whether to apply the tokenizer's chat template; None: if it has one.
+        shape: fields of the model's configuration, including `model_type`, for `--dry-run` where the model is not
+            available locally.
     """
 
     pretrained: str = "smollm2-135m"
@@ -45,7 +45,7 @@ class Model(Section):
 
 
 class Lora(Section):
-    """LoRA (Hu et al. 2021): W + alpha / r B A on the linear layers named by `targets`."""
+    """LoRA (Hu et al. 2021): W + alpha / r B A on the linear layers in `targets`."""
 
     r: int = Field(default=16, gt=0)
     alpha: int = Field(default=32, gt=0)
@@ -54,12 +54,13 @@ class Lora(Section):
 
 
 class Optim(Section):
-    """AdamW over `max_steps` steps of `contexts_per_step` packed contexts each, on all devices together.
+    """AdamW.
 
     Attributes:
-        warmup: share of the steps over which the rate rises to `learning_rate`.
-        schedule: how the learning rate falls after that.
-        bf16: compute in bfloat16 (autocast), whatever the weights are kept in.
+        contexts_per_step: packed contexts per optimizer step, summed over all devices.
+        warmup: fraction of the steps with linear warmup.
+        schedule: learning rate schedule after warmup.
+        bf16: bfloat16 autocast, independent of the dtype of the weights.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
     """
 
@@ -75,17 +76,17 @@ class Optim(Section):
 
 
 class CompressionAware(Section):
-    """Compression-aware fine-tuning: questions and answers see the context through an evictor drawn for each context.
+    """Compression-aware training: questions and answers attend to what a randomly drawn evictor keeps of the context.
 
     Attributes:
-        evictors: recipe strings without an amount, as `snapkv` or `adakv:of=knorm`; each is as likely.
-        keep: the share that stays is drawn uniformly between these two.
-        curriculum: draw from the upper end at first: the lower bound falls to `keep[0]` over the first half.
-        full: how often nothing is evicted instead.
-        query_aware: whether questions take part in the scores, as lcft's.
+        evictors: KV recipes without a budget, e.g. `snapkv` or `adakv:of=knorm`; drawn uniformly.
+        keep: bounds of the share of the context that is kept, drawn uniformly.
+        curriculum: lower the lower bound linearly from `keep[1]` to `keep[0]` over the first half of training.
+        full: probability of using the full cache instead.
+        query_aware: query-aware eviction, as lcft's model argument of that name.
         self_distillation: weight of self-distillation from the full cache, in the same forward pass: every question is
-            also answered from the whole context, both answers are learned, and the KL divergence of the prediction
-            under compression from that under the full cache joins the loss. None disables it.
+            also answered from the full cache, both answers are trained on, and KL(full || compressed) of their
+            predictions is added to the loss. None disables it.
     """
 
     evictors: list[str] = Field(min_length=1)
@@ -99,26 +100,25 @@ class CompressionAware(Section):
     @classmethod
     def _ordered(cls, keep: tuple[float, float]) -> tuple[float, float]:
         if not 0 < keep[0] <= keep[1] <= 1:
-            raise ValueError("keep is two shares, 0 < lower <= upper <= 1")
+            raise ValueError("keep must be two shares, 0 < lower <= upper <= 1")
         return keep
 
 
 class Config(Section):
-    """A whole recipe.
+    """A training recipe.
 
     Attributes:
-        output: the folder of the adapter, or of the model where `lora` is null.
-        data: the rows to learn from (`lceval.training.data.Spec`); their tokens are counted as the model's.
-        rows: a file that `lceval train data` wrote, instead of `data`.
+        output: output folder: a PEFT adapter, or a model where `lora` is null.
+        data: training rows to build (`lceval.training.data.Spec`); lengths are in tokens of the model.
+        rows: a file written by `lceval train data`, instead of `data`.
         neighbourhoods: rows of tables, instead of `data`.
-        texts: plain text, instead of questions. longlora: learned with shifted sparse attention, for a longer window;
-            its own LoRA takes the place of `lora`.
-        compression_aware: fine-tuning under KV compression.
-        grpo: reinforcement by a reward in place of supervised fine-tuning; it has steps and rates of its own, and
-            `optim` gives the rest (`bf16`).
-        save_steps: steps between checkpoints; the same line goes on from the last one.
-        keep_checkpoints: how many of them stay, the newest; None keeps all. Each is an adapter that lcft loads.
-        eval_contexts: contexts of the split `test` on which the loss is taken with every checkpoint; 0 takes none.
+        texts: plain text, instead of questions.
+        longlora: train on `texts` with shifted sparse attention for a longer context window; replaces `lora`.
+        compression_aware: training under KV compression.
+        grpo: GRPO instead of supervised fine-tuning; replaces `optim` except for `optim.bf16`.
+        save_steps: steps between checkpoints.
+        keep_checkpoints: number of newest checkpoints to keep; None keeps all. Each is an adapter that lcft loads.
+        eval_contexts: number of contexts of the split `test` for the held-out loss at every checkpoint; 0 disables it.
     """
 
     output: Path
@@ -139,90 +139,100 @@ class Config(Section):
     report_to: list[Literal["tensorboard", "trackio"]] = []
 
     @model_validator(mode="after")
-    def _go_together(self) -> Config:
+    def _compatible(self) -> Config:
         sources = [name for name in ("rows", "neighbourhoods", "texts") if getattr(self, name) is not None]
         if len(sources) > 1:
-            raise ValueError(f"{' and '.join(sources)} exclude each other")
+            raise ValueError(f"{' and '.join(sources)} are mutually exclusive")
         if self.grpo is not None and self.compression_aware is not None:
-            raise ValueError("compression_aware goes with supervised fine-tuning, not with grpo")
+            raise ValueError("compression_aware requires supervised fine-tuning, not grpo")
         if self.longlora is not None and self.texts is None:
-            raise ValueError("longlora learns from texts: name texts.files and texts.tokens")
+            raise ValueError("longlora requires texts: set texts.files and texts.tokens")
         if self.texts is not None and (self.compression_aware or self.grpo or self.eval_contexts):
-            raise ValueError("texts go with neither compression_aware, grpo nor eval_contexts, which need questions")
+            raise ValueError("texts have no questions, which compression_aware, grpo and eval_contexts require")
         return self
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package."""
     return sorted(
         f.name.removesuffix(".yaml") for f in files("lceval.training.recipes").iterdir() if f.name.endswith(".yaml")
     )
 
 
-def read(recipe: str, changes: Sequence[str] = ()) -> Config:
-    """A recipe from a file, or by the name of a shipped one.
+def read(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """A recipe from a file, or a shipped one by name.
 
     Args:
-        changes: KEY=VALUE with dots between sections, as `optim.learning_rate=1e-4`; VALUE as in YAML.
+        overrides: KEY=VALUE with dots between sections, e.g. `optim.learning_rate=1e-4`; VALUE is YAML.
 
     Raises:
-        UserError: no such recipe, not YAML, or what is wrong with its first bad key.
+        UserError: unknown recipe, invalid YAML, or the first invalid key.
     """
     if Path(recipe).is_file():
         text = Path(recipe).read_text(encoding="utf-8")
     elif recipe in shipped():
         text = (files("lceval.training.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
     else:
-        raise UserError(f"no recipe {recipe!r}: a YAML file, or one of {', '.join(shipped())}")
+        raise UserError(f"unknown recipe {recipe!r}: expected a YAML file or one of {', '.join(shipped())}")
     try:
-        said: Any = yaml.safe_load(text) or {}
-        if not isinstance(said, dict):
-            raise UserError(f"{recipe}: expected sections as data and optim, found {type(said).__name__}")
-        said.setdefault("output", f"runs/{Path(recipe).stem}")
-        for change in changes:
-            _change(said, change)
+        values: Any = yaml.safe_load(text) or {}
+        if not isinstance(values, dict):
+            raise UserError(f"{recipe}: expected sections such as data and optim, got {type(values).__name__}")
+        values.setdefault("output", f"runs/{Path(recipe).stem}")
+        for override in overrides:
+            _override(values, override)
     except yaml.YAMLError as error:
-        raise UserError(f"{recipe}: not YAML ({' '.join(str(error).split())})") from None
-    return parse(said, recipe)
+        raise UserError(f"{recipe}: invalid YAML ({' '.join(str(error).split())})") from None
+    return parse(values, recipe, [override.partition("=")[0] for override in overrides])
 
 
-def _change(said: dict[str, Any], change: str) -> None:
-    path, separator, value = change.partition("=")
+def _override(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
     if not separator:
-        raise UserError(f"{change!r}: expected KEY=VALUE, as optim.learning_rate=1e-4")
+        raise UserError(f"--set {override}: expected --set KEY=VALUE, e.g. --set optim.learning_rate=1e-4")
     *sections, key = path.split(".")
     for section in sections:
-        if not isinstance(said.get(section), dict):
-            said[section] = {}
-        said = said[section]
-    read = yaml.safe_load(value)
-    if isinstance(read, str):  # YAML 1.1 reads 1e-4 as a word
+        if not isinstance(values.get(section), dict):
+            values[section] = {}
+        values = values[section]
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: invalid YAML ({' '.join(str(error).split())})") from None
+    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
-            read = float(read)
-    said[key] = read
+            value = float(value)
+    values[key] = value
 
 
-def parse(said: Any, source: str) -> Config:
+def parse(values: Any, source: str, overridden: Sequence[str] = ()) -> Config:
     """A recipe from plain values.
 
+    Args:
+        source: name of the recipe, for error messages.
+        overridden: keys set by `--set`, for error messages.
+
     Raises:
-        UserError: what is wrong, by the first key.
+        UserError: the first invalid key.
     """
     try:
-        return Config.model_validate(said)
+        return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        by_set = any(where == key or where.startswith(f"{key}.") for key in overridden)
+        place = f"--set {where}" if by_set else f"{source}: {where}" if where else source
         if first["type"] == "extra_forbidden":
             known = _known(first["loc"][:-1])
             near = get_close_matches(str(first["loc"][-1]), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise UserError(f"{source}: unknown key {where}; {hint}") from None
-        raise UserError(f"{source}: {where}: {first['msg'].lower()} (found {first['input']!r:.60})") from None
+            raise UserError(f"{place}: unknown key; {hint}") from None
+        message = first["msg"].lower().removeprefix("value error, ")
+        raise UserError(f"{place}: {message} (got {first['input']!r:.60})") from None
 
 
 def _known(path: Sequence[int | str]) -> list[str]:
-    """The keys that the section at a path may have."""
+    """The valid keys of the section at a path."""
     section: Any = Config
     for part in path:
         kind = section.model_fields[part].annotation

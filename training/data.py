@@ -1,7 +1,7 @@
-"""Training rows: the tasks' own rows, drawn several times, each with the reply to be learned, in one file.
+"""Training rows: rows of tasks with a target reply each, for several seeds, in one file.
 
-A file is jsonl: a header that states the inputs and a hash of the rest, then a row a line, the rows of a context next
-to each other. It appears whole or not at all.
+A file is jsonl: a header with the inputs and a hash of the rest, then one row per line, grouped by context. It is
+written atomically.
 """
 
 import hashlib
@@ -29,10 +29,9 @@ FORMAT = "lceval training rows 1"
 
 
 class TrainingRow(Row):
-    """A task's row, and what training needs besides.
+    """A task's row with a target reply in `output_format` (lceval.training.formats).
 
-    `cluster` is its context, of which there is one a dataset, mode, seed and draw; `target` is the reply to be
-    learned, in the form `form` (lceval.training.formats).
+    `cluster` identifies the context within a dataset, mode and seed.
     """
 
     dataset: str
@@ -42,21 +41,21 @@ class TrainingRow(Row):
 
 
 class Spec(BaseModel):
-    """What rows to make. Every field changes them.
+    """Specification of training rows. Every field changes them.
 
     Attributes:
-        datasets: of the catalogue, with gold ids or with labels.
-        modes: of each dataset.
-        length_k: thousands of tokens of prompt and room for the reply (`rj`: of the prompt alone). Datasets drawn from
-            a pool take any, others one of their own; those of fixed length take no notice.
-        split: train or test of the pool, or all; `all` for datasets that have no sides.
-        seeds: each draws other contexts.
-        questions: on a context; None: as many as the dataset usually has.
-        negatives: what ranks the hard negatives: bm25, dense, hybrid or random; None: as the dataset usually does.
-        alike: whether negatives are to be as long as gold documents; None: where the dataset can be asked for it.
-        promote: least likeness at which a negative counts as gold; None: no negative does.
-        limit: rows, in whole contexts; None: all.
-        tokenizer: whose tokens are counted; as `pretrained` of model_args.
+        datasets: datasets of the catalogue with gold ids or labels.
+        modes: modes of each dataset.
+        length_k: thousands of tokens of prompt and reply (`rj`: of the prompt only). Pool datasets support any length,
+            others their own lengths; ignored for datasets of fixed length.
+        split: train or test of the pool, or all; `all` for datasets without splits.
+        seeds: seeds of the contexts.
+        questions: questions per context; None: the dataset's default.
+        negatives: ranking of the hard negatives: bm25, dense, hybrid or random; None: the dataset's default.
+        length_matched: match the lengths of negatives to gold documents; None: where the dataset supports it.
+        promote: similarity threshold for relabelling negatives as gold; None disables it.
+        limit: maximum number of rows, in whole contexts; None: all.
+        tokenizer: model whose tokenizer counts tokens, as `pretrained` in model_args.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -75,10 +74,10 @@ class Spec(BaseModel):
 
 
 def spec(**fields: Any) -> Spec:
-    """A spec.
+    """A validated spec.
 
     Raises:
-        UserError: a field that is unknown or does not fit.
+        UserError: an unknown or invalid field.
     """
     try:
         return Spec(**fields)
@@ -89,42 +88,45 @@ def spec(**fields: Any) -> Spec:
 
 
 def rows(spec: Spec, judge: Judge | None = None) -> tuple[list[TrainingRow], Promotion]:
-    """All rows of a spec, contexts in random order, and what became of their negatives.
+    """All rows of a spec, contexts in random order, and the counts of relabelled negatives.
 
     Args:
-        spec: What to make.
-        judge: Second stage of the promotion of negatives.
+        judge: confirms relabelled negatives.
 
     Raises:
-        UserError: a dataset, mode, length or split that there is not, or no data.
+        UserError: unknown dataset, mode, length or split, or missing data.
     """
-    made: list[TrainingRow] = []
+    rows: list[TrainingRow] = []
     total = Promotion(0, 0, 0)
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     for task in (_task(spec, name, mode) for name in spec.datasets for mode in spec.modes):
         for seed in spec.seeds:
             drawn = rows_of(task, _metadata(spec, task, seed), limit_tokens=_limit(spec, task))
             if spec.promote is not None:
-                drawn, found = promote(drawn, spec.promote, judge)
-                total += found
-            made += [_training_row(row, task, seed, meter) for row in drawn]
-    return _some_contexts(made, spec), total
+                drawn, promotion = promote(drawn, spec.promote, judge)
+                total += promotion
+            rows += [_training_row(row, task, seed, meter) for row in drawn]
+    return _whole_contexts(rows, spec), total
 
 
 def _task(spec: Spec, name: str, mode: str) -> Task:
-    """The task that rows are made of; of a pool one of any length, as another is put in its place."""
+    """The task of a dataset and mode; for a pool at any of its lengths, which `rows` overrides."""
     dataset = catalogue.datasets().get(name)
     if dataset is None:
-        raise UserError(f"training data: no dataset {name!r}; see `lceval tasks`.")
+        raise UserError(f"training data: unknown dataset {name!r}; see `lceval tasks`.")
     output_format = dataset.modes.get(mode)
-    fitting = {mode: output_format for mode, output_format in dataset.modes.items() if output_format in OUTPUT_FORMATS}
+    trainable = {
+        mode: output_format for mode, output_format in dataset.modes.items() if output_format in OUTPUT_FORMATS
+    }
     if output_format not in OUTPUT_FORMATS or not ("gold" in dataset.contexts or output_format in ("label", "target")):
-        raise UserError(f"training data: {name} has no mode {mode!r} to learn: it has {', '.join(fitting) or 'none'}.")
+        raise UserError(
+            f"training data: {name} has no trainable mode {mode!r}: expected one of {', '.join(trainable) or 'none'}."
+        )
     length = next((k for k in dataset.lengths if k == spec.length_k), None)
     if length is None and dataset.lengths:
         if not dataset.splits:
-            having = ", ".join(map(str, dataset.lengths))
-            raise UserError(f"training data: {name} has no length_k={spec.length_k:g}: it has {having}.")
+            lengths = ", ".join(map(str, dataset.lengths))
+            raise UserError(f"training data: {name} has no length_k={spec.length_k:g}: expected one of {lengths}.")
         length = dataset.lengths[0]
     return Task(dataset, mode, length)
 
@@ -134,14 +136,14 @@ def _limit(spec: Spec, task: Task) -> int | None:
 
 
 def _metadata(spec: Spec, task: Task, seed: int) -> dict[str, Any]:
-    """What `lm_eval --metadata` would be given."""
-    asked = {"questions": spec.questions, "negatives": spec.negatives, "length_matched": spec.length_matched}
+    """Metadata as for `lm_eval --metadata`."""
+    options = {"questions": spec.questions, "negatives": spec.negatives, "length_matched": spec.length_matched}
     if task.dataset.splits and spec.length_matched is None:
-        asked["length_matched"] = True
+        options["length_matched"] = True
     if task.dataset.splits or spec.split != "all":
-        asked["split"] = spec.split
-    given = {key: value for key, value in asked.items() if value is not None}
-    return {"pretrained": packaged.resolve(spec.tokenizer), "data_seed": seed, **given}
+        options["split"] = spec.split
+    options = {key: value for key, value in options.items() if value is not None}
+    return {"pretrained": packaged.resolve(spec.tokenizer), "data_seed": seed, **options}
 
 
 def _training_row(row: Row, task: Task, seed: int, meter: TokenMeter) -> TrainingRow:
@@ -155,53 +157,55 @@ def _training_row(row: Row, task: Task, seed: int, meter: TokenMeter) -> Trainin
     }
 
 
-def kept_out(spec: Spec, made: Sequence[TrainingRow]) -> float | None:
-    """Passages of the pool that a context could not have as they hold an answer: the mean over contexts."""
+def kept_out(spec: Spec, rows: Sequence[TrainingRow]) -> float | None:
+    """Mean number of pool passages excluded per context because they contain an answer; None without pools."""
     from lceval.tasks.icr import pools
 
-    found: list[int] = []
+    counts: list[int] = []
     for dataset in (catalogue.datasets()[name] for name in spec.datasets):
         if dataset.splits:
             task = _task(spec, dataset.dataset, spec.modes[0])
             metadata = _metadata(spec, task, spec.seeds[0])
-            choice = contexts.setting(task, metadata)
-            request = Request("training data", dataset, task.output_format, None, None, spec.seeds[0], metadata, choice)
-            found += pools.kept_out(request, [row for row in made if row["dataset"] == dataset.dataset])
-    return fmean(found) if found else None
+            setting = contexts.setting(task, metadata)
+            request = Request(
+                "training data", dataset, task.output_format, None, None, spec.seeds[0], metadata, setting
+            )
+            counts += pools.kept_out(request, [row for row in rows if row["dataset"] == dataset.dataset])
+    return fmean(counts) if counts else None
 
 
-def _some_contexts(made: Sequence[TrainingRow], spec: Spec) -> list[TrainingRow]:
-    """Whole contexts in random order, as many as the limit has room for, at least one."""
-    together: dict[str, list[TrainingRow]] = {}
-    for row in made:
-        together.setdefault(row["cluster"], []).append(row)
-    order = random.Random(f"training {spec.seeds}").sample(list(together), len(together))
+def _whole_contexts(rows: Sequence[TrainingRow], spec: Spec) -> list[TrainingRow]:
+    """Whole contexts in random order, as many as fit the limit, at least one."""
+    by_context: dict[str, list[TrainingRow]] = {}
+    for row in rows:
+        by_context.setdefault(row["cluster"], []).append(row)
+    order = random.Random(f"training {spec.seeds}").sample(list(by_context), len(by_context))
     chosen: list[TrainingRow] = []
     for context in order:
-        if spec.limit is not None and chosen and len(chosen) + len(together[context]) > spec.limit:
+        if spec.limit is not None and chosen and len(chosen) + len(by_context[context]) > spec.limit:
             break
-        chosen += together[context]
+        chosen += by_context[context]
     return chosen
 
 
-def write(path: Path, spec: Spec, made: Sequence[TrainingRow], report: Mapping[str, Any]) -> None:
-    """Write a data file, whole or not at all.
+def write(path: Path, spec: Spec, rows: Sequence[TrainingRow], report: Mapping[str, Any]) -> None:
+    """Write a data file atomically.
 
     Args:
-        path: The file; one that is there is replaced.
-        spec: What the rows were made from.
-        made: The rows.
-        report: Figures on them, for the header.
+        path: the file; an existing one is replaced.
+        spec: specification of the rows.
+        rows: the rows.
+        report: statistics on the rows, for the header.
 
     Raises:
-        UserError: the folder does not exist or cannot be written.
+        UserError: the folder does not exist or is not writable.
     """
-    body = "".join(json.dumps(row) + "\n" for row in made)
+    body = "".join(json.dumps(row) + "\n" for row in rows)
     header = {
         "format": FORMAT,
-        "rows": len(made),
+        "rows": len(rows),
         "sha256": hashlib.sha256(body.encode()).hexdigest(),
-        "inputs": inputs(spec, made),
+        "inputs": inputs(spec, rows),
         "report": dict(report),
     }
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -209,18 +213,18 @@ def write(path: Path, spec: Spec, made: Sequence[TrainingRow], report: Mapping[s
         partial.write_text(json.dumps(header) + "\n" + body, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): name a file in a folder that is there.") from error
+        raise UserError(f"cannot write {path} ({error.strerror}): expected a file in an existing folder.") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def inputs(spec: Spec, made: Sequence[TrainingRow]) -> dict[str, Any]:
-    """Everything that rows depend on: the spec, the sources by content, the tokenizer, the code."""
+def inputs(spec: Spec, rows: Sequence[TrainingRow]) -> dict[str, Any]:
+    """Everything that rows depend on: spec, contents of the sources, tokenizer, code."""
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     return {
         "spec": spec.model_dump(mode="json"),
-        "sources": sorted({row["source"] for row in made}),
-        "licences": sorted({row["licence"] for row in made}),
+        "sources": sorted({row["source"] for row in rows}),
+        "licences": sorted({row["licence"] for row in rows}),
         "tokenizer": meter.fingerprint,
         "code": [code_digest(), code_digest(Path(__file__).parent)],
     }
@@ -230,18 +234,18 @@ def read(path: Path) -> tuple[dict[str, Any], list[TrainingRow]]:
     """The header and the rows of a data file.
 
     Raises:
-        UserError: there is none, or it is not what its header says.
+        UserError: no such file, not a data file, or the contents do not match the hash in the header.
     """
     try:
         first, _, body = path.read_text(encoding="utf-8").partition("\n")
         header = json.loads(first)
         known = isinstance(header, dict) and header.get("format") == FORMAT
     except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}): make it with `lceval train data {path}`.") from error
+        raise UserError(f"cannot read {path} ({error.strerror}): create it with `lceval train data {path}`.") from error
     except ValueError:
         known = False
     if not known:
-        raise UserError(f"{path} is not a file of training rows: make one with `lceval train data`.")
+        raise UserError(f"{path} is not a file of training rows: create one with `lceval train data`.")
     if hashlib.sha256(body.encode()).hexdigest() != header.get("sha256"):
-        raise UserError(f"{path} was changed after it was written: make it again with `lceval train data`.")
+        raise UserError(f"{path} was modified after it was written: recreate it with `lceval train data`.")
     return header, [json.loads(line) for line in body.splitlines()]

@@ -1,10 +1,10 @@
-"""What a recipe will take, without loading the model: tokens, steps, memory.
+"""Estimate the tokens, steps and memory of a recipe without loading the model.
 
-Memory is counted, not measured: weights, gradients, AdamW's two moments, and what backward needs to remember. For a
-token and a layer of a gated decoder that is, in units of the weights' type, 8 d + 2 d_kv + 5 f numbers: inputs of the
-norms and of the projections, q, k, v, what attention put out, and five of the width f in the MLP. Under LoRA the
-frozen projections need no inputs (3 d + f), and its float32 copies of them are 5 d + f numbers. With checkpointing it
-is d numbers a layer, and one layer's share of the rest. A test holds the count against the tensors that autograd saves.
+Memory is computed, not measured: weights, gradients, AdamW's two moments, and activations saved for backward. Per token
+and layer of a gated decoder these are 8 d + 2 d_kv + 5 f values in the weights' dtype: inputs of the norms and
+projections, q, k, v, the attention output, and five of width f in the MLP. With LoRA the frozen projections need no
+inputs (3 d + f), and LoRA's float32 copies are 5 d + f values. With gradient checkpointing it is d values per layer,
+plus the rest for one layer. A test compares the estimate with the tensors that autograd saves.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ GIB = 1 << 30
 def estimate(recipe: Config) -> dict[str, Any]:
     """Tokens, steps and GiB of a recipe.
 
-    Where the model is not at hand and the recipe gives its shape, contexts are as long as their name says and their
+    If the model is not available locally but the recipe has its shape, contexts have their nominal length and their
     number is unknown.
 
     Raises:
-        UserError: neither the model's configuration nor its shape is at hand, or the data is not.
+        UserError: neither the model's configuration nor its shape is available, or the data is missing.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -36,22 +36,22 @@ def estimate(recipe: Config) -> dict[str, Any]:
     if recipe.compression_aware is not None:
         compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
-    config, at_hand = _config(recipe)
+    config, available = _config(recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, recipe.model.dtype))
-    data = _read(recipe, model) if at_hand else _unread(recipe)
+    data = _counted(recipe, model) if available else _nominal(recipe)
     weights = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
         tuned = longlora.prepare(model, recipe.longlora) if recipe.longlora else with_lora(recipe, model)
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
     answers, steps = data.pop("answers"), recipe.optim.max_steps
-    seen = steps * recipe.optim.contexts_per_step
-    epochs = seen / data["contexts"] if data["contexts"] else None
-    if grpo is not None:  # every sample is a sequence of its own
+    drawn = steps * recipe.optim.contexts_per_step
+    epochs = drawn / data["contexts"] if data["contexts"] else None
+    if grpo is not None:  # every sample is a separate sequence
         answers, steps = grpo.completions_per_device * grpo.max_new_tokens, grpo.max_steps
         tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
-        seen = steps * grpo.prompts_per_step * grpo.num_generations
+        drawn = steps * grpo.prompts_per_step * grpo.num_generations
         epochs = steps * grpo.prompts_per_step / data["questions"] if data["questions"] else None
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
@@ -64,7 +64,7 @@ def estimate(recipe: Config) -> dict[str, Any]:
         "dtype": recipe.model.dtype,
         **data,
         "steps": steps,
-        "tokens": round(seen * data["tokens_a_context"]),
+        "tokens": round(drawn * data["tokens_a_context"]),
         "epochs": epochs,
         "parameters": weights,
         "trained_parameters": trained,
@@ -74,42 +74,42 @@ def estimate(recipe: Config) -> dict[str, Any]:
 
 
 def _config(recipe: Config) -> tuple[Any, bool]:
-    """The model's configuration, and whether the model is at hand."""
+    """The model's configuration, and whether the model is available locally."""
     from transformers import AutoConfig
 
     from lceval.models import packaged
 
     try:
-        found = AutoConfig.from_pretrained(packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision)
+        config = AutoConfig.from_pretrained(packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision)
     except (OSError, ValueError) as error:
         if recipe.model.shape is None:
             raise UserError(
                 f"cannot read the configuration of {recipe.model.pretrained} ({str(error).splitlines()[0]:.80}): "
-                "name a folder, or give model.shape in the recipe"
+                "set model.pretrained to a local folder, or set model.shape"
             ) from None
         return AutoConfig.for_model(**recipe.model.shape), False
-    return found, True
+    return config, True
 
 
-def _read(recipe: Config, model: Any) -> dict[str, Any]:
-    """What the data is: counted."""
+def _counted(recipe: Config, model: Any) -> dict[str, Any]:
+    """Size of the encoded data."""
     from lceval.models import packaged
     from lceval.models.lcft import LCFT
-    from lceval.training.run import plan
+    from lceval.training.run import build
 
-    planned = plan(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
+    training_set = build(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
     return {
-        "contexts": len(planned.contexts) or len(planned.sequences),
-        "questions": planned.questions,
-        "held_out_contexts": len(planned.held_out),
-        "tokens_a_context": round(planned.tokens),
-        "longest_context_tokens": planned.longest,
-        "answers": max([c.predicted for c in planned.contexts] + [len(s) for s in planned.sequences]),
+        "contexts": len(training_set.contexts) or len(training_set.sequences),
+        "questions": training_set.questions,
+        "held_out_contexts": len(training_set.held_out),
+        "tokens_a_context": round(training_set.mean_tokens),
+        "longest_context_tokens": training_set.max_tokens,
+        "answers": max([c.predicted for c in training_set.contexts] + [len(s) for s in training_set.sequences]),
     }
 
 
-def _unread(recipe: Config) -> dict[str, Any]:
-    """What the data is by its name: no context is longer, and no answer."""
+def _nominal(recipe: Config) -> dict[str, Any]:
+    """Upper bounds on the size of the data from the recipe."""
     from lceval.tasks import catalogue
 
     tokens = recipe.texts.tokens if recipe.texts else round(recipe.data.length_k * 1024)
@@ -127,15 +127,15 @@ def _unread(recipe: Config) -> dict[str, Any]:
 
 
 def _per_trained(recipe: Config) -> int:
-    """Bytes of gradient and moments of a trained parameter, and of the parameter itself where LoRA adds it.
+    """Bytes of gradient and moments per trained parameter, plus the parameter itself with LoRA.
 
-    PEFT keeps LoRA's matrices in float32; in full fine-tuning gradient and moments have the weights' type.
+    PEFT stores LoRA's matrices in float32; in full fine-tuning gradient and moments have the weights' dtype.
     """
     return 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
 
 
 def activations(config: Any, recipe: Config, tokens: int) -> int:
-    """Bytes that backward needs of a sequence of `tokens` tokens."""
+    """Bytes of activations saved for backward for a sequence of `tokens` tokens."""
     text = config.get_text_config()
     d, f = text.hidden_size, text.intermediate_size
     size = BYTES[recipe.model.dtype]
@@ -152,22 +152,22 @@ def render(report: dict[str, Any]) -> str:
     """The report as text."""
     memory = ", ".join(f"{part} {gib:.2f}" for part, gib in report["memory_gib"].items())
     if report["contexts"] is None:
-        what = (
-            f"contexts of at most {report['tokens_a_context']:,} tokens (the model is not at hand: by the recipe alone)"
+        data = (
+            f"contexts of at most {report['tokens_a_context']:,} tokens (nominal: the model is not available locally)"
         )
         epochs = ""
     else:
-        what = (
+        data = (
             f"{report['contexts']} contexts with {report['questions']} questions, "
-            f"{report['tokens_a_context']:,} tokens each (longest {report['longest_context_tokens']:,}); "
+            f"mean {report['tokens_a_context']:,} tokens (longest {report['longest_context_tokens']:,}); "
             f"{report['held_out_contexts']} held out"
         )
         epochs = f", {report['epochs']:.1f} epochs"
     return "\n".join(
         [
-            what,
+            data,
             f"{report['steps']} steps, {report['tokens']:,} tokens{epochs}",
-            f"{report['trained_parameters']:,} of {report['parameters']:,} parameters are trained "
+            f"{report['trained_parameters']:,} of {report['parameters']:,} parameters trainable "
             f"(weights in {report['dtype']})",
             f"about {report['total_gib']:.1f} GiB on one device: {memory}",
         ]

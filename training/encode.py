@@ -1,4 +1,4 @@
-"""From rows to packed contexts: the same prompt, tokens and boundary that `lcft` sees, and the answer to be learned."""
+"""Encode rows as packed contexts, with the prompt, tokens and context boundary of `lcft` and the target answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lceval.training.packing import QAPair
 
 @dataclass(frozen=True)
 class Packed:
-    """A context with its questions and answers: tokens.
+    """Token ids of a context and of its questions and answers.
 
     Attributes:
-        ids: per turn, the id of its row.
-        twin: whether training reads every turn a second time, over the whole context (`packing.pack`).
+        ids: per question, the id of its row.
+        self_distillation: whether every question is repeated with the full context (`packing.pack`).
     """
 
     context: tuple[int, ...]
@@ -29,13 +29,13 @@ class Packed:
 
     @property
     def tokens(self) -> int:
-        """Tokens that training reads."""
+        """Input tokens."""
         blocks = sum(len(pair.question) + len(pair.answer) - 1 for pair in self.pairs)
         return len(self.context) + blocks * (2 if self.self_distillation else 1)
 
     @property
     def predicted(self) -> int:
-        """Tokens of answers that training predicts."""
+        """Tokens with a label."""
         return sum(len(pair.answer) for pair in self.pairs) * (2 if self.self_distillation else 1)
 
 
@@ -43,8 +43,8 @@ class Encoder:
     """Encodes rows for a model.
 
     Args:
-        lm: lm-eval's model (HFLM or a subclass of it), whose template and tokenizer are used.
-        chat_template: whether a row's prompt goes through the template.
+        lm: lm-eval's model (HFLM or a subclass), for its chat template and tokenizer.
+        chat_template: whether to apply the chat template.
     """
 
     def __init__(self, lm: Any, *, chat_template: bool) -> None:
@@ -52,18 +52,18 @@ class Encoder:
         self._template = chat_template
 
     def encode(self, rows: Iterable[TrainingRow], *, self_distillation: bool = False) -> list[Packed]:
-        """The rows, those on one context together, in order of first appearance."""
+        """The rows grouped by context, in order of first appearance."""
         groups: dict[tuple[int, ...], list[tuple[QAPair, str]]] = {}
         for row in rows:
             context, pair = self.pair(row, row["target"])
             groups.setdefault(context, []).append((pair, row["id"]))
         return [
-            Packed(context, tuple(pair for pair, _ in found), tuple(name for _, name in found), self_distillation)
-            for context, found in groups.items()
+            Packed(context, tuple(pair for pair, _ in pairs), tuple(name for _, name in pairs), self_distillation)
+            for context, pairs in groups.items()
         ]
 
     def pair(self, row: Row, target: str) -> tuple[tuple[int, ...], QAPair]:
-        """The tokens of a row's context, and of its question and answer; an answer ends as the model's replies do."""
+        """Token ids of a row's context, and of its question and answer; the answer ends with the end-of-turn token."""
         text = prompts.prompt(row)
         if self._template:
             text = self._lm.apply_chat_template([{"role": "user", "content": text}])
@@ -74,7 +74,7 @@ class Encoder:
         return tuple(ids[:boundary]), QAPair(tuple(ids[boundary:]), tuple(answer))
 
     def _after(self, text: str, ids: Sequence[int], target: str) -> list[int]:
-        whole = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)
-        if list(whole[: len(ids)]) == list(ids):
-            return list(whole[len(ids) :])
+        combined = self._lm.tok_encode(text + ("" if text[-1:].isspace() else "\n") + target)
+        if list(combined[: len(ids)]) == list(ids):
+            return list(combined[len(ids) :])
         return list(self._lm.tok_encode(target, add_special_tokens=False))

@@ -1,4 +1,4 @@
-"""Figures on training rows: tokens, depth of the gold, likeness of gold and negatives in length, what leaks."""
+"""Statistics on training rows: tokens, depth of gold documents, lengths of gold and negatives, leaks."""
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
@@ -16,19 +16,22 @@ DEPTHS = 10
 def report(
     spec: Spec, rows: Sequence[TrainingRow], promotion: Promotion, meter: TokenMeter, judge: str | None = None
 ) -> dict[str, Any]:
-    """All that `lceval train data` says; `judge` is who was asked about the promotion.
+    """The report of `lceval train data`.
 
-    `tokens.packed` reads a context once with all its questions and replies, `tokens.one_by_one` once a question;
-    neither counts a chat template. `depth` is the share of gold documents in each tenth of the context. `lengths` sets
-    gold documents beside the others in tokens; `gold_longer` is the chance that of one of each the gold is the longer
-    (a tie is half; 0.5: nothing to learn from length), with Mann-Whitney's p. `leaks` counts, per context, passages
-    kept out as they hold an answer (`kept_out`; pools alone), and documents that are there, hold an answer of the
-    question and are not gold (`left`).
+    `tokens.packed` counts a context once with all its questions and replies, `tokens.one_by_one` once per question;
+    both without a chat template. `depth` is the share of gold documents in each tenth of the context. `lengths`
+    compares gold with other documents in tokens; `gold_longer` is the probability that a random gold document is longer
+    than a random other (ties count half; 0.5: length carries no information), with the p-value of Mann-Whitney's test.
+    `leaks.kept_out` is the mean number of passages excluded per context because they contain an answer (pools only);
+    `leaks.left` is the number of documents that contain an answer of the question and are not gold.
+
+    Args:
+        judge: name of the judge that confirmed relabelled negatives.
     """
     contexts: dict[str, list[TrainingRow]] = {}
     for row in rows:
         contexts.setdefault(row["cluster"], []).append(row)
-    sizes = [len(of) for of in contexts.values()]
+    sizes = [len(group) for group in contexts.values()]
     return {
         "rows": len(rows),
         "contexts": len(contexts),
@@ -52,51 +55,52 @@ def report(
 
 
 def _counts(rows: Sequence[TrainingRow]) -> dict[str, int]:
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for row in rows:
         key = f"{row['dataset']} {row['output_format']}"
-        found[key] = found.get(key, 0) + 1
-    return found
+        counts[key] = counts.get(key, 0) + 1
+    return counts
 
 
 def _tokens(contexts: Sequence[Sequence[TrainingRow]], meter: TokenMeter) -> dict[str, int]:
-    heads = meter.pieces([prompts.join(of[0]["instruction"], of[0]["context"], "") for of in contexts])
-    asks = [sum(meter.pieces([row["ask"] for row in of])) for of in contexts]
-    targets = [sum(meter.pieces([row["target"] for row in of])) for of in contexts]
-    tails = sum(asks) + sum(targets)
-    repeated = sum(head * len(of) for head, of in zip(heads, contexts, strict=True))
+    prefixes = meter.pieces([prompts.join(rows[0]["instruction"], rows[0]["context"], "") for rows in contexts])
+    questions = [sum(meter.pieces([row["ask"] for row in rows])) for rows in contexts]
+    targets = [sum(meter.pieces([row["target"] for row in rows])) for rows in contexts]
+    suffixes = sum(questions) + sum(targets)
+    repeated = sum(prefix * len(rows) for prefix, rows in zip(prefixes, contexts, strict=True))
     return {
-        "context": sum(heads),
-        "questions": sum(asks),
+        "context": sum(prefixes),
+        "questions": sum(questions),
         "targets": sum(targets),
-        "packed": sum(heads) + tails,
-        "one_by_one": repeated + tails,
+        "packed": sum(prefixes) + suffixes,
+        "one_by_one": repeated + suffixes,
     }
 
 
 def _depths(rows: Sequence[TrainingRow]) -> list[float]:
-    """Of the gold documents, the share in each tenth of the context; one that spans several counts in parts."""
-    found, golds = [0.0] * DEPTHS, 0
+    """Share of the gold documents in each tenth of the context; a document that spans several counts in parts."""
+    sums, golds = [0.0] * DEPTHS, 0
     for row in rows:
-        wide = DEPTHS / max(len(row["docs"]), 1)  # of a document, in tenths
-        for place, document in enumerate(row["docs"]):
+        width = DEPTHS / max(len(row["docs"]), 1)  # of a document, in tenths of the context
+        for number, document in enumerate(row["docs"]):
             if document["pid"] in row["gold_pids"]:
                 golds += 1
                 for tenth in range(DEPTHS):
-                    found[tenth] += max(0.0, min(tenth + 1, (place + 1) * wide) - max(tenth, place * wide)) / wide
-    return [share / golds for share in found] if golds else found
+                    overlap = min(tenth + 1, (number + 1) * width) - max(tenth, number * width)
+                    sums[tenth] += max(0.0, overlap) / width
+    return [total / golds for total in sums] if golds else sums
 
 
 def lengths(contexts: Sequence[Sequence[TrainingRow]], meter: TokenMeter) -> dict[str, float | int] | None:
-    """Gold documents beside the others, in tokens; None where there are not both."""
+    """Lengths of gold against other documents in tokens; None unless there are both."""
     from scipy.stats import mannwhitneyu
 
     golds: list[int] = []
     others: list[int] = []
-    for of in contexts:
-        pids = {pid for row in of for pid in row["gold_pids"]}
-        counts = meter.pieces([document["text"] for document in of[0]["docs"]])
-        for document, count in zip(of[0]["docs"], counts, strict=True):
+    for rows in contexts:
+        pids = {pid for row in rows for pid in row["gold_pids"]}
+        counts = meter.pieces([document["text"] for document in rows[0]["docs"]])
+        for document, count in zip(rows[0]["docs"], counts, strict=True):
             (golds if document["pid"] in pids else others).append(count)
     if not golds or not others:
         return None
@@ -112,42 +116,42 @@ def lengths(contexts: Sequence[Sequence[TrainingRow]], meter: TokenMeter) -> dic
 
 
 def _leaking(row: TrainingRow) -> int:
-    answers = [said for answer in row["answers"] if (said := normalize(answer))]
+    answers = [normalized for answer in row["answers"] if (normalized := normalize(answer))]
     if not row["gold_pids"]:
         return 0
     texts = (normalize(document["text"]) for document in row["docs"] if document["pid"] not in row["gold_pids"])
     return sum(any(answer in text for answer in answers) for text in texts)
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """The report for people."""
-    per, tokens, lengths, leaks = (found[key] for key in ("questions_per_context", "tokens", "lengths", "leaks"))
-    by = ", ".join(f"{name} {count:,}" for name, count in found["by"].items())
+def text(report: Mapping[str, Any]) -> str:
+    """The report as text."""
+    per, tokens, lengths, leaks = (report[key] for key in ("questions_per_context", "tokens", "lengths", "leaks"))
+    by = ", ".join(f"{name} {count:,}" for name, count in report["by"].items())
     lines = [
-        f"rows       {found['rows']:,} on {found['contexts']:,} contexts ({by}); "
-        f"{found['distinct_questions']:,} different questions",
-        f"questions  {per['least']} to {per['most']} on a context, {per['mean']:.1f} on average",
-        f"tokens     {tokens['context']:,} of contexts, {tokens['questions']:,} of questions, {tokens['targets']:,} of "
-        f"replies: {tokens['packed']:,} packed, {tokens['one_by_one']:,} one by one",
-        f"gold       {found['gold_per_question']:.2f} documents a question; percent in each tenth of the context: "
-        f"{' '.join(f'{100 * share:.0f}' for share in found['depth'])}",
+        f"rows       {report['rows']:,} on {report['contexts']:,} contexts ({by}); "
+        f"{report['distinct_questions']:,} distinct questions",
+        f"questions  {per['least']} to {per['most']} per context, mean {per['mean']:.1f}",
+        f"tokens     contexts {tokens['context']:,}, questions {tokens['questions']:,}, "
+        f"replies {tokens['targets']:,}; packed {tokens['packed']:,}, one by one {tokens['one_by_one']:,}",
+        f"gold       {report['gold_per_question']:.2f} documents per question; percent in each tenth of the context: "
+        f"{' '.join(f'{100 * share:.0f}' for share in report['depth'])}",
     ]
     if lengths is not None:
         lines.append(
             f"lengths    gold / other documents: mean {lengths['mean_ratio']:.2f}, "
-            f"median {lengths['median_ratio']:.2f}; gold the longer of two: "
-            f"{lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
+            f"median {lengths['median_ratio']:.2f}; "
+            f"P(gold longer) {lengths['gold_longer']:.2f} (p = {lengths['p']:.2g})"
         )
-    promotion = found["promotion"]
+    promotion = report["promotion"]
     judged = "no judge"
     if promotion["judge"]:
         judged = f"{promotion['judge']}: {promotion['refused']} refused, {promotion['unjudged']} unjudged"
     lines.append(
-        f"promoted   {promotion['promoted']} of {promotion['compared']:,} negatives "
+        f"promoted   {promotion['promoted']} of {promotion['compared']:,} negatives relabelled as gold "
         f"({promotion['matched']} matched; {judged})"
     )
     if leaks["kept_out"] is not None:
-        lines.append(f"leaks      {leaks['kept_out']:.1f} passages a context kept out; {leaks['left']} left")
+        lines.append(f"leaks      {leaks['kept_out']:.1f} passages excluded per context; {leaks['left']} left")
     else:
         lines.append(f"leaks      {leaks['left']} left")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
-"""What a model is to learn to write: a row's right reply in every form, as lceval.tasks.parsing reads it.
+"""Target replies: the correct reply to a row in every output format, as lceval.tasks.parsing parses it.
 
-The replies name exactly the gold documents that the row shows (`[DOC -1]` where it shows none) and give its first
-answer. Quotes are a document's own words. The four steps of `rj` are templated from the row: they say which documents
-bear on the question and what stands in them, and no more than that.
+A reply cites exactly the gold documents in the row's context (`[DOC -1]` without any) and gives the row's first answer.
+Quotes are verbatim. The four steps of `rj` are a template that states which documents are relevant and quotes them; it
+contains no further reasoning.
 """
 
 import re
@@ -15,12 +15,12 @@ from lceval.tasks.rows import Row
 from lceval.tasks.scoring import em, gold_places
 
 QUOTE_TOKENS = 30
-SHORT_FORMS = ("ao", "pair", "short", "number", "label", "target")
-CITED_FORMS = ("id", "docid", "idc", "idq", "rj")
-OUTPUT_FORMATS = (*SHORT_FORMS, "list", *CITED_FORMS)
+SHORT_FORMATS = ("ao", "pair", "short", "number", "label", "target")
+CITED_FORMATS = ("id", "docid", "idc", "idq", "rj")
+OUTPUT_FORMATS = (*SHORT_FORMATS, "list", *CITED_FORMATS)
 
-_CHARACTERS_PER_TOKEN = 3  # fewer than any tokenizer has on English text
-_SEGMENT = re.compile(r"[^“”«»\n]+")  # what can stand between quotation marks
+_CHARACTERS_PER_TOKEN = 3  # a lower bound for English text
+_SEGMENT = re.compile(r"[^“”«»\n]+")  # text that can be put in quotation marks
 _SENTENCE_END = re.compile(r"[.!?;]['\")\]]*$")
 _KINDS = {
     "who": "a person or a group",
@@ -39,44 +39,44 @@ _KINDS = {
 
 
 def estimated_tokens(text: str) -> int:
-    """Tokens of English text in any tokenizer, or more: one for three characters."""
+    """An upper bound on the tokens of English text: one per three characters."""
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
 def target(row: Row, output_format: str, count: Callable[[str], int] = estimated_tokens) -> str:
-    """The reply to be learned.
+    """The target reply.
 
     Args:
-        row: The question, with the documents as the prompt shows them.
-        form: The form of the reply (a template of `tasks/modes/`), of FORMS.
-        count: Tokens of a text, for the length of quotes.
+        row: the question, with the documents of the prompt.
+        output_format: one of OUTPUT_FORMATS (templates in `tasks/modes/`).
+        count: number of tokens of a text, for the length of quotes.
 
     Raises:
-        UserError: a form that has no reply to be learned.
+        UserError: an output format without a target reply.
     """
-    if output_format in SHORT_FORMS:
+    if output_format in SHORT_FORMATS:
         return f"{ANSWER_PREFIX} {_answer(row)}"
     if output_format == "list":
         return f"{ANSWER_PREFIX} {', '.join(' '.join(answer.split()) for answer in row['answers'])}"
-    if output_format not in CITED_FORMS:
+    if output_format not in CITED_FORMATS:
         raise UserError(
-            f"no reply can be made for the form {output_format!r}: training rows have {', '.join(OUTPUT_FORMATS)}."
+            f"no target reply for the output format {output_format!r}: expected one of {', '.join(OUTPUT_FORMATS)}."
         )
-    places = sorted(gold_places(row))
+    gold = sorted(gold_places(row))
     if output_format in ("id", "docid"):
-        body = f"Relevant documents: {_tags(places)}"
+        body = f"Relevant documents: {_tags(gold)}"
     elif output_format == "idc":
-        body = "\n".join(f"[DOC {place}] {' '.join(row['docs'][place]['text'].split())}" for place in places)
+        body = "\n".join(f"[DOC {place}] {' '.join(row['docs'][place]['text'].split())}" for place in gold)
     elif output_format == "idq":
-        quoted = [(place, _quote(row, place, count)) for place in places]
-        body = "\n".join(f'[DOC {place}] "{words}"' for place, words in quoted)
+        quotes = [(place, _quote(row, place, count)) for place in gold]
+        body = "\n".join(f'[DOC {place}] "{words}"' for place, words in quotes)
     else:
-        body = _steps(row, places, count)
+        body = _steps(row, gold, count)
     return (body or _tags([])) + ("" if output_format == "docid" else f"\n{FINAL_PREFIX} {_answer(row)}")
 
 
 def _answer(row: Row) -> str:
-    """The first answer, on one line; another where the first is nothing after normalisation."""
+    """The first answer that is not empty after normalisation, on one line."""
     answers = [" ".join(answer.split()) for answer in row["answers"]]
     return next((answer for answer in answers if em(answer, row["answers"])), answers[0])
 
@@ -85,35 +85,35 @@ def _tags(places: Sequence[int]) -> str:
     return ", ".join(f"[DOC {place}]" for place in places) or "[DOC -1]"
 
 
-def _steps(row: Row, places: Sequence[int], count: Callable[[str], int]) -> str:
+def _steps(row: Row, gold: Sequence[int], count: Callable[[str], int]) -> str:
     words = normalize(row["question"]).split()
     kind = next((kind for start, kind in _KINDS.items() if words[: len(start.split())] == start.split()), "a fact")
     question = " ".join(row["question"].split())
-    asked = f'{kind}: "{question}"' if document_ids(question) is None else kind
-    bear = "bears" if len(places) == 1 else "bear"
-    quoted = [(place, _quote(row, place, count)) for place in places]
-    said = [f'[DOC {place}] says: "{words}"{"" if words[-1:] in ".!?" else "."}' for place, words in quoted]
-    review = f"{_tags(places)} {bear} on it." if places else "none of the documents bears on it ([DOC -1])."
-    shown = len(row["docs"])
+    subject = f'{kind}: "{question}"' if document_ids(question) is None else kind
+    bear = "bears" if len(gold) == 1 else "bear"
+    quotes = [(place, _quote(row, place, count)) for place in gold]
+    evidence = [f'[DOC {place}] says: "{words}"{"" if words[-1:] in ".!?" else "."}' for place, words in quotes]
+    review = f"{_tags(gold)} {bear} on it." if gold else "none of the documents bears on it ([DOC -1])."
+    documents = len(row["docs"])
     return "\n".join(
         [
-            f"Question analysis: it asks for {asked}",
-            f"Document review: of the {shown} documents {review}" if shown else f"Document review: {review}",
-            f"Reasoning: {' '.join([*said, f'So it is {_answer(row)}.'])}",
+            f"Question analysis: it asks for {subject}",
+            f"Document review: of the {documents} documents {review}" if documents else f"Document review: {review}",
+            f"Reasoning: {' '.join([*evidence, f'So it is {_answer(row)}.'])}",
         ]
     )
 
 
 def _quote(row: Row, place: int, count: Callable[[str], int]) -> str:
-    """At most 30 tokens of the document: the sentence with an answer, or else with most words of the question.
+    """At most 30 tokens of the document: the sentence with an answer, or else the one with most words of the question.
 
-    A part of the sentence where it is longer. No quotation marks but single ones, which is the same after
-    normalisation, and no words that would be read as naming another document.
+    A longer sentence is truncated. Double quotation marks become single ones, which normalise to the same text, and
+    words that would be parsed as a document id are excluded.
     """
     text = row["docs"][place]["text"]
     segments = [words for part in _SEGMENT.findall(text) if normalize(" ".join(words := part.split()))]
-    answers = [said for answer in row["answers"] if (said := normalize(answer))]
-    asked = {word for word in normalize(row["question"]).split() if len(word) > 3}
+    answers = [normalized for answer in row["answers"] if (normalized := normalize(answer))]
+    keywords = {word for word in normalize(row["question"]).split() if len(word) > 3}
 
     def fits(words: Sequence[str]) -> bool:
         joined = _plain(words)
@@ -121,11 +121,11 @@ def _quote(row: Row, place: int, count: Callable[[str], int]) -> str:
 
     for answer in answers:
         for words in segments:
-            found = _span(words, answer)
-            if found is not None and fits(words[found[0] : found[1]]):
-                return _plain(_widened(words, *found, fits))
+            span = _span(words, answer)
+            if span is not None and fits(words[span[0] : span[1]]):
+                return _plain(_widened(words, *span, fits))
     starts = [
-        (len(asked.intersection(normalize(_plain(words[at : _sentence(words, at)])).split())), words, at)
+        (len(keywords.intersection(normalize(_plain(words[at : _sentence(words, at)])).split())), words, at)
         for words in segments
         for at in range(len(words))
         if at == 0 or _SENTENCE_END.search(words[at - 1])
@@ -142,12 +142,12 @@ def _plain(words: Sequence[str]) -> str:
 
 
 def _sentence(words: Sequence[str], at: int) -> int:
-    """Where the sentence ends in which the word `at` stands."""
+    """End of the sentence that contains the word `at`."""
     return next((n + 1 for n in range(at, len(words)) if _SENTENCE_END.search(words[n])), len(words))
 
 
 def _span(words: Sequence[str], answer: str) -> tuple[int, int] | None:
-    """The first shortest run of words that contains the normalised answer."""
+    """The first shortest span of words that contains the normalised answer."""
     if answer not in normalize(" ".join(words)):
         return None
     end = next(end for end in range(1, len(words) + 1) if answer in normalize(" ".join(words[:end])))
@@ -156,7 +156,7 @@ def _span(words: Sequence[str], answer: str) -> tuple[int, int] | None:
 
 
 def _widened(words: Sequence[str], start: int, end: int, fits: Callable[[Sequence[str]], bool]) -> Sequence[str]:
-    """The run of words, widened on both sides in turn up to the ends of its sentence, as far as it fits."""
+    """The span of words, widened alternately on both sides up to its sentence, while it fits."""
     left = right = True
     while left or right:
         if right:

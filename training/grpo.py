@@ -1,9 +1,8 @@
-"""GRPO on the rewards of `rewards.py`, by TRL's trainer: it samples, compares the samples of a prompt, and updates.
+"""GRPO on the rewards of `rewards.py`, with TRL's trainer (LoRA, checkpoints, vLLM, accelerate).
 
-A prompt's G samples are worth r_1 … r_G; sample i is pushed by its advantage (r_i - mean) / std, the ratio of the new
-to the old policy is clipped at 1 ± epsilon, and beta weighs the divergence from the model that training began with
-(with LoRA: the same weights without the adapter, or a copy of the adapter that training began with). The prompts are
-what `lceval run` shows. TRL and the trainer bring LoRA, checkpoints, vLLM and accelerate.
+The G samples of a prompt have rewards r_1 … r_G; the advantage of sample i is (r_i - mean) / std, the ratio of the new
+to the old policy is clipped at 1 ± epsilon, and beta weighs the KL divergence from the reference model (with LoRA: the
+weights without the adapter, or a copy of the initial adapter). The prompts are those of `lceval run`.
 """
 
 from __future__ import annotations
@@ -25,34 +24,34 @@ from lceval.tasks import prompts
 from lceval.training import rewards
 from lceval.training.grpo_trainer import trainer_class
 from lceval.training.rewards import Grader, Reward, Row
-from lceval.training.samples import Scores
-from lceval.training.trainers import last_checkpoint, processes, speak_on_stderr
+from lceval.training.samples import LoggedReward
+from lceval.training.trainers import last_checkpoint, log_to_stderr, processes
 
 
 class Grpo(BaseModel):
-    """What GRPO is asked for; the defaults are the paper's, where it states them and one machine can follow.
+    """The section `grpo` of a recipe; defaults are the paper's where it states them and one machine allows it.
 
     Attributes:
-        reward, variant, answer: as `rewards.Reward`.
-        max_steps: updates of the weights.
-        num_generations: samples of a prompt, G.
-        prompts_per_step: prompts whose samples make an update, over all processes.
-        updates_per_generation: updates made from one round of sampling, each on its own prompts (paper: 256 / 64 = 4).
-        iterations: times that a round is gone over.
-        completions_per_device: samples that go through the model at once; it changes memory and time alone.
-        max_new_tokens: of a sample.
-        learning_rate: 1e-6 in the paper, for all weights; LoRA needs some ten times as much.
-        warmup_steps: over which the rate rises; `schedule` says how it falls after that.
-        beta: weight of the divergence from the first model, 0 for none.
-        unbiased_kl: weigh the divergence by the policies' ratio, which makes its gradient unbiased; the paper does not.
-        epsilon, epsilon_high: how far the ratio may fall and rise; None takes the same for both.
-        loss_type: how the losses of tokens are averaged, as TRL's.
-        scale_rewards: whose standard deviation the rewards are divided by.
-        use_vllm: who samples: the model itself, vLLM on the same devices, or a server (`trl vllm-serve`) at `vllm_url`.
-        vllm_memory: share of a device's memory for vLLM where it is on the same.
+        reward, variant, answer: as in `rewards.Reward`.
+        max_steps: number of updates.
+        num_generations: samples per prompt, G.
+        prompts_per_step: prompts per update, over all processes.
+        updates_per_generation: updates per round of sampling, each on its own prompts (paper: 256 / 64 = 4).
+        iterations: passes over a round of samples.
+        completions_per_device: samples per forward pass; changes memory and time only.
+        max_new_tokens: maximum tokens of a sample.
+        learning_rate: 1e-6 in the paper, for full fine-tuning; LoRA needs about ten times more.
+        warmup_steps: steps of linear warmup; `schedule` applies after them.
+        beta: weight of the KL divergence from the reference model; 0 disables it.
+        unbiased_kl: weight the divergence by the policy ratio, for an unbiased gradient (not in the paper).
+        epsilon, epsilon_high: lower and upper clipping range of the ratio; None: epsilon for both.
+        loss_type: reduction of the token losses, as in TRL.
+        scale_rewards: group for the standard deviation that rewards are divided by.
+        use_vllm: sample with vLLM: none, on the same devices, or on a server (`trl vllm-serve`) at `vllm_url`.
+        vllm_memory: share of GPU memory for vLLM on the same device.
         gradient_checkpointing: recompute activations in backward: less memory, about a third more time.
         save_steps: steps between checkpoints.
-        eval_steps: steps between evaluations on held-out rows, one sample a prompt; 0 for none.
+        eval_steps: steps between evaluations on held-out rows, with one sample per prompt; 0 disables them.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -92,27 +91,27 @@ class Grpo(BaseModel):
         round_steps = self.updates_per_generation * self.iterations
         if self.save_steps % round_steps:
             raise ValueError(
-                f"save_steps={self.save_steps} would save in the middle of a round of sampling: expected a multiple of "
+                f"save_steps={self.save_steps} saves within a round of sampling: expected a multiple of "
                 f"updates_per_generation * iterations = {round_steps}"
             )
         return self
 
     @property
-    def wanted(self) -> Reward:
+    def reward_function(self) -> Reward:
         """The reward."""
         return Reward(name=self.reward, variant=self.variant, answer=self.answer)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What came of it.
+class GrpoResult:
+    """The outcome of a training run.
 
     Attributes:
-        adapter: the folder of the adapter, or of the model where all weights were trained.
-        parameters: how many were trained.
-        max_steps: updates made, earlier ones included.
-        history: what the trainer logged, in order; `reward`, `kl`, `loss` and `parts/…` by `step`.
-        unjudged: samples without a verdict, in this process since it began.
+        adapter: folder of the adapter, or of the model after full fine-tuning.
+        parameters: number of trained parameters.
+        steps: number of updates, including those before a resume.
+        history: the trainer's log, in order; `reward`, `kl`, `loss` and `parts/…` by `step`.
+        unjudged: samples without grades, in this process since it started.
     """
 
     adapter: Path
@@ -138,87 +137,88 @@ def train(
     bf16: bool = False,
     report_to: Sequence[Literal["tensorboard", "trackio"]] = (),
     minutes: float | None = None,
-) -> Trained:
-    """Train `model` on `rows`, and leave the adapter in `output`.
+) -> GrpoResult:
+    """Train `model` on `rows` and save the adapter in `output`.
 
     Args:
-        model: transformers'; changed in place. With an adapter of its own already, that one is trained on.
-        tokenizer: left alone; a copy is given what sampling needs.
-        rows: of tasks, in the mode that the reward is for.
-        lora: a PEFT configuration; None trains the model's own adapter, or all weights where it has none.
-        resume: go on from the last checkpoint in `output/checkpoints`, if there is one.
-        grader: gives J, for a reward that has one.
-        held_out: rows that the reward is also taken on, every `eval_steps` steps.
-        chat_template: whether prompts go through the tokenizer's template; None: if it has one.
-        bf16: compute in bfloat16 (autocast), whatever the weights are kept in.
-        minutes: stop after so many, with a checkpoint from which `resume` goes on; None runs to the end.
+        model: transformers model, changed in place. An adapter that it already has is trained further.
+        tokenizer: not modified; sampling uses a copy.
+        rows: rows of tasks, in the mode of the reward.
+        lora: PEFT configuration; None trains the model's own adapter, or all weights if it has none.
+        resume: resume from the last checkpoint in `output/checkpoints`, if there is one.
+        grader: judge of the samples, for a reward that requires one.
+        held_out: rows for evaluation every `eval_steps` steps.
+        chat_template: whether to apply the tokenizer's chat template; None: if it has one.
+        bf16: bfloat16 autocast, independent of the dtype of the weights.
+        minutes: time limit, after which training stops with a checkpoint for `resume`; None: no limit.
 
     Raises:
-        UserError: what cannot be trained, or not here; nothing has been written then.
+        UserError: invalid settings, rows or environment; nothing has been written.
     """
     if model.config._attn_implementation == attention.NAME:
-        model.set_attn_implementation("sdpa")  # it also samples, from rows that are padded on the left
-    reward = grpo.wanted
+        model.set_attn_implementation("sdpa")  # sampling uses left-padded batches
+    reward = grpo.reward_function
     _check(reward, rows, grader, output, resume, grpo, report_to)
     tokenizer = deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     chat = tokenizer.chat_template is not None if chat_template is None else chat_template
-    everything = [*rows, *held_out]
-    _fits(everything, tokenizer, chat, grpo.max_new_tokens, model)
+    all_rows = [*rows, *held_out]
+    _check_lengths(all_rows, tokenizer, chat, grpo.max_new_tokens, model)
     settings = _settings(grpo, output, seed, bf16, bool(held_out), report_to)
     checkpoint = last_checkpoint(output) if resume else None
-    score = Scores(reward, everything, len(rows), grader, output, settings.process_index)
-    score.go_on_from(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
+    logged_reward = LoggedReward(reward, all_rows, len(rows), grader, output, settings.process_index)
+    logged_reward.resume_from(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     trainer = trainer_class(settings.device.type)(
         model=model,
-        reward_funcs=[score],
+        reward_funcs=[logged_reward],
         args=settings,
-        train_dataset=_dataset(everything, _order(len(rows), grpo, seed), chat),
-        eval_dataset=_dataset(everything, range(len(rows), len(everything)), chat) if held_out else None,
+        train_dataset=_dataset(all_rows, _order(len(rows), grpo, seed), chat),
+        eval_dataset=_dataset(all_rows, range(len(rows), len(all_rows)), chat) if held_out else None,
         processing_class=tokenizer,
         peft_config=lora,
     )
-    speak_on_stderr(trainer)
+    log_to_stderr(trainer)
     if minutes is not None:
         _stop_after(trainer, minutes, grpo.updates_per_generation * grpo.iterations)
     trained = trainer.model
     parameters = sum(p.numel() for name, p in trained.named_parameters() if p.requires_grad and ".ref." not in name)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if "ref" in getattr(trained, "peft_config", {}):  # the copy of the adapter that training began with
+    if "ref" in getattr(trained, "peft_config", {}):  # the copy of the initial adapter
         trained.delete_adapter("ref")
     trainer.save_model(str(output))
-    return Trained(output, parameters, trainer.state.global_step, tuple(trainer.state.log_history), score.unjudged)
+    return GrpoResult(
+        output, parameters, trainer.state.global_step, tuple(trainer.state.log_history), logged_reward.unjudged
+    )
 
 
 def _prompt(row: Row, chat: bool) -> Any:
-    """The prompt as lm-eval builds it: one turn of the user, or plain text."""
+    """The prompt as lm-eval builds it: one user message, or plain text."""
     text = prompts.prompt(row)
     return [{"role": "user", "content": text}] if chat else text
 
 
 def _order(count: int, grpo: Grpo, seed: int) -> list[int]:
-    """The places of the prompts of all rounds of sampling, shuffled anew each time that all have been drawn.
+    """Row indices of the prompts of all rounds of sampling, reshuffled every epoch.
 
-    It depends on the seed alone and is one epoch to the trainer, so that a resumed run draws what an unbroken one does.
+    The order depends on the seed only, and is a single epoch to the trainer, so a resumed run draws the same prompts.
     """
-    a_round = grpo.prompts_per_step * grpo.updates_per_generation
+    prompts_per_round = grpo.prompts_per_step * grpo.updates_per_generation
     rounds = -(-grpo.max_steps // (grpo.updates_per_generation * grpo.iterations))
     order: list[int] = []
-    while len(order) < rounds * a_round:
+    while len(order) < rounds * prompts_per_round:
         epoch = random.Random(f"{seed} {len(order)}")
         order += epoch.sample(range(count), count)
-    return order[: rounds * a_round]
+    return order[: rounds * prompts_per_round]
 
 
-def _dataset(rows: Sequence[Row], places: Sequence[int], chat: bool) -> Any:
-    """Places alone: a prompt of 100,000 tokens is rendered when it is asked for."""
+def _dataset(rows: Sequence[Row], indices: Sequence[int], chat: bool) -> Any:
+    """A dataset of row indices; prompts can have 100,000 tokens and are rendered on access."""
     from datasets import Dataset
 
-    made = Dataset.from_dict({"place": list(places)})
-    return made.with_transform(
-        lambda batch: {"place": batch["place"], "prompt": [_prompt(rows[place], chat) for place in batch["place"]]}
+    return Dataset.from_dict({"row_index": list(indices)}).with_transform(
+        lambda batch: {**batch, "prompt": [_prompt(rows[index], chat) for index in batch["row_index"]]}
     )
 
 
@@ -227,14 +227,14 @@ def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, r
     import torch
     from trl import GRPOConfig
 
-    at_once = grpo.completions_per_device * processes()
+    per_pass = grpo.completions_per_device * processes()
     samples = grpo.prompts_per_step * grpo.num_generations
-    if samples % at_once:
+    if samples % per_pass:
         raise UserError(
-            f"prompts_per_step * num_generations = {samples} samples cannot be dealt out {at_once} at a time "
-            f"(completions_per_device={grpo.completions_per_device} on each process): choose a divisor"
+            f"prompts_per_step * num_generations = {samples} samples is not a multiple of {per_pass} "
+            f"(completions_per_device={grpo.completions_per_device} times {processes()} processes): choose a divisor"
         )
-    accumulated = samples // at_once
+    accumulated = samples // per_pass
     return GRPOConfig(
         output_dir=str(output / "checkpoints"),
         max_steps=grpo.max_steps,
@@ -275,7 +275,7 @@ def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, r
         eval_steps=grpo.eval_steps or None,
         report_to=list(report_to) or "none",
         project="lceval",
-        trackio_static_space_id=False,  # it stays on this machine
+        trackio_static_space_id=False,  # log locally only
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
@@ -291,23 +291,23 @@ def _check(
     report_to: Sequence[str],
 ) -> None:
     if reward.judged and grader is None:
-        raise UserError(f"the reward {reward.name} needs a judge: give one, or choose id, idc or idq")
+        raise UserError(f"the reward {reward.name} requires a judge: configure one, or choose id, idc or idq")
     if not rows:
         raise UserError("no rows to train on")
     if not resume and last_checkpoint(output):
-        raise UserError(f"{output} holds checkpoints of an earlier run: resume it, or choose another folder")
+        raise UserError(f"{output} contains checkpoints of an earlier run: resume it, or choose another folder")
     for package in ("trl", *report_to, *(["vllm"] if grpo.use_vllm != "none" else [])):
         if find_spec(package) is None:
-            raise UserError(f"GRPO with these settings needs the package {package}: pip install {package}")
+            raise UserError(f"GRPO with these settings requires the package {package}: pip install {package}")
 
 
-def _fits(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, model: Any) -> None:
-    """Refuse prompts that leave no room for a sample: nothing is cut in silence."""
+def _check_lengths(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, model: Any) -> None:
+    """Raise an error for prompts that leave no room for a sample; nothing is truncated silently."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None:
         return
     for row in rows:
-        # No tokenizer makes more tokens than bytes, no template adds a thousand: only what could be long is counted.
+        # A token has at least one byte, and a template adds fewer than 1,024 tokens: count only what may be too long.
         if len(prompts.prompt(row).encode()) + new_tokens + 1024 <= limit:
             continue
         prompt = _prompt(row, chat)
@@ -315,20 +315,20 @@ def _fits(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, mode
         length = len(tokenizer(text, add_special_tokens=not chat)["input_ids"])
         if length + new_tokens > limit:
             raise UserError(
-                f"the prompt of {row['id']} has {length} tokens, and with max_new_tokens={new_tokens} that is more "
-                f"than the model's {limit}: choose shorter rows or fewer new tokens"
+                f"the prompt of {row['id']} has {length} tokens, which with max_new_tokens={new_tokens} is more than "
+                f"the model's {limit}: choose shorter rows or a smaller max_new_tokens"
             )
 
 
 def _stop_after(trainer: Any, minutes: float, every: int) -> None:
-    """Let a run end early, with a checkpoint, between two rounds of sampling."""
+    """Stop training after a time limit, with a checkpoint, between two rounds of sampling."""
     from transformers import TrainerCallback
 
-    began = time.monotonic()
+    start = time.monotonic()
 
-    class Bound(TrainerCallback):  # type: ignore[misc]
+    class TimeLimit(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if time.monotonic() - began >= 60 * minutes and state.global_step % every == 0:
+            if time.monotonic() - start >= 60 * minutes and state.global_step % every == 0:
                 control.should_save = control.should_training_stop = True
 
-    trainer.add_callback(Bound())
+    trainer.add_callback(TimeLimit())

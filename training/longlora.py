@@ -1,11 +1,11 @@
-"""LongLoRA (Chen et al. 2024, arXiv 2309.12307): a longer window by little training.
+"""LongLoRA (Chen et al. 2024, arXiv 2309.12307): context window extension by parameter-efficient training.
 
-Shifted sparse attention while it trains (`lceval.training.shifted`), LoRA on the attention's projections, embeddings
-and norms trained whole, and RoPE scaled so that the longer positions fall between known ones.
+Shifted sparse attention in training (`lceval.training.shifted`), LoRA on the attention projections, full training of
+embeddings and norms, and RoPE scaling, so that longer positions are interpolated.
 
-What is saved is a model folder, not an adapter, in two cases. An adapter cannot say that its base must be loaded with
-other positions: on the plain base it would answer wrongly without a word. And where the output layer is tied to
-embeddings that were trained whole, lm-eval ties them anew after it has loaded an adapter, which breaks what PEFT made.
+In two cases the output is a model folder instead of an adapter. First, an adapter cannot specify RoPE scaling of its
+base: on the unscaled base it would silently give wrong outputs. Second, if the output layer is tied to fully trained
+embeddings, lm-eval ties the weights again after loading an adapter, which breaks PEFT's modules.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from lceval.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.training import shifted
 
-TRAINED_WHOLE = {"embeddings": "embed", "norms": "norm"}
-"""Which modules an option means: those with weights of their own whose name has this in it."""
+FULLY_TRAINED = {"embeddings": "embed", "norms": "norm"}
+"""The modules of an option: those with weights of their own and this substring in their name."""
 
 
 class LongLora(BaseModel):
-    """What is trained, and for which window.
+    """The section `longlora` of a recipe.
 
     Attributes:
-        group: a group's share of the longest sequence in a batch; the paper takes a quarter.
-        group_tokens: tokens of a group, even, instead of a share.
-        r, alpha, targets: of LoRA.
-        embeddings, norms: train these whole (the output layer too, where it is tied to the embeddings).
-        window_tokens: the window to reach; None leaves the model's own.
-        rope: how positions are scaled for it: `linear` divides all of them, `yarn` (Peng et al. 2023) slow turns only.
+        group: group size as a share of the longest sequence in a batch (a quarter in the paper).
+        group_tokens: group size in tokens, even, instead of a share.
+        r, alpha, targets: LoRA settings.
+        embeddings, norms: fully train these (including the output layer if it is tied to the embeddings).
+        window_tokens: context window to extend to; None keeps the model's own.
+        rope: RoPE scaling: `linear` scales all frequencies, `yarn` (Peng et al. 2023) low frequencies only.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -53,88 +53,90 @@ class LongLora(BaseModel):
     @model_validator(mode="after")
     def _one_group(self) -> LongLora:
         if self.group_tokens is not None and "group" in self.model_fields_set:
-            raise ValueError("group and group_tokens exclude each other")
+            raise ValueError("group and group_tokens are mutually exclusive")
         return self
 
 
 def prepare(model: Any, config: LongLora) -> Any:
-    """The model as a PEFT model, ready to train: its window extended, its attention shifted, its trainables chosen.
+    """A PEFT model with extended window, shifted attention and the trainable parameters of `config`.
 
     Args:
         model: a causal LM of transformers, changed in place.
 
     Raises:
-        UserError: a model that shifted attention does not fit, or a window that is none.
+        UserError: the model does not support shifted attention or the window.
     """
     from peft import LoraConfig, get_peft_model  # heavy
 
     if any(Geometry.of(model).windows):
-        raise UserError(f"{model.config.model_type} has sliding layers: LongLoRA shifts attention that sees everything")
+        raise UserError(f"{model.config.model_type} has sliding-window layers: LongLoRA requires full-attention layers")
     if getattr(model.config, "attention_dropout", 0.0):
-        raise UserError(f"attention_dropout={model.config.attention_dropout}: shifted attention has none; set it to 0")
+        raise UserError(f"attention_dropout={model.config.attention_dropout}: shifted attention requires 0")
     if config.window_tokens is not None:
         extend(model, config.window_tokens, config.rope)
     model.set_attn_implementation(shifted.register(config.group, config.group_tokens))
-    whole = trained_whole(model, config)
+    full = fully_trained(model, config)
     lora = LoraConfig(
         task_type="CAUSAL_LM",
         r=config.r,
         lora_alpha=config.alpha,
         target_modules=list(config.targets),
-        modules_to_save=whole or None,
-        # Otherwise PEFT trains the embeddings away from the output layer that the model shares them with.
+        modules_to_save=full or None,
+        # Otherwise PEFT unties the trained embeddings from the output layer.
         ensure_weight_tying=_tied(model, config),
     )
     return get_peft_model(model, lora)
 
 
-def trained_whole(model: Any, config: LongLora) -> list[str]:
-    """The last part of the names of the modules that are trained whole.
+def fully_trained(model: Any, config: LongLora) -> list[str]:
+    """Last components of the names of the fully trained modules.
 
     Raises:
-        UserError: the model has none of a kind that is asked for.
+        UserError: the model has no module of an enabled option.
     """
     named = {
         n.rpartition(".")[2] for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None
     }
-    found: list[str] = []
-    for option, part in TRAINED_WHOLE.items():
+    names: list[str] = []
+    for option, part in FULLY_TRAINED.items():
         if getattr(config, option):
             own = sorted(name for name in named if part in name.lower())
             if not own:
                 raise UserError(
-                    f"{option}=true and {model.config.model_type} has no module named *{part}*: set it to false"
+                    f"{option}=true, but {model.config.model_type} has no module named *{part}*: set it to false"
                 )
-            found += own
-    return found
+            names += own
+    return names
 
 
 def extend(model: Any, window_tokens: int, rope: str = "linear") -> None:
-    """Scale the RoPE of a loaded model so that its window holds so many tokens; its config says so when it is saved.
+    """Scale the RoPE of a loaded model to a window of `window_tokens` tokens, also in its config.
 
     Raises:
-        UserError: the window is no longer than the model's own, or its RoPE is scaled already.
+        UserError: the window is not longer than the model's own, or its RoPE is already scaled or not supported.
     """
     text = model.config.get_text_config()
     decoder = model.get_decoder()
     known, own = getattr(text, "rope_parameters", None), text.max_position_embeddings
     if not isinstance(known, dict) or "rope_type" not in known or not hasattr(decoder, "rotary_emb"):
-        raise UserError(f"{text.model_type} has no RoPE of one kind for all layers: its window cannot be extended here")
+        raise UserError(
+            f"{text.model_type} does not have the same RoPE in all layers: extending its window is not supported"
+        )
     if known["rope_type"] != "default":
-        raise UserError(f"the model's RoPE is already {known['rope_type']}: extend the model that it was made from")
+        raise UserError(f"the model's RoPE is already scaled ({known['rope_type']}): extend the original model")
     if window_tokens <= own:
-        raise UserError(f"window_tokens={window_tokens} is no more than the model's own {own}: leave it out")
+        raise UserError(f"window_tokens={window_tokens} is not longer than the model's window of {own}: remove it")
     scaled = {**known, "rope_type": rope, "factor": window_tokens / own}
     if rope == "yarn":
         scaled["original_max_position_embeddings"] = own
     text.rope_parameters = scaled
     text.max_position_embeddings = window_tokens
-    pair = decoder.rotary_emb
-    decoder.rotary_emb = type(pair)(config=text).to(pair.inv_freq.device)
+    rotary = decoder.rotary_emb
+    decoder.rotary_emb = type(rotary)(config=text).to(rotary.inv_freq.device)
 
 
 def needs_model_folder(model: Any, config: LongLora) -> bool:
-    """Whether an adapter alone would not be the trained model to lcft and hf (see above)."""
+    """Whether lcft and hf could not load the trained model from an adapter (see the module docstring)."""
     return config.window_tokens is not None or _tied(model, config)
 
 
@@ -143,20 +145,20 @@ def _tied(model: Any, config: LongLora) -> bool:
 
 
 def save(model: Any, config: LongLora, folder: Path, tokenizer: Any) -> Literal["peft", "pretrained"]:
-    """Save what `prepare` made; says as which model argument lcft, hf and others load the folder.
+    """Save a model from `prepare`; returns the model argument that loads the folder in lcft and hf.
 
-    An adapter for `peft=` where that is enough. Where it is not (`needs_model_folder`), a whole model for
-    `pretrained=`: the adapter is merged in the weights' dtype, and `model` is of no further use.
+    Saves an adapter for `peft=`, or a model for `pretrained=` if an adapter is not sufficient (`needs_model_folder`).
+    Then the adapter is merged into `model` in the weights' dtype, and `model` must not be used afterwards.
 
     Raises:
-        UserError: the folder holds something.
+        UserError: the folder is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: name another")
+        raise UserError(f"{folder} is not an empty folder: choose another")
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        if whole := needs_model_folder(model, config):
+        if merged := needs_model_folder(model, config):
             model.merge_and_unload().save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         else:
@@ -165,4 +167,4 @@ def save(model: Any, config: LongLora, folder: Path, tokenizer: Any) -> Literal[
         os.replace(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return "pretrained" if whole else "peft"
+    return "pretrained" if merged else "peft"

@@ -1,18 +1,16 @@
-"""Shared-context packing: a context once, then all its questions and answers, each blind to the others.
+"""Shared-context packing: a context once, followed by all its questions and answers, which do not attend to each other.
 
     [ context | question 0, answer 0 | question 1, answer 1 | ... ]
 
-The positions of every block go on from the context's end, so each answer is predicted exactly as if its question were
-the only one. In attention the context's rows are causal, and a block's rows see `[what they may of the context ; their
-own block]`. What they may see is everything, or what an evictor leaves of it: policies score without gradient, and
-gradients flow through the slots that are kept (compression-aware fine-tuning). It is what `lcft` does at the end of a
-prefill, in one pass.
+The positions of every block continue from the end of the context, so each answer is predicted exactly as if its
+question were the only one. The context is causal, and a block attends to `[context ; own block]`, where the context is
+full or what an evictor keeps of it. Policies score without gradient; gradients flow through the kept slots. This
+reproduces in one forward pass what `lcft` does at the end of prefill.
 
-Under `twin` every question has a second block, which sees all of the context: both predictions of an answer come from
-one pass.
+With `self_distillation` every question has a second block, which attends to the full context.
 
-Under `aware` a question sees the whole context and takes part in the scores, and its last token is read a second time,
-over what was kept, as the answer is: `[ question | last token of it, answer ]`.
+With `query_aware` a question attends to the full context and its queries are included in the eviction scores. Its last
+token is then repeated, with attention to the kept slots as for the answer: `[ question | its last token, answer ]`.
 """
 
 from __future__ import annotations
@@ -32,13 +30,15 @@ from lceval.models.prefill_stats import PrefillStats
 from lceval.models.recipe import Recipe
 
 IGNORED = -100
-CONTEXT, ASKS, REPLIES, WHOLE = range(4)
-"""Kinds of rows: of the context, of a question that sees all of it, of what sees its compressed form, of a twin."""
+CONTEXT, QUESTION_SCORING, ANSWER, FULL_CACHE = range(4)
+"""Kinds of tokens: context; question that attends to the full context and is scored by the evictor (query-aware);
+question or answer that attends to the kept slots; question or answer that attends to the full context
+(self-distillation)."""
 
 
 @dataclass(frozen=True)
 class QAPair:
-    """A question about a context, and what is to be learned as its answer: tokens."""
+    """Token ids of a question about a context and of its target answer."""
 
     question: tuple[int, ...]
     answer: tuple[int, ...]
@@ -50,45 +50,46 @@ def pack(
     """One sequence of L tokens.
 
     Returns:
-        Rows of length L: input_ids, position_ids, labels (what the row predicts; IGNORED but for answers), block (-1
-        for the context, else the question's number; twins are numbered on) and kind. Labels of twins come after all
-        others, in the same order.
+        Lists of length L: input_ids, position_ids, labels (the token predicted at this position; IGNORED except for
+        answers), block (-1 for the context, else the index of the question; self-distillation blocks continue the
+        numbering) and kind. Self-distillation labels follow all others, in the same order.
     """
     start = len(context)
     ids, positions, labels = [*context], [*range(start)], [IGNORED] * start
     block, kind = [-1] * start, [CONTEXT] * start
     for number, pair in enumerate([*pairs, *pairs] if self_distillation else pairs):
-        n, answered = start + len(pair.question), len(pair.answer)
-        asks, reads = (query_aware, REPLIES) if number < len(pairs) else (False, WHOLE)
-        again = 1 if asks else 0
-        # The last token of an answer is predicted, never read.
-        ids += [*pair.question, *pair.question[len(pair.question) - again :], *pair.answer[:-1]]
-        positions += [*range(start, n), *range(n - again, n + answered - 1)]
-        labels += [*[IGNORED] * (len(pair.question) - 1 + again), *pair.answer]
+        stop, answer_tokens = start + len(pair.question), len(pair.answer)
+        scoring, answer_kind = (query_aware, ANSWER) if number < len(pairs) else (False, FULL_CACHE)
+        repeated = 1 if scoring else 0
+        # The last token of an answer is predicted, never an input.
+        ids += [*pair.question, *pair.question[len(pair.question) - repeated :], *pair.answer[:-1]]
+        positions += [*range(start, stop), *range(stop - repeated, stop + answer_tokens - 1)]
+        labels += [*[IGNORED] * (len(pair.question) - 1 + repeated), *pair.answer]
         block += [number] * (len(ids) - len(block))
-        kind += [ASKS if asks else reads] * len(pair.question) + [reads] * (again + answered - 1)
+        kind += [QUESTION_SCORING if scoring else answer_kind] * len(pair.question)
+        kind += [answer_kind] * (repeated + answer_tokens - 1)
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
 
 
 class Packing:
-    """Who sees whom in one packed sequence; given to the model's forward pass as `packing=`.
+    """Attention pattern of one packed sequence, passed to the model's forward as `packing=`.
 
     Args:
-        block, kind: [1, L] as `pack` made them.
-        geometry: of the model.
-        evictor: what compresses the context; None keeps all of it.
+        block, kind: [1, L] from `pack`.
+        geometry: geometry of the model.
+        evictor: evictor of the context; None: full cache.
 
     Attributes:
-        kept: per layer what the blocks see of the context: one mask [1, Hkv, S] for all, or one a block; filled by the
-            forward pass, and used again where gradient checkpointing repeats it.
+        kept: per layer, masks [1, Hkv, S] of the kept slots: one for all blocks, or one per block (query-aware). Set
+            by the forward pass and reused when gradient checkpointing recomputes it.
 
     Raises:
-        UserError: a model or an evictor that cannot be trained so.
+        UserError: the model or the evictor does not support training.
     """
 
     def __init__(self, block: Tensor, kind: Tensor, geometry: Geometry, evictor: Evictor | None = None) -> None:
         if any(geometry.windows):
-            raise UserError("a model with sliding-window layers cannot be trained on shared contexts")
+            raise UserError("models with sliding-window layers are not supported in training on shared contexts")
         self.context = int((kind == CONTEXT).sum())
         self._geometry = geometry
         self._evictor = check_trainable(evictor)
@@ -96,22 +97,25 @@ class Packing:
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
         block, kind = block[0, self.context :], kind[0, self.context :]
-        place = torch.arange(len(block), device=block.device)
-        own = (block[:, None] == block) & (place[:, None] >= place)
-        # The first reading of a question's last token takes part in the scores alone.
-        last = (kind == ASKS) & (torch.cat([kind[1:], kind.new_full((1,), ASKS)]) == REPLIES)
-        self._own = own & ~((kind == REPLIES)[:, None] & last)
-        asks = (kind == ASKS).nonzero()[:, 0]
-        self._asks = asks if len(asks) else None
-        replies = kind == REPLIES
-        if self._asks is None:
-            self._replies = [replies.nonzero()[:, 0]]
+        index = torch.arange(len(block), device=block.device)
+        own = (block[:, None] == block) & (index[:, None] >= index)
+        scoring, answer = kind == QUESTION_SCORING, kind == ANSWER
+        # The first copy of a question's last token is for the eviction scores only.
+        last = scoring & (torch.cat([kind[1:], kind.new_full((1,), QUESTION_SCORING)]) == ANSWER)
+        self._own = own & ~(answer[:, None] & last)
+        scoring_rows = scoring.nonzero()[:, 0]
+        self._scoring = scoring_rows if len(scoring_rows) else None
+        if self._scoring is None:
+            self._answers = [answer.nonzero()[:, 0]]
         else:
-            self._replies = [(replies & (block == b)).nonzero()[:, 0] for b in range(int(block[asks].max()) + 1)]
-            self._questions = [((kind == ASKS) & (block == b)).nonzero()[:, 0] for b in range(len(self._replies))]
-        whole = (kind == WHOLE).nonzero()[:, 0]
-        self._whole = [whole] if len(whole) else []
-        self._order = torch.cat([*([asks] if len(asks) else []), *self._replies, *self._whole]).argsort()
+            blocks = range(int(block[scoring_rows].max()) + 1)
+            self._answers = [(answer & (block == b)).nonzero()[:, 0] for b in blocks]
+            self._questions = [(scoring & (block == b)).nonzero()[:, 0] for b in blocks]
+        full_cache = (kind == FULL_CACHE).nonzero()[:, 0]
+        self._full_cache = [full_cache] if len(full_cache) else []
+        self._order = torch.cat(
+            [*([scoring_rows] if len(scoring_rows) else []), *self._answers, *self._full_cache]
+        ).argsort()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Attention of one layer. q: [1, H, L, D]; k, v: [1, Hkv, L, D]. Returns [1, H, L, D]."""
@@ -119,51 +123,51 @@ class Packing:
         parts = []
         if s:
             parts.append(_sdpa(q[:, :, :s], k[:, :, :s], v[:, :, :s], None, scaling))
-        rows = [self._rows(self._asks, q, k, v, None, scaling)] if self._asks is not None else []
+        rows = [self._rows(self._scoring, q, k, v, None, scaling)] if self._scoring is not None else []
         masks = self._masks(layer, q, k, v, scaling)
-        for place, replies in enumerate(self._replies):
-            keep = masks[place] if masks else None
-            rows.append(self._rows(replies, q, k, v, keep, scaling))
-        rows += [self._rows(whole, q, k, v, None, scaling) for whole in self._whole]
+        for number, answer in enumerate(self._answers):
+            keep = masks[number] if masks else None
+            rows.append(self._rows(answer, q, k, v, keep, scaling))
+        rows += [self._rows(full_cache, q, k, v, None, scaling) for full_cache in self._full_cache]
         parts.append(torch.cat(rows, 2)[:, :, self._order] if len(rows) > 1 else rows[0])
         return torch.cat(parts, 2)
 
     def _rows(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scaling: float) -> Tensor:
-        """Rows of blocks over the context, as far as it is kept, and over their own block."""
+        """Attention of block tokens to the kept context slots and to their own block."""
         s = self.context
         own = self._own[rows]
         if keep is None:
-            seen = own.new_ones(len(rows), s)
+            visible = own.new_ones(len(rows), s)
         elif self._evictor is not None and self._evictor.is_even():
-            # Gathered: as many slots in every head, and fewer keys to read.
+            # All heads keep the same number of slots: gather them and attend to fewer keys.
             n = int(keep[0, 0].sum())
             at = keep.nonzero()[:, 2].view(1, k.shape[1], n, 1).expand(-1, -1, -1, k.shape[3])
             k, v = (torch.cat([x[:, :, :s].gather(2, at), x[:, :, s:]], 2) for x in (k, v))
-            seen = own.new_ones(len(rows), n)
+            visible = own.new_ones(len(rows), n)
         else:
             heads = keep.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(-1, -1, len(rows), -1)
             mask = torch.cat([heads, own.expand(*heads.shape[:2], -1, -1)], 3)
             return _sdpa(q[:, :, s + rows], k, v, mask, scaling)
-        return _sdpa(q[:, :, s + rows], k, v, torch.cat([seen, own], 1), scaling)
+        return _sdpa(q[:, :, s + rows], k, v, torch.cat([visible, own], 1), scaling)
 
     @torch.no_grad()
     def _masks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> list[Tensor]:
-        """What stays of the context in a layer: a mask [1, Hkv, S] for all blocks, or one a block; none: everything."""
+        """Masks [1, Hkv, S] of the kept slots of a layer: one for all blocks, or one per block; empty: full cache."""
         if self._evictor is None:
             return []
         if layer not in self.kept:
             s = self.context
             stats = PrefillStats(self._evictor.stats_spec, self._geometry.rotary)
             stats.update(q[:, :, :s].float(), k[:, :, :s].float(), scaling)
-            if self._asks is None:
+            if self._scoring is None:
                 self.kept[layer] = [self._mask(layer, stats, k[:, :, :s], v[:, :, :s], scaling)]
             else:
                 self.kept[layer] = []
                 for question in self._questions:
                     keys, values = (torch.cat([x[:, :, :s], x[:, :, s + question]], 2) for x in (k, v))
-                    asked = stats.fork()
-                    asked.update(q[:, :, s + question].float(), keys.float(), scaling)
-                    self.kept[layer].append(self._mask(layer, asked, keys, values, scaling))
+                    with_question = stats.fork()
+                    with_question.update(q[:, :, s + question].float(), keys.float(), scaling)
+                    self.kept[layer].append(self._mask(layer, with_question, keys, values, scaling))
         return self.kept[layer]
 
     def _mask(self, layer: int, stats: PrefillStats, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -177,15 +181,15 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
     """The evictor itself.
 
     Raises:
-        UserError: it decides only after the whole model has read the context, or goes on evicting while it answers.
+        UserError: it selects slots across layers after prefill, or evicts during decoding.
     """
     if evictor is None:
         return None
     name = str(Recipe(evictor=evictor))
     if evictor.stats_spec.reconstruction or type(evictor).select is not Evictor.select:
-        raise UserError(f"{name} chooses across layers, after the model has read the context: not in training")
+        raise UserError(f"{name} selects slots across layers after prefill, which is not supported in training")
     if getattr(evictor, "when", "prefill") == "always":
-        raise UserError(f"{name} goes on evicting while it answers: leave when=always out in training")
+        raise UserError(f"{name} evicts during decoding, which is not supported in training: remove when=always")
     return evictor
 
 

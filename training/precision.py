@@ -1,7 +1,7 @@
-"""Which dtype `dtype: auto` is on this machine.
+"""Resolve `dtype: auto` on this machine.
 
-bfloat16 halves memory, but a CPU without instructions for it multiplies by converting element by element: with AVX2
-alone a product runs at about 1 GF/s, where float32 reaches 50 to 100.
+bfloat16 halves memory, but a CPU without bfloat16 instructions converts element by element: with AVX2 alone a matrix
+product runs at about 1 GFLOP/s, against 50 to 100 in float32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def fast_dtype() -> str:
     """`bfloat16` on CUDA and on CPUs that multiply in it, else `float32`.
 
-    A CPU does so with AVX512-BF16 or AMX, where oneDNN may use them (`ONEDNN_MAX_CPU_ISA` can forbid it).
+    A CPU requires AVX512-BF16 or AMX, and oneDNN must be allowed to use them (`ONEDNN_MAX_CPU_ISA`).
     """
     import torch
 
@@ -26,7 +26,7 @@ def fast_dtype() -> str:
 
 
 def resolve(recipe: Config) -> Config:
-    """The recipe with a dtype instead of `auto`."""
+    """The recipe with `auto` replaced by a dtype."""
     if recipe.model.dtype != "auto":
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": fast_dtype()})})

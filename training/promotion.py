@@ -1,9 +1,9 @@
-"""Hard negatives that are really relevant become gold: fuzzy match to a gold passage, then a judge.
+"""Relabel false negatives as gold: fuzzy match to a gold passage, then optionally a judge.
 
-A passage that says nearly what a gold passage says is no negative, and a model that names it should not be punished.
-Stage one finds passages whose likeness to a gold passage is at least 0.6, the largest of three: Jaccard (words in
-common), character F1 (characters in the same order) and n-gram (the shorter one's word trigrams that the other has).
-Stage two, where there is one, asks a judge whether such a passage really bears on the question.
+A near-duplicate of a gold passage is not a negative, and a model that cites it should not be penalized. Stage one finds
+passages whose similarity to a gold passage is at least 0.6. The similarity is the maximum of word Jaccard, character F1
+(aligned characters) and trigram containment (share of the shorter text's word trigrams in the other). Stage two asks a
+judge whether the passage is relevant to the question.
 """
 
 from collections import defaultdict
@@ -15,12 +15,12 @@ from lceval.tasks.parsing import normalize
 from lceval.tasks.rows import Row
 
 THRESHOLD = 0.6
-_WORTH_ALIGNING = 0.2  # of words in common; below that no alignment of characters reaches the threshold
+_MIN_OVERLAP = 0.2  # word overlap below which the character F1 does not reach the threshold
 
 
 @dataclass(frozen=True)
 class Match:
-    """A passage that is like a question's gold."""
+    """A passage similar to a gold passage of a question."""
 
     question: str
     answers: tuple[str, ...]
@@ -28,15 +28,18 @@ class Match:
 
 
 Judge = Callable[[Sequence[Match]], Sequence[bool | None]]
-"""Whether passages bear on their questions; None where there is no verdict."""
+"""Whether passages are relevant to their questions; None: no verdict."""
 
 
 @dataclass(frozen=True)
 class Promotion:
-    """What became of the negatives: pairs of question and passage.
+    """Counts of negatives, as pairs of question and passage.
 
     Attributes:
-        matched: like a gold passage; of these `refused` by a judge, and left as they were for want of a verdict.
+        compared: compared with the gold passages.
+        matched: similar to a gold passage.
+        refused: matched, and rejected by the judge.
+        unjudged: matched, without a verdict; remain negatives.
     """
 
     compared: int
@@ -46,25 +49,24 @@ class Promotion:
 
     @property
     def promoted(self) -> int:
-        """Passages that are gold now."""
+        """Number of negatives relabelled as gold."""
         return self.matched - self.refused - self.unjudged
 
     def __add__(self, other: "Promotion") -> "Promotion":
         return Promotion(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
 
-def likeness(one: str, other: str) -> float:
-    """From 0 to 1: the largest of Jaccard, character F1 and n-gram, over normalised texts."""
-    said, told = normalize(one).split(), normalize(other).split()
-    if not said or not told:
+def similarity(one: str, other: str) -> float:
+    """Maximum of word Jaccard, character F1 and trigram containment of the normalised texts, in [0, 1]."""
+    words, other_words = normalize(one).split(), normalize(other).split()
+    if not words or not other_words:
         return 0.0
-    words, others = set(said), set(told)
-    jaccard = len(words & others) / len(words | others)
-    shorter, longer = sorted((_trigrams(said), _trigrams(told)), key=len)
+    jaccard = len({*words} & {*other_words}) / len({*words} | {*other_words})
+    shorter, longer = sorted((_trigrams(words), _trigrams(other_words)), key=len)
     contained = len(shorter & longer) / len(shorter) if shorter else 0.0
     aligned = 0.0
-    if max(jaccard, contained) >= _WORTH_ALIGNING:
-        first, second = sorted((" ".join(said), " ".join(told)))  # an alignment depends on the order
+    if max(jaccard, contained) >= _MIN_OVERLAP:
+        first, second = sorted((" ".join(words), " ".join(other_words)))  # the alignment is not symmetric
         aligned = SequenceMatcher(None, first, second, autojunk=False).ratio()
     return max(jaccard, contained, aligned)
 
@@ -76,19 +78,18 @@ def _trigrams(words: Sequence[str]) -> set[tuple[str, ...]]:
 def promote(
     rows: Sequence[Row], threshold: float = THRESHOLD, judge: Judge | None = None
 ) -> tuple[list[Row], Promotion]:
-    """The rows with what is really relevant among their gold_pids, and how many there were.
+    """The rows with false negatives added to their gold_pids, and counts.
 
     Args:
-        rows: Of any task; those without a gold document in sight stay as they are.
-        threshold: Least likeness to a gold passage.
-        judge: Removes false positives; without one every match is promoted. What it gives no verdict on stays a
-            negative.
+        rows: rows of any task; those without a gold document in their context are unchanged.
+        threshold: minimum similarity to a gold passage.
+        judge: rejects false positives; None promotes every match. A passage without a verdict remains a negative.
     """
     known: dict[tuple[str, str], float] = {}
     compared = 0
-    places: list[tuple[int, str]] = []
+    keys: list[tuple[int, str]] = []  # index of the row, pid
     matches: list[Match] = []
-    for at, row in enumerate(rows):
+    for index, row in enumerate(rows):
         golds = [document["text"] for document in row["docs"] if document["pid"] in row["gold_pids"]]
         for document in row["docs"]:
             if document["pid"] in row["gold_pids"]:
@@ -97,17 +98,17 @@ def promote(
             text = document["text"]
             for gold in golds:
                 if (gold, text) not in known:
-                    known[gold, text] = likeness(gold, text)
+                    known[gold, text] = similarity(gold, text)
             if max((known[gold, text] for gold in golds), default=0.0) >= threshold:
-                places.append((at, document["pid"]))
+                keys.append((index, document["pid"]))
                 matches.append(Match(row["question"], tuple(row["answers"]), text))
     verdicts = [True] * len(matches) if judge is None else judge(matches)
-    more: dict[int, list[str]] = defaultdict(list)
-    for (at, pid), verdict in zip(places, verdicts, strict=True):
+    promoted: dict[int, list[str]] = defaultdict(list)
+    for (index, pid), verdict in zip(keys, verdicts, strict=True):
         if verdict:
-            more[at].append(pid)
-    made: list[Row] = list(rows)
-    for at, pids in more.items():
-        made[at] = {**rows[at], "gold_pids": [*rows[at]["gold_pids"], *pids]}
-    refused, unjudged = (sum(verdict is what for verdict in verdicts) for what in (False, None))
-    return made, Promotion(compared, len(matches), refused, unjudged)
+            promoted[index].append(pid)
+    relabelled: list[Row] = list(rows)
+    for index, pids in promoted.items():
+        relabelled[index] = {**rows[index], "gold_pids": [*rows[index]["gold_pids"], *pids]}
+    refused, unjudged = (sum(verdict is value for verdict in verdicts) for value in (False, None))
+    return relabelled, Promotion(compared, len(matches), refused, unjudged)

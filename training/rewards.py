@@ -1,7 +1,7 @@
-"""What an output is worth in training: pure functions of a row and the text, built on the scores of the tasks.
+"""Rewards: pure functions of a row and an output, built on the metrics of the tasks.
 
-A reward is a sum of named parts, so that a log can say which of them rose. With A = SubEM of the answer, I = the
-documents named and D* the gold ones (Exploring Fine-Tuning for In-Context Retrieval, arXiv 2601.18527):
+A reward is a sum of named parts, which are logged separately. With A = SubEM of the answer, I = the cited documents and
+D* = the gold documents (Exploring Fine-Tuning for In-Context Retrieval, arXiv 2601.18527):
 
     name      paper                                              graded
     ao        A                                                  A' + f
@@ -10,15 +10,15 @@ documents named and D* the gold ones (Exploring Fine-Tuning for In-Context Retri
     idq       1[quotes stand in gold documents] + 1[I = D*] + A  F1(quotes, D*) + F1(I, D*) + A' + f
     rj        J + A                                              J
     longrlvr  A + 0.1 F2 + 0.9 A F2   (arXiv 2603.02146)         the same with A'
-    loongrl   1[gold in answer or answer in gold]  (2510.19363)  the second by the share of the gold's words
+    loongrl   1[gold in answer or answer in gold]  (2510.19363)  the second weighted by its share of the gold's words
 
-`paper` is the equations, with what they leave open to a model that wants reward and not to answer (a quote of one
-letter, the whole context as the answer); `graded` gives credit for half-right outputs and closes those: A' falls with
-the length of the answer, f is a tenth for the form that was asked for and minus a tenth for any other, copies and
-quotes may differ in a fifth of their words. The paper does not say whether A reads the answer or the whole output: here
-the answer, and an output without an answer line has none; `answer="raw"` reads the whole output, for both variants.
+`paper` implements the equations, including what a policy can exploit (a quote of one letter, the whole context as the
+answer). `graded` gives partial credit and closes these exploits: A' decreases with the length of the answer, f is +0.1
+for the requested output format and -0.1 otherwise, and copies and quotes may differ in a fifth of their words. The
+paper does not specify whether A is computed on the answer or on the whole output. Here it is the answer, and an output
+without an answer line has none; with `answer="raw"` it is the whole output, in both variants.
 
-J is the sum of the three grades of a judge, or None where it gave none. It is never 0 for that: see `totals`.
+J is the sum of the three grades of a judge, or None without grades, which does not count as 0: see `totals`.
 """
 
 from __future__ import annotations
@@ -40,33 +40,33 @@ Variant = Literal["paper", "graded"]
 Answer = Literal["extracted", "raw"]
 NAMES: tuple[str, ...] = get_args(Name)
 JUDGE = "judge"
-"""The part that a judge gives."""
+"""The part computed from a judge's grades."""
 
-FORM = 0.1
-"""What the right form adds to a graded reward, and any other takes from it."""
+FORMAT_REWARD = 0.1
+"""Added for the requested output format, subtracted for any other (graded)."""
 FUZZY = 0.8
-"""From this similarity on, copied or quoted words count as the document's (graded)."""
+"""Minimum similarity of copied or quoted words to the document (graded)."""
 QUOTE_TOKENS = 30
-"""The longest quote that the prompt allows; words and marks are counted, which no tokenizer has fewer of."""
+"""Maximum length of a quote in words and punctuation marks, a lower bound of its tokens."""
 QUOTE_WORDS = 3
-"""The shortest quote that counts (graded): one letter stands in every document."""
+"""Minimum length of a quote in words (graded): a single letter occurs in every document."""
 ANSWER_WORDS = 10
-"""An answer of so many words, or three times the gold's, is not yet long (graded)."""
+"""Maximum length of an answer without a penalty, or three times the gold answer's (graded)."""
 
 Row = Mapping[str, Any]
 Parts = dict[str, float | None]
 Grader = Callable[[Sequence[Row], Sequence[str]], Sequence[float | None]]
-"""The J of outputs, one a row: 0 to 3, None where the judge gave none."""
+"""Returns J per output: 0 to 3, or None without grades."""
 
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reward:
-    """A reward by name; see the module for what each is.
+    """A reward by name; the module docstring defines each.
 
     Attributes:
-        answer: what SubEM reads: the answer that the output gives, or all of it.
+        answer: input of SubEM: the extracted answer, or the raw output.
     """
 
     name: Name
@@ -78,21 +78,21 @@ class Reward:
             value = getattr(self, field)
             if value not in allowed:
                 near = get_close_matches(str(value), allowed, 1)
-                hint = f" (nearest: {near[0]})" if near else ""
-                raise UserError(f"no reward with {field}={value!r}: expected one of {', '.join(allowed)}{hint}")
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(f"unknown reward {field}={value!r}: expected one of {', '.join(allowed)}{hint}")
 
     @property
     def judged(self) -> bool:
-        """Whether it needs a judge."""
+        """Whether it requires a judge."""
         return self.name == "rj"
 
     def parts(self, row: Row, output: str, j: float | None = None) -> Parts:
-        """The parts of an output's reward; what it is worth is their sum.
+        """The parts of an output's reward; the reward is their sum.
 
         Args:
-            row: of any task of ours whose documents are numbered; `answers`, `docs` and `gold_pids` are read.
-            output: as the model wrote it.
-            j: the judge's J where the reward has one; None leaves that part None.
+            row: row of a task with numbered documents; uses `answers`, `docs` and `gold_pids`.
+            output: raw model output.
+            j: the judge's J, for a judged reward; None: no grades.
         """
         return _PARTS[self.name](self, row, output, j)
 
@@ -101,19 +101,19 @@ class Reward:
 
     def _answer(self, row: Row, output: str) -> float:
         """A, or A' if graded."""
-        said, parsed = (output, True) if self.answer == "raw" else parsing.extract(output)
-        right = scoring.subem(said, row["answers"]) if parsed else 0.0
-        return right * brevity(said, row["answers"]) if self._graded() else right
+        answer, parsed = (output, True) if self.answer == "raw" else parsing.extract(output)
+        score = scoring.subem(answer, row["answers"]) if parsed else 0.0
+        return score * brevity(answer, row["answers"]) if self._graded() else score
 
-    def _form(self, right: bool) -> Parts:
-        """f, where there is one."""
-        return {"form": FORM if right else -FORM} if self._graded() else {}
+    def _format(self, correct: bool) -> Parts:
+        """f, if graded."""
+        return {"form": FORMAT_REWARD if correct else -FORMAT_REWARD} if self._graded() else {}
 
 
 def _ao(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
-    spoken = parsing.without_thinking(output)
-    alone = "\n" not in spoken and not parsing.before_answer(output).strip(" *_`")
-    return {"answer": reward._answer(row, output)} | reward._form(alone and parsing.extract(output).parsed)
+    reply = parsing.without_thinking(output)
+    answer_only = "\n" not in reply and not parsing.before_answer(output).strip(" *_`")
+    return {"answer": reward._answer(row, output)} | reward._format(answer_only and parsing.extract(output).parsed)
 
 
 def _id(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
@@ -128,16 +128,16 @@ def _idc(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
 
 def _idq(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
     scores = scoring.quoted_results(row, [output])
-    found = parsing.quotes(parsing.before_answer(output))
-    short = all(len(_TOKEN.findall(quote.text)) <= QUOTE_TOKENS for quote in found)
-    quotes = quotes_f1(row, output) if reward._graded() else float(short and scores["quotes"] == 1)
-    return _cited(reward, row, output, scores, {"quotes": quotes}, output_format=short)
+    quotes = parsing.quotes(parsing.before_answer(output))
+    short = all(len(_TOKEN.findall(quote.text)) <= QUOTE_TOKENS for quote in quotes)
+    part = quotes_f1(row, output) if reward._graded() else float(short and scores["quotes"] == 1)
+    return _cited(reward, row, output, scores, {"quotes": part}, correct_format=short)
 
 
 def _cited(
-    reward: Reward, row: Row, output: str, scores: Mapping[str, float], evidence: Parts, *, output_format: bool = True
+    reward: Reward, row: Row, output: str, scores: Mapping[str, float], evidence: Parts, *, correct_format: bool = True
 ) -> Parts:
-    """The parts that every form has which names documents."""
+    """The parts shared by all output formats that cite documents."""
     ids = scores["ids_f1"] if reward._graded() else scores["ids_exact"]
     before = parsing.before_answer(output)
     once = parsing.before_answer(before) == before.strip() and parsing.extract(output).parsed
@@ -145,7 +145,7 @@ def _cited(
         **evidence,
         "ids": ids,
         "answer": reward._answer(row, output),
-        **reward._form(output_format and once and bool(scores["ids_rate"])),
+        **reward._format(correct_format and once and bool(scores["ids_rate"])),
     }
 
 
@@ -164,8 +164,8 @@ def _longrlvr(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
 
 
 def _loongrl(reward: Reward, row: Row, output: str, _: float | None) -> Parts:
-    said, parsed = (output, True) if reward.answer == "raw" else parsing.extract(output)
-    within = answer_within_gold(said, row["answers"]) if parsed else 0.0
+    answer, parsed = (output, True) if reward.answer == "raw" else parsing.extract(output)
+    within = answer_within_gold(answer, row["answers"]) if parsed else 0.0
     credit = within if reward._graded() else float(within > 0)
     return {"answer": max(reward._answer(row, output), credit)}
 
@@ -181,19 +181,19 @@ _PARTS: dict[str, Callable[[Reward, Row, str, float | None], Parts]] = {
 }
 
 
-def brevity(said: str, answers: Sequence[str]) -> float:
-    """1 up to ANSWER_WORDS words or three times the longest gold answer, then falling with one over the length."""
-    allowed = max(ANSWER_WORDS, 3 * max((len(normalize(answer).split()) for answer in answers), default=0))
-    return min(1.0, allowed / max(1, len(normalize(said).split())))
+def brevity(answer: str, gold_answers: Sequence[str]) -> float:
+    """1 up to ANSWER_WORDS words or three times the longest gold answer, then inversely proportional to the length."""
+    allowed = max(ANSWER_WORDS, 3 * max((len(normalize(gold).split()) for gold in gold_answers), default=0))
+    return min(1.0, allowed / max(1, len(normalize(answer).split())))
 
 
-def answer_within_gold(said: str, answers: Sequence[str]) -> float:
-    """The share of a gold answer's words that the answer is, where it stands in it as whole words; else 0.
+def answer_within_gold(answer: str, gold_answers: Sequence[str]) -> float:
+    """Share of a gold answer's words covered by the answer, if it occurs in it as whole words; else 0.
 
-    LoongRL compares characters, where one letter is enough.
+    LoongRL compares characters, so a single letter is sufficient.
     """
-    words = normalize(said).split()
-    golds = (normalize(answer).split() for answer in answers)
+    words = normalize(answer).split()
+    golds = (normalize(gold).split() for gold in gold_answers)
     inside = (
         len(words) / len(gold)
         for gold in golds
@@ -203,24 +203,25 @@ def answer_within_gold(said: str, answers: Sequence[str]) -> float:
 
 
 def copies_f1(row: Row, output: str) -> float:
-    """F1 of the documents that an output copies: a copy counts once, if it is like a gold document by FUZZY."""
+    """F1 of the copied documents: a copy is correct if its similarity to a gold document is at least FUZZY."""
     texts, gold = [normalize(document["text"]).split() for document in row["docs"]], gold_places(row)
-    found = parsing.passages(parsing.before_answer(output))
-    good = {place for place, text in found if place in gold and _length_matched(normalize(text).split(), texts[place])}
-    return _f1(len(good), len(found), len(gold))
+    copies = parsing.passages(parsing.before_answer(output))
+    correct = {place for place, text in copies if place in gold and _similar(normalize(text).split(), texts[place])}
+    return _f1(len(correct), len(copies), len(gold))
 
 
 def quotes_f1(row: Row, output: str) -> float:
-    """The harmonic mean of the share of quotes that are good and the share of gold documents that have a good one.
+    """Harmonic mean of the share of correct quotes and the share of gold documents with a correct quote.
 
-    Good is a quote of QUOTE_WORDS words to QUOTE_TOKENS tokens that stands, by FUZZY, in the gold document it names.
+    A quote is correct if it has QUOTE_WORDS words to QUOTE_TOKENS tokens and a window of the cited gold document is
+    similar to it by FUZZY.
     """
     texts, gold = [normalize(document["text"]).split() for document in row["docs"]], gold_places(row)
-    found = parsing.quotes(parsing.before_answer(output))
-    good = [place for place, text in found if place in gold and _quotes(text, texts[place])]
-    if not good:
+    quotes = parsing.quotes(parsing.before_answer(output))
+    correct = [place for place, text in quotes if place in gold and _quotes(text, texts[place])]
+    if not correct:
         return 0.0
-    precision, recall = len(good) / len(found), len({*good}) / len(gold)
+    precision, recall = len(correct) / len(quotes), len({*correct}) / len(gold)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -229,36 +230,36 @@ def _quotes(text: str, document: Sequence[str]) -> bool:
     if len(words) < QUOTE_WORDS or len(_TOKEN.findall(text)) > QUOTE_TOKENS:
         return False
     windows = range(max(1, len(document) - len(words) + 1))
-    return any(_length_matched(words, document[start : start + len(words)]) for start in windows)
+    return any(_similar(words, document[start : start + len(words)]) for start in windows)
 
 
-def _length_matched(one: Sequence[str], other: Sequence[str]) -> bool:
+def _similar(one: Sequence[str], other: Sequence[str]) -> bool:
     if one == other:
         return True
     matcher = SequenceMatcher(None, one, other, autojunk=False)
-    # The two bounds are cheap and fail first.
+    # Cheap upper bounds first.
     return all(ratio() >= FUZZY for ratio in (matcher.real_quick_ratio, matcher.quick_ratio, matcher.ratio))
 
 
-def _f1(hits: int, said: int, gold: int) -> float:
-    return 2 * hits / (said + gold) if said + gold else 0.0
+def _f1(hits: int, predicted: int, gold: int) -> float:
+    return 2 * hits / (predicted + gold) if predicted + gold else 0.0
 
 
 def totals(parts: Sequence[Parts], groups: Sequence[Hashable]) -> list[float | None]:
-    """What each output is worth: the sum of its parts, where an unjudged output must neither gain nor lose by that.
+    """The reward of each output: the sum of its parts.
 
-    Its J is left out: it is given the mean J of the judged outputs of its group (the outputs of one prompt, which GRPO
-    compares with each other), which is no advantage either way. Where none of a group is judged, none has a J. An
-    output without any part is None, and TRL leaves it out of the group and the loss.
+    An output without grades receives the mean J of the judged outputs of its group (the samples of one prompt), which
+    gives it no advantage from J. If no output of a group is judged, J is omitted for all of them. An output without any
+    part is None; TRL excludes it from the group and the loss.
     """
     judged: dict[Hashable, list[float]] = {}
     for part, group in zip(parts, groups, strict=True):
         if (j := part.get(JUDGE)) is not None:
             judged.setdefault(group, []).append(j)
-    made: list[float | None] = []
+    sums: list[float | None] = []
     for part, group in zip(parts, groups, strict=True):
         known = [value for value in part.values() if value is not None]
         if known and JUDGE in part and part[JUDGE] is None and group in judged:
             known.append(math.fsum(judged[group]) / len(judged[group]))
-        made.append(math.fsum(known) if known else None)
-    return made
+        sums.append(math.fsum(known) if known else None)
+    return sums

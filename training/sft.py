@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on packed contexts, by TRL's trainer: it brings LoRA, checkpoints, resume and accelerate.
+"""Supervised fine-tuning on packed contexts with TRL's trainer (LoRA, checkpoints, resume, accelerate).
 
-The loss is the mean NLL of the answers' tokens, over all contexts of a step; the head runs on those rows alone.
+The loss is the mean NLL of the answer tokens over all contexts of a step; the LM head runs on those positions only.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from lceval.models.geometry import Geometry
 from lceval.training import compression_aware, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
-from lceval.training.packing import IGNORED, WHOLE, Packing, pack
-from lceval.training.trainers import processes, speak_on_stderr
+from lceval.training.packing import FULL_CACHE, IGNORED, Packing, pack
+from lceval.training.trainers import log_to_stderr, processes
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
-    """TRL's SFTTrainer over packed contexts, one a micro-batch."""
+    """TRL's SFTTrainer on packed contexts, one per micro-batch."""
 
     def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
         super().__init__(data_collator=_collate, **kwargs)
-        speak_on_stderr(self)
+        log_to_stderr(self)
         self._recipe = recipe
         self._geometry = geometry
-        self._micro = (-1, 0)  # step, and place in it
+        self._micro = (-1, 0)  # step, index of the micro-batch in the step
         self._self_distillation = recipe.compression_aware.self_distillation if recipe.compression_aware else None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The summed NLL of the answers' tokens over `num_items_in_batch`, or their mean."""
+        """The summed NLL of the answer tokens divided by `num_items_in_batch`, or their mean."""
         labels = inputs["labels"][0]
         rows = (labels != IGNORED).nonzero()[:, 0]
         evictor = self._draw() if self.model.training else None
@@ -51,23 +51,25 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         )
         logits = out.logits[0].float()
         loss = F.cross_entropy(logits, labels[rows], reduction="sum")
-        whole = inputs["kind"][0, rows] == WHOLE
-        if self._self_distillation is not None and whole.any():
-            # Both halves are means over the answers' tokens, of which the labels hold two copies.
-            learned, known = (logits[half].log_softmax(-1) for half in (~whole, whole))
-            divergence = F.kl_div(learned, known.detach(), log_target=True, reduction="sum")
-            self._metrics["train"]["divergence"].append(divergence.item() / len(learned))
+        full_cache = inputs["kind"][0, rows] == FULL_CACHE
+        if self._self_distillation is not None and full_cache.any():
+            # The labels contain every answer token twice, so the divergence counts twice in their mean.
+            student, teacher = (logits[half].log_softmax(-1) for half in (~full_cache, full_cache))
+            divergence = F.kl_div(student, teacher.detach(), log_target=True, reduction="sum")
+            self._metrics["train"]["divergence"].append(divergence.item() / len(student))
             loss = loss + 2 * self._self_distillation * divergence
         loss = loss / (len(rows) if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages over processes what is a sum over them
+            loss = (
+                loss * self.accelerator.num_processes
+            )  # DDP averages gradients over processes; the loss is a sum over them
         with torch.no_grad():
-            right = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
-        self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(right)
+            accuracy = (out.logits[0].argmax(-1) == labels[rows]).float().mean().item()
+        self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         return (loss, out) if return_outputs else loss
 
     def _draw(self) -> Any:
-        """By seed, step, and place in the step alone, so that a resumed run draws what an unbroken one does."""
+        """The evictor of a micro-batch; depends on seed, step and index only, so a resumed run draws the same ones."""
         if self._recipe.compression_aware is None:
             return None
         step = self.state.global_step
@@ -76,10 +78,10 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         return compression_aware.draw(self._recipe.compression_aware, rng, step / self.args.max_steps)
 
 
-def trainer(
+def packed_trainer(
     recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
 ) -> PackedTrainer:
-    """What trains `model` on `contexts`; checkpoints go to `output/checkpoints`."""
+    """The trainer of `model` on `contexts`; checkpoints go to `output/checkpoints`."""
     query_aware = recipe.compression_aware is not None and recipe.compression_aware.query_aware
     return PackedTrainer(
         recipe,
@@ -94,8 +96,8 @@ def trainer(
 
 
 def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Any:
-    """TRL's trainer as it is, on sequences of one length; `model` is a PEFT model already under `longlora`."""
-    made = SFTTrainer(
+    """TRL's SFTTrainer on sequences of one length; with `longlora`, `model` is already a PEFT model."""
+    trainer = SFTTrainer(
         model=model,
         processing_class=tokenizer,
         train_dataset=texts.dataset(sequences),
@@ -103,21 +105,21 @@ def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence
         peft_config=None if recipe.longlora else lora(recipe),
         args=settings(recipe, evaluate=False),
     )
-    speak_on_stderr(made)
-    return made
+    log_to_stderr(trainer)
+    return trainer
 
 
 def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
     """TRL's configuration of a recipe.
 
     Raises:
-        UserError: a step's contexts cannot be dealt out evenly to the processes.
+        UserError: the contexts of a step cannot be divided evenly among the processes.
     """
     optim = recipe.optim
     if optim.contexts_per_step % processes():
         raise UserError(
-            f"optim.contexts_per_step={optim.contexts_per_step} cannot be dealt out to {processes()} processes: "
-            "choose a multiple"
+            f"optim.contexts_per_step={optim.contexts_per_step} is not divisible by the number of processes "
+            f"({processes()}): choose a multiple"
         )
     return SFTConfig(
         output_dir=str(recipe.output / "checkpoints"),
@@ -143,7 +145,7 @@ def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
         prediction_loss_only=True,
         report_to=list(recipe.report_to) or "none",
         project="lceval",
-        trackio_static_space_id=False,  # it stays on this machine
+        trackio_static_space_id=False,  # log locally only
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
@@ -167,11 +169,11 @@ def lora(recipe: Config) -> Any:
 
 
 def with_lora(recipe: Config, model: Any) -> Any:
-    """The model as it is trained: with LoRA, or itself."""
+    """The model with LoRA, or the model itself for full fine-tuning."""
     from peft import get_peft_model
 
-    how = lora(recipe)
-    return model if how is None else get_peft_model(model, how)
+    peft_config = lora(recipe)
+    return model if peft_config is None else get_peft_model(model, peft_config)
 
 
 def _dataset(contexts: Sequence[Packed], query_aware: bool) -> Dataset:

@@ -1,13 +1,13 @@
 # ruff: noqa: N806
 """Shifted sparse attention (LongLoRA, Chen et al. 2024, arXiv 2309.12307) as an attention function of transformers.
 
-While a model trains, half of its heads attend causally inside groups of a quarter of the sequence, the other half
-inside groups that begin half a group later (`lceval.kernels.shifted` has the definition; nothing wraps around). In
-`eval()` mode it is SDPA over everything, bit for bit. No L x L mask is built in training: the mask function keeps what
-transformers asked for, and only evaluation turns that into SDPA's own mask.
+In training mode, half of the heads attend causally within groups of a quarter of the sequence, the other half within
+groups shifted by half a group, without wrap-around (defined in `lceval.kernels.shifted`). In `eval()` mode it is SDPA
+with full attention, bit for bit. No L x L mask is built in training: the mask function stores the request of
+transformers, which only evaluation turns into SDPA's mask.
 
-On CUDA the kernels run. Elsewhere SDPA does, on the groups as rows of a batch: `kernels.shifted.reference` is the
-definition and holds the scores of a whole group, which costs more time than full attention does.
+On CUDA the Triton kernels run. Elsewhere it is SDPA with the groups as rows of a batch; `kernels.shifted.reference`
+materializes the scores of a whole group, which is slower than full attention.
 """
 
 from __future__ import annotations
@@ -29,45 +29,45 @@ from lceval.kernels import launch
 from lceval.kernels.shifted import HEAD_DIMS, shifted
 
 Segments = list[tuple[int, int, int]]
-"""Sequences of a batch: the row, the first token, and one past the last."""
+"""Sequences of a batch: row, first token, one past the last token."""
 
 
-class Asked:
-    """What transformers asked a mask for, instead of the mask; shared by the layers of a forward pass."""
+class MaskRequest:
+    """The arguments of transformers' mask function, in place of a mask; shared by the layers of a forward pass."""
 
-    def __init__(self, **asked: Any) -> None:
-        self._asked = asked
+    def __init__(self, **arguments: Any) -> None:
+        self._arguments = arguments
         self._dense: list[Tensor | None] = []
         self._segments: list[Segments | None] = []
 
     def dense(self) -> Tensor | None:
-        """SDPA's mask, as it would have been: None where plain causal attention says the same."""
+        """SDPA's mask; None where it equals plain causal attention."""
         if not self._dense:
-            self._dense.append(sdpa_mask(**self._asked))
+            self._dense.append(sdpa_mask(**self._arguments))
         return self._dense[0]
 
     def segments(self, positions: Tensor | None) -> Segments | None:
-        """The sequences by padding mask and positions (packed ones begin where positions do not go on).
+        """The sequences by padding mask and positions (a packed sequence starts where positions are not consecutive).
 
-        Returns None where every row is one whole sequence.
+        Returns None if every row is one sequence without padding.
 
         Raises:
             UserError: a mask that is neither padding nor packing.
         """
         if not self._segments:
-            self._segments.append(self._found(positions))
+            self._segments.append(self._find_segments(positions))
         return self._segments[0]
 
-    def _found(self, positions: Tensor | None) -> Segments | None:
-        mask: Tensor | None = self._asked["attention_mask"]
-        shape = (self._asked["batch_size"], self._asked["q_length"])
+    def _find_segments(self, positions: Tensor | None) -> Segments | None:
+        mask: Tensor | None = self._arguments["attention_mask"]
+        shape = (self._arguments["batch_size"], self._arguments["q_length"])
         breaks = torch.zeros(shape, dtype=torch.bool, device=None if mask is None else mask.device)
         if positions is not None and positions.ndim == 2:
             breaks = breaks.to(positions.device)
             breaks[:, 1:] = (positions.diff(dim=1) != 1).expand(shape[0], -1)
         packed = bool(breaks.any()) if mask is None else bool((breaks & mask).any())
-        if self._asked["mask_function"] is not causal_mask_function and not packed:
-            raise UserError("shifted attention follows padding and packed positions, and this batch has another mask")
+        if self._arguments["mask_function"] is not causal_mask_function and not packed:
+            raise UserError("shifted attention supports padding and packed positions only; this batch has another mask")
         if not packed and (mask is None or bool(mask.all())):
             return None
         real = torch.ones_like(breaks) if mask is None else mask
@@ -84,13 +84,13 @@ def even_group(tokens: int, share: float) -> int:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group: int, scaling: float) -> Tensor:
-    """Shifted sparse attention of every sequence by itself, with gradients.
+    """Shifted sparse attention within every sequence, with gradients.
 
     Args:
         q: [B, H, T, D], RoPE applied.
         k, v: [B, Hkv, T, D].
-        segments: the sequences; None where each row is one.
-        group: tokens of a group, even.
+        segments: the sequences; None if each row is one.
+        group: tokens per group, even.
         scaling: factor on q K^T.
 
     Returns:
@@ -114,7 +114,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group: in
 
 
 def by_lengths(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group: int, scaling: float) -> Tensor:
-    """As `attend`, by one call of the kernels: a row a sequence, padded on the right."""
+    """As `attend`, in one kernel call with one right-padded row per sequence."""
     if segments is None:
         return shifted(q, k, v, None, group, scaling)
     B, H, T, D = q.shape
@@ -130,15 +130,15 @@ def by_lengths(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, group
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
-    """The KV heads as often as query heads read them: half of the heads may end inside such a share."""
+    """KV heads repeated per query head; the half of the heads can end within a group of query heads."""
     return x[:, :, None].expand(-1, -1, heads // x.shape[1], -1, -1).flatten(1, 2)
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor, group: int, scaling: float) -> Tensor:
-    """SDPA with whole groups as rows of a batch, and what stands before and after them by itself."""
+    """SDPA with whole groups as rows of a batch; partial groups at both ends are computed separately."""
     B, H, T, D = q.shape
     halves = []
-    # Split, not cut: the gradient of a cut is as large as what it is cut from.
+    # split, not slices: the gradient of a slice is as large as the whole tensor.
     by_half = zip(*(torch.split(x, [H // 2, H - H // 2], 1) for x in (q, k, v)), strict=True)
     for shift, half in zip((0, group // 2), by_half, strict=True):
         head = min(shift, T)
@@ -146,34 +146,34 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor, group: int, scaling: float) -> Ten
         sizes = [head, whole * group, T - head - whole * group]
         own = zip(*(torch.split(x, sizes, 2) for x in half), strict=True)
         parts = []
-        for place, (q_part, k_part, v_part) in enumerate(own):
-            if not sizes[place]:
+        for part, (q_part, k_part, v_part) in enumerate(own):
+            if not sizes[part]:
                 continue
-            if place == 1:
+            if part == 1:
                 q_part, k_part, v_part = (
                     x.reshape(B, x.shape[1], whole, group, D).transpose(1, 2).flatten(0, 1)
                     for x in (q_part, k_part, v_part)
                 )
             o = F.scaled_dot_product_attention(q_part, k_part, v_part, is_causal=True, scale=scaling)
-            parts.append(o.view(B, whole, -1, group, D).transpose(1, 2).flatten(2, 3) if place == 1 else o)
+            parts.append(o.view(B, whole, -1, group, D).transpose(1, 2).flatten(2, 3) if part == 1 else o)
         halves.append(torch.cat(parts, 2))
     return torch.cat(halves, 1)
 
 
 def _function(group_of: Callable[[int], int]) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function with a rule for the tokens of a group, given those of the longest sequence."""
+    """The attention function; `group_of` maps the length of the longest sequence to tokens per group."""
 
     def attention(
-        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Asked | Tensor | None, scaling: float, **kwargs: Any
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: MaskRequest | Tensor | None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if not module.training:
-            dense = mask.dense() if isinstance(mask, Asked) else mask
+            dense = mask.dense() if isinstance(mask, MaskRequest) else mask
             o, weights = sdpa_attention_forward(module, q, k, v, dense, scaling=scaling, **kwargs)
             return o, weights
-        if not isinstance(mask, Asked):
-            raise UserError("shifted attention follows padding and packed positions; this batch brings its own mask")
+        if not isinstance(mask, MaskRequest):
+            raise UserError("shifted attention supports padding and packed positions only; this batch has its own mask")
         if q.shape[2] != k.shape[2] or kwargs.get("dropout") or kwargs.get("sliding_window"):
-            raise UserError("shifted attention trains on whole sequences, without dropout, in layers that see all")
+            raise UserError("shifted attention requires whole sequences, no dropout and full-attention layers")
         segments = mask.segments(kwargs.get("position_ids"))
         longest = q.shape[2] if segments is None else max((z - a for _, a, z in segments), default=0)
         return attend(q, k, v, segments, group_of(longest), scaling).transpose(1, 2).contiguous(), None
@@ -182,22 +182,22 @@ def _function(group_of: Callable[[int], int]) -> Callable[..., tuple[Tensor, Ten
 
 
 def register(share: float = 0.25, tokens: int | None = None) -> str:
-    """Make the function known to transformers; returns the name for `attn_implementation`.
+    """Register the function with transformers; returns its name for `attn_implementation`.
 
     Args:
-        share: a group's share of the longest sequence of a batch.
-        tokens: of a group, even, instead of a share.
+        share: group size as a share of the longest sequence of a batch.
+        tokens: group size in tokens, even, instead of a share.
     """
     name = f"lceval_shifted_{share:g}" if tokens is None else f"lceval_shifted_{tokens}_tokens"
     rule = (lambda longest: even_group(longest, share)) if tokens is None else (lambda _: tokens)
     AttentionInterface.register(name, _function(rule))
-    AttentionMaskInterface.register(name, Asked)
+    AttentionMaskInterface.register(name, MaskRequest)
     return name
 
 
 @contextmanager
 def full_attention(model: Any) -> Iterator[None]:
-    """Inside, a model of transformers (no adapter around it) attends to everything, also while it trains."""
+    """Context manager: full attention in training too, for a transformers model without a PEFT wrapper."""
     name = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:

@@ -1,11 +1,11 @@
 """Training rows from neighbourhoods of a table (LoCalPFN, Thomas et al. 2024, arXiv 2406.05207).
 
-A model that is shown a row's nearest neighbours when it is asked should be tuned on such contexts. A neighbourhood for
-every query would make every context another one; instead, a local set is drawn: any training row, with its k nearest.
-It is split at random into the context, which the set's queries share, and the queries, which are therefore about as
-near to the context as the context's rows are to each other. `random` draws any k rows instead: the control.
+A model evaluated with a query's nearest neighbours in context should be tuned on such contexts. A neighbourhood per
+query would need a context per query. Instead, a local set is drawn: a random training row with its k nearest rows. It
+is split at random into a context and the queries that share it, so queries are about as near to the context as its rows
+are to each other. `random` draws k random rows instead, as the control.
 
-Only training rows of the split that the suite's tasks have under the same `data_seed` occur; the tasks ask for others.
+All rows are training rows of the suite's split for `data_seed`; the tasks' queries are held out.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ SUITE, MODE = "tabular", "ao"
 
 
 class Neighbourhoods(BaseModel):
-    """Which rows to make.
+    """Specification of the sets.
 
     Attributes:
-        datasets: of the tabular suite.
-        retriever: `knn` draws local sets, `random` sets of any training rows.
-        context_rows: rows of a context.
-        queries: rows that are asked for on each.
-        sets: of each dataset.
-        data_seed: of the tables' split, as the runs have it that will measure the model.
-        seed: of the draws.
+        datasets: datasets of the tabular suite.
+        retriever: `knn` for local sets, `random` for sets of random training rows.
+        context_rows: table rows per context.
+        queries: queries per context.
+        sets: sets per dataset.
+        data_seed: seed of the tables' split, the same as in the evaluation.
+        seed: seed of the sets.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -51,7 +51,7 @@ class Neighbourhoods(BaseModel):
 
 
 class TabularRow(Row):
-    """A task's row, and what training needs besides: `target` is the reply to be learned, in the form `form`."""
+    """A task's row with a target reply in `output_format`."""
 
     dataset: str
     output_format: str
@@ -60,38 +60,38 @@ class TabularRow(Row):
 
 
 def rows(config: Neighbourhoods) -> list[TabularRow]:
-    """The rows of all sets, those on one context together.
+    """The rows of all sets, grouped by context.
 
     Raises:
-        UserError: a dataset that is no table, or sets larger than a table's training part.
+        UserError: not a table of the suite, or a set larger than a table's training split.
     """
     return [row for dataset in config.datasets for row in _of_table(dataset, config)]
 
 
 def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
-    known = sorted(of.dataset for of in catalogue.datasets().values() if of.suite == SUITE)
+    known = sorted(dataset.dataset for dataset in catalogue.datasets().values() if dataset.suite == SUITE)
     if name not in known:
-        raise UserError(f"{name!r} is no table of the tabular suite: one of {', '.join(known)}")
+        raise UserError(f"{name!r} is not a table of the tabular suite: expected one of {', '.join(known)}")
     dataset = catalogue.datasets()[name]
     table = tables.load(dataset.options, config.data_seed)
     size = config.context_rows + config.queries
     if size > len(table.training):
         raise UserError(
-            f"{name} has {len(table.training)} training rows, fewer than context_rows={config.context_rows} and "
-            f"queries={config.queries} together: ask for fewer"
+            f"{name} has {len(table.training)} training rows, fewer than context_rows={config.context_rows} plus "
+            f"queries={config.queries}: reduce them"
         )
     output_format = dataset.modes[MODE]
     scored: dict[str, Any] = {"classes": list(table.classes)} if table.classes else {}
     request = Request(f"lc_{name}_{MODE}", dataset, output_format, None, None, config.data_seed)
     rng = random.Random(f"{name} {config.data_seed} {config.retriever} {config.seed}")
     for place, local in enumerate(_sets(table, size, config, rng)):
-        asked = set(rng.sample(local, config.queries))
-        # As in the suite's contexts the nearest row is the last; near here means to the row that was drawn.
-        shown = [number for number in reversed(local) if number not in asked]
-        docs = [Document(pid=f"{name}-{number}", title="", text=table.line(number)) for number in shown]
+        queries = set(rng.sample(local, config.queries))
+        # The nearest row is last, as in the suite's contexts; here, nearest to the row that was drawn.
+        context_rows = [number for number in reversed(local) if number not in queries]
+        docs = [Document(pid=f"{name}-{number}", title="", text=table.line(number)) for number in context_rows]
         cluster = f"{name}-{config.retriever}-{config.data_seed}-{config.seed}-{place}"
-        for number in rng.sample(sorted(asked), len(asked)):
-            made = request.row(
+        for number in rng.sample(sorted(queries), len(queries)):
+            row = request.row(
                 id=f"{cluster}-{number}",
                 question=table.question(number),
                 answers=[table.target(number)],
@@ -103,17 +103,17 @@ def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
             )
             target = f"{prompts.ANSWER_PREFIX} {table.target(number)}"
             yield TabularRow(
-                **made, dataset=name, output_format=output_format, data_seed=config.data_seed, target=target
+                **row, dataset=name, output_format=output_format, data_seed=config.data_seed, target=target
             )
 
 
 def _sets(table: tables.Table, size: int, config: Neighbourhoods, rng: random.Random) -> Iterator[list[int]]:
-    """Sets of training rows; a local one begins with the row that was drawn, the nearest first."""
+    """Sets of training rows; a local set is the drawn row and its neighbours, nearest first."""
     if config.retriever == "random":
         for _ in range(config.sets):
             yield rng.sample(table.training, size)
         return
-    # Every row is the middle of one set before any is of two.
+    # Every row is drawn once before any is drawn twice.
     rounds, rest = divmod(config.sets, len(table.training))
     drawn = [number for _ in range(rounds) for number in rng.sample(table.training, len(table.training))]
     drawn += rng.sample(table.training, rest)

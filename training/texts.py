@@ -1,4 +1,4 @@
-"""Plain text to learn, as context extension does: sequences of one length, every token predicted from those before."""
+"""Plain text for context extension: sequences of one length, with a language modelling loss on every token."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from lceval.errors import UserError
 
 
 class Texts(BaseModel):
-    """Documents, cut into sequences.
+    """Documents, split into sequences.
 
     Attributes:
-        files: `.txt`, each a document, or `.jsonl` with a document a line.
-        field: which field of a line is the text; lines that agree in `group` are one document, in order.
-        tokens: of a sequence; what is left of a document at its end is not learned.
-        seed: of the sequences' order.
+        files: `.txt` with one document each, or `.jsonl` with one document per line.
+        field: field of a line with the text.
+        group: field that joins the lines with the same value into one document, in order.
+        tokens: tokens per sequence; the remainder at the end of a document is dropped.
+        seed: seed of the order of sequences.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -36,49 +37,49 @@ def documents(spec: Texts) -> list[str]:
     """All documents, in the order of the files.
 
     Raises:
-        UserError: a file that cannot be read, or a line without the field.
+        UserError: an unreadable file, or a line without the field.
     """
-    found: list[str] = []
+    texts: list[str] = []
     for file in spec.files:
         try:
             text = file.read_text(encoding="utf-8")
         except OSError as error:
             raise UserError(f"texts.files: cannot read {file} ({error.strerror})") from None
-        found += _lines(file, text, spec) if file.suffix == ".jsonl" else [text]
-    return found
+        texts += _lines(file, text, spec) if file.suffix == ".jsonl" else [text]
+    return texts
 
 
 def _lines(file: Path, text: str, spec: Texts) -> list[str]:
-    together: dict[str, list[str]] = {}
+    parts_of: dict[str, list[str]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         try:
             row = json.loads(line)
-            together.setdefault(str(row[spec.group]) if spec.group else str(number), []).append(row[spec.field])
+            parts_of.setdefault(str(row[spec.group]) if spec.group else str(number), []).append(row[spec.field])
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"texts.files: {file}:{number}: no document in it ({error!r:.60})") from None
-    return ["\n\n".join(parts) for parts in together.values()]
+            raise UserError(f"texts.files: {file}:{number}: not a document ({error!r:.60})") from None
+    return ["\n\n".join(parts) for parts in parts_of.values()]
 
 
 def sequences(spec: Texts, encode: Callable[[str], Sequence[int]]) -> list[tuple[int, ...]]:
     """Sequences of `tokens` tokens, shuffled.
 
     Raises:
-        UserError: no document is long enough.
+        UserError: all documents are shorter than `tokens`.
     """
-    found: list[tuple[int, ...]] = []
+    sequences: list[tuple[int, ...]] = []
     for text in documents(spec):
         ids = encode(text)
-        found += [tuple(ids[at : at + spec.tokens]) for at in range(0, len(ids) - spec.tokens + 1, spec.tokens)]
-    if not found:
-        raise UserError(f"texts: no document has {spec.tokens} tokens: choose fewer, or set texts.group")
-    random.Random(spec.seed).shuffle(found)
-    return found
+        sequences += [tuple(ids[at : at + spec.tokens]) for at in range(0, len(ids) - spec.tokens + 1, spec.tokens)]
+    if not sequences:
+        raise UserError(f"texts: no document has {spec.tokens} tokens: reduce texts.tokens, or set texts.group")
+    random.Random(spec.seed).shuffle(sequences)
+    return sequences
 
 
-def dataset(found: Sequence[Sequence[int]]) -> Any:
-    """What TRL's trainer takes."""
+def dataset(sequences: Sequence[Sequence[int]]) -> Any:
+    """The sequences as a dataset for TRL's trainer."""
     from datasets import Dataset
 
     return Dataset.from_list(
-        [{"input_ids": list(ids), "position_ids": [*range(len(ids))], "labels": list(ids)} for ids in found]
+        [{"input_ids": list(ids), "position_ids": [*range(len(ids))], "labels": list(ids)} for ids in sequences]
     )

@@ -1,4 +1,4 @@
-"""What the trainers share: where a run goes on from, and that stdout is left to results."""
+"""What the trainers share: processes, the checkpoint to resume from, and progress on stderr."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ LOGGED = ("reward", "eval_reward", "kl", "loss", "eval_loss")
 
 
 def processes() -> int:
-    """How many processes train together, as torchrun and `accelerate launch` tell each of them."""
+    """Number of training processes, as set by torchrun and `accelerate launch`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_lead() -> bool:
-    """Whether this is the process that writes and speaks for all."""
+    """Whether this is the main process, which writes files and stdout."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest checkpoint under an output folder."""
+    """The newest checkpoint in an output folder."""
     from transformers.trainer_utils import get_last_checkpoint
 
     folder = output / "checkpoints"
-    found: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    return found
+    checkpoint: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return checkpoint
 
 
-def speak_on_stderr(trainer: Any) -> None:
-    """A line a step on stderr, in place of what the trainer prints on stdout."""
+def log_to_stderr(trainer: Any) -> None:
+    """Print one line per step to stderr, instead of the trainer's own output on stdout."""
     from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
     class Progress(TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            kept = {name: logs[name] for name in LOGGED if (logs or {}).get(name) is not None}
-            if state.is_world_process_zero and kept:
-                said = ", ".join(f"{name} {value:.4g}" for name, value in kept.items())
-                print(f"step {state.global_step} of {state.max_steps}: {said}", file=sys.stderr)
+            values = {name: logs[name] for name in LOGGED if (logs or {}).get(name) is not None}
+            if state.is_world_process_zero and values:
+                line = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                print(f"step {state.global_step} of {state.max_steps}: {line}", file=sys.stderr)
 
-    for printing in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(printing)
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
     trainer.add_callback(Progress())

@@ -1,1 +1,1 @@
-"""`lceval train`: recipes to adapters, the data they learn from, and what the adapters are worth."""
+"""`lceval train`: training data, training, and evaluation of adapters."""

@@ -1,4 +1,4 @@
-"""`lceval train data`: make a file of training rows and say what is in it."""
+"""`lceval train data`: write a file of training rows and report statistics on it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,31 @@ import typer
 
 
 def data(
-    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to write.")],
-    dataset: Annotated[list[str], typer.Option(help="Of `lceval tasks`; repeatable.")],
-    mode: Annotated[list[str], typer.Option(help="ao, id, idc, idq, rj, …; repeatable.")] = ["ao"],  # noqa: B006
-    length: Annotated[float, typer.Option(help="Thousands of tokens; pools take fractions.")] = 1,
-    split: Annotated[str, typer.Option(help="train, test or all, by source document.")] = "train",
-    seed: Annotated[list[int], typer.Option(help="Each draws other contexts; repeatable.")] = [1234],  # noqa: B006
-    questions: Annotated[int | None, typer.Option(help="On a context; default the dataset's.")] = None,
-    negatives: Annotated[str | None, typer.Option(help="bm25, dense, hybrid or random.")] = None,
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Output file.")],
+    dataset: Annotated[list[str], typer.Option(help="Dataset of `lceval tasks` (repeatable).")],
+    mode: Annotated[list[str], typer.Option(help="Task mode: ao, id, idc, idq, rj, … (repeatable).")] = ["ao"],  # noqa: B006
+    length: Annotated[float, typer.Option(help="Prompt length in thousands of tokens; fractions for pools.")] = 1,
+    split: Annotated[str, typer.Option(help="Split by source document: train, test or all.")] = "train",
+    seed: Annotated[list[int], typer.Option(help="Seed of the contexts (repeatable).")] = [1234],  # noqa: B006
+    questions: Annotated[int | None, typer.Option(help="Questions per context (default: the dataset's).")] = None,
+    negatives: Annotated[
+        str | None, typer.Option(help="Ranking of hard negatives: bm25, dense, hybrid or random.")
+    ] = None,
     length_matched: Annotated[
-        bool | None, typer.Option(help="Negatives as long as gold documents; default where it can be.")
+        bool | None, typer.Option(help="Match the lengths of negatives to gold documents (default where supported).")
     ] = None,
-    promote: Annotated[float, typer.Option(help="Least likeness to gold of what counts as gold; 0: none does.")] = 0.6,
+    promote: Annotated[
+        float, typer.Option(help="Similarity threshold for relabelling negatives as gold (0 disables).")
+    ] = 0.6,
     judge: Annotated[
-        str | None, typer.Option(help="Confirms what counts as gold: openai:MODEL@BASE_URL, hf:NAME or rule.")
+        str | None,
+        typer.Option(help="Judge that confirms relabelled negatives: openai:MODEL@BASE_URL, hf:NAME or rule."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Rows, in whole contexts.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Whose tokens are counted.")] = "smollm2-135m",
+    limit: Annotated[int | None, typer.Option(help="Maximum number of rows; contexts stay whole.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts the tokens.")] = "smollm2-135m",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make training rows with their replies, and say what they are like."""
+    """Write training rows with their target replies and report statistics on them."""
     from lceval.errors import UserError
     from lceval.judge.grader import of_passages
     from lceval.models import packaged
@@ -38,7 +43,7 @@ def data(
     from lceval.training import data, figures
 
     if judge and not promote:
-        raise UserError("--judge confirms what --promote finds: give a --promote above 0")
+        raise UserError("--judge confirms what --promote relabels: set --promote above 0")
     spec = data.spec(
         datasets=dataset,
         modes=mode,
@@ -52,8 +57,8 @@ def data(
         limit=limit,
         tokenizer=tokenizer,
     )
-    with of_passages(judge) if judge else nullcontext() as confirming:
-        rows, promotion = data.rows(spec, confirming)
+    with of_passages(judge) if judge else nullcontext() as passage_judge:
+        rows, promotion = data.rows(spec, passage_judge)
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     report = figures.report(spec, rows, promotion, meter, judge)
     data.write(output, spec, rows, report)

@@ -1,7 +1,7 @@
-"""`lceval train eval ADAPTER`: what an adapter is worth, against its base, on data that it has not seen.
+"""`lceval train eval ADAPTER`: compare an adapter with its base model on held-out questions.
 
-Both answer the same questions over the whole context, over what retrieval finds (RAG), and under KV recipes: a sweep,
-whose cells are run folders. Differences are paired by question, their intervals by context.
+Both answer the same questions over the full context, over retrieved chunks (RAG) and under KV recipes. This is a sweep
+whose cells are run folders. Differences are paired by question; intervals are clustered by context.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ def run(
     *,
     as_json: bool,
 ) -> tuple[str, int]:
-    """The text for stdout, and the exit code: 4 if a cell failed.
+    """The text for stdout and the exit code: 4 if a cell failed.
 
     Args:
-        adapter: what `lceval train` wrote.
-        kv: recipes; none: RECIPES.
-        tasks: none: those that it was trained on, on the other side of the split.
-        output_path: of the sweep; default ADAPTER/eval.
+        adapter: output folder of `lceval train`.
+        kv: KV recipes.
+        tasks: task names; empty: the tasks trained on, with the split that was not trained on.
+        output_path: folder of the sweep; None: ADAPTER/eval.
 
     Raises:
-        UserError: not a finished training run. InfrastructureError: no cell could be finished.
+        UserError: not a finished training run.
+        InfrastructureError: all cells failed.
     """
     from lceval.results import read_runs
     from lceval.sweep import command
@@ -54,7 +55,7 @@ def run(
     with redirect_stdout(sys.stderr):
         outcome = sweep(planned, root)
     if not outcome.folders:
-        raise InfrastructureError(f"no cell was finished; the first: {next(iter(outcome.failed.values()))}")
+        raise InfrastructureError(f"all cells failed; the first: {next(iter(outcome.failed.values()))}")
     rows = compare(results(read_runs(outcome.folders)))
     return json.dumps(rows, indent=2) if as_json else render(rows), 4 if outcome.failed else 0
 
@@ -64,10 +65,12 @@ def _record(adapter: Path) -> dict[str, Any]:
 
     file = adapter / RECORD
     if not file.is_file():
-        raise UserError(f"{adapter} is no training run (it has no {RECORD}): name the output of lceval train")
+        raise UserError(
+            f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train"
+        )
     record: dict[str, Any] = json.loads(file.read_text())
     if record["status"] != "finished":
-        raise UserError(f"{adapter} is not finished: the same `lceval train` line goes on with it")
+        raise UserError(f"{adapter} is not finished: rerun the same `lceval train` command to resume it")
     return record
 
 
@@ -81,18 +84,18 @@ def _grid(
     for dataset in [] if tasks else data["datasets"]:
         length = f"_{data['length_k']:g}k" if catalogue.datasets()[dataset].lengths else ""
         names += [f"lc_{dataset}_{mode}{length}" for mode in data["modes"]]
-    found = [catalogue.find(name).dataset for name in names]
-    # The side that was not trained on, where there are sides.
-    side = {"split": "test"} if all(d.splits for d in found) and data["split"] == "train" else {}
-    contexts: list[dict[str, Any]] = [{"context": "full", **side}]
-    if all("rag" in d.contexts for d in found):
+    datasets = [catalogue.find(name).dataset for name in names]
+    # Where the datasets have splits, the one that was not trained on.
+    split = {"split": "test"} if all(d.splits for d in datasets) and data["split"] == "train" else {}
+    contexts: list[dict[str, Any]] = [{"context": "full", **split}]
+    if all("rag" in d.contexts for d in datasets):
         quarter = round(data["length_k"] * 1024) // 4
-        contexts.append({"context": "rag", "retriever": "bm25", "chunk": quarter // 2, "budget": quarter, **side})
-    adapted = [None, str(adapter)] if recipe["lora"] else [None]
+        contexts.append({"context": "rag", "retriever": "bm25", "chunk": quarter // 2, "budget": quarter, **split})
+    adapters = [None, str(adapter)] if recipe["lora"] else [None]
     models = [recipe["model"]["pretrained"], *([] if recipe["lora"] else [str(adapter)])]
     return {
         "models": models,
-        "adapters": adapted,
+        "adapters": adapters,
         "recipes": list(kv),
         "contexts": contexts,
         "tasks": names,
@@ -102,39 +105,39 @@ def _grid(
     }
 
 
-def compare(found: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row a task, context and recipe: the base, what was tuned, and the paired difference of both measures.
+def compare(cell_results: Sequence[Result]) -> list[dict[str, Any]]:
+    """One row per task, context and recipe: base, tuned and paired difference, of the score and of gold_nll.
 
-    The first model of a cell is the base.
+    The first result of each row is the base.
     """
     cells: dict[tuple[str, str, str], list[Result]] = {}
-    for result in found:
+    for result in cell_results:
         cells.setdefault((result.task.task, str(result.task.context), str(result.run.recipe)), []).append(result)
     rows = []
     for (task, context, recipe), (base, *tuned) in cells.items():
         row: dict[str, Any] = {"task": task, "context": context, "recipe": recipe, "n": len(base.task.samples)}
-        row["base"] = _plain(_of(mean, score_stratum(base.task, None)))
-        row["base_gold_nll"] = _plain(_of(mean, diagnosis_stratum(base.task, base.task, "gold_nll")))
+        row["base"] = _values(_estimate(mean, score_stratum(base.task, None)))
+        row["base_gold_nll"] = _values(_estimate(mean, diagnosis_stratum(base.task, base.task, "gold_nll")))
         for other in tuned[:1]:
-            row["tuned"] = _plain(_of(mean, score_stratum(other.task, None)))
-            row["difference"] = _plain(_of(difference, score_stratum(other.task, base.task)))
+            row["tuned"] = _values(_estimate(mean, score_stratum(other.task, None)))
+            row["difference"] = _values(_estimate(difference, score_stratum(other.task, base.task)))
             nll = diagnosis_stratum(other.task, base.task, "gold_nll")
-            row["tuned_gold_nll"] = _plain(_of(mean, nll))
-            row["gold_nll_difference"] = _plain(_of(difference, nll))
+            row["tuned_gold_nll"] = _values(_estimate(mean, nll))
+            row["gold_nll_difference"] = _values(_estimate(difference, nll))
         rows.append(row)
     return rows
 
 
-def _of(estimate: Any, stratum: Any) -> Estimate:
-    return Estimate(None) if stratum is None else estimate([stratum])
+def _estimate(estimator: Any, stratum: Any) -> Estimate:
+    return Estimate(None) if stratum is None else estimator([stratum])
 
 
-def _plain(estimate: Estimate) -> dict[str, float | None]:
+def _values(estimate: Estimate) -> dict[str, float | None]:
     return {"value": estimate.value, "low": estimate.lo, "high": estimate.hi}
 
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as markdown; scores in percent."""
+    """The rows as a markdown table; scores in percent."""
     columns = [
         ("base", "base", 100.0),
         ("tuned", "tuned", 100.0),
@@ -151,10 +154,10 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(found: dict[str, float | None] | None, scale: float, signed: bool) -> str:
-    if found is None or found["value"] is None:
+def _cell(estimate: dict[str, float | None] | None, scale: float, signed: bool) -> str:
+    if estimate is None or estimate["value"] is None:
         return "-"
     sign = "+" if signed else ""
-    value = f"{scale * found['value']:{sign}.3g}"
-    low, high = found["low"], found["high"]
+    value = f"{scale * estimate['value']:{sign}.3g}"
+    low, high = estimate["low"], estimate["high"]
     return value if low is None or high is None else f"{value} [{scale * low:{sign}.3g}, {scale * high:{sign}.3g}]"

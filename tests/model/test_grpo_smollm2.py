@@ -1,4 +1,4 @@
-"""GRPO of the packaged model: a few steps by each reward, and an adapter that evaluations load."""
+"""GRPO of the packaged model: a step with each reward, and an adapter that lcft loads."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def row(output_format: str, fillers: int = 0) -> dict[str, Any]:
     }
 
 
-def learn(model: Any, smollm2: str, output: Path, steps: int, shown: dict[str, Any], **more: Any) -> Any:
-    """A step is 3 samples of one prompt, 24 tokens at most."""
+def run(model: Any, smollm2: str, output: Path, steps: int, prompt_row: dict[str, Any], **more: Any) -> Any:
+    """Train; a step has 3 samples of one prompt with at most 24 tokens."""
     grader = more.pop("grader", None)
     settings = Grpo(
         max_steps=steps,
@@ -65,36 +65,40 @@ def learn(model: Any, smollm2: str, output: Path, steps: int, shown: dict[str, A
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     return train(
-        model=deepcopy(model), tokenizer=tokenizer, rows=[shown], grpo=settings, output=output, lora=lora, grader=grader
+        model=deepcopy(model),
+        tokenizer=tokenizer,
+        rows=[prompt_row],
+        grpo=settings,
+        output=output,
+        lora=lora,
+        grader=grader,
     )
 
 
 @pytest.mark.parametrize("name", rewards.NAMES)
-def test_a_step_by_each_reward(name: Any, lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
-    shown = row(name if name in prompts.OUTPUT_FORMATS else "id")
+def test_a_step_with_each_reward(name: Any, lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
+    prompt_row = row(name if name in prompts.OUTPUT_FORMATS else "id")
     with Store(tmp_path / "replies.sqlite") as store:
         grader = Grader(Client(RuleJudge(), store)) if name == "rj" else None
-        made = learn(lcft_model, smollm2, tmp_path, 1, shown, reward=name, grader=grader)
+        result = run(lcft_model, smollm2, tmp_path, 1, prompt_row, reward=name, grader=grader)
         logged = [json.loads(line) for line in (tmp_path / COMPLETIONS).read_text().splitlines()]
-        said = [line["completion"] for line in logged]
-        graded = grader([shown] * 3, said) if grader else [None] * 3
-    (step,) = [line for line in made.history if "loss" in line]
+        completions = [line["completion"] for line in logged]
+        grades = grader([prompt_row] * 3, completions) if grader else [None] * 3
+    (step,) = [line for line in result.history if "loss" in line]
     assert math.isfinite(step["loss"])
     assert math.isfinite(step["grad_norm"])
     reward = rewards.Reward(name=name, variant="graded")
-    parts = [reward.parts(shown, text, j) for text, j in zip(said, graded, strict=True)]
+    parts = [reward.parts(prompt_row, text, j) for text, j in zip(completions, grades, strict=True)]
     assert [line["reward"] for line in logged] == rewards.totals(parts, [0, 0, 0])
     assert step["reward"] == pytest.approx(sum(line["reward"] for line in logged) / 3, abs=1e-6)
-    found = PeftModel.from_pretrained(deepcopy(lcft_model), str(made.adapter))
-    assert found.peft_config["default"].r == 4
+    adapted = PeftModel.from_pretrained(deepcopy(lcft_model), str(result.adapter))
+    assert adapted.peft_config["default"].r == 4
 
 
-def test_three_steps_on_a_context_leave_an_adapter_that_lcft_loads(
-    lcft_model: Any, smollm2: str, tmp_path: Path
-) -> None:
-    made = learn(lcft_model, smollm2, tmp_path, 3, row("ao", fillers=5))
-    losses = [line["loss"] for line in made.history if "loss" in line]
+def test_three_steps_give_an_adapter_that_lcft_loads(lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
+    result = run(lcft_model, smollm2, tmp_path, 3, row("ao", fillers=5))
+    losses = [line["loss"] for line in result.history if "loss" in line]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))
-    model = LCFT(smollm2, peft=str(made.adapter), kv="snapkv:0.5", device="cpu").model
+    model = LCFT(smollm2, peft=str(result.adapter), kv="snapkv:0.5", device="cpu").model
     assert sum(isinstance(module, torch.nn.Module) and hasattr(module, "lora_A") for module in model.modules()) == 60

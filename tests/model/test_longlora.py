@@ -1,4 +1,4 @@
-"""LongLoRA on the packaged model: what its layers see while it trains, and that in evaluation nothing is different."""
+"""LongLoRA on the packaged model: receptive fields in training, and full attention in evaluation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def own_groups(t: int, group: int) -> set[int]:
 
 
 @pytest.mark.parametrize("tokens", [64, 51])
-def test_no_token_sees_a_later_one_and_the_first_layer_only_its_two_groups(model: Any, tokens: int) -> None:
+def test_attention_is_causal_and_the_first_layer_attends_to_two_groups_only(model: Any, tokens: int) -> None:
     model.train()
     ids = (torch.arange(tokens) * 97 + 1000)[None]
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
@@ -36,7 +36,7 @@ def test_no_token_sees_a_later_one_and_the_first_layer_only_its_two_groups(model
             for x in (out.hidden_states[1], out.logits)
         )
         assert set(first.tolist()) == own_groups(t, group)
-        # Thirty layers carry everything on, and nothing back.
+        # Across thirty layers, all earlier tokens and no later ones.
         assert last.tolist() == [*range(t + 1)]
 
 
@@ -46,15 +46,15 @@ def test_evaluation_is_full_attention_bit_for_bit(model: Any) -> None:
     mask[0, :7] = 0
     model.eval()
     with torch.no_grad():
-        ours = [model(ids).logits, model(ids, attention_mask=mask).logits]
+        logits = [model(ids).logits, model(ids, attention_mask=mask).logits]
         with shifted.full_attention(model):
             sdpa = [model(ids).logits, model(ids, attention_mask=mask).logits]
         model.train()
         assert not torch.allclose(model(ids, use_cache=False).logits, sdpa[0], atol=1e-2)
-    assert all(torch.equal(a, b) for a, b in zip(ours, sdpa, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(logits, sdpa, strict=True))
 
 
-def test_training_lowers_the_loss_and_the_papers_modules_are_what_is_trained(smollm2: str) -> None:
+def test_training_lowers_the_loss_and_trains_the_modules_of_the_paper(smollm2: str) -> None:
     model = prepare(AutoModelForCausalLM.from_pretrained(smollm2), LongLora(window_tokens=16384)).train()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     # q, o: 576 x 576, k, v: 576 x 192, r 8, 30 layers; embeddings 49152 x 576; 61 norms of 576.

@@ -1,4 +1,4 @@
-"""Shared-context packing trains on what `lcft` evaluates: the same compressed context, the same NLL."""
+"""Shared-context packing trains on the loss of `lcft`: the same compressed context, the same NLL."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model(lcft_model: Any, smollm2: str) -> Any:
 def trained(
     model: Any, kv: str, pairs: list[QAPair], *, query_aware: bool, self_distillation: bool = False
 ) -> list[float]:
-    """NLL per token of each answer, as training sees it, and after them those of their twins."""
+    """Training NLL per token of each answer, followed by those under self-distillation."""
     packed = {
         key: torch.tensor([row])
         for key, row in pack(CONTEXT, pairs, query_aware=query_aware, self_distillation=self_distillation).items()
@@ -56,16 +56,16 @@ def trained(
 
 
 def evaluated(model: Any, kv: str, pair: QAPair, *, query_aware: bool) -> float:
-    """The same of one answer, through the compressed cache."""
-    how, engine = recipe.parse(kv), model.engine
-    prefill = engine.prefill(CONTEXT, how.stats_spec)
-    if query_aware and how.evictor:
+    """The same NLL of one answer with lcft's compressed cache."""
+    parsed, engine = recipe.parse(kv), model.engine
+    prefill = engine.prefill(CONTEXT, parsed.stats_spec)
+    if query_aware and parsed.evictor:
         cache = engine.ask(prefill, pair.question, 64)
-        cache.over(prefill.compress(how, consume=False, question_cache=cache))
+        cache.over(prefill.compress(parsed, consume=False, question_cache=cache))
         cache.rollback(1)
         ids = [*pair.question[-1:], *pair.answer[:-1]]
     else:
-        cache = engine.batch([prefill.compress(how, consume=False)], [pair.question], 64)
+        cache = engine.batch([prefill.compress(parsed, consume=False)], [pair.question], 64)
         ids = [*pair.question, *pair.answer[:-1]]
     logits = engine.forward(cache, torch.tensor([ids]))[0, -len(pair.answer) :]
     return float(F.cross_entropy(logits, torch.tensor(pair.answer)))
@@ -73,21 +73,23 @@ def evaluated(model: Any, kv: str, pair: QAPair, *, query_aware: bool) -> float:
 
 @pytest.mark.parametrize("query_aware", [False, True], ids=["query-agnostic", "query-aware"])
 @pytest.mark.parametrize("kv", RECIPES)
-def test_training_sees_the_loss_that_the_compressed_cache_gives(model: Any, kv: str, query_aware: bool) -> None:
-    seen = trained(model, kv, PAIRS, query_aware=query_aware)
-    # Measured: 8e-6 at most, but for random, which drops the sinks: 2.4e-4 of 27.9.
-    for pair, nll in zip(PAIRS, seen, strict=True):
+def test_the_training_loss_equals_the_loss_with_the_compressed_cache(model: Any, kv: str, query_aware: bool) -> None:
+    losses = trained(model, kv, PAIRS, query_aware=query_aware)
+    # Measured: at most 8e-6, except random, which evicts the sinks: 2.4e-4 of 27.9.
+    for pair, nll in zip(PAIRS, losses, strict=True):
         assert nll == pytest.approx(evaluated(model, kv, pair, query_aware=query_aware), abs=5e-5, rel=2e-5)
 
 
-def test_a_question_is_blind_to_the_others(model: Any) -> None:
+def test_a_question_does_not_attend_to_the_others(model: Any) -> None:
     together = trained(model, "snapkv:0.3", PAIRS, query_aware=False)
     alone = [trained(model, "snapkv:0.3", [pair], query_aware=False)[0] for pair in PAIRS]
     assert together == pytest.approx(alone, abs=5e-5)
 
 
 @pytest.mark.parametrize("query_aware", [False, True], ids=["query-agnostic", "query-aware"])
-def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, query_aware: bool) -> None:
+def test_self_distillation_uses_the_full_cache_and_does_not_change_the_compressed_answers(
+    model: Any, query_aware: bool
+) -> None:
     both = trained(model, "snapkv:0.3", PAIRS, query_aware=query_aware, self_distillation=True)
     alone = trained(model, "snapkv:0.3", PAIRS, query_aware=query_aware)
     assert both == pytest.approx(alone + trained(model, "full", PAIRS, query_aware=False), abs=5e-5)
@@ -98,7 +100,7 @@ def test_a_twin_sees_the_whole_context_and_changes_nothing_else(model: Any, quer
     assert counted.predicted == sum(label != IGNORED for label in packed["labels"])
 
 
-def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
+def test_gradients_flow_to_kept_slots_only(model: Any) -> None:
     packed = {key: torch.tensor([row]) for key, row in pack(CONTEXT, PAIRS).items()}
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse("knorm:0.25").evictor)
     length = packed["block"].shape[1]
@@ -112,6 +114,6 @@ def test_gradients_reach_kept_slots_and_no_others(model: Any) -> None:
 
 
 @pytest.mark.parametrize("kv", ["kvzip:0.5", "h2o:64:when=always"])
-def test_an_evictor_that_cannot_be_trained_is_refused(kv: str) -> None:
+def test_an_evictor_that_does_not_support_training_is_an_error(kv: str) -> None:
     with pytest.raises(UserError, match="in training"):
         check_trainable(recipe.parse(kv).evictor)

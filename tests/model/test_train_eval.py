@@ -1,4 +1,4 @@
-"""`lceval train eval`: base against adapter on the same questions, one table, and it goes on where it stopped."""
+"""`lceval train eval`: base and adapter answer the same questions, and a second call reuses the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = [
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path:
-    """What the page's commands leave, run as they stand there."""
+    """The output folder of the documented commands."""
     folder = tmp_path_factory.mktemp("eval")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -58,9 +58,9 @@ def test_base_and_adapter_answer_the_same_questions(
     assert capsys.readouterr().out.startswith("| task | context | recipe | n | base | tuned |")
 
 
-def test_what_is_no_finished_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke(["train", "eval", str(tmp_path)]) == 2
-    assert "no training run" in capsys.readouterr().err
+    assert "is not a training run" in capsys.readouterr().err
     (tmp_path / "train.json").write_text('{"status": "running"}')
     assert invoke(["train", "eval", str(tmp_path)]) == 2
     assert "is not finished" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""LongLoRA: what is trained, what is saved, and that the saved thing is the trained thing wherever it is loaded."""
+"""LongLoRA: trainable parameters, saved files, and equality of trained and loaded models in every loader."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from lceval.training.longlora import LongLora, extend, prepare, save
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "longlora.md"
 WINDOW = 8192
 IDS = torch.arange(100, 140)[None]
-# Float32 sums in another order; merging adds LoRA's product to the weight before it meets the input.
+# Float32 in another order of summation: merging adds LoRA's product to the weight before multiplying the input.
 SUMMED = {"rtol": 1e-3, "atol": 1e-3}
 
 
 @pytest.fixture(scope="module")
 def base(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model of SmolLM2's shape, vocabulary and window, embeddings tied."""
+    """A small random model with SmolLM2's architecture, vocabulary and window, and tied embeddings."""
     folder = tmp_path_factory.mktemp("base")
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def load(folder: Path) -> Any:
 
 
 def trained(base: Path, config: LongLora) -> Any:
-    """A prepared model after steps of real training, so that every trainable differs from where it began."""
+    """A prepared model after three training steps, so that every trainable parameter has changed."""
     model = prepare(load(base), config).train()
     torch.manual_seed(1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -79,15 +79,15 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
-def test_projections_embeddings_and_norms_are_trained_and_nothing_else(base: Path) -> None:
+def test_only_projections_embeddings_and_norms_are_trained(base: Path) -> None:
     model = prepare(load(base), LongLora())
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n or ".modules_to_save." in n for n in names)
     assert {n.split(".lora_")[0].rpartition(".")[2] for n in names if "lora_" in n} == {f"{x}_proj" for x in "qkvo"}
-    whole = {n.split(".modules_to_save.")[0].rpartition(".")[2] for n in names if "lora_" not in n}
-    assert whole == {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
-    lean = prepare(load(base), LongLora(embeddings=False, norms=False))
-    assert all("lora_" in name for name, p in lean.named_parameters() if p.requires_grad)
+    full = {n.split(".modules_to_save.")[0].rpartition(".")[2] for n in names if "lora_" not in n}
+    assert full == {"embed_tokens", "input_layernorm", "post_attention_layernorm", "norm"}
+    lora_only = prepare(load(base), LongLora(embeddings=False, norms=False))
+    assert all("lora_" in name for name, p in lora_only.named_parameters() if p.requires_grad)
 
 
 def test_the_output_layer_stays_tied_to_the_trained_embeddings(base: Path) -> None:
@@ -97,91 +97,89 @@ def test_the_output_layer_stays_tied_to_the_trained_embeddings(base: Path) -> No
     assert torch.equal(model.get_output_embeddings().weight, own)
 
 
-def test_a_saved_adapter_answers_as_the_trained_model_in_peft_and_in_lcft(base: Path, tmp_path: Path) -> None:
+def test_a_saved_adapter_gives_the_logits_of_the_trained_model_in_peft_and_lcft(base: Path, tmp_path: Path) -> None:
     config = LongLora(embeddings=False)
     model = trained(base, config)
-    want = logits(model)
-    assert not torch.allclose(want, logits(load(base)), atol=1e-2)
+    expected = logits(model)
+    assert not torch.allclose(expected, logits(load(base)), atol=1e-2)
     assert save(model, config, tmp_path / "out", AutoTokenizer.from_pretrained(base)) == "peft"
-    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "out")), want)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "out")), expected)
     lcft = LCFT(str(base), peft=str(tmp_path / "out"), device="cpu", dtype="float32")
-    torch.testing.assert_close(logits(lcft.model), want, **SUMMED)
+    torch.testing.assert_close(logits(lcft.model), expected, **SUMMED)
     assert lcft.max_length == WINDOW
 
 
-def test_tied_embeddings_that_were_trained_make_a_model_folder_which_lcft_and_hf_load(
-    base: Path, tmp_path: Path
-) -> None:
+def test_trained_tied_embeddings_are_saved_as_a_model_that_lcft_and_hf_load(base: Path, tmp_path: Path) -> None:
     config = LongLora()
     model = trained(base, config)
-    want = logits(model)
-    # PEFT alone reads its own adapter back, as a trainer does that goes on.
+    expected = logits(model)
+    # PEFT loads the adapter correctly, as when training resumes.
     model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), want)
-    # lm-eval does not: when a release does, this fails, and an adapter is enough.
+    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "adapter")), expected)
+    # lm-eval does not. If a release does, this test fails and an adapter is sufficient.
     with pytest.raises(KeyError, match="already exists"):
         LCFT(str(base), peft=str(tmp_path / "adapter"), device="cpu", dtype="float32")
     assert save(model, config, tmp_path / "out", AutoTokenizer.from_pretrained(base)) == "pretrained"
-    for loaded in (LCFT, HFLM):
-        again = loaded(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32")
-        torch.testing.assert_close(logits(again.model), want, **SUMMED)
-        assert again.max_length == WINDOW
+    for loader in (LCFT, HFLM):
+        lm = loader(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32")
+        torch.testing.assert_close(logits(lm.model), expected, **SUMMED)
+        assert lm.max_length == WINDOW
 
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
-def test_a_longer_window_is_saved_as_a_model_that_every_loader_reads_the_same(
+def test_a_longer_window_is_saved_as_a_model_that_every_loader_loads_the_same(
     base: Path, tmp_path: Path, rope: str
 ) -> None:
     config = LongLora(window_tokens=2 * WINDOW, rope=rope)
     model = trained(base, config)
-    want = logits(model)
+    expected = logits(model)
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert save(model, config, tmp_path / "out", tokenizer) == "pretrained"
-    again = load(tmp_path / "out")
-    torch.testing.assert_close(logits(again), want, **SUMMED)
-    assert again.config.tie_word_embeddings
-    assert again.config._attn_implementation == "sdpa"
+    loaded = load(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), expected, **SUMMED)
+    assert loaded.config.tie_word_embeddings
+    assert loaded.config._attn_implementation == "sdpa"
     lcft = LCFT(str(tmp_path / "out"), device="cpu", dtype="float32")
     assert lcft.max_length == 2 * WINDOW
-    torch.testing.assert_close(logits(lcft.model), want, **SUMMED)
+    torch.testing.assert_close(logits(lcft.model), expected, **SUMMED)
     with pytest.raises(UserError, match="not an empty folder"):
         save(model, config, tmp_path / "out", tokenizer)
 
 
-def test_an_adapter_of_a_longer_window_is_not_the_model_on_its_plain_base(base: Path, tmp_path: Path) -> None:
-    """Why it is merged; and that the base with the same positions, by model_args, is the model again."""
+def test_an_adapter_with_a_longer_window_requires_the_rope_scaling_of_its_base(base: Path, tmp_path: Path) -> None:
+    """The reason for merging; with the RoPE parameters in model_args, the adapter gives the same logits."""
     model = trained(base, LongLora(window_tokens=2 * WINDOW, embeddings=False))
-    want = logits(model)
+    expected = logits(model)
     model.save_pretrained(tmp_path)
-    assert not torch.allclose(logits(PeftModel.from_pretrained(load(base), tmp_path)), want, atol=1e-2)
+    assert not torch.allclose(logits(PeftModel.from_pretrained(load(base), tmp_path)), expected, atol=1e-2)
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 100000.0}
-    longer = {"rope_parameters": rope, "max_position_embeddings": 2 * WINDOW}
-    lcft = LCFT(str(base), peft=str(tmp_path), device="cpu", dtype="float32", **longer)
-    torch.testing.assert_close(logits(lcft.model), want, **SUMMED)
+    extended = {"rope_parameters": rope, "max_position_embeddings": 2 * WINDOW}
+    lcft = LCFT(str(base), peft=str(tmp_path), device="cpu", dtype="float32", **extended)
+    torch.testing.assert_close(logits(lcft.model), expected, **SUMMED)
     assert lcft.max_length == 2 * WINDOW
 
 
-def test_the_documented_snippets_do_what_they_say(base: Path, tmp_path: Path) -> None:
+def test_the_documented_snippets_run(base: Path, tmp_path: Path) -> None:
     first, second = re.findall(r"```python\n(.*?)```", DOCUMENTATION.read_text(), re.S)
-    known = {"model": load(base), "tokenizer": AutoTokenizer.from_pretrained(base), "folder": tmp_path / "out"}
-    exec(first, known)
+    names = {"model": load(base), "tokenizer": AutoTokenizer.from_pretrained(base), "folder": tmp_path / "out"}
+    exec(first, names)
     assert load(tmp_path / "out").config.max_position_embeddings == 16384
-    exec(second, known)
-    assert len(known["made"]) == 64 * 8
+    exec(second, names)
+    assert len(names["training_rows"]) == 64 * 8
 
 
-def test_the_documented_line_gives_an_adapter_its_positions(
+def test_the_documented_command_loads_an_adapter_with_rope_scaling(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = trained(base, LongLora(window_tokens=2 * WINDOW, embeddings=False))
     model.save_pretrained(tmp_path / "adapter")
-    (said,) = re.findall(r"--model_args '(.*?)'", DOCUMENTATION.read_text(), re.S)
-    args = json.loads(said.replace("\n", " "))
+    (documented,) = re.findall(r"--model_args '(.*?)'", DOCUMENTATION.read_text(), re.S)
+    args = json.loads(documented.replace("\n", " "))
     args |= {"pretrained": str(base), "peft": str(tmp_path / "adapter")}
     line = ["run", "--model", "lcft", "--model_args", json.dumps(args), "--tasks", "lc_iris_ao_2k", "--limit", "1"]
     assert invoke([*line, "--device", "cpu", "--output_path", str(tmp_path / "run")]) == 0
-    said_by_run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert "16384" in json.dumps(said_by_run)
+    config = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert "16384" in json.dumps(config)
 
 
 def test_the_table_of_the_study_is_computed_from_its_samples(study_of: Callable[[str], ModuleType]) -> None:
@@ -197,24 +195,24 @@ def test_the_table_of_the_study_is_computed_from_its_samples(study_of: Callable[
 
 
 @pytest.mark.parametrize("rope", ["linear", "yarn"])
-def test_scaled_positions_are_those_of_a_model_loaded_so(base: Path, rope: str) -> None:
+def test_extended_rope_equals_that_of_a_model_loaded_with_the_scaling(base: Path, rope: str) -> None:
     model = load(base)
-    plain = model.model.rotary_emb.inv_freq.clone()
+    unscaled = model.model.rotary_emb.inv_freq.clone()
     extend(model, 4 * WINDOW, rope)
-    pair = model.model.rotary_emb
+    rotary = model.model.rotary_emb
     config = json.loads(model.config.to_json_string())
     other = LlamaForCausalLM(LlamaConfig(**config)).model.rotary_emb
-    assert torch.equal(pair.inv_freq, other.inv_freq)
-    assert pair.attention_scaling == other.attention_scaling
+    assert torch.equal(rotary.inv_freq, other.inv_freq)
+    assert rotary.attention_scaling == other.attention_scaling
     if rope == "linear":
-        torch.testing.assert_close(pair.inv_freq, plain / 4)
-    else:  # fast turns stay, slow ones are stretched by the factor, and attention is a little sharper
-        assert pair.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
-        assert pair.inv_freq[0] == plain[0]
-        assert pair.inv_freq[-1] == pytest.approx(float(plain[-1]) / 4)
+        torch.testing.assert_close(rotary.inv_freq, unscaled / 4)
+    else:  # high frequencies stay, low ones are divided by the factor, and attention is slightly sharper
+        assert rotary.attention_scaling == pytest.approx(0.1 * math.log(4) + 1)
+        assert rotary.inv_freq[0] == unscaled[0]
+        assert rotary.inv_freq[-1] == pytest.approx(float(unscaled[-1]) / 4)
 
 
-def test_a_run_beyond_the_base_window_works_with_the_saved_model_and_is_refused_without(
+def test_a_prompt_beyond_the_base_window_requires_the_saved_model(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = LongLora(window_tokens=2 * WINDOW)
@@ -233,16 +231,16 @@ def test_a_run_beyond_the_base_window_works_with_the_saved_model_and_is_refused_
     assert sample["doc"]["length_tokens"] > 2 * WINDOW * 0.98
 
 
-def test_what_does_not_fit_is_refused(base: Path) -> None:
-    with pytest.raises(UserError, match="window_tokens=8192 is no more than the model's own 8192"):
+def test_an_unsupported_model_or_window_is_an_error(base: Path) -> None:
+    with pytest.raises(UserError, match="window_tokens=8192 is not longer than the model's window of 8192"):
         prepare(load(base), LongLora(window_tokens=WINDOW))
     model = load(base)
     extend(model, 2 * WINDOW)
-    with pytest.raises(UserError, match="already linear"):
+    with pytest.raises(UserError, match=r"already scaled \(linear\)"):
         extend(model, 4 * WINDOW)
     small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    with pytest.raises(UserError, match="mistral has sliding layers"):
+    with pytest.raises(UserError, match="mistral has sliding-window layers"):
         prepare(Mistral(MistralConfig(**small, sliding_window=4)), LongLora())
     with pytest.raises(UserError, match=r"attention_dropout=0.1"):
         prepare(LlamaForCausalLM(LlamaConfig(**small, attention_dropout=0.1)), LongLora())
@@ -251,6 +249,6 @@ def test_what_does_not_fit_is_refused(base: Path) -> None:
 @pytest.mark.parametrize(
     "bad", [{"grup": 0.25}, {"group": 0}, {"group_tokens": 7}, {"group": 0.5, "group_tokens": 8}, {"rope": "ntk"}]
 )
-def test_a_bad_section_is_refused(bad: dict[str, Any]) -> None:
+def test_an_invalid_section_is_an_error(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         LongLora(**bad)

@@ -1,4 +1,4 @@
-"""Shifted attention in training: the kernels' reference by another way, its receptive field, and full in evaluation."""
+"""Shifted attention in training: agreement with the kernels' reference, receptive fields, full attention in eval."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lceval.training.shifted import Segments, attend, by_lengths, even_group
 
 
 def tensors(heads: int, kv_heads: int, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k, v as a projection lays them, and a gradient of the output."""
+    """q, k, v with the strides of a projection, and a gradient of the output."""
     rng = torch.Generator().manual_seed(tokens)
-    made = [torch.randn(batch, tokens, n, 8, generator=rng, dtype=dtype) for n in (heads, kv_heads, kv_heads, heads)]
-    return [x.transpose(1, 2).requires_grad_() for x in made]
+    tensors = [torch.randn(batch, tokens, n, 8, generator=rng, dtype=dtype) for n in (heads, kv_heads, kv_heads, heads)]
+    return [x.transpose(1, 2).requires_grad_() for x in tensors]
 
 
 def truth(q: Tensor, k: Tensor, v: Tensor, segments: Segments, group: int) -> Tensor:
-    """The reference, a sequence at a time."""
+    """The reference, one sequence at a time."""
     o = torch.zeros_like(q)
     for row, start, stop in segments:
         part = (x[row : row + 1, :, start:stop] for x in (q, k, v))
@@ -52,12 +52,12 @@ def test_packed_and_padded_sequences_agree_with_the_reference_of_each(
             at += length
     tokens = max(stop for _, _, stop in segments) + gap
     *qkv, do = tensors(*heads, len(cuts), tokens)
-    want = truth(*qkv, segments, 2 * half)
-    wanted = torch.autograd.grad(want, qkv, do)
-    got = (by_lengths if kernels else attend)(*qkv, segments, 2 * half, 0.3)
-    found = torch.autograd.grad(got, qkv, do)
+    expected = truth(*qkv, segments, 2 * half)
+    expected_gradients = torch.autograd.grad(expected, qkv, do)
+    output = (by_lengths if kernels else attend)(*qkv, segments, 2 * half, 0.3)
+    gradients = torch.autograd.grad(output, qkv, do)
     # Two float32 orders of summation.
-    for x, y in zip((got, *found), (want, *wanted), strict=True):
+    for x, y in zip((output, *gradients), (expected, *expected_gradients), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
 
 
@@ -75,23 +75,23 @@ def test_a_group_is_a_quarter_rounded_to_even() -> None:
     assert [even_group(n, 0.25) for n in (0, 1, 8, 11, 12, 13, 100, 8192)] == [2, 2, 2, 2, 4, 4, 24, 2048]
 
 
-def sees(t: int, shift: int, group: int) -> set[int]:
-    """The tokens whose keys a query may read, itself included."""
+def visible(t: int, shift: int, group: int) -> set[int]:
+    """The tokens that a query attends to, including itself."""
     return {s for s in range(t + 1) if (s + shift) // group == (t + shift) // group}
 
 
 @pytest.mark.parametrize("tokens", [64, 61, 53])
-def test_gradients_reach_exactly_the_tokens_of_a_heads_own_group(tokens: int) -> None:
+def test_gradients_flow_to_exactly_the_tokens_of_a_heads_group(tokens: int) -> None:
     group = even_group(tokens, 0.25)
     q, k, v, _ = tensors(3, 3, 1, tokens)
     o = attend(q, k, v, None, group, 0.3)
     for t in (0, 1, group // 2, group, tokens // 2, tokens - 2, tokens - 1):
         for head in range(3):
             dk, dv = torch.autograd.grad(o[0, head, t].sum(), (k, v), retain_graph=True)
-            want = sees(t, 0 if head == 0 else group // 2, group)
-            assert set(dv[0, head].abs().sum(-1).nonzero().flatten().tolist()) == want
-            if len(want) > 1:  # the one token that a query sees has all its weight, whatever its key
-                assert set(dk[0, head].abs().sum(-1).nonzero().flatten().tolist()) == want
+            expected = visible(t, 0 if head == 0 else group // 2, group)
+            assert set(dv[0, head].abs().sum(-1).nonzero().flatten().tolist()) == expected
+            if len(expected) > 1:  # a single visible token has weight 1, whatever its key
+                assert set(dk[0, head].abs().sum(-1).nonzero().flatten().tolist()) == expected
             assert not dv[0, [h for h in range(3) if h != head]].any()
 
 
@@ -111,7 +111,7 @@ def model(attention: str, layers: int = 1) -> LlamaForCausalLM:
 
 
 def reached(llama: Any, ids: Tensor, t: int, **kwargs: Any) -> list[int]:
-    """The tokens of the first row whose embeddings the logits at t depend on."""
+    """The tokens of the first row whose embeddings affect the logits at t."""
     embeddings = llama.get_input_embeddings()(ids).detach().requires_grad_()
     logits = llama(inputs_embeds=embeddings, use_cache=False, **kwargs).logits
     (gradient,) = torch.autograd.grad(logits[0, t].sum(), embeddings)
@@ -121,28 +121,28 @@ def reached(llama: Any, ids: Tensor, t: int, **kwargs: Any) -> list[int]:
 
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_training_layer_sees_both_groups_and_nothing_later(tokens: int, checkpointing: bool) -> None:
+def test_a_training_layer_attends_to_both_groups_and_is_causal(tokens: int, checkpointing: bool) -> None:
     llama = model(shifted.register()).train()
     if checkpointing:
         llama.activation_checkpointing_enable({"use_reentrant": False})
     group = even_group(tokens, 0.25)
     ids = torch.arange(tokens)[None] % 50
     for t in (0, group - 1, group, tokens // 2, tokens - 1):
-        assert reached(llama, ids, t) == sorted(sees(t, 0, group) | sees(t, group // 2, group))
+        assert reached(llama, ids, t) == sorted(visible(t, 0, group) | visible(t, group // 2, group))
     with shifted.full_attention(llama):
         assert reached(llama, ids, tokens - 1) == [*range(tokens)]
     assert reached(llama, ids, tokens - 1)[0] > 0
 
 
-def test_two_layers_carry_what_two_groups_hold() -> None:
+def test_the_receptive_field_of_two_layers_is_the_union_of_groups() -> None:
     ids = torch.arange(48)[None]
     llama = model(shifted.register(), layers=2).train()
-    one = sees(24, 0, 12) | sees(24, 6, 12)
-    two = set().union(*(sees(s, 0, 12) | sees(s, 6, 12) for s in one))
+    one = visible(24, 0, 12) | visible(24, 6, 12)
+    two = set().union(*(visible(s, 0, 12) | visible(s, 6, 12) for s in one))
     assert set(reached(llama, ids, 24)) == two > one
 
 
-def test_padding_and_packing_are_followed_by_the_model() -> None:
+def test_the_model_respects_padding_and_packing() -> None:
     llama = model(shifted.register(tokens=4)).train()
     ids = (torch.arange(20) + 1)[None]
     mask = torch.ones(1, 20, dtype=torch.long)
@@ -161,25 +161,25 @@ def test_padding_and_packing_are_followed_by_the_model() -> None:
 
 
 def test_evaluation_is_sdpa_bit_for_bit() -> None:
-    ours, sdpa = model(shifted.register(), 2).eval(), model("sdpa", 2).eval()
+    shifted_model, sdpa = model(shifted.register(), 2).eval(), model("sdpa", 2).eval()
     ids = torch.arange(46).view(2, 23)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     packed = torch.tensor([[*range(9), *range(14)]]).expand(2, -1)
     for kwargs in ({}, {"attention_mask": mask}, {"position_ids": packed, "use_cache": False}):
-        assert torch.equal(ours(ids, **kwargs).logits, sdpa(ids, **kwargs).logits)
-    written = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (ours, sdpa)]
-    assert torch.equal(*written)
+        assert torch.equal(shifted_model(ids, **kwargs).logits, sdpa(ids, **kwargs).logits)
+    generated = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (shifted_model, sdpa)]
+    assert torch.equal(*generated)
     trained = model(shifted.register(), 2).train()(ids, use_cache=False).logits
     assert not torch.allclose(trained, sdpa(ids).logits, atol=1e-4)
 
 
 @pytest.fixture
 def no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    def built(**_: Any) -> None:
+    def fail(**_: Any) -> None:
         raise AssertionError("a mask was built")
 
-    monkeypatch.setattr(shifted, "sdpa_mask", built)
+    monkeypatch.setattr(shifted, "sdpa_mask", fail)
 
 
 @pytest.mark.usefixtures("no_masks")
@@ -191,11 +191,11 @@ def test_training_builds_no_mask() -> None:
     llama(ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
 
 
-def test_what_it_cannot_follow_is_refused() -> None:
+def test_an_unsupported_mask_or_cache_is_an_error() -> None:
     llama = model(shifted.register()).train()
     ids = torch.ones(1, 6, dtype=torch.long)
-    with pytest.raises(UserError, match="brings its own mask"):
+    with pytest.raises(UserError, match="has its own mask"):
         llama(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), use_cache=False)
     cache = llama(ids, use_cache=True).cache
-    with pytest.raises(UserError, match="trains on whole sequences"):
+    with pytest.raises(UserError, match="requires whole sequences"):
         llama(ids, cache=cache)

@@ -1,4 +1,4 @@
-"""Training rows from neighbourhoods: real tables, near rows together, and nothing that the tasks ask for."""
+"""Training rows from neighbourhoods of real tables: near rows together, and no held-out rows."""
 
 from __future__ import annotations
 
@@ -26,60 +26,60 @@ def numbers(pids: list[str]) -> list[int]:
 
 
 def sets(rows: list[Any]) -> dict[str, tuple[list[int], list[int]]]:
-    """By context: its rows, and those that are asked for."""
-    found: dict[str, tuple[list[int], list[int]]] = {}
+    """The table rows and the queries of each context."""
+    contexts: dict[str, tuple[list[int], list[int]]] = {}
     for row in rows:
-        _, asked = found.setdefault(row["cluster"], (numbers([d["pid"] for d in row["docs"]]), []))
-        asked += numbers([row["id"]])
-    return found
+        _, queries = contexts.setdefault(row["cluster"], (numbers([d["pid"] for d in row["docs"]]), []))
+        queries += numbers([row["id"]])
+    return contexts
 
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("retriever", ["knn", "random"])
 @pytest.mark.parametrize("data_seed", [1234, 7])
 def test_rows_are_training_rows_and_no_query_is_in_its_context(name: str, retriever: str, data_seed: int) -> None:
-    made = tabular.rows(Neighbourhoods(datasets=(name,), retriever=retriever, data_seed=data_seed, **SMALL))
+    rows = tabular.rows(Neighbourhoods(datasets=(name,), retriever=retriever, data_seed=data_seed, **SMALL))
     table = tables.load(catalogue.datasets()[name].options, data_seed)
-    found = sets(made)
-    assert len(found) == 12
-    for shown, asked in found.values():
-        assert len(shown) == 16
-        assert len(asked) == len(set(asked)) == 4
-        assert not set(shown) & set(asked)
-        assert set(shown + asked) <= set(table.training)
-        assert not set(shown + asked) & set(table.held_out)
+    contexts = sets(rows)
+    assert len(contexts) == 12
+    for context, queries in contexts.values():
+        assert len(context) == 16
+        assert len(queries) == len(set(queries)) == 4
+        assert not set(context) & set(queries)
+        assert set(context + queries) <= set(table.training)
+        assert not set(context + queries) & set(table.held_out)
 
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_local_set_is_a_row_and_its_nearest_by_scikit_learn(name: str) -> None:
-    made = tabular.rows(Neighbourhoods(datasets=(name,), **SMALL))
+    rows = tabular.rows(Neighbourhoods(datasets=(name,), **SMALL))
     table = tables.load(catalogue.datasets()[name].options, 1234)
     training = list(table.training)
     scaled = StandardScaler().fit(table.features[training]).transform(table.features)
     reference = NearestNeighbors(n_neighbors=20, algorithm="brute").fit(scaled[training])
-    for shown, asked in sets(made).values():
-        every = sorted(shown + asked)
-        # Some row of the set is its middle: the set is as near to it as its 20 nearest are.
-        distances, _ = reference.kneighbors(scaled[every])
-        own = [np.sort(np.linalg.norm(scaled[every] - scaled[middle], axis=1)) for middle in every]
-        middles = [m for m, d, o in zip(every, distances, own, strict=True) if np.allclose(d, o, rtol=1e-4, atol=1e-4)]
-        assert middles
-        far = [np.linalg.norm(scaled[shown] - scaled[middle], axis=1) for middle in middles]
-        assert any((np.diff(d) <= 1e-5).all() for d in far), "the nearest is shown last"
+    for context, queries in sets(rows).values():
+        local = sorted(context + queries)
+        # Some row of the set is its center: the distances to the set are those to its 20 nearest neighbours.
+        distances, _ = reference.kneighbors(scaled[local])
+        own = [np.sort(np.linalg.norm(scaled[local] - scaled[center], axis=1)) for center in local]
+        centers = [c for c, d, o in zip(local, distances, own, strict=True) if np.allclose(d, o, rtol=1e-4, atol=1e-4)]
+        assert centers
+        context_distances = [np.linalg.norm(scaled[context] - scaled[center], axis=1) for center in centers]
+        assert any((np.diff(d) <= 1e-5).all() for d in context_distances), "the nearest row is last"
 
 
 @pytest.mark.parametrize("name", ["iris", "wine", "cancer"])
-def test_a_local_context_says_more_of_its_queries_than_a_random_one(name: str) -> None:
+def test_a_local_context_shares_more_labels_with_its_queries_than_a_random_one(name: str) -> None:
     shares = {}
     for retriever in ("knn", "random"):
-        made = tabular.rows(Neighbourhoods(datasets=(name,), retriever=retriever, **{**SMALL, "sets": 40}))
-        of = [fmean(d["text"].endswith(tables.ARROW + r["answers"][0]) for d in r["docs"]) for r in made]
-        shares[retriever] = fmean(of)
+        rows = tabular.rows(Neighbourhoods(datasets=(name,), retriever=retriever, **{**SMALL, "sets": 40}))
+        same_label = [fmean(d["text"].endswith(tables.ARROW + r["answers"][0]) for d in r["docs"]) for r in rows]
+        shares[retriever] = fmean(same_label)
     assert shares["knn"] > shares["random"] + 0.2
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_the_prompt_is_the_tasks_and_the_target_is_a_full_score(name: str) -> None:
+def test_the_prompt_is_that_of_the_task_and_the_target_has_a_full_score(name: str) -> None:
     row = tabular.rows(Neighbourhoods(datasets=(name,), **{**SMALL, "sets": 1}))[0]
     dataset = catalogue.datasets()[name]
     output_format = dataset.modes["ao"]
@@ -96,39 +96,41 @@ def test_the_prompt_is_the_tasks_and_the_target_is_a_full_score(name: str) -> No
         assert scoring.target_results(doc, [row["target"]])["abs_error"] == 0
 
 
-def test_queries_share_their_context_and_stand_together() -> None:
-    made = tabular.rows(Neighbourhoods(datasets=TABLES, **SMALL))
+def test_queries_share_their_context_and_are_grouped_by_it() -> None:
+    rows = tabular.rows(Neighbourhoods(datasets=TABLES, **SMALL))
     contexts = defaultdict(set)
-    for row in made:
+    for row in rows:
         contexts[row["cluster"]].add(row["context"])
-    assert all(len(of) == 1 for of in contexts.values())
+    assert all(len(texts) == 1 for texts in contexts.values())
     assert len(contexts) == 4 * 12
-    clusters = [row["cluster"] for row in made]
+    clusters = [row["cluster"] for row in rows]
     assert all(len(set(clusters[at : at + 4])) == 1 for at in range(0, len(clusters), 4))
-    assert len({row["id"] for row in made}) == len(made)
+    assert len({row["id"] for row in rows}) == len(rows)
 
 
-def test_every_row_is_the_middle_of_a_set_before_any_is_of_two() -> None:
+def test_every_row_is_drawn_once_before_any_is_drawn_twice() -> None:
     table = tables.load(catalogue.datasets()["iris"].options, 1234)
-    rows = len(table.training)
-    made = tabular.rows(Neighbourhoods(datasets=("iris",), context_rows=1, queries=1, sets=rows))
-    seen = {number for shown, asked in sets(made).values() for number in shown + asked}
-    assert seen == set(table.training)
+    rows = tabular.rows(Neighbourhoods(datasets=("iris",), context_rows=1, queries=1, sets=len(table.training)))
+    covered = {number for context, queries in sets(rows).values() for number in context + queries}
+    assert covered == set(table.training)
 
 
-def test_the_seed_decides_the_draws() -> None:
-    first, again, other = (tabular.rows(Neighbourhoods(seed=seed, **SMALL)) for seed in (1, 1, 2))
-    assert first == again
+def test_the_sets_depend_on_the_seed() -> None:
+    first, repeated, other = (tabular.rows(Neighbourhoods(seed=seed, **SMALL)) for seed in (1, 1, 2))
+    assert first == repeated
     assert sets(first).values() != sets(other).values()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"datasets": ("nqopen",)}, "'nqopen' is no table of the tabular suite: one of cancer, diabetes, iris, wine"),
+        (
+            {"datasets": ("nqopen",)},
+            "'nqopen' is not a table of the tabular suite: expected one of cancer, diabetes, iris, wine",
+        ),
         ({"datasets": ("iris",), "context_rows": 90}, "iris has 90 training rows, fewer than context_rows=90"),
     ],
 )
-def test_what_no_table_has_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_an_impossible_specification_is_an_error(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         tabular.rows(Neighbourhoods(**changes))

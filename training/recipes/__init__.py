@@ -1,1 +1,1 @@
-"""Recipes that come with the package: `lceval train NAME`."""
+"""Shipped recipes: `lceval train NAME`."""
