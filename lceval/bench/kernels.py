@@ -26,7 +26,7 @@ from lceval.models.policies import Quantizer
 from lceval.models.recipe import parse
 
 LENGTHS, BATCHES, KEEPS = (8192, 32768, 131072), (1, 8, 32), (1.0, 0.5, 0.25, 0.1)
-# Recipes without an evictor (`keep` evicts); the sparse attentions select a tenth of the context.
+# Recipes without an evictor (`keep` evicts); sparse attention selects a tenth of the context.
 RECIPES = ("full", "int8", "int4", "int2", "fier:0.1", "quest:0.1")
 # The first layers of a sparse attention (fier) are dense, so a later layer is timed.
 LAYER = 2
