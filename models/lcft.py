@@ -92,7 +92,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         if query_aware and getattr(self.recipe.evictor, "when", "") == "always":
             raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
         if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise UserError("lcft does not support --batch_size auto: pass a number")
+            raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
         if "attn_implementation" in kwargs:
             raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
         self.query_aware = query_aware
