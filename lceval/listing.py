@@ -135,7 +135,7 @@ def overview() -> str:
         }
         for dataset in catalogue.datasets().values()
     ]
-    return f"{columns_text(lines)}\n\n{_NAMES}"
+    return f"{columns(lines)}\n\n{_NAMES}"
 
 
 def tasks_text(pattern: str) -> str:
@@ -152,12 +152,12 @@ def tasks_text(pattern: str) -> str:
             "licence": record["licence"],
         }
         lines.append(line)
-    return columns_text(lines)
+    return columns(lines)
 
 
 def groups_text(pattern: str = "") -> str:
     """Table of the matching groups, one per line."""
-    return columns_text([{"group": record["group"], "members": " ".join(record["members"])} for record in groups(pattern)])
+    return columns([{"group": record["group"], "members": " ".join(record["members"])} for record in groups(pattern)])
 
 
 def data_text() -> str:
@@ -174,7 +174,7 @@ def data_text() -> str:
     ]
     root = sources.data_folder()
     where = f"{sources.DATA_VARIABLE}={root}" if root is not None else f"{sources.DATA_VARIABLE} is not set"
-    return f"{columns_text(lines)}\n\n{where}"
+    return f"{columns(lines)}\n\n{where}"
 
 
 def _remedy(record: Mapping[str, Any]) -> str:
@@ -190,7 +190,7 @@ def _clipped(text: str) -> str:
     return text if len(text) <= _CLIP else f"{text[: _CLIP - 1].rstrip(' ,;')}…"
 
 
-def columns_text(lines: Sequence[Mapping[str, str]]) -> str:
+def columns(lines: Sequence[Mapping[str, str]]) -> str:
     """Aligned columns with headings."""
     rows = [{heading: heading.upper() for heading in lines[0]}, *lines]
     widths = {heading: max(len(row[heading]) for row in rows) for heading in lines[0]}

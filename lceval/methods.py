@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from lceval.errors import UserError
-from lceval.listing import columns_text
+from lceval.listing import columns
 from lceval.models import recipe
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Quantizer, StepEvictor
 
@@ -80,7 +80,7 @@ def text(name: str = "", *, as_json: bool = False) -> str:
     for line in lines:
         if line["method"] == mixed[0]:
             line["method"] = "kvAvB"
-    return f"{columns_text(lines)}\n\n{_MORE}"
+    return f"{columns(lines)}\n\n{_MORE}"
 
 
 def _described(docstring: str | None) -> dict[str, Any]:
