@@ -219,9 +219,9 @@ def test_two_sequences_and_rows_that_share_one(counts: list[list[int]]) -> None:
                 torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["length_matched", "ragged"])
+@pytest.mark.parametrize("kind", ["even", "ragged"])
 def test_blocks_of_pages_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    kv = uniform(1, 2, 1000, 16) if kind == "length_matched" else ragged([[1000, 200]], 16)
+    kv = uniform(1, 2, 1000, 16) if kind == "even" else ragged([[1000, 200]], 16)
     q = torch.randn(1, 4, 7, 16)
     whole = QuantKV.quantize(kv, 4, 2)
     results = whole.attend(q, 0.25)
@@ -263,10 +263,10 @@ def test_taken_slots_are_those_of_the_head(dtype: str, bits: tuple[int, int]) ->
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("kind", ["length_matched", "ragged"])
+@pytest.mark.parametrize("kind", ["even", "ragged"])
 def test_bytes_are_those_of_the_tensors(kind: str, bits: tuple[int, int]) -> None:
-    dim, counts = 20, (300, 300) if kind == "length_matched" else (300, 65)
-    kv = uniform(1, 2, 300, dim) if kind == "length_matched" else ragged([list(counts)], dim)
+    dim, counts = 20, (300, 300) if kind == "even" else (300, 65)
+    kv = uniform(1, 2, 300, dim) if kind == "even" else ragged([list(counts)], dim)
     actual = QuantKV.quantize(kv, *bits)
     rest = actual.residual
     tensors = [*actual.k.tensors, *actual.v.tensors, actual.table, actual.lens, actual.positions]
@@ -274,13 +274,13 @@ def test_bytes_are_those_of_the_tensors(kind: str, bits: tuple[int, int]) -> Non
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
     assert actual.allocated_bytes == sum(storages.values())
     old = sum(actual.pages) * PAGE
-    assert old == 2 * 128 if kind == "length_matched" else old == 128
+    assert old == 2 * 128 if kind == "even" else old == 128
     # Keys per slot: codes and a 32nd of a 2-byte scale and zero per channel; values: whole words, one group.
     k_slot = dim * 4 if bits[0] == 16 else dim * bits[0] / 8 + dim * 4 / GROUP
     v_slot = dim * 4 if bits[1] == 16 else math.ceil(dim * bits[1] / 32) * 4 + 4
     new = (sum(counts) - old) * 2 * dim * 4
     assert actual.read_bytes == old * (k_slot + v_slot) + new
-    assert actual.kept_bytes == actual.read_bytes + (0 if kind == "length_matched" else 4 * sum(counts))
+    assert actual.kept_bytes == actual.read_bytes + (0 if kind == "even" else 4 * sum(counts))
     assert actual.kept_bytes < kv.kept_bytes
     assert actual.kept_bytes <= actual.allocated_bytes
 

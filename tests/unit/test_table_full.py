@@ -242,18 +242,20 @@ def test_verdicts_on_other_samples_are_ignored(tmp_path: Path, capsys: pytest.Ca
 
 def test_query_aware_runs_are_marked_in_a_column_that_appears_only_with_them() -> None:
     query_agnostic = run(samples_of(LESS), "snapkv:0.5", label="a", config={"model_args": {"query_aware": False}})
-    aware = run(samples_of(LESS), "snapkv:0.5", label="b", config={"model_args": "kv=snapkv:0.5,query_aware=True"})
+    query_aware = run(
+        samples_of(LESS), "snapkv:0.5", label="b", config={"model_args": "kv=snapkv:0.5,query_aware=True"}
+    )
     full = run(samples_of(FULL), config={"model_args": {"query_aware": True}})
-    rows = build([full, query_agnostic, aware]).rows
+    rows = build([full, query_agnostic, query_aware]).rows
     assert [row["query_aware"] for row in rows] == [None, False, True]
     assert last(run(samples_of(LESS), "-", model="hf"))["query_aware"] is None
-    text = to_markdown(build([full, query_agnostic, aware]))
+    text = to_markdown(build([full, query_agnostic, query_aware]))
     assert "| run | recipe | query | n |" in text
     assert "| full | full | - | 6 |" in text
     assert "| a | snapkv:0.5 | query-agnostic | 6 |" in text
     assert "| b | snapkv:0.5 | query-aware | 6 |" in text
     assert "- query-aware: eviction scores include the question" in text
     for render in (to_terminal, to_latex, to_html):
-        assert "query-aware" in render(build([full, query_agnostic, aware]))
+        assert "query-aware" in render(build([full, query_agnostic, query_aware]))
         assert "query" not in render(build([full, query_agnostic]))
     assert [row["retention"] for row in rows[1:]] == pytest.approx([3 / 4.5] * 2)
