@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,7 @@ def evaluate(open_run: OpenRun, load: Callable[[Any], Any], *, spent_s: float = 
     record = begin(open_run)
     lm = load(config)
     store = Responses(folder / "responses.sqlite")
+    _collect_environment_once()
     seeds = dict(zip(_SEEDS, config.seed, strict=True)) if config.seed else {}
     # Closed also on failure: a sweep reuses the model, which must not answer other cells from this folder.
     with closing(store):
@@ -250,6 +252,14 @@ def evaluate(open_run: OpenRun, load: Callable[[Any], Any], *, spent_s: float = 
     }
     _write(folder, record)
     return outcome
+
+
+def _collect_environment_once() -> None:
+    """Let lm_eval reuse its description of the environment: it calls `pip list` in every run, which takes seconds."""
+    from torch.utils import collect_env
+
+    if not hasattr(collect_env.get_pretty_env_info, "cache_info"):
+        collect_env.get_pretty_env_info = cache(collect_env.get_pretty_env_info)
 
 
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")

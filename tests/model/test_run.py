@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from lceval import run as run_module
 from lceval.cli import invoke
 from lceval.table import main as table_text
 
@@ -208,3 +209,14 @@ def test_plain_lm_eval_writes_samples_with_telemetry_and_the_prompts_of_hf(
         assert row["retention"] is None
     assert (hf["kept_share"], hf["bytes_read_per_step"], hf["decode_tok_s"]) == (None, None, None)
     assert ours["bytes_read_per_step"] == pytest.approx(ours["kv_mb"] * 1e6, rel=0.02)
+
+
+def test_lm_eval_collects_its_description_of_the_environment_once_per_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import collect_env
+
+    calls: list[str] = []
+    monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: calls.append("pip list") or "environment")
+    for _ in range(2):
+        run_module._collect_environment_once()
+        assert collect_env.get_pretty_env_info() == "environment"
+    assert calls == ["pip list"]
