@@ -223,7 +223,7 @@ class EngineChecks:
             for layer in context.layers
             for head in range(len(layer.counts))
         ]
-        values = {"gold_kept": context.kept_of(gold), "expected": sum(shares) / len(shares)}
+        values = {"gold_kept": context.kept_share_of(gold), "expected": sum(shares) / len(shares)}
         values["difference"] = abs(values["gold_kept"] - values["expected"])
         return bounded(values, difference=1e-6)
 
@@ -247,9 +247,9 @@ class EngineChecks:
         """The question takes part in the scores; its last token is read again over what stays."""
         engine, recipe = self.engine(), parse("snapkv:0.25")
         prefill = engine.prefill(self.context_ids, recipe.stats_spec)
-        cache = engine.ask(prefill, QUESTION, 8)
+        cache = engine.prefill_question(prefill, QUESTION, 8)
         context = prefill.compress(recipe, consume=False, question_cache=cache)
-        cache.over(context)
+        cache.rebase(context)
         cache.rollback(1)
         last = torch.tensor([QUESTION[-1:]], device=self.setup.device)
         logits = engine.forward(cache, last, keep=1)

@@ -52,7 +52,7 @@ def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "slots compact.index and compact.gather", partial(_gather, setup)
     yield "error window.lse and window.received", partial(_window, setup)
     for kind in ("bits", "bounds"):
-        yield f"error scan.{kind} and scan.promise", partial(_scan, setup, kind)
+        yield f"error scan.{kind} and scan.score", partial(_scan, setup, kind)
         yield f"error gather.split, chosen by {kind}", partial(_gather_decode, setup, kind)
     for units in (2000, 20_000):
         yield f"choice topk of {units} units", partial(_topk, setup, units)

@@ -70,7 +70,7 @@ class StepChecks:
         yield "bandwidth copy", self._copy
         lengths, batches, keeps = (self.setup.step_tokens, (1, ROWS), (1.0, 0.25))
         for case in bench.cases(lengths, batches[:1] if self.setup.small else batches, keeps):
-            name = f"bandwidth {case.store} kept {case.keep}, {case.length} tokens, batch {case.batch}"
+            name = f"bandwidth {case.recipe} kept {case.keep}, {case.length} tokens, batch {case.batch}"
             yield name, partial(self._bandwidth, case)
 
     def prefill_checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
