@@ -149,7 +149,7 @@ class StepChecks:
     def _copy(self) -> dict[str, Any]:
         return {"gb_s": bench.copy_bandwidth(self.setup.device) / 1e9}
 
-    def _bandwidth(self, case: bench.Case) -> dict[str, Any]:
+    def _bandwidth(self, case: bench.KernelCase) -> dict[str, Any]:
         self._prefills.clear()
         self.engine_checks.forget_wide()
         shape = SMALL if self.setup.small else QWEN_7B
