@@ -45,6 +45,7 @@ def require_tools() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # 380 compilations: ten minutes on two busy cores
 def test_gate_passes_for_every_variant_and_target(monkeypatch: pytest.MonkeyPatch) -> None:
     require_tools()
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # must not reach the child that compiles
