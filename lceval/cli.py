@@ -15,11 +15,11 @@ from typing import Annotated, Literal
 import typer
 
 from lceval.bench.commands import app as bench
-from lceval.bench.commands import pairs
 from lceval.data_commands import app as data
 from lceval.errors import LcevalError, UserError
 from lceval.judge.commands import app as judge
 from lceval.train.commands import app as train
+from lceval.verbs import Json, key_values
 
 app = typer.Typer(
     help="Evaluate long-context language models over compressed KV caches.",
@@ -29,7 +29,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Format = Literal["terminal", "markdown", "latex", "csv", "html", "json"]
 
 
@@ -350,7 +349,7 @@ def score(
     from lceval.score import render
     from lceval.score import score as score_predictions
 
-    scores = score_predictions(task, predictions, gold=gold, by=by, metadata=pairs(metadata or []))
+    scores = score_predictions(task, predictions, gold=gold, by=by, metadata=key_values(metadata or []))
     typer.echo(json.dumps(scores, indent=2) if as_json else render(scores))
 
 

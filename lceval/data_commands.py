@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+from lceval.verbs import Json
 
 app = typer.Typer(help="List and download the datasets of the tasks.", rich_markup_mode=None, no_args_is_help=True)
 

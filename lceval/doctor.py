@@ -14,7 +14,7 @@ SYMBOLS = {"ok": "ok  ", "note": "note", "error": "FAIL"}
 
 
 @dataclass(frozen=True)
-class Check:
+class Finding:
     """Result of one check: `note` limits what can be run, `error` breaks evaluation; both have a remedy."""
 
     name: str
@@ -23,23 +23,23 @@ class Check:
     remedy: str = ""
 
 
-def examine() -> list[Check]:
-    """Run all checks; takes some seconds, as it imports what it checks."""
+def examine() -> list[Finding]:
+    """The findings of all checks; takes some seconds, as it imports what it checks."""
     return [_versions(), _plugin(), _device(), _triton(), _packaged(), _data()]
 
 
-def render(checks: list[Check]) -> str:
-    """Format the checks as aligned lines, remedies indented below."""
-    width = max(len(check.name) for check in checks)
+def render(findings: list[Finding]) -> str:
+    """The findings as aligned lines, remedies indented below."""
+    width = max(len(finding.name) for finding in findings)
     lines = []
-    for check in checks:
-        lines.append(f"{SYMBOLS[check.level]}  {check.name:<{width}}  {check.found}")
-        if check.remedy:
-            lines.append(f"{'':>{width + 8}}-> {check.remedy}")
+    for finding in findings:
+        lines.append(f"{SYMBOLS[finding.level]}  {finding.name:<{width}}  {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':>{width + 8}}-> {finding.remedy}")
     return "\n".join(lines)
 
 
-def _versions() -> Check:
+def _versions() -> Finding:
     from importlib import metadata
 
     from packaging.requirements import Requirement
@@ -54,15 +54,15 @@ def _versions() -> Check:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            return Check("versions", "error", f"{requirement.name} is not installed", f"pip install '{requirement}'")
+            return Finding("versions", "error", f"{requirement.name} is not installed", f"pip install '{requirement}'")
         if not requirement.specifier.contains(version, prereleases=True):
-            return Check(
+            return Finding(
                 "versions", "error", f"{requirement.name} {version} is installed", f"pip install '{requirement}'"
             )
-    return Check("versions", "ok", installed)
+    return Finding("versions", "ok", installed)
 
 
-def _plugin() -> Check:
+def _plugin() -> Finding:
     """Whether `lm_eval` in this environment can load the model and the tasks."""
     import subprocess
 
@@ -70,56 +70,56 @@ def _plugin() -> Check:
     switched_off = os.environ.get("LCEVAL_AUTOLOAD") == "0"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(sys.prefix))
     if process.returncode == 0:
-        return Check("lm_eval plugin", "ok", "`lm_eval --model lcft` works")
+        return Finding("lm_eval plugin", "ok", "`lm_eval --model lcft` works")
     remedy = (
         "unset LCEVAL_AUTOLOAD" if switched_off else "pip install --force-reinstall --no-deps lceval (not editable)"
     )
-    return Check("lm_eval plugin", "error", "`lm_eval` does not find the model lcft", remedy)
+    return Finding("lm_eval plugin", "error", "`lm_eval` does not find the model lcft", remedy)
 
 
-def _device() -> Check:
+def _device() -> Finding:
     import torch
 
     if torch.cuda.is_available():
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-        return Check("device", "ok", names)
+        return Finding("device", "ok", names)
     cpus = f"no CUDA device; CPU with {torch.get_num_threads()} threads"
-    return Check("device", "note", cpus, "sufficient for small models; for a GPU, install a CUDA build of torch")
+    return Finding("device", "note", cpus, "sufficient for small models; for a GPU, install a CUDA build of torch")
 
 
-def _triton() -> Check:
+def _triton() -> Finding:
     try:
         import triton
     except ImportError:
-        return Check("kernels", "note", "triton is not installed", "pip install triton (Linux); not required on CPUs")
+        return Finding("kernels", "note", "triton is not installed", "pip install triton (Linux); not required on CPUs")
     import torch
 
     backend = "Triton kernels" if torch.cuda.is_available() else "PyTorch reference (CPU path)"
-    return Check("kernels", "ok", f"triton {triton.__version__}; attention uses the {backend}")
+    return Finding("kernels", "ok", f"triton {triton.__version__}; attention uses the {backend}")
 
 
-def _packaged() -> Check:
+def _packaged() -> Finding:
     from lceval.models import packaged
 
     try:
-        return Check("packaged model", "ok", str(packaged.folder()))
+        return Finding("packaged model", "ok", str(packaged.folder()))
     except LcevalError as error:
-        return Check("packaged model", "note", str(error), packaged.INSTALL)
+        return Finding("packaged model", "note", str(error), packaged.INSTALL)
 
 
-def _data() -> Check:
+def _data() -> Finding:
     remedy = "set LCEVAL_DATA to a folder with data (see `lceval data list`); lc_filings_* requires none"
     value = os.environ.get("LCEVAL_DATA")
     if not value:
-        return Check("data folder", "note", "LCEVAL_DATA is not set", remedy)
+        return Finding("data folder", "note", "LCEVAL_DATA is not set", remedy)
     folder = Path(value).expanduser()
     if not folder.is_dir():
-        return Check("data folder", "error", f"LCEVAL_DATA={value} is not a folder", remedy)
+        return Finding("data folder", "error", f"LCEVAL_DATA={value} is not a folder", remedy)
     from lceval import listing
 
     available = [
         dataset["dataset"] for dataset in listing.data() if dataset["at_hand"] and dataset["source"] != "shipped"
     ]
     if not available:
-        return Check("data folder", "note", f"no dataset files in {folder}", remedy)
-    return Check("data folder", "ok", f"{folder}: {', '.join(available)}")
+        return Finding("data folder", "note", f"no dataset files in {folder}", remedy)
+    return Finding("data folder", "ok", f"{folder}: {', '.join(available)}")

@@ -76,10 +76,8 @@ def text(name: str = "", *, as_json: bool = False) -> str:
         return _in_full(record(name))
     mixed = [quantizer for quantizer in QUANTIZERS if quantizer.startswith("kv")]
     # Keys and values in different bits: one line for all pairs.
-    lines = [_line(r) for r in records() if r["method"] not in mixed[1:]]
-    for line in lines:
-        if line["method"] == mixed[0]:
-            line["method"] = "kvAvB"
+    shortened = [r | {"method": "kvAvB"} if r["method"] == mixed[0] else r for r in records()]
+    lines = [_line(r) for r in shortened if r["method"] not in mixed]
     return f"{columns(lines)}\n\n{_MORE}"
 
 

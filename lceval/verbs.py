@@ -1,10 +1,33 @@
-"""Command groups with a default command: `lceval train RECIPE` beside `lceval train eval`; `lceval judge RUN` too."""
+"""What commands share: the option --json, KEY=VALUE texts, and groups with a default command.
+
+Such a group runs `lceval train RECIPE` beside `lceval train eval`, and `lceval judge RUN` likewise.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from typer.core import TyperGroup
+
+from lceval.errors import UserError
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
+
+
+def key_values(texts: list[str]) -> dict[str, str | int]:
+    """KEY=VALUE texts as lm_eval's --metadata reads them: whole numbers become int.
+
+    Raises:
+        UserError: a text without a key or without `=`.
+    """
+    metadata: dict[str, str | int] = {}
+    for text in texts:
+        key, separator, value = text.partition("=")
+        if not (key and separator):
+            raise UserError(f"--metadata {text!r}: expected KEY=VALUE")
+        metadata[key] = int(value) if value.isdecimal() else value
+    return metadata
 
 
 def group_or(default: str) -> type[TyperGroup]:

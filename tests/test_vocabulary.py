@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def files(*suffixes: str) -> list[Path]:
     return [path for path in paths if path.is_file()]
 
 
+@cache
+def text_of(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def in_a_checkout() -> bool:
     return (ROOT / ".git").exists()
 
@@ -61,7 +67,7 @@ def test_a_retired_term_is_not_used(pattern: str) -> None:
     uses = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()[:120]}"
         for path in files(".py", ".md", ".yaml", ".yml", ".toml", ".html", ".js", ".sh")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for number, line in enumerate(text_of(path).splitlines(), 1)
         if term.search(line)
     ]
     assert not uses, f"say {RETIRED[pattern]}:\n" + "\n".join(uses)
@@ -70,7 +76,7 @@ def test_a_retired_term_is_not_used(pattern: str) -> None:
 def test_names_are_those_of_their_content() -> None:
     uses = []
     for path in files(".py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(ast.parse(text_of(path))):
             name = node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
             name = node.arg if isinstance(node, ast.arg) else name
             # The finding of `lceval doctor` is a key of its JSON.

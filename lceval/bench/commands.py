@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from lceval.errors import UserError
+from lceval.verbs import Json, key_values
 
 app = typer.Typer(
     help="Measure speed, memory and quality on this machine.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout.")]
 Pretrained = Annotated[
     str, typer.Option(metavar="NAME", help="Model: a Hugging Face name, a folder, or the packaged smollm2-135m.")
 ]
@@ -99,7 +98,7 @@ def evaluate(
         nll_only=nll_only,
         query_aware=query_aware,
         batch_size=batch_size,
-        metadata=pairs(metadata or []),
+        metadata=key_values(metadata or []),
     )
     typer.echo(json.dumps(report, indent=2) if as_json else render.evaluation(report))
 
@@ -180,18 +179,3 @@ def aot(as_json: Json = False) -> None:
     from lceval.kernels.aot import main
 
     raise typer.Exit(main(["--json"] if as_json else []))
-
-
-def pairs(texts: list[str]) -> dict[str, str | int]:
-    """KEY=VALUE texts as lm_eval's --metadata reads them: whole numbers become int.
-
-    Raises:
-        UserError: a text without a key or without `=`.
-    """
-    metadata: dict[str, str | int] = {}
-    for text in texts:
-        key, separator, value = text.partition("=")
-        if not (key and separator):
-            raise UserError(f"--metadata {text!r}: expected KEY=VALUE")
-        metadata[key] = int(value) if value.isdecimal() else value
-    return metadata

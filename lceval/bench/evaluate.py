@@ -77,7 +77,7 @@ def bench(
         "nll_only": nll_only,
         **({"begin": begin} if begin else {}),
         **({"metadata": dict(metadata)} if metadata else {}),
-        **{k: str(v) for k, v in sorted(model_args.items())},
+        **{k: v if isinstance(v, bool) else str(v) for k, v in sorted(model_args.items())},
     }
     results = _Results(output, identity)
     stats_spec = Recipe().stats_spec

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from lceval.errors import InfrastructureError
-from lceval.verbs import group_or
+from lceval.verbs import Json, group_or
 
 _RUNS = "runs"
 
@@ -38,7 +38,6 @@ MaxCharacters = Annotated[
     ),
 ]
 Replies = Annotated[Path | None, typer.Option(help="Reply cache, an SQLite file (default: in LCEVAL_CACHE).")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(_RUNS)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lceval.train.data_command import data
-from lceval.verbs import group_or
+from lceval.verbs import Json, group_or
 
 app = typer.Typer(
     cls=group_or("recipe"),
@@ -16,7 +16,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 app.command("data")(data)
 
 

@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from lceval.verbs import Json
+
 
 def data(
     output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Output file.")],
@@ -33,7 +35,7 @@ def data(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Maximum number of rows; contexts stay whole.")] = None,
     tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts the tokens.")] = "smollm2-135m",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write training rows with their target replies and report statistics on them."""
     from lceval.errors import UserError
