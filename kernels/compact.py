@@ -402,6 +402,6 @@ def variants() -> Iterator[Variant]:
         pointers = pages | dict.fromkeys(("pages_ptr", "words_ptr"), "*i32") | {"x_ptr": f"*{dtype}"}
         pointers |= {"scale_ptr": "*i16", "zero_ptr": "*i16"}
         for kernel, fn in (("keys", keys_kernel), ("values", values_kernel)):
-            for bits in BITS[1:]:
+            for bits in BITS[1:] if dtype == "bf16" else (4,):
                 sizes, called = constants(kernel, dim, bits, dtype == "bf16"), f"{name} {bits}-bit"
                 yield Variant(f"compact.{kernel}", called, fn, pointers, (), ("stride_x",), sizes, OPTIONS)

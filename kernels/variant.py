@@ -9,8 +9,9 @@ import torch
 
 INSTRUCTIONS = ("LDGSTS", "HMMA", "HGMMA")
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-# Phi-3 has head_dim 96, Gemma 256, most others 64 or 128. G is an argument and needs no variants.
-USED_HEAD_DIMS = {"fp16": (64, 128), "bf16": (64, 96, 128, 256), "fp32": (64, 128)}
+# Phi-3 has head_dim 96, Gemma 256, most others 64 or 128. G is an argument and needs no variants. Models run in
+# bfloat16: of float16, whose code is the same but for the type of a few instructions, and of float32 one size is gated.
+USED_HEAD_DIMS = {"fp16": (128,), "bf16": (64, 96, 128, 256), "fp32": (64,)}
 
 
 @dataclass(frozen=True)

@@ -33,26 +33,26 @@ def assert_same_scores(lcft: Any, hf: Any, requests: list[Any]) -> None:
         assert our_greedy == their_greedy
 
 
-def test_twenty_answers_are_token_for_token_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
-    requests = instances("lc_filings_ao_1k", 20)
+def test_answers_are_token_for_token_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
+    requests = instances("lc_filings_ao_1k", 8)
     for request in requests:
         request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 12})
     assert_same_texts(lcft, hf, requests)
 
 
-def test_twenty_scores_are_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
-    assert_same_scores(lcft, hf, choices(instances("lc_filings_ao_1k", 10)))
+def test_scores_are_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
+    assert_same_scores(lcft, hf, choices(instances("lc_filings_ao_1k", 4)))
 
 
 @pytest.mark.slow
 def test_real_passages_give_the_answers_and_scores_of_hf(data_folder: Path, lcft: Any, hf: Any, instances: Any) -> None:
-    requests = instances("lc_nqopen_ao_2k", 4)
+    requests = instances("lc_nqopen_ao_2k", 2)
     assert_same_texts(lcft, hf, requests)
-    assert_same_scores(lcft, hf, choices(requests[:2]))
+    assert_same_scores(lcft, hf, choices(requests[:1]))
 
 
 def test_a_chunked_prefill_changes_nothing(lcft: Any, instances: Any) -> None:
-    requests = instances("lc_filings_ao_1k", 4)
+    requests = instances("lc_filings_ao_1k", 2)
     whole, chunked = lcft().generate_until(requests), lcft(prefill_chunk=300).generate_until(requests)
     assert whole == chunked
 
@@ -72,7 +72,7 @@ def test_an_adapter_gives_the_answers_and_scores_of_hf(smollm2: str, instances: 
     get_peft_model(AutoModelForCausalLM.from_pretrained(smollm2), config).save_pretrained(tmp_path)
     ours = LCFT(pretrained=smollm2, peft=str(tmp_path), device="cpu")
     theirs = HFLM(pretrained=smollm2, peft=str(tmp_path), device="cpu")
-    requests = instances("lc_filings_ao_1k", 4)
+    requests = instances("lc_filings_ao_1k", 2)
     assert_same_texts(lambda: ours, theirs, requests)
     assert_same_scores(lambda: ours, theirs, choices(requests))
     plain = HFLM(pretrained=smollm2, device="cpu").loglikelihood(choices(requests), disable_tqdm=True)

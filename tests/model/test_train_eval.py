@@ -36,7 +36,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, data_folder: Path) -> Path
 def test_base_and_adapter_answer_the_same_questions(
     adapter: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = ["train", "eval", "runs/two", "--kv", "full", "--kv", "snapkv:0.25", "--limit", "2", "--json"]
+    line = ["train", "eval", "runs/two", "--kv", "full", "--kv", "snapkv:0.25", "--limit", "1", "--json"]
     monkeypatch.chdir(adapter.parent.parent)
     capsys.readouterr()
     assert invoke(line) == 0
@@ -44,7 +44,7 @@ def test_base_and_adapter_answer_the_same_questions(
     assert [row["recipe"] for row in rows] == ["full", "snapkv:0.25"] * 2
     assert {row["context"].partition(":")[0] for row in rows} == {"full", "rag"}
     for row in rows:
-        assert row["n"] == 2
+        assert row["n"] == 1
         delta = row["tuned_gold_nll"]["value"] - row["base_gold_nll"]["value"]
         assert delta == pytest.approx(row["gold_nll_difference"]["value"])
         assert delta != 0

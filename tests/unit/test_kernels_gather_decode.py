@@ -30,7 +30,7 @@ from lceval.kernels.quant import QuantKV
 from lceval.kernels.select import Selective, indexed_keys
 
 Case = dict[str, Any]
-LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
+LENGTHS = [0, 1, 15, 17, 63, 64, 65, 259]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Largest error over all cases, relative to the largest output of the same head: measured fp32 1.1e-6 (sums in another
 # order), fp16 6.5e-4 (p and o rounded to 11 bits), bf16 3.7e-3 in the interpreter, which
