@@ -32,7 +32,7 @@ TOOLS = ("ptxas", "ptxas_blackwell", "cuobjdump", "nvdisasm")
 
 
 @dataclass(frozen=True)
-class Row:
+class CompiledVariant:
     """The compiled cost of one variant: stack and shared memory in bytes, spills as local loads and stores."""
 
     kernel: str
@@ -74,7 +74,7 @@ def missing_tools() -> list[str]:
     return missing
 
 
-def measure() -> list[Row]:
+def measure() -> list[CompiledVariant]:
     """The rows of all variants, compiled in a new process, since this one may run the interpreter.
 
     Raises:
@@ -87,10 +87,10 @@ def measure() -> list[Row]:
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if not done.stdout:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
-    return [Row(**row) for row in json.loads(done.stdout)]
+    return [CompiledVariant(**row) for row in json.loads(done.stdout)]
 
 
-def check(rows: list[Row]) -> list[str]:
+def check(rows: list[CompiledVariant]) -> list[str]:
     """One line for each violated limit; empty if the check passes."""
     broken = []
     known = limits()
@@ -130,7 +130,7 @@ def specialisation(variant: Variant) -> tuple[dict[str, str], dict[tuple[int], l
     return signature, hints
 
 
-def compile_variant(variant: Variant, capability: int) -> Row:
+def compile_variant(variant: Variant, capability: int) -> CompiledVariant:
     """Compile one variant in this process and read its cost from the cubin."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -150,7 +150,7 @@ def compile_variant(variant: Variant, capability: int) -> Row:
     def count(instruction: str) -> int:
         return len(re.findall(rf"\b{instruction}\b", code))
 
-    return Row(
+    return CompiledVariant(
         kernel=variant.kernel,
         variant=variant.name,
         target=f"sm_{capability}",
@@ -162,7 +162,7 @@ def compile_variant(variant: Variant, capability: int) -> Row:
     )
 
 
-def _compile(place: tuple[int, int]) -> Row:
+def _compile(place: tuple[int, int]) -> CompiledVariant:
     """Compile a variant by its index, since jitted functions cannot be pickled."""
     return compile_variant(variants()[place[0]], place[1])
 
@@ -174,7 +174,7 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
 
 
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[CompiledVariant]) -> str:
     head = ["kernel", "variant", "target", "registers", "stack", "spills", "shared", *INSTRUCTIONS]
     text = [head]
     for row in rows:

@@ -81,7 +81,7 @@ def _add_tasks(manager: "ModuleType") -> None:
 
 
 def _packaged_folder() -> str:
-    from lceval.models import packaged
+    from lceval import packaged
 
     return str(packaged.folder())
 
@@ -97,10 +97,12 @@ def _add_names(index: "ModuleType") -> None:
         paths = [Path(path) for path in paths]
         entries: dict[str, object] = original(paths, **options)
         if any(path.resolve() == ours for path in paths):
-            from lceval.tasks import catalogue
+            from lceval.tasks import catalogue, lm_eval_config
 
-            own = [(name, index.Kind.TASK, catalogue.task_config(task)) for name, task in catalogue.tasks().items()]
-            own += [(name, index.Kind.GROUP, catalogue.group_config(name)) for name in catalogue.groups()]
+            own = [
+                (name, index.Kind.TASK, lm_eval_config.task_config(task)) for name, task in catalogue.tasks().items()
+            ]
+            own += [(name, index.Kind.GROUP, lm_eval_config.group_config(name)) for name in catalogue.groups()]
             for name, kind, config in own:
                 # A task of the same name in one of the user's folders has precedence.
                 entries.setdefault(name, index.Entry(name=name, kind=kind, yaml_path=None, cfg=config))
@@ -118,9 +120,9 @@ def _add_judge(evaluator: "ModuleType") -> None:
 
         if not os.environ.get("LCEVAL_JUDGE"):
             return original(*args, **kwargs)
-        from lceval.judge import inrun
+        from lceval.judge import during_run
 
-        return inrun.wrap(original)(*args, **kwargs)
+        return during_run.wrap(original)(*args, **kwargs)
 
     simple_evaluate.__wrapped__ = original  # type: ignore[attr-defined]
     simple_evaluate.__doc__ = original.__doc__

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import AttentionInterface
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.kernels import launch
 
 NAME = "lceval"

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from lceval.kernels import compact
-from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
@@ -86,14 +86,14 @@ class Prefill(Cache):  # type: ignore[misc]
         masks = dict(
             zip(full_attention, _with_counts(self._select(recipe, full_attention, question_cache)), strict=True)
         )
-        compressed: list[PagedKV | Any] = []
+        compressed: list[ContextLayer] = []
         for index, layer in enumerate(self.layers):
             if layer.is_sliding:
                 k, v = layer.last
                 compressed.append(WindowKV(k, v, layer.window))
                 continue
             mask, counts = masks[index]
-            kv: Any
+            kv: PagedKV | QuantKV
             if self.kernels and isinstance(recipe.quantizer, Quantizer):
                 # One pass: the kept slots are never materialized as full-precision pages.
                 kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
@@ -154,10 +154,13 @@ class Prefill(Cache):  # type: ignore[misc]
         counts = counts or (layer.seen,) * (k.shape[0] * k.shape[1])
         return compact.quantize(k, v, mask, counts, quantizer.k_bits, quantizer.v_bits, quantizer.residual)
 
-    def _with_sparse_attention(self, kv: Any, recipe: Recipe, place: int, layers: int, layer: PrefillLayer) -> Any:
+    def _with_sparse_attention(
+        self, kv: PagedKV | QuantKV, recipe: Recipe, place: int, layers: int, layer: PrefillLayer
+    ) -> KV | BoundedKV:
         """The layer under `when=always` or sparse attention, or `kv` itself."""
         evictor = recipe.evictor
         if isinstance(evictor, StepEvictor) and evictor.when == "always":
+            assert isinstance(kv, PagedKV), "a recipe that evicts while decoding stores full precision"
             sums = layer.stats.column_sums
             if sums is None:
                 sums = torch.zeros(kv.lens.shape[0], kv.lens.shape[1], self.tokens, device=kv.k.device)
@@ -174,12 +177,15 @@ def _with_counts(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tu
     return [(mask, () if mask is None else tuple(next(counts))) for mask in masks]
 
 
+ContextLayer = KV | BoundedKV | WindowKV
+
+
 @dataclass(frozen=True)
 class CompressedContext:
     """A compressed context, shared by every question about it.
 
     Attributes:
-        layers: one `kernels.paged.KV` per layer; a WindowKV for sliding-window layers.
+        layers: one per layer of the model; a WindowKV for sliding-window layers, a BoundedKV under `when=always`.
         tokens: length of the context before eviction; the position of the next token.
         dtype: dtype of the model's keys and values.
         full_bytes: KV bytes of all `tokens` tokens in all layers without compression.
@@ -187,7 +193,7 @@ class CompressedContext:
         compress_s: seconds of scoring, gathering, quantizing and indexing.
     """
 
-    layers: tuple[Any, ...]
+    layers: tuple[ContextLayer, ...]
     tokens: int
     dtype: torch.dtype
     full_bytes: int
@@ -217,7 +223,7 @@ class CompressedContext:
         return sum(layer.read_bytes for layer in self.layers)
 
     @property
-    def full_attention_layers(self) -> list[Any]:
+    def full_attention_layers(self) -> list[KV | BoundedKV]:
         """The layers without a sliding window."""
         return [layer for layer in self.layers if not isinstance(layer, WindowKV)]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 

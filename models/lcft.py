@@ -6,14 +6,14 @@ fork. With `kv=full` the results are those of `--model hf`.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -24,18 +24,21 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from lceval.errors import UserError
-from lceval.models import attention, packaged, recipe
+from lceval import packaged
+from lceval.core.answers import Score, Text
+from lceval.core.errors import UserError
+from lceval.models import attention, recipe
+from lceval.models.arguments import check_arguments, unknown_argument
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
-from lceval.models.prefix import Job, find_boundary, fit, padded
-from lceval.models.response import Score, Text, skipped
+from lceval.models.policies import StatsSpec
+from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit, padded, whole_rows
 from lceval.models.scheduler import ContextScheduler, Question
+from lceval.models.telemetry import skipped
 
 logger = logging.getLogger(__name__)
 
-OVERLONG = ("error", "middle", "end", "skip")
 # Choices scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
@@ -78,33 +81,21 @@ class LCFT(HFLM):  # type: ignore[misc]
         context_field: str = "context",
         **kwargs: Any,
     ) -> None:
-        self.recipe = recipe.parse(str(kv))
-        choices = {"overlong": (overlong, OVERLONG), "attn": (attn, attention.CHOICES)}
-        for name, (value, allowed) in {**choices, "diagnose": (diagnose, Diagnosis.KINDS)}.items():
-            if value not in allowed:
-                raise UserError(f"bad model argument {name}={value!r}: one of {', '.join(allowed)}")
-        if not isinstance(query_aware, bool):
-            raise UserError(f"bad model argument query_aware={query_aware!r}: true or false")
-        if not isinstance(prefill_chunk, int) or prefill_chunk < 0:
-            raise UserError(f"bad model argument prefill_chunk={prefill_chunk!r}: a number of tokens, or 0")
-        if not isinstance(prefix_cache_gib, int | float) or prefix_cache_gib < 0:
-            raise UserError(f"bad model argument prefix_cache_gib={prefix_cache_gib!r}: a number of GiB, or 0")
-        if query_aware and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
-        if str(kwargs.get("batch_size", 1)).startswith("auto"):
-            raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
-        if "attn_implementation" in kwargs:
-            raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
+        check_arguments(
+            {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
+            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, **kwargs}
+        )
         self.query_aware = query_aware
+        self.totals: Counter[str] = Counter()
+        self.use(kv)
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
-        self.totals: Counter[str] = Counter()
         try:
             super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
         except TypeError as error:
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-                raise _unknown_argument(unknown[1]) from None
+                raise unknown_argument(unknown[1], LCFT, HFLM) from None
             raise
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters add tokens to the cache: use LoRA instead")
@@ -133,7 +124,31 @@ class LCFT(HFLM):  # type: ignore[misc]
         )
         base.set_attn_implementation(attention.register())
 
-    # Requests ---------------------------------------------------------------------------------------------------
+    def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
+        """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.
+
+        Raises:
+            UserError: a bad recipe, or one that query-aware eviction excludes.
+        """
+        self.recipe = recipe.parse(kv) if isinstance(kv, str) else kv
+        if self.query_aware and getattr(self.recipe.evictor, "when", "") == "always":
+            raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
+        self.totals.clear()
+        self.totals.update(totals or {})
+
+    @contextmanager
+    def sharing_prefills(self, recipes: Iterable[recipe.Recipe]) -> Iterator[None]:
+        """Within the block, a context that these recipes answer one after another is prefilled once for all."""
+        self.scheduler.keep_for = reduce(or_, (kv.stats_spec for kv in recipes), StatsSpec())
+        try:
+            yield
+        finally:
+            self.scheduler.keep_for = None
+
+    @property
+    def prefill_s(self) -> float:
+        """Total seconds of all prefills of this model."""
+        return self.scheduler.prefill_s
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Text]:
         """Generate from each prompt, as lm-eval specifies, with up to `batch_size` questions per batch.
@@ -144,12 +159,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         jobs = []
         for index, request in enumerate(requests):
             prompt, gen_kwargs = request.args
-            kwargs = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-            kwargs["until"] = handle_stop_sequences(kwargs.get("until"), eos=eos)
-            kwargs.pop("max_length", None)
-            ids = self.tok_batch_encode([prompt])[0][0].tolist()
-            job = self._job(index, request, prompt, ids, kwargs)
-            jobs.append(replace(job, answer_tokens=kwargs["max_gen_toks"]))
+            sampling = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
+            sampling.pop("max_length", None)
+            until = tuple(handle_stop_sequences(sampling.pop("until", None), eos=eos))
+            new_tokens = sampling.pop("max_gen_toks")
+            split = self._split(index, request, self.tok_batch_encode([prompt])[0][0].tolist())
+            jobs.append(GenerateJob(**split, until=until, max_new_tokens=new_tokens, sampling=sampling))
         jobs = self._fit(jobs, requests)
         responses: list[Text] = [Text("", skipped())] * len(requests)
         for batch in self._batches(jobs, len(requests), "generate_until", disable_tqdm):
@@ -162,21 +177,19 @@ class LCFT(HFLM):  # type: ignore[misc]
         """Score each continuation, as lm-eval specifies. The choices of a question are scored together."""
         if self.enable_thinking:
             raise UserError("enable_thinking=True does not support log-likelihood tasks: use generative tasks")
-        choices: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
-        jobs: dict[tuple[int, ...], Job] = {}
+        choices: dict[tuple[int, ...], list[Choice]] = {}
         for index, request in enumerate(requests):
             prompt, continuation = request.args
             if prompt:
-                ids, target = self._encode_pair(prompt, continuation)
+                ids, tokens = self._encode_pair(prompt, continuation)
             else:
-                ids, target = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
-            key = tuple(ids)
-            choices.setdefault(key, []).append((index, target))
-            if key not in jobs:
-                jobs[key] = self._job(index, request, prompt, ids, choices[key])
-        # The last token of a continuation is scored but never fed to the model.
-        sized = [replace(job, answer_tokens=max(len(t) for _, t in job.payload) - 1) for job in jobs.values()]
-        fitting = self._fit(sized, requests)
+                ids, tokens = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            choices.setdefault(tuple(ids), []).append(Choice(index, tuple(tokens)))
+        jobs = [
+            ScoreJob(**self._split(of[0].index, requests[of[0].index], ids), choices=tuple(of))
+            for ids, of in choices.items()
+        ]
+        fitting = self._fit(jobs, requests)
         responses = [Score((-float("inf"), False), skipped())] * len(requests)
         for batch in self._batches(fitting, len(jobs), "loglikelihood", disable_tqdm):
             for index, score in self._score(batch):
@@ -192,24 +205,26 @@ class LCFT(HFLM):  # type: ignore[misc]
             )
         return list(super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm))
 
-    # Contexts ---------------------------------------------------------------------------------------------------
-
-    def _job(self, index: int, request: Instance, prompt: str, ids: list[int], payload: Any) -> Job:
-        doc = request.doc if isinstance(request.doc, dict) else {}
+    def _split(self, index: int, request: Instance, ids: Sequence[int]) -> dict[str, Any]:
+        """The fields that every job has."""
+        prompt, doc = request.args[0], request.doc if isinstance(request.doc, dict) else {}
         context = doc.get(self.context_field)
         boundary = find_boundary(prompt, ids, context, self.tok_encode)
         has_context = boundary is not None
         if boundary is None:
             self.totals["no_boundary"] += context != ""  # rows with context=none have no context to find
             boundary = len(ids) - 1
-        return Job(index, tuple(ids), boundary, has_context, payload=payload, prompt=prompt, doc=doc)
+        return {
+            "index": index, "ids": tuple(ids), "boundary": boundary, "has_context": has_context,
+            "prompt": prompt, "doc": doc,
+        }  # fmt: skip
 
-    def _fit(self, jobs: list[Job], requests: list[Instance]) -> list[Job]:
+    def _fit(self, jobs: list[J], requests: list[Instance]) -> list[J]:
         fitting = fit(jobs, self.max_length, self.overlong, [str(request.task_name) for request in requests])
         self.totals["too_long"] += len(jobs) - len(fitting)
         return fitting
 
-    def _batches(self, jobs: Sequence[Job], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Question]]:
+    def _batches(self, jobs: Sequence[J], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Question[J]]]:
         """Jobs with their compressed contexts, in batches."""
         if self.totals["no_boundary"] and self.recipe != recipe.Recipe():
             logger.warning(
@@ -228,9 +243,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         dtype = self.mixed_precision_dtype
         return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
 
-    # Questions --------------------------------------------------------------------------------------------------
-
-    def _open(self, batch: Sequence[Question], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
+    def _open(self, batch: Sequence[Question[Any]], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
         """A cache for the batch, and the question tokens still to be fed: [B, T], padded on the left.
 
         Args:
@@ -250,7 +263,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             return cache, last
         return cache, torch.tensor(padded(questions, self._pad), device=self.device)
 
-    def _diagnose(self, batch: Sequence[Question], cache: QuestionCache, ids: Tensor) -> None:
+    def _diagnose(self, batch: Sequence[Question[Any]], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:
             for at in range(0, len(batch), CHOICE_ROWS):
                 part = batch[at : at + CHOICE_ROWS]
@@ -263,10 +276,9 @@ class LCFT(HFLM):  # type: ignore[misc]
                     question.meta |= measured
 
     @torch.inference_mode()
-    def _generate(self, batch: Sequence[Question]) -> list[tuple[int, Text]]:
+    def _generate(self, batch: Sequence[Question[GenerateJob]]) -> list[tuple[int, Text]]:
         """The request index and the answer of each question."""
-        kwargs = dict(batch[0].job.payload)
-        until, new_tokens = kwargs.pop("until"), kwargs.pop("max_gen_toks")
+        until, new_tokens = list(batch[0].job.until), batch[0].job.max_new_tokens
         start = time.perf_counter()
         cache, ids = self._open(batch, answers=new_tokens > 0)
         opening_s = time.perf_counter() - start
@@ -274,16 +286,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         if not new_tokens:
             self._account(batch, cache, question_s=opening_s, decode_s=0.0)
             return [(question.job.index, Text("", question.meta)) for question in batch]
-        # generate() derives positions from the attention mask and skips the cached tokens. So each row is its context,
-        # padding and its question, with the lengths of the longest context and question.
-        past, longest = cache.get_seq_length(), ids.shape[1]
-        whole = torch.full((len(batch), past + longest), self._pad, device=self.device)
-        mask = torch.zeros_like(whole)
-        for row, job in enumerate(question.job for question in batch):
-            whole[row, : job.boundary] = torch.tensor(job.context)
-            whole[row, whole.shape[1] - len(job.question) :] = torch.tensor(job.question)
-            mask[row, : job.boundary] = 1
-            mask[row, whole.shape[1] - len(job.question) :] = 1
+        # generate() derives positions from the attention mask and skips the cached tokens.
+        rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
+        whole, mask = (torch.tensor(x, device=self.device) for x in zip(*rows, strict=True))
         cache.start_clock()
         start = time.perf_counter()
         out = self._model_generate(
@@ -292,7 +297,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             stop=until,
             max_length=whole.shape[1] + new_tokens,
             cache=cache,
-            **kwargs,
+            **batch[0].job.sampling,
         )
         end = time.perf_counter()
         first_token = cache.first_step or end
@@ -325,36 +330,36 @@ class LCFT(HFLM):  # type: ignore[misc]
         return str(postprocess_generated_text(text, until, end if isinstance(end, str) else None))
 
     @torch.inference_mode()
-    def _score(self, batch: Sequence[Question]) -> list[tuple[int, Score]]:
+    def _score(self, batch: Sequence[Question[ScoreJob]]) -> list[tuple[int, Score]]:
         """Log-likelihoods of the questions' continuations: questions are prefilled once, then all choices as rows."""
         start = time.perf_counter()
         cache, ids = self._open(batch)
         self._diagnose(batch, cache, ids)
         first = self.engine.forward(cache, ids, keep=1)
-        rows = [(row, index, target) for row, question in enumerate(batch) for index, target in question.job.payload]
+        rows = [(row, choice) for row, question in enumerate(batch) for choice in question.job.choices]
         scores = []
         for at in range(0, len(rows), CHOICE_ROWS):
             part = rows[at : at + CHOICE_ROWS]
-            logits = first[[row for row, _, _ in part]]
-            longest = max(len(target) for _, _, target in part) - 1
+            logits = first[[row for row, _ in part]]
+            longest = max(len(choice.tokens) for _, choice in part) - 1
             if longest:
                 inputs = torch.zeros(len(part), longest, dtype=torch.long, device=self.device)
-                for place, (_, _, target) in enumerate(part):
-                    inputs[place, : len(target) - 1] = torch.tensor(target[:-1])
+                for place, (_, choice) in enumerate(part):
+                    inputs[place, : len(choice.tokens) - 1] = torch.tensor(choice.tokens[:-1])
                 branch = cache.fork() if len(rows) > CHOICE_ROWS else cache
-                branch.select([row for row, _, _ in part])
+                branch.select([row for row, _ in part])
                 # Padding on the right: no scored token attends to it.
                 logits = torch.cat([logits, self.engine.forward(branch, inputs)], 1)
-            for place, (row, index, target) in enumerate(part):
-                targets = torch.tensor(target, device=self.device)
-                logprobs = torch.log_softmax(logits[place, : len(target)], dim=-1, dtype=self.softmax_dtype)
+            for place, (row, choice) in enumerate(part):
+                targets = torch.tensor(choice.tokens, device=self.device)
+                logprobs = torch.log_softmax(logits[place, : len(targets)], dim=-1, dtype=self.softmax_dtype)
                 total = float(logprobs.gather(-1, targets[:, None]).sum())
                 greedy = bool((logprobs.argmax(-1) == targets).all())
-                scores.append((index, Score((total, greedy), batch[row].meta)))
+                scores.append((choice.index, Score((total, greedy), batch[row].meta)))
         self._account(batch, cache, question_s=time.perf_counter() - start, decode_s=0.0)
         return scores
 
-    def _account(self, batch: Sequence[Question], cache: QuestionCache, **seconds: float) -> None:
+    def _account(self, batch: Sequence[Question[Any]], cache: QuestionCache, **seconds: float) -> None:
         """Charge a batch's time to its questions in equal parts, and record its peak KV bytes."""
         current = (
             sum({id(question.context): question.context.allocated_bytes for question in batch}.values())
@@ -363,8 +368,6 @@ class LCFT(HFLM):  # type: ignore[misc]
         for question in batch:
             question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
             question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
-
-    # Records ----------------------------------------------------------------------------------------------------
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -408,11 +411,3 @@ class LCFT(HFLM):  # type: ignore[misc]
             **self.totals,
         }
         return {**super().get_model_info(), "lcft": lcft}
-
-
-def _unknown_argument(name: str) -> UserError:
-    parameters = {*inspect.signature(LCFT.__init__).parameters, *inspect.signature(HFLM.__init__).parameters}
-    known = sorted(parameters - {"self", "kwargs"})
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-    return UserError(f"unknown model argument {name!r}: {hint}")

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
+
+# Generation arguments under which a row's output (or its distribution) depends on its own prompt only, so that rows can
+# share a batch.
+BATCHED = {"do_sample", "temperature", "top_p", "top_k", "min_p"}
 
 
 @dataclass(frozen=True)
@@ -20,8 +24,6 @@ class Job:
         boundary: number of context tokens; the rest is the question.
         has_context: whether the doc's context is part of the prompt. If not, the prompt runs uncompressed.
         truncated: whether context tokens were removed to fit the model's length.
-        answer_tokens: the maximum number of tokens that are fed after the prompt.
-        payload: data of the caller: generation arguments, or the choices to score.
         prompt, doc: the text, and the task's row it was rendered from.
     """
 
@@ -30,8 +32,6 @@ class Job:
     boundary: int
     has_context: bool
     truncated: bool = False
-    answer_tokens: int = 0
-    payload: Any = field(default=None, compare=False)
     prompt: str = ""
     doc: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
@@ -44,9 +44,67 @@ class Job:
         return self.ids[self.boundary :]
 
     @property
+    def answer_tokens(self) -> int:
+        """The maximum number of tokens that are fed after the prompt."""
+        return 0
+
+    @property
     def room(self) -> int:
         """Maximum number of tokens after the context: question and answer."""
         return len(self.question) + self.answer_tokens
+
+    def can_share_batch(self, other: Job) -> bool:
+        """Whether both can be rows of one batch."""
+        return type(self) is type(other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob(Job):
+    """A prompt to continue.
+
+    Attributes:
+        until: stop sequences.
+        max_new_tokens: maximum tokens of the answer; 0 measures only.
+        sampling: all other generation arguments.
+    """
+
+    until: tuple[str, ...] = ()
+    max_new_tokens: int
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.max_new_tokens
+
+    def can_share_batch(self, other: Job) -> bool:
+        return (
+            isinstance(other, GenerateJob)
+            and (self.until, self.max_new_tokens, self.sampling) == (other.until, other.max_new_tokens, other.sampling)
+            and {*self.sampling} <= BATCHED
+        )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A continuation to score: the index of its request, and its tokens."""
+
+    index: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreJob(Job):
+    """A prompt with all of its continuations, which are scored together."""
+
+    choices: tuple[Choice, ...]
+
+    @property
+    def answer_tokens(self) -> int:
+        # The last token of a continuation is scored but never fed to the model.
+        return max(len(choice.tokens) for choice in self.choices) - 1
+
+
+J = TypeVar("J", bound=Job)
 
 
 def find_boundary(
@@ -77,7 +135,7 @@ def truncate(ids: Sequence[int], boundary: int, excess: int, where: str) -> tupl
     return (*ids[:head], *ids[head + excess :]), kept
 
 
-def fit(jobs: Sequence[Job], max_length: int, overlong: str, names: Sequence[str]) -> list[Job]:
+def fit(jobs: Sequence[J], max_length: int, overlong: str, names: Sequence[str]) -> list[J]:
     """The jobs that will run, truncated to `max_length` tokens under overlong=middle and overlong=end.
 
     Args:
@@ -114,9 +172,20 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> list[list[int]]:
     return [[pad] * (longest - len(row)) + list(row) for row in rows]
 
 
-def by_context(jobs: Iterable[Job]) -> list[list[Job]]:
+def whole_rows(jobs: Iterable[Job], length: int, pad: int) -> list[tuple[list[int], list[int]]]:
+    """Per job its context, padding and question in `length` tokens, and the mask that is 0 on the padding."""
+    return [
+        (
+            [*job.context, *[pad] * (length - len(job.ids)), *job.question],
+            [*[1] * job.boundary, *[0] * (length - len(job.ids)), *[1] * len(job.question)],
+        )
+        for job in jobs
+    ]
+
+
+def by_context(jobs: Iterable[J]) -> list[list[J]]:
     """The jobs grouped by context, in order of first appearance."""
-    groups: dict[tuple[bool, tuple[int, ...]], list[Job]] = {}
+    groups: dict[tuple[bool, tuple[int, ...]], list[J]] = {}
     for job in jobs:
         groups.setdefault((job.has_context, job.context), []).append(job)
     return list(groups.values())

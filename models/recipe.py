@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.policies import (
     EVICTORS,
     QUANTIZERS,

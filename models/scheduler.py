@@ -5,26 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic
 
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache
 from lceval.models.context_cache import ContextCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
-from lceval.models.prefix import Job, by_context
+from lceval.models.prefix import J, Job, by_context
 from lceval.models.recipe import Recipe
-from lceval.models.response import telemetry
+from lceval.models.telemetry import telemetry
 
-# Generation arguments under which a row's output (or its distribution) depends on its own prompt only, so that rows can
-# share a batch.
-BATCHED = {"do_sample", "temperature", "top_p", "top_k", "min_p", "until", "max_gen_toks"}
 # Maximum number of prefilled questions cached with a prefill that is kept for other recipes.
 CACHED_QUESTIONS = 16
 
 
 @dataclass
-class Question:
+class Question(Generic[J]):
     """A job with its compressed context, ready to be answered.
 
     Attributes:
@@ -32,7 +29,7 @@ class Question:
         cache: under `query_aware=true` the question prefilled except its last token; else None.
     """
 
-    job: Job
+    job: J
     context: CompressedContext
     meta: dict[str, Any]
     cache: QuestionCache | None
@@ -65,12 +62,12 @@ class ContextScheduler:
         self._last_prefill: tuple[tuple[int, ...], Prefill] | None = None
         self._question_caches: dict[tuple[int, ...], QuestionCache] = {}
 
-    def batches(self, jobs: Sequence[Job], recipe: Recipe, rows: int) -> Iterator[list[Question]]:
+    def batches(self, jobs: Sequence[J], recipe: Recipe, rows: int) -> Iterator[list[Question[J]]]:
         """All jobs in batches of up to `rows` questions; questions on one context are adjacent.
 
         A batch is cleared when the next one is requested, so that its contexts are freed before the next prefill.
         """
-        batch: list[Question] = []
+        batch: list[Question[J]] = []
         for question in self._questions(jobs, recipe):
             if batch and not self._can_share_batch(batch[0], question):
                 yield batch
@@ -86,14 +83,12 @@ class ContextScheduler:
             batch.clear()
 
     @staticmethod
-    def _can_share_batch(a: Question, b: Question) -> bool:
+    def _can_share_batch(a: Question[Any], b: Question[Any]) -> bool:
         if (a.cache is None) != (b.cache is None) or not a.job.context or not b.job.context:
             return False
-        # A payload is generation arguments (a dict), or choices to score, which never prevent batching.
-        arguments = a.job.payload
-        return not isinstance(arguments, dict) or (arguments == b.job.payload and {*arguments} <= BATCHED)
+        return bool(a.job.can_share_batch(b.job))
 
-    def _questions(self, jobs: Sequence[Job], recipe: Recipe) -> Iterator[Question]:
+    def _questions(self, jobs: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
         for group in by_context(jobs):
             applied = recipe if group[0].has_context else Recipe()
             if self.query_aware and applied.evictor:
@@ -101,7 +96,7 @@ class ContextScheduler:
             else:
                 yield from self._query_agnostic(group, applied)
 
-    def _query_agnostic(self, group: Sequence[Job], recipe: Recipe) -> Iterator[Question]:
+    def _query_agnostic(self, group: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
         """Compress the context once for all of its questions."""
         ids = group[0].context
         context, prefill = self._context_cache.get((ids, recipe)), None
@@ -121,7 +116,7 @@ class ContextScheduler:
             yield Question(job, context, meta | self.diagnosis.of_context(job, context, prefill, question_cache), None)
             charged = True
 
-    def _query_aware(self, group: Sequence[Job], recipe: Recipe) -> Iterator[Question]:
+    def _query_aware(self, group: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
         """Prefill every question over the uncompressed context, then compress the context for that question."""
         prefill = self._prefill(group[0].context, recipe.stats_spec | self.diagnosis.stats_spec)
         for place, job in enumerate(group):

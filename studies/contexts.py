@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 SAMPLES = Path(__file__).parent / "contexts"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "contexts-tables.md"
@@ -40,7 +40,7 @@ BATCH = {"tatqa": 6, "nqopen-4k": 4, "hotpotpool-4k": 4}  # changes the time, no
 
 def measure(name: str) -> None:
     """Run the missing samples of a study."""
-    from lceval.bench.evaluate import bench
+    from lceval.bench.comparison import bench
 
     task, contexts, settings, _ = STUDIES[name]
     for context in settings:

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 SCORES = Path(__file__).parent / "grpo"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "grpo-tables.md"
@@ -58,7 +58,7 @@ def rows() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows: a gold passage and one distractor; the two sets share no gold passage."""
     import random
 
-    from lceval.models import packaged
+    from lceval import packaged
     from lceval.tasks import catalogue
     from lceval.tasks.build import rows_of
     from lceval.tasks.prompts import block
@@ -87,7 +87,7 @@ def model(step: int) -> tuple[Any, Any]:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lceval.models import packaged
+    from lceval import packaged
 
     folder = packaged.folder()
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

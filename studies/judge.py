@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lceval.judge.agreement import agreement
+from lceval.stats.kappa import agreement
 
 VERDICTS = Path(__file__).parent / "judge"
 LABELS = ("correct", "incorrect", "refusal")

@@ -17,7 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 HERE = Path(__file__).parent
 SAMPLES, STEPS = HERE / "longlora-samples.jsonl", HERE / "longlora-steps.jsonl"
@@ -155,7 +155,7 @@ def table() -> str:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["run"] and len(sys.argv) <= 3:
-        from lceval.models import packaged
+        from lceval import packaged
 
         if not MODEL.exists():
             train(str(packaged.folder()), float(sys.argv[2]) if len(sys.argv) == 3 else 8)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 SAMPLES = Path(__file__).parent / "modes"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "modes-tables.md"
@@ -55,7 +55,7 @@ def recipe(mode: str) -> dict[str, Any]:
 def train(mode: str) -> None:
     """Train one adapter."""
     from lceval.training.config import parse
-    from lceval.training.run import train as run
+    from lceval.training.train import train as run
 
     record = run(parse(recipe(mode), mode))
     committed = {key: record[key] for key in ("recipe", "data", "parameters", "wall_s", "losses")}

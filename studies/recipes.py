@@ -15,7 +15,7 @@ from typing import Any
 
 from scipy.stats import spearmanr
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 HERE = Path(__file__).parent
 TABLES = HERE.parent / "docs" / "studies" / "recipes-tables.md"
@@ -37,7 +37,7 @@ def samples(name: str) -> list[dict[str, Any]]:
 
 def measure(name: str) -> None:
     """Run the missing samples of a study."""
-    from lceval.bench.evaluate import bench
+    from lceval.bench.comparison import bench
 
     bench(
         **STUDIES[name],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from lceval.table import Table, to_markdown
+from lceval.analysis.table import Table, to_markdown
 
 HERE = Path(__file__).parent
 PAGES = HERE.parent / "docs" / "studies"

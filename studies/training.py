@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lceval.stats import cluster_bootstrap
+from lceval.stats.estimates import cluster_bootstrap
 
 SAMPLES = Path(__file__).parent / "training"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "training-tables.md"
@@ -67,7 +67,7 @@ QUERY_AWARE = {"query-agnostic": False, "query-aware": True}
 def train(arm: str) -> None:
     """Train all seeds of an arm."""
     from lceval.training.config import parse
-    from lceval.training.run import train as run
+    from lceval.training.train import train as run
 
     for seed in SEEDS:
         record = run(parse({**RECIPE, **ARMS[arm], "seed": seed, "output": str(RUNS / f"{arm}-{seed}")}, arm))
@@ -123,7 +123,7 @@ def cells(models: Sequence[str]) -> None:
 
 def measure(name: str, part: str, recipes: Sequence[str], task: str = TASK, **options: Any) -> None:
     """Run the missing samples of a model and a part of the study, and save their scores."""
-    from lceval.bench.evaluate import bench
+    from lceval.bench.comparison import bench
 
     bench(
         task,

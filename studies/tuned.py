@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from lceval.results import read_runs
-from lceval.stats import cluster_bootstrap
+from lceval.records.results import read_runs
+from lceval.stats.estimates import cluster_bootstrap
 
 SAMPLES = Path(__file__).parent / "tuned-samples.json"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "tuned-tables.md"

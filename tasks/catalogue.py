@@ -2,22 +2,19 @@
 
 A dataset is described in `<suite>/<name>.yaml` (data only); generation and scoring are configured in
 `modes/<output format>.yaml`. A task name is `lc_<dataset>_<mode>_<length>`, or `lc_<dataset>_<mode>` where the source
-fixes the length. Tasks have no files of their own: lceval/plugin.py adds them to lm-eval's index.
+fixes the length. Tasks have no files of their own: lm_eval_config.py makes their configurations, and
+lceval/plugin.py adds them to lm-eval's index.
 """
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from lceval.errors import UserError
-
-if TYPE_CHECKING:
-    from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 
 FOLDER = Path(__file__).parent
 CONTEXTS = ("full", "gold", "none", "rag")
@@ -86,13 +83,6 @@ class Dataset:
     splits: tuple[str, ...] = ()
     per_context: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def plan(self) -> "Callable[[Request], RowPlan]":
-        """The row builder."""
-        module, _, name = self.rows.rpartition(".")
-        function: Callable[[Request], RowPlan] = getattr(importlib.import_module(module), name)
-        return function
 
 
 @dataclass(frozen=True)
@@ -192,26 +182,14 @@ def output_format_config(output_format: str) -> dict[str, Any]:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_constructor("!function", lambda loader, node: _Function(loader.construct_scalar(node)))  # type: ignore[arg-type]
+    Loader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))  # type: ignore[arg-type]
     config: dict[str, Any] = yaml.load((FOLDER / "modes" / f"{output_format}.yaml").read_text(encoding="utf-8"), Loader)
     base = config.pop("include", None)
     return {**output_format_config(base.removesuffix(".yaml")), **config} if base else config
 
 
-class _Function(str):
+class FunctionName(str):
     """Dotted name of a function in a template."""
-
-
-_METRIC = {"aggregation": "mean", "higher_is_better": True}  # defaults of a metric in a template
-
-
-def _resolved(value: Any) -> Any:
-    if isinstance(value, _Function):
-        module, _, name = value.rpartition(".")
-        return getattr(importlib.import_module(module), name)
-    if isinstance(value, dict):
-        return {key: _resolved(item) for key, item in value.items()}
-    return [_resolved(item) for item in value] if isinstance(value, list) else value
 
 
 def new_tokens(output_format: str) -> int:
@@ -219,29 +197,3 @@ def new_tokens(output_format: str) -> int:
     config = output_format_config(output_format)
     prompt_only = config["metadata"].get("length_of") == "prompt"
     return 0 if prompt_only else int(config.get("generation_kwargs", {}).get("max_gen_toks", 0))
-
-
-def task_config(task: Task) -> dict[str, Any]:
-    """Return lm-eval's configuration of a task."""
-    config: dict[str, Any] = _resolved(output_format_config(task.output_format))
-    metadata = config["metadata"]
-    metrics = [*config["metric_list"], *_resolved(output_format_config("_telemetry"))["metric_list"]]
-    return {
-        **config,
-        "metric_list": [{**_METRIC, **metric} for metric in metrics],
-        "task": task.name,
-        "custom_dataset": _custom_dataset,
-        "dataset_kwargs": {"lc_task": task.name},
-        "metadata": {**metadata, "version": f"{task.dataset.version}.{metadata['version']}"},
-    }
-
-
-def _custom_dataset(**metadata: Any) -> Any:
-    from lceval.tasks.build import dataset
-
-    return dataset(**metadata)
-
-
-def group_config(name: str) -> dict[str, Any]:
-    """Return lm-eval's configuration of a group."""
-    return {"group": name, "task": list(groups()[name]), "metadata": {"version": "1"}}

@@ -8,17 +8,12 @@ For datasets built from passage pools, `split`, `questions`, `negatives` and `le
 drawn. They are part of the setting because samples from different draws are not comparable.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks import prompts
+from lceval.core.errors import UserError
 from lceval.tasks.catalogue import CONTEXTS, Task, datasets
-from lceval.tasks.rows import Document, Row
-
-if TYPE_CHECKING:
-    from lceval.tasks.build import Request
 
 CHUNK_TOKENS = 2048
 BUDGET_TOKENS = 4096
@@ -118,54 +113,3 @@ def _pool(task: Task, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(length_matched, bool):
         raise UserError(f"{task.name}: invalid length_matched={length_matched!r}: expected true or false.")
     return {key: value for key, value in overrides.items() if value != defaults[key]}
-
-
-def apply(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
-    """Reduce rows built with full contexts to the documents of the setting."""
-    if setting.kind == "full":
-        return list(rows)
-    if setting.kind == "rag":
-        return _retrieved(rows, request, setting)
-    return [_with_docs(row, request, setting, _gold(row) if setting.kind == "gold" else []) for row in rows]
-
-
-def _gold(row: Row) -> list[Document]:
-    return [document for document in row["docs"] if document["pid"] in row["gold_pids"]]
-
-
-def _with_docs(row: Row, request: "Request", setting: ContextSetting, docs: Sequence[Document]) -> Row:
-    """Return the row with other documents; its length is measured again."""
-    layout = request.dataset.layout
-    return {
-        **row,
-        "context_setting": str(setting),
-        "docs": list(docs),
-        "context": prompts.block(layout, [document["text"] for document in docs]),
-        "instruction": row["instruction"] if docs else prompts.instruction("none", request.output_format),
-        "length_tokens": None,
-    }
-
-
-def _retrieved(rows: Sequence[Row], request: "Request", setting: ContextSetting) -> list[Row]:
-    from lceval.tasks.retrieval import Collection, chunked
-
-    assert request.meter is not None
-    retrieved: list[Row] = []
-    collections: dict[str, tuple[Sequence[Document], Collection, list[int]]] = {}
-    for row in rows:
-        cached = collections.get(row["cluster"])
-        if cached is None or cached[0] != row["docs"]:
-            chunks = chunked(row["docs"], setting.chunk, request.meter)
-            costs = request.meter.pieces([chunk.text for chunk in chunks])
-            cached = row["docs"], Collection(chunks, setting.retriever), costs
-            collections = {row["cluster"]: cached}  # rows of one context are adjacent
-        _, collection, costs = cached
-        chosen, budget_left = [], setting.budget
-        for index in collection.ranked(row["question"]):
-            if costs[index] <= budget_left:
-                chosen.append(index)
-                budget_left -= costs[index]
-        chunks = [collection.chunks[index] for index in sorted(chosen)]
-        docs = [Document(pid=chunk.pid, title=chunk.title, text=chunk.text) for chunk in chunks]
-        retrieved.append(_with_docs(row, request, setting, docs))
-    return retrieved

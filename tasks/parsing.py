@@ -7,9 +7,6 @@ import re
 import string
 from typing import NamedTuple
 
-NORMALIZER_VERSION = 1
-"""Increased with any change to `normalize`: scores of different versions are not comparable."""
-
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -8,15 +8,14 @@ the number of rows; it is written atomically.
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
-from lceval.errors import UserError
-from lceval.home import cache_dir
+from lceval.core.errors import UserError
+from lceval.core.io import read_objects, write_objects
+from lceval.core.paths import cache_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -110,7 +109,7 @@ def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[R
     if rows is None:
         rows = build()
         try:
-            _store(name, key_fields, rows)
+            write_objects(cache_dir("rows") / name, [{"rows": len(rows), "inputs": key_fields}, *rows])
         except OSError as error:
             _log.warning("%s: rows not cached (%s); set LCEVAL_CACHE to a writable folder", task, error)
     return rows
@@ -119,24 +118,10 @@ def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[R
 def _load(name: str) -> list[Row] | None:
     """Rows of a cache entry; None if it is missing or damaged."""
     try:
-        header, *lines = (cache_dir("rows") / name).read_text(encoding="utf-8").splitlines()
-        rows: list[Row] = [json.loads(line) for line in lines]
-        return rows if json.loads(header)["rows"] == len(rows) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        header, *rows = (value for _, value in read_objects(cache_dir("rows") / name))
+    except (UserError, OSError, ValueError):
         return None
-
-
-def _store(name: str, key_fields: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    lines = [json.dumps(line) for line in ({"rows": len(rows), "inputs": key_fields}, *rows)]
-    folder = cache_dir("rows")
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
-        os.replace(temporary, folder / name)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    return rows if header.get("rows") == len(rows) else None  # type: ignore[return-value]
 
 
 @cache

@@ -10,11 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from lceval.core.answers import DIAGNOSES
 from lceval.tasks import parsing
 from lceval.tasks.parsing import extract, normalize
-
-DIAGNOSES = ("gold_kept", "gold_nll", "ndcg10")
-"""Metrics of the model's `diagnose=` option; None for a sample to which one does not apply."""
 
 _CLOSED_SETS = frozenset({"yes", "no", "noanswer"})
 

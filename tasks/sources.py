@@ -6,7 +6,6 @@ takes precedence, so that they can be used offline.
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
+from lceval.core.io import objects_of
 
 if TYPE_CHECKING:
     from lceval.tasks.catalogue import Hub
@@ -60,24 +60,10 @@ def read_sources(task: str, schemas: Mapping[str, Mapping[str, type]]) -> list[S
 
 def _read(path: Path, name: str, fields: Mapping[str, type]) -> SourceFile:
     content = path.read_bytes()
-    records = [
-        _record(line, f"{name} line {number}", fields)
-        for number, line in enumerate(content.split(b"\n"), start=1)
-        if line.strip()
-    ]
+    records = [_checked(record, where, fields) for where, record in objects_of(content.split(b"\n"), name)]
     if not records:
         raise UserError(f"{name} in {DATA_VARIABLE} is empty: expected one JSON object per line.")
     return SourceFile(name, records, hashlib.sha256(content).hexdigest())
-
-
-def _record(line: bytes, where: str, fields: Mapping[str, type]) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): expected one object per line.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is a {type(record).__name__}: expected an object with {', '.join(fields)}.")
-    return _checked(record, where, fields)
 
 
 _EXPECTED = {list: "a non-empty list of strings", str: "a string", int: "an integer", object: "a value"}

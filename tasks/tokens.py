@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 
 ALIASES: dict[str, Callable[[], str]] = {}
 """Short model name -> function that returns a folder or hub name; filled where models are registered."""

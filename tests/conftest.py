@@ -13,7 +13,7 @@ import interpreter
 import pytest
 
 import lceval.plugin
-from lceval.models import packaged
+from lceval import packaged
 
 # No test uses a model hub: where there is none, its client retries for most of a minute. Set before it is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"

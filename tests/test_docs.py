@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import attention, policies, recipe
 from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec
 from lceval.models.policies.quantizer import BITS
-from lceval.sweep.grid import read as read_grid
+from lceval.runs.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -105,7 +105,12 @@ def test_the_entry_point_that_later_releases_load_is_declared(tmp_path: Path) ->
 
 def copy_tree(target: Path) -> Path:
     """The source tree as a checkout has it, without what earlier builds left."""
-    shutil.copytree(ROOT, target, symlinks=True, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info"))
+    built = shutil.ignore_patterns(".*", "build", "*.egg-info")
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return built(folder, names) | ({"runs"} if Path(folder) == ROOT else set())
+
+    shutil.copytree(ROOT, target, symlinks=True, ignore=ignore)
     return target
 
 
@@ -186,7 +191,7 @@ def test_the_wheel_contains_the_package_and_nothing_under_a_generic_name(wheel: 
     suffixes = (".py", ".yaml", ".html", ".css", ".js")
     expected |= {str(f.relative_to(ROOT)) for f in own if f.suffix in suffixes or f.name == "py.typed"}
     assert {name for name in names if name.startswith("lceval/")} == expected
-    for folder in ("judge/rubrics", "sweep/presets", "tasks/modes", "training/recipes"):
+    for folder in ("judge/rubrics", "runs/sweep/presets", "tasks/modes", "training/recipes"):
         assert any(name.startswith(f"lceval/{folder}/") and name.endswith(".yaml") for name in names), folder
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lceval import listing
+from lceval.data import listing
 from lceval.tasks import catalogue
 
 ROOT = Path(__file__).parent.parent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import recipe
 from lceval.models.policies import EVICTORS, QUANTIZERS, Evictor
 from lceval.training.config import CompressionAware

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from difflib import get_close_matches
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from lceval.errors import UserError
+from lceval.core import yaml_config
 from lceval.training.data import Spec
 from lceval.training.grpo import Grpo
 from lceval.training.longlora import LongLora
@@ -152,89 +148,27 @@ class Config(Section):
         return self
 
 
+RECIPES = "lceval.training.recipes"
+
+
 def shipped() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(
-        f.name.removesuffix(".yaml") for f in files("lceval.training.recipes").iterdir() if f.name.endswith(".yaml")
-    )
+    return yaml_config.shipped(RECIPES)
 
 
 def read(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """A recipe from a file, or a shipped one by name.
-
-    Args:
-        overrides: KEY=VALUE with dots between sections, e.g. `optim.learning_rate=1e-4`; VALUE is YAML.
+    """A recipe from a file, or a shipped one by name, with KEY=VALUE overrides.
 
     Raises:
-        UserError: unknown recipe, invalid YAML, or the first invalid key.
+        UserError: as `lceval.core.yaml_config.read`.
     """
-    if Path(recipe).is_file():
-        text = Path(recipe).read_text(encoding="utf-8")
-    elif recipe in shipped():
-        text = (files("lceval.training.recipes") / f"{recipe}.yaml").read_text(encoding="utf-8")
-    else:
-        raise UserError(f"unknown recipe {recipe!r}: expected a YAML file or one of {', '.join(shipped())}")
-    try:
-        values: Any = yaml.safe_load(text) or {}
-        if not isinstance(values, dict):
-            raise UserError(f"{recipe}: expected sections such as data and optim, got {type(values).__name__}")
-        values.setdefault("output", f"runs/{Path(recipe).stem}")
-        for override in overrides:
-            _override(values, override)
-    except yaml.YAMLError as error:
-        raise UserError(f"{recipe}: invalid YAML ({' '.join(str(error).split())})") from None
-    return parse(values, recipe, [override.partition("=")[0] for override in overrides])
+    return yaml_config.read(Config, recipe, RECIPES, "recipe", overrides, {"output": f"runs/{Path(recipe).stem}"})
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    if not separator:
-        raise UserError(f"--set {override}: expected --set KEY=VALUE, e.g. --set optim.learning_rate=1e-4")
-    *sections, key = path.split(".")
-    for section in sections:
-        if not isinstance(values.get(section), dict):
-            values[section] = {}
-        values = values[section]
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: invalid YAML ({' '.join(str(error).split())})") from None
-    if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        with suppress(ValueError):
-            value = float(value)
-    values[key] = value
-
-
-def parse(values: Any, source: str, overridden: Sequence[str] = ()) -> Config:
-    """A recipe from plain values.
-
-    Args:
-        source: name of the recipe, for error messages.
-        overridden: keys set by `--set`, for error messages.
+def parse(values: Any, source: str) -> Config:
+    """A recipe from plain values; `source` names it in errors.
 
     Raises:
         UserError: the first invalid key.
     """
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        by_set = any(where == key or where.startswith(f"{key}.") for key in overridden)
-        place = f"--set {where}" if by_set else f"{source}: {where}" if where else source
-        if first["type"] == "extra_forbidden":
-            known = _known(first["loc"][:-1])
-            near = get_close_matches(str(first["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-            raise UserError(f"{place}: unknown key; {hint}") from None
-        message = first["msg"].lower().removeprefix("value error, ")
-        raise UserError(f"{place}: {message} (got {first['input']!r:.60})") from None
-
-
-def _known(path: Sequence[int | str]) -> list[str]:
-    """The valid keys of the section at a path."""
-    section: Any = Config
-    for part in path:
-        kind = section.model_fields[part].annotation
-        section = next(k for k in (kind, *get_args(kind)) if isinstance(k, type) and issubclass(k, BaseModel))
-    return list(section.model_fields)
+    return yaml_config.parse(Config, values, source)

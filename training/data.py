@@ -6,7 +6,6 @@ written atomically.
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lceval.errors import UserError
-from lceval.models import packaged
+from lceval import packaged
+from lceval.core.errors import UserError
+from lceval.core.io import objects_of, write_text
 from lceval.tasks import catalogue, contexts
-from lceval.tasks.build import Request, rows_of
+from lceval.tasks.build import rows_of
 from lceval.tasks.catalogue import Task
+from lceval.tasks.request import Request
 from lceval.tasks.rows import Row, code_digest
 from lceval.tasks.tokens import TokenMeter, meter_for
 from lceval.training.formats import OUTPUT_FORMATS, target
@@ -208,14 +209,10 @@ def write(path: Path, spec: Spec, rows: Sequence[TrainingRow], report: Mapping[s
         "inputs": inputs(spec, rows),
         "report": dict(report),
     }
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(json.dumps(header) + "\n" + body, encoding="utf-8")
-        os.replace(partial, path)
+        write_text(path, json.dumps(header) + "\n" + body)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): expected a file in an existing folder.") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def inputs(spec: Spec, rows: Sequence[TrainingRow]) -> dict[str, Any]:
@@ -248,4 +245,5 @@ def read(path: Path) -> tuple[dict[str, Any], list[TrainingRow]]:
         raise UserError(f"{path} is not a file of training rows: create one with `lceval train data`.")
     if hashlib.sha256(body.encode()).hexdigest() != header.get("sha256"):
         raise UserError(f"{path} was modified after it was written: recreate it with `lceval train data`.")
-    return header, [json.loads(line) for line in body.splitlines()]
+    rows: Any = [row for _, row in objects_of(body.encode().split(b"\n"), str(path))]
+    return header, rows

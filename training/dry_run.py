@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.training.config import Config
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -77,7 +77,7 @@ def _config(recipe: Config) -> tuple[Any, bool]:
     """The model's configuration, and whether the model is available locally."""
     from transformers import AutoConfig
 
-    from lceval.models import packaged
+    from lceval import packaged
 
     try:
         config = AutoConfig.from_pretrained(packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision)
@@ -93,9 +93,9 @@ def _config(recipe: Config) -> tuple[Any, bool]:
 
 def _counted(recipe: Config, model: Any) -> dict[str, Any]:
     """Size of the encoded data."""
-    from lceval.models import packaged
+    from lceval import packaged
     from lceval.models.lcft import LCFT
-    from lceval.training.run import build
+    from lceval.training.train import build
 
     training_set = build(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
     return {

@@ -8,7 +8,7 @@ contains no further reasoning.
 import re
 from collections.abc import Callable, Sequence
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks.parsing import document_ids, normalize
 from lceval.tasks.prompts import ANSWER_PREFIX, FINAL_PREFIX
 from lceval.tasks.rows import Row

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import attention
 from lceval.tasks import prompts
 from lceval.training import rewards

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 
 
 def trainer_class(device: str) -> Any:

@@ -1,7 +1,7 @@
 """LongLoRA (Chen et al. 2024, arXiv 2309.12307): context window extension by parameter-efficient training.
 
-Shifted sparse attention in training (`lceval.training.shifted`), LoRA on the attention projections, full training of
-embeddings and norms, and RoPE scaling, so that longer positions are interpolated.
+Shifted sparse attention in training (`lceval.training.shifted_attention`), LoRA on the attention projections, full
+training of embeddings and norms, and RoPE scaling, so that longer positions are interpolated.
 
 In two cases the output is a model folder instead of an adapter. First, an adapter cannot specify RoPE scaling of its
 base: on the unscaled base it would silently give wrong outputs. Second, if the output layer is tied to fully trained
@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.geometry import Geometry
-from lceval.training import shifted
+from lceval.training import shifted_attention
 
 FULLY_TRAINED = {"embeddings": "embed", "norms": "norm"}
 """The modules of an option: those with weights of their own and this substring in their name."""
@@ -74,7 +74,7 @@ def prepare(model: Any, config: LongLora) -> Any:
         raise UserError(f"attention_dropout={model.config.attention_dropout}: shifted attention requires 0")
     if config.window_tokens is not None:
         extend(model, config.window_tokens, config.rope)
-    model.set_attn_implementation(shifted.register(config.group, config.group_tokens))
+    model.set_attn_implementation(shifted_attention.register(config.group, config.group_tokens))
     full = fully_trained(model, config)
     lora = LoraConfig(
         task_type="CAUSAL_LM",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.models.policies import Evictor
 from lceval.models.prefill_stats import PrefillStats

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any, Literal, get_args
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import parsing, scoring
 from lceval.tasks.parsing import normalize
 from lceval.tasks.scoring import gold_places

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from trl import SFTConfig, SFTTrainer
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.geometry import Geometry
 from lceval.training import compression_aware, texts
 from lceval.training.config import Config

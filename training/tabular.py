@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import catalogue, prompts
-from lceval.tasks.build import Request
+from lceval.tasks.request import Request
 from lceval.tasks.rows import DEFAULT_SEED, Document, Row
 from lceval.tasks.tabular import tables
 
@@ -107,7 +107,7 @@ def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
             )
 
 
-def _sets(table: tables.Table, size: int, config: Neighbourhoods, rng: random.Random) -> Iterator[list[int]]:
+def _sets(table: tables.DataTable, size: int, config: Neighbourhoods, rng: random.Random) -> Iterator[list[int]]:
     """Sets of training rows; a local set is the drawn row and its neighbours, nearest first."""
     if config.retriever == "random":
         for _ in range(config.sets):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
+from lceval.core.io import read_objects
 
 
 class Texts(BaseModel):
@@ -42,21 +42,18 @@ def documents(spec: Texts) -> list[str]:
     texts: list[str] = []
     for file in spec.files:
         try:
-            text = file.read_text(encoding="utf-8")
+            texts += _lines(file, spec) if file.suffix == ".jsonl" else [file.read_text(encoding="utf-8")]
         except OSError as error:
             raise UserError(f"texts.files: cannot read {file} ({error.strerror})") from None
-        texts += _lines(file, text, spec) if file.suffix == ".jsonl" else [text]
     return texts
 
 
-def _lines(file: Path, text: str, spec: Texts) -> list[str]:
+def _lines(file: Path, spec: Texts) -> list[str]:
     parts_of: dict[str, list[str]] = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            parts_of.setdefault(str(row[spec.group]) if spec.group else str(number), []).append(row[spec.field])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"texts.files: {file}:{number}: not a document ({error!r:.60})") from None
+    for where, row in read_objects(file):
+        if missing := [key for key in (spec.field, spec.group) if key is not None and key not in row]:
+            raise UserError(f"texts.files: {where} has no field {missing[0]!r}")
+        parts_of.setdefault(str(row[spec.group]) if spec.group else where, []).append(row[spec.field])
     return ["\n\n".join(parts) for parts in parts_of.values()]
 
 

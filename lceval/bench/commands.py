@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from lceval.verbs import Json, key_values
+from lceval.core.options import Json, key_values
 
 app = typer.Typer(
     help="Measure speed, memory and quality on this machine.",
@@ -32,7 +32,7 @@ def decode(
 ) -> None:
     """Measure decoding speed: --model hf, full cache, KV recipes."""
     from lceval.bench import render
-    from lceval.bench.decode import bench
+    from lceval.bench.decoding import bench
 
     report = bench(pretrained, kv, tokens=tokens, new_tokens=new_tokens, rounds=rounds)
     typer.echo(json.dumps(report, indent=2) if as_json else render.decode(report))
@@ -85,7 +85,7 @@ def evaluate(
     All recipes share one prefill per context.
     """
     from lceval.bench import render
-    from lceval.bench.evaluate import bench
+    from lceval.bench.comparison import bench
 
     report = bench(
         task,
@@ -135,7 +135,7 @@ def kernels(
     Baselines: SDPA over the full cache, and the memory bandwidth.
     """
     from lceval.bench import render
-    from lceval.bench.kernels import bench
+    from lceval.bench.kernel_times import bench
 
     report = bench(predict, lengths, batches, keeps)
     if plot is not None:
@@ -164,7 +164,7 @@ def shifted(
     Times are of one layer, forward and backward.
     """
     from lceval.bench import render
-    from lceval.bench.shifted import bench
+    from lceval.bench.shifted_times import bench
 
     report = bench(lengths, heads=heads, kv_heads=kv_heads, dim=dim, share=group, dtype=dtype, rounds=rounds)
     typer.echo(json.dumps(report, indent=2) if as_json else render.shifted(report))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lceval.identity import versions
+from lceval.records.identity import versions
 
 
 def machine() -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lceval.bench.evaluate import METRICS
+from lceval.bench.comparison import METRICS
 
 
 def decode(report: dict[str, Any]) -> str:

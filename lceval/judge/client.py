@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.judge import verdicts
-from lceval.judge.judges import Judge, RefusedError, TryAgainError
+from lceval.judge.protocol import Judge, RefusedError, TryAgainError
+from lceval.judge.replies import Key, Reply, Store
 from lceval.judge.rubrics import MAX_CHARACTERS, Case, Label, Prompt, Rubric, render
-from lceval.judge.store import Key, Reply, Store
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
 _LONGEST_RETRY_AFTER_S = 120.0  # limit on a server's Retry-After
@@ -238,16 +238,16 @@ class Client:
         return Verdict(grades, reason, reply.text, request.prompt.hash, clipped, repeat)
 
 
-class Progress:
+class ProgressBar:
     """A progress bar on stderr if it is a terminal, else a line every `every_s` seconds."""
 
     def __init__(self, label: str, every_s: float = 30.0) -> None:
         from rich.console import Console
-        from rich.progress import Progress as Bar
+        from rich.progress import Progress
 
         self._console = Console(stderr=True)
         self._label, self._every_s, self._last = label, every_s, time.monotonic()
-        self._bar = Bar(console=self._console, transient=True) if self._console.is_terminal else None
+        self._bar = Progress(console=self._console, transient=True) if self._console.is_terminal else None
         self._task = self._bar.add_task(label) if self._bar else None
 
     def __call__(self, done: int, total: int) -> None:
@@ -257,7 +257,7 @@ class Progress:
             self._last = time.monotonic()
             self._console.print(f"{self._label}: {done} of {total}", highlight=False)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         if self._bar is not None:
             self._bar.start()
         return self

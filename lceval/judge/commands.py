@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from lceval.errors import InfrastructureError
-from lceval.verbs import Json, group_or
+from lceval.core.errors import InfrastructureError
+from lceval.core.io import write_objects
+from lceval.core.options import Json, group_or
 
 _RUNS = "runs"
 
@@ -59,7 +60,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """Add judge metrics to finished runs. Exit code 4: some samples are unjudged; rerun the same command to resume."""
-    from lceval.judge import afterwards, calibrations
+    from lceval.judge import after_run, kappas
     from lceval.judge.client import Limits
     from lceval.judge.connect import connect
 
@@ -74,11 +75,11 @@ def runs(
         limits=limits,
     ) as (loaded, client):
         if require_kappa is not None:
-            calibration = calibrations.find(loaded.name, loaded.revision)
-            calibrations.require(calibration["kappa"] if calibration else None, require_kappa, loaded.name)
-        reports = [afterwards.judge_folder(folder, loaded, client) for folder in folders]
-    typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(afterwards.render, reports)))
-    if missing := sum(map(afterwards.missing, reports)):
+            calibration = kappas.find(loaded.name, loaded.revision)
+            kappas.require(calibration["kappa"] if calibration else None, require_kappa, loaded.name)
+        reports = [after_run.judge_folder(folder, loaded, client) for folder in folders]
+    typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(after_run.render, reports)))
+    if missing := sum(map(after_run.missing, reports)):
         raise InfrastructureError(
             f"{missing} samples are unjudged, because their calls failed: rerun the same command to resume"
         )
@@ -108,11 +109,11 @@ def calibrate_judge(
     as_json: Json = False,
 ) -> None:
     """Measure agreement with human labels, self-consistency and robustness to injection on FinanceBench."""
-    from lceval.judge import calibrate, calibrations
+    from lceval.judge import calibration, kappas
     from lceval.judge.client import Limits
     from lceval.judge.connect import connect
 
-    rows = calibrate.stratified(calibrate.graded(data), limit)
+    rows = calibration.stratified(calibration.graded(data), limit)
     limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
     with connect(
         judge,
@@ -123,13 +124,13 @@ def calibrate_judge(
         max_characters=max_characters,
         limits=limits,
     ) as (loaded, client):
-        report, lines = calibrate.calibrate(loaded, client, rows, repeats=repeats, probed=probes)
-    calibrations.keep(report)
+        report, lines = calibration.calibrate(loaded, client, rows, repeats=repeats, probed=probes)
+    kappas.keep(report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    typer.echo(json.dumps(report, indent=2) if as_json else calibrate.render(report))
+        write_objects(output, lines)
+    typer.echo(json.dumps(report, indent=2) if as_json else calibration.render(report))
     kappa = report["kappa"]
     if require_kappa is not None and (kappa is None or kappa < require_kappa):
         value = "undefined" if kappa is None else f"{kappa:.3f}"
-        raise calibrations.BelowError(f"kappa of {loaded.name} is {value}; --require-kappa is {require_kappa}")
+        raise kappas.BelowError(f"kappa of {loaded.name} is {value}; --require-kappa is {require_kappa}")

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from lceval.judge import judges
-from lceval.judge.client import Client, Limits, Progress
-from lceval.judge.judges import Judge
+from lceval.judge import backends
+from lceval.judge.client import Client, Limits, ProgressBar
+from lceval.judge.protocol import Judge
+from lceval.judge.replies import Store, alone, default_path
 from lceval.judge.rubrics import MAX_CHARACTERS
-from lceval.judge.store import Store, alone, default_path
 
 TIMEOUT_S = 120.0
 
@@ -39,12 +39,12 @@ def connect(
         UserError: no such judge, or another process uses it.
     """
     file = replies or default_path()
-    judge = judges.make(judges.chosen(spec), timeout=timeout, max_tokens=max_tokens)
+    judge = backends.make(backends.chosen(spec), timeout=timeout, max_tokens=max_tokens)
     try:
         with (
             alone(file, judge.name, wait=wait),
             Store(file) as store,
-            Progress(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
+            ProgressBar(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
         ):
             client = Client(
                 judge,

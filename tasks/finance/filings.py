@@ -9,12 +9,12 @@ import random
 from collections.abc import Sequence
 from functools import partial
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract, Fitter
 from lceval.tasks.finance.companies import Fact, Filing, filings
 from lceval.tasks.parsing import normalize
 from lceval.tasks.prompts import block
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 
 CONTEXTS = 12

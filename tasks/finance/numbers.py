@@ -118,12 +118,6 @@ def read_number(text: str) -> Number | None:
     return None
 
 
-def parse_number(text: str) -> float | None:
-    """The number of an answer in units of one; None without a number."""
-    number = read_number(text)
-    return None if number is None else number.value
-
-
 def _pairs(answer: Number, gold: Number) -> list[tuple[float, float, float]]:
     """Comparisons (answer, gold, unit of the gold): by value, and as written if one side has no unit."""
     by_value = (answer.value, gold.value, gold.unit)

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.finance.numbers import as_number
 from lceval.tasks.parsing import normalize
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row, together
 from lceval.tasks.sources import SourceFile, data_folder, hub_copy, read_hub, read_sources
 

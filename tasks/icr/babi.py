@@ -10,10 +10,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.catalogue import find
 from lceval.tasks.icr.haystack import SCHEMA, STORIES, Haystack, depth_of, unable
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, joint_identity, read_sources
 

@@ -10,10 +10,10 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request
+from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract, Fitter
 from lceval.tasks.prompts import block
+from lceval.tasks.request import Request
 from lceval.tasks.rows import Document
 from lceval.tasks.sources import SourceFile
 

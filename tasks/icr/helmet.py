@@ -15,11 +15,11 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract, Fitter
 from lceval.tasks.icr.helmet_files import QuestionFile, located, passages
 from lceval.tasks.prompts import block
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 
 _MOST_QUESTIONS = {64: 50, 128: 25}  # by length in K: a row of 128k tokens is a megabyte

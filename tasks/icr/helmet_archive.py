@@ -4,15 +4,14 @@ The archive is 11 GB (34 GB unpacked) and has no random access: it is streamed, 
 the download stops after the last of them.
 """
 
-import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Set
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
-from lceval.errors import InfrastructureError
+from lceval.core.errors import InfrastructureError
+from lceval.core.io import replacing
 from lceval.tasks.catalogue import Dataset
 
 ARCHIVE = "data.tar.gz"
@@ -77,22 +76,10 @@ def fetch_members(source: BinaryIO, required: Set[str], into: Path) -> set[str]:
                 continue
             content = archive.extractfile(member)
             assert content is not None, name
-            with content:
-                _write(content, into / name)
+            (into / name).parent.mkdir(parents=True, exist_ok=True)
+            with content, replacing(into / name) as target:
+                shutil.copyfileobj(content, target, 1 << 20)
             extracted.add(name)
             if extracted == required:
                 break
     return extracted
-
-
-def _write(content: IO[bytes], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}-", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            shutil.copyfileobj(content, file, 1 << 20)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request
+from lceval.core.errors import UserError
+from lceval.core.io import parse_object
 from lceval.tasks.catalogue import Hub
+from lceval.tasks.request import Request
 from lceval.tasks.rows import Document
 from lceval.tasks.sources import DATA_VARIABLE, data_folder
 
@@ -79,12 +80,7 @@ def checked(line: bytes, where: str) -> dict[str, Any]:
     Raises:
         UserError: Invalid JSON or a missing field.
     """
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error}): expected one object per line.") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is a {type(record).__name__}: expected an object.")
+    record = parse_object(line, where)
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "question": (lambda of: isinstance(of, str) and bool(of.strip()), "a string"),
         "answers": (lambda of: _list_of(of, lambda one: isinstance(one, str)), "a list of strings"),

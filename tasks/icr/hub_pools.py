@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lceval.tasks.build import Request
+from lceval.tasks.request import Request
 from lceval.tasks.sources import SourceFile, data_folder, read_hub, read_sources
 
 QUESTION: dict[str, type] = {"question": str, "answers": list, "gold_pids": list}

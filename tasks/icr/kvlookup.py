@@ -13,10 +13,10 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract
 from lceval.tasks.prompts import key_question, pair_line
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import read_sources
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from string import ascii_uppercase
 
-from lceval.tasks.build import Request, RowPlan
 from lceval.tasks.icr.haystack import SCHEMA, STORIES, Haystack, depth_of, unable
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, read_sources
 

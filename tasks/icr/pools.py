@@ -12,8 +12,7 @@ passages, to the source documents of one split (splits.sides).
 import random
 from collections.abc import Iterator, Sequence, Set
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.compose import TOLERANCE, Contract, Fitter, fill_length_matched, spread
 from lceval.tasks.icr.hub_pools import read_pool
 from lceval.tasks.icr.questions import PoolQuestion, group_questions, pack_questions, usable_questions
@@ -21,7 +20,8 @@ from lceval.tasks.icr.splits import sides
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.prompts import block
-from lceval.tasks.retrieval import order_by
+from lceval.tasks.request import Request, RowPlan
+from lceval.tasks.retrievers import order_by
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, by_key, joint_identity
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.sources import SourceFile

@@ -22,43 +22,33 @@ def sides(passages: Sequence[Mapping[str, Any]], questions: Iterable[Mapping[str
         passages: records with pid, title and text; a passage without a title is a separate document.
         questions: records with question and gold_pids.
     """
-    components = _Components()
+    links: list[tuple[str, str]] = []
     for passage in passages:
-        components.join(f"pid {passage['pid']}", f"text {normalize(passage['text'])}")
+        links.append((f"pid {passage['pid']}", f"text {normalize(passage['text'])}"))
         if title := normalize(passage["title"].replace("_", " ")):
-            components.join(f"pid {passage['pid']}", f"article {title}")
+            links.append((f"pid {passage['pid']}", f"article {title}"))
     for question in questions:
-        for pid in question["gold_pids"]:
-            components.join(f"pid {pid}", f"question {normalize(question['question'])}")
-    lowest: dict[str, str] = {}
-    for key in components.keys:
+        links += [(f"pid {pid}", f"question {normalize(question['question'])}") for pid in question["gold_pids"]]
+    component = _components(links)
+    lowest: dict[int, str] = {}
+    for key, number in component.items():
         if key.startswith(("article ", "text ")):  # titles sort before texts; pids depend on the file
-            root = components.root(key)
-            lowest[root] = min(lowest.get(root, key), key)
-    side = {root: "test" if _unit(key) < TEST_SHARE else "train" for root, key in lowest.items()}
-    return {passage["pid"]: side[components.root(f"pid {passage['pid']}")] for passage in passages}
+            lowest[number] = min(lowest.get(number, key), key)
+    side = {number: "test" if _unit(key) < TEST_SHARE else "train" for number, key in lowest.items()}
+    return {passage["pid"]: side[component[f"pid {passage['pid']}"]] for passage in passages}
+
+
+def _components(links: Sequence[tuple[str, str]]) -> dict[str, int]:
+    """The number of the connected component of each key."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    keys = {key: index for index, key in enumerate(dict.fromkeys(key for link in links for key in link))}
+    rows, columns = [keys[one] for one, _ in links], [keys[other] for _, other in links]
+    graph = coo_array(([True] * len(links), (rows, columns)), shape=(len(keys), len(keys)))
+    return dict(zip(keys, connected_components(graph, directed=False)[1].tolist(), strict=True))
 
 
 def _unit(key: str) -> float:
     """Deterministic number in [0, 1) of a key."""
     return int.from_bytes(hashlib.sha256(f"{_SALT}\n{key}".encode()).digest()[:8]) / 2**64
-
-
-class _Components:
-    """Connected components of keys: union-find with path halving."""
-
-    def __init__(self) -> None:
-        self._parent: dict[str, str] = {}
-
-    @property
-    def keys(self) -> Iterable[str]:
-        return self._parent.keys()
-
-    def root(self, key: str) -> str:
-        self._parent.setdefault(key, key)
-        while self._parent[key] != key:
-            self._parent[key] = key = self._parent[self._parent[key]]
-        return key
-
-    def join(self, one: str, other: str) -> None:
-        self._parent[self.root(one)] = self.root(other)

@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.parsing import extract, normalize
 from lceval.tasks.prompts import LETTERS
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row, together
 from lceval.tasks.scoring import answer_metrics, with_telemetry
 from lceval.tasks.sources import SourceFile, read_hub

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, read_sources
 

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.prompts import LETTERS
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row, together
 from lceval.tasks.sources import SourceFile, by_key, data_folder, hub_copy, read_hub, read_sources
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks.parsing import without_thinking
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.scoring import with_telemetry

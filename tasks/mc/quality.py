@@ -1,8 +1,8 @@
 """Rows of `lc_quality_mc`: QuALITY questions on whole stories, four options scored by log-likelihood of their text."""
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.prompts import LETTERS
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, by_key, joint_identity, read_sources
 

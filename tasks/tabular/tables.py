@@ -17,9 +17,9 @@ from itertools import accumulate
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from lceval.errors import UserError
-from lceval.tasks.build import Request, RowPlan
+from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract
+from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ ARROW = " -> "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
+class DataTable:
     """A table, split into held-out rows (questions) and training rows (examples).
 
     Attributes:
@@ -108,7 +108,7 @@ def _retriever(request: Request) -> str:
     return str(metadata["retriever"])
 
 
-def load(options: Mapping[str, Any], seed: int) -> Table:
+def load(options: Mapping[str, Any], seed: int) -> DataTable:
     """Load the table of a dataset's options and split it by the seed, stratified by class."""
     import numpy as np
     from sklearn import datasets  # heavy
@@ -126,7 +126,7 @@ def load(options: Mapping[str, Any], seed: int) -> Table:
         # our seeds are arbitrary integers; scikit-learn takes 32 bits
         random_state=random.Random(f"{name} {seed}").randrange(2**32),
     )
-    return Table(
+    return DataTable(
         name=name,
         columns=tuple(_plain(str(name)) for name in bunch.feature_names[: options["columns"]]),
         features=np.ascontiguousarray(bunch.data[:, : options["columns"]], dtype=np.float64),
@@ -143,7 +143,7 @@ def _plain(name: str) -> str:
     return re.sub(r" \(.*\)", "", name).replace("_", " ")
 
 
-def nearest(table: Table) -> dict[int, list[int]]:
+def nearest(table: DataTable) -> dict[int, list[int]]:
     """Held-out row -> all training rows, the nearest first; ties keep the order of the table."""
     import faiss
     import numpy as np
@@ -163,7 +163,7 @@ def nearest(table: Table) -> dict[int, list[int]]:
     return nearest_rows
 
 
-def random_order(table: Table, seed: int) -> dict[int, list[int]]:
+def random_order(table: DataTable, seed: int) -> dict[int, list[int]]:
     """Held-out row -> all training rows in random order."""
     return {
         number: random.Random(f"{table.name} {seed} {number}").sample(table.training, len(table.training))
@@ -171,7 +171,7 @@ def random_order(table: Table, seed: int) -> dict[int, list[int]]:
     }
 
 
-def _rows(request: Request, table: Table, retriever: str) -> list[Row]:
+def _rows(request: Request, table: DataTable, retriever: str) -> list[Row]:
     orders = nearest(table) if retriever == "knn" else random_order(table, request.seed)
     meter, limit = request.meter_and_limit
     lines = {number: table.line(number) for number in table.training}
@@ -197,7 +197,7 @@ def _rows(request: Request, table: Table, retriever: str) -> list[Row]:
     return built_rows
 
 
-def _scorer_fields(table: Table) -> Callable[[int], dict[str, Any]]:
+def _scorer_fields(table: DataTable) -> Callable[[int], dict[str, Any]]:
     """Return a function of a row that returns the scorer's additional fields."""
     if table.classes:
         return lambda number: {"classes": list(table.classes)}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lceval.report.page import write
+from lceval.analysis.report.page import write
 
 CHROMIUM = shutil.which("chromium")
 EVIL = "</script><script>window.evil=1</script><img src=x onerror='window.evil=1'>"

@@ -236,13 +236,13 @@ def _places(kernel: str) -> list[int]:
     ]
 
 
-def _compile(place: int, capability: int) -> aot.Row:
+def _compile(place: int, capability: int) -> aot.CompiledVariant:
     """By its place, since a jitted function does not go from one process to another."""
     return aot.compile_variant(aot.variants()[place], capability)
 
 
 @cache
-def _others(capability: int) -> dict[str, list[aot.Row]]:
+def _others(capability: int) -> dict[str, list[aot.CompiledVariant]]:
     """Every other kernel's variants, compiled by as many processes as there are cores."""
     kernels = sorted({variant.kernel for variant in aot.variants()} - {FIRST})
     places = [(kernel, place) for kernel in kernels for place in _places(kernel)]

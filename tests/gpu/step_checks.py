@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workload import relative_error, token_ids
 
-from lceval.bench import kernels as bench
+from lceval.bench import kernel_times as bench
 from lceval.models.policies import StatsSpec
 from lceval.models.recipe import parse
 

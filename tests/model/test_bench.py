@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lceval.bench.evaluate import requests_of
+from lceval import packaged
+from lceval.bench.comparison import requests_of
 from lceval.cli import invoke
-from lceval.models import packaged
 
 pytestmark = pytest.mark.model
 
@@ -101,6 +101,6 @@ def test_bad_input_gets_one_line(lceval: Any, line: tuple[str, ...], message: st
 
 @pytest.mark.parametrize(("template", "ending"), [(True, "assistant\nAnswer:"), (False, "? Answer:")])
 def test_a_prompt_can_contain_the_beginning_of_the_reply(lcft: Any, template: bool, ending: str) -> None:
-    _, groups = requests_of("lc_filings_ao_1k", packaged.NAME, lcft(), template, None, "Answer:")
-    assert groups
-    assert all(request.args[0].endswith(ending) for requests in groups.values() for request in requests)
+    _, contexts = requests_of("lc_filings_ao_1k", packaged.NAME, lcft(), template, None, "Answer:")
+    assert contexts
+    assert all(request.args[0].endswith(ending) for context in contexts for request in context.requests)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lceval.check import baseline
-from lceval.check.compare import TaskCheck, check
+from lceval.analysis.check import baseline
+from lceval.analysis.check.compare import TaskCheck, check
 from lceval.models.policies import SnapKV
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]

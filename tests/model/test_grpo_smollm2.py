@@ -13,10 +13,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoTokenizer
 
+from lceval.adapt.graders import Grader
+from lceval.judge.backends.rule import RuleJudge
 from lceval.judge.client import Client
-from lceval.judge.grader import Grader
-from lceval.judge.rule import RuleJudge
-from lceval.judge.store import Store
+from lceval.judge.replies import Store
 from lceval.models.lcft import LCFT
 from lceval.tasks import prompts
 from lceval.training import rewards

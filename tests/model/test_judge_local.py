@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lceval.errors import UserError
-from lceval.judge import inrun, judges, rubrics, verdicts
-from lceval.judge.judges import RefusedError
-from lceval.judge.local import SCORES
+from lceval.core.errors import UserError
+from lceval.judge import backends, during_run, rubrics, verdicts
+from lceval.judge.backends.hf import SCORES
+from lceval.judge.protocol import RefusedError
 from lceval.judge.rubrics import Case
 
 pytestmark = pytest.mark.model
@@ -24,7 +24,7 @@ SHORT = rubrics.Prompt("Grade the answer.", f"{CASE.question}\n{CASE.solution}")
 
 @pytest.fixture(scope="module")
 def judge() -> Any:
-    loaded = judges.make("hf:smollm2-135m", timeout=1, max_tokens=4)
+    loaded = backends.make("hf:smollm2-135m", timeout=1, max_tokens=4)
     yield loaded
     loaded.close()
 
@@ -76,24 +76,24 @@ def test_a_prompt_beyond_the_context_window_is_refused_and_never_truncated(judge
 
 def test_a_missing_model_is_one_line() -> None:
     with pytest.raises(UserError, match="cannot load the judge '/no/such/model'") as raised:
-        judges.make("hf:/no/such/model", timeout=1)
+        backends.make("hf:/no/such/model", timeout=1)
     assert "\n" not in str(raised.value)
 
 
 def test_a_local_judge_of_a_run_is_a_subprocess_and_stores_its_replies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lceval.judge.local import LocalJudge
+    from lceval.judge.backends.hf import LocalJudge
 
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
     # The subprocess has the real class.
     monkeypatch.setattr(
         LocalJudge, "__init__", lambda *_, **__: pytest.fail("loaded in the process of the evaluated model")
     )
-    report, verdicts = inrun._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")
+    report, verdicts = during_run._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")
     ((verdict,),) = verdicts
     assert verdict.grades is not None
     assert set(verdict.grades) == {"reasoning", "grounding", "answer"}
     assert (report["judge"], report["reused"]) == ("hf:smollm2-135m", 0)
     assert report["revision"]
-    assert inrun._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")[0]["reused"] == 1
+    assert during_run._in_subprocess([("rj", [CASE])], "hf:smollm2-135m")[0]["reused"] == 1

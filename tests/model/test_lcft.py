@@ -8,7 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 
 pytestmark = pytest.mark.model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lceval.training import shifted
+from lceval.training import shifted_attention
 from lceval.training.longlora import LongLora, prepare
 
 pytestmark = pytest.mark.model
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.model
 
 @pytest.fixture(scope="module")
 def model(smollm2: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(smollm2, attn_implementation=shifted.register())
+    return AutoModelForCausalLM.from_pretrained(smollm2, attn_implementation=shifted_attention.register())
 
 
 def own_groups(t: int, group: int) -> set[int]:
@@ -29,7 +29,7 @@ def test_attention_is_causal_and_the_first_layer_attends_to_two_groups_only(mode
     ids = (torch.arange(tokens) * 97 + 1000)[None]
     embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
     out = model(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
-    group = shifted.even_group(tokens, 0.25)
+    group = shifted_attention.even_group(tokens, 0.25)
     for t in (0, group // 2 - 1, group, 2 * group - 1, tokens - 1):
         first, last = (
             torch.autograd.grad(x[0, t].sum(), embeddings, retain_graph=True)[0][0].abs().sum(-1).nonzero().flatten()
@@ -47,7 +47,7 @@ def test_evaluation_is_full_attention_bit_for_bit(model: Any) -> None:
     model.eval()
     with torch.no_grad():
         logits = [model(ids).logits, model(ids, attention_mask=mask).logits]
-        with shifted.full_attention(model):
+        with shifted_attention.full_attention(model):
             sdpa = [model(ids).logits, model(ids, attention_mask=mask).logits]
         model.train()
         assert not torch.allclose(model(ids, use_cache=False).logits, sdpa[0], atol=1e-2)

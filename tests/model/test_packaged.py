@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from lceval.errors import UserError
-from lceval.models import packaged
+from lceval import packaged
+from lceval.core.errors import UserError
 
 pytestmark = pytest.mark.model
 

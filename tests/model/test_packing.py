@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import recipe
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS

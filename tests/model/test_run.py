@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from lceval import run as run_module
+from lceval.analysis.table import main as table_text
 from lceval.cli import invoke
-from lceval.table import main as table_text
+from lceval.runs import runner
+from lceval.runs.demo import RECIPES
 
 pytestmark = pytest.mark.model
 
@@ -217,6 +218,16 @@ def test_lm_eval_collects_its_description_of_the_environment_once_per_process(mo
     calls: list[str] = []
     monkeypatch.setattr(collect_env, "get_pretty_env_info", lambda: calls.append("pip list") or "environment")
     for _ in range(2):
-        run_module._collect_environment_once()
+        runner._collect_environment_once()
         assert collect_env.get_pretty_env_info() == "environment"
     assert calls == ["pip list"]
+
+
+def test_the_demo_prefills_each_context_once_for_its_four_recipes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert invoke(["demo", "--limit", "2", "--output_path", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["recipe"], row["n"]) for row in rows] == [(recipe, 2) for recipe in RECIPES]
+    infos = [json.loads(file.read_text())["config"]["lcft"] for file in tmp_path.glob("*/results_*.json")]
+    assert {info["recipe"]: info.get("contexts", 0) for info in infos} == dict.fromkeys(RECIPES, 0) | {"full": 1}

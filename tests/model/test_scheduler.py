@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.recipe import parse
 
 pytestmark = pytest.mark.model
@@ -167,26 +167,28 @@ def test_one_prefill_serves_all_recipes(
     recipes = ["full", "knorm:0.5", "snapkv:0.5+int4"]
     alone = [lcft(recipe, query_aware=query_aware).loglikelihood(pairs(requests[:1])) for recipe in recipes]
     model = lcft(query_aware=query_aware)
-    model.scheduler.keep_for = parse("snapkv:0.5").stats_spec
     questions: list[Any] = []
     prefill_question = model.engine.prefill_question
     monkeypatch.setattr(
         model.engine, "prefill_question", lambda *args: questions.append(args) or prefill_question(*args)
     )
-    for recipe, expected in zip(recipes, alone, strict=True):
-        model.recipe = parse(recipe)
-        assert model.loglikelihood(pairs(requests[:1])) == expected
-    assert model.totals["contexts"] == 1
+    prefills = 0
+    with model.sharing_prefills(map(parse, recipes)):
+        for recipe, expected in zip(recipes, alone, strict=True):
+            model.use(recipe)
+            assert model.loglikelihood(pairs(requests[:1])) == expected
+            prefills += model.totals["contexts"]
+    assert prefills == 1
     assert len(questions) == question_prefills
 
 
 def test_a_kept_prefill_with_insufficient_statistics_is_repeated(lcft: Any, requests: list[Any]) -> None:
     model = lcft("knorm:0.5")
-    model.scheduler.keep_for = parse("knorm:0.5").stats_spec
-    model.loglikelihood(pairs(requests[:1]))
-    model.recipe = parse("snapkv:0.5")
-    assert model.loglikelihood(pairs(requests[:1])) == lcft("snapkv:0.5").loglikelihood(pairs(requests[:1]))
-    assert model.totals["contexts"] == 2
+    with model.sharing_prefills([parse("knorm:0.5")]):
+        model.loglikelihood(pairs(requests[:1]))
+        model.use("snapkv:0.5")
+        assert model.loglikelihood(pairs(requests[:1])) == lcft("snapkv:0.5").loglikelihood(pairs(requests[:1]))
+        assert model.totals["contexts"] == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from lceval.cli import invoke
-from lceval.results import read_folder
+from lceval.records.results import read_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 PAGE = (Path(__file__).parents[2] / "docs" / "sweep.md").read_text()

@@ -8,18 +8,18 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from lceval.run import OpenRun, evaluate, opened
-from lceval.sweep import worker
-from lceval.sweep.engine import sweep
-from lceval.sweep.grid import Grid
-from lceval.sweep.plan import plan
+from lceval.runs import runner
+from lceval.runs.configuration import Context
+from lceval.runs.folder import opened
+from lceval.runs.runner import answers
+from lceval.runs.sweep.execution import sweep
+from lceval.runs.sweep.grid import Grid
+from lceval.runs.sweep.plan import plan
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 GRID = """
@@ -128,33 +128,31 @@ def test_a_finished_folder_of_another_run_is_an_error_not_a_result(tmp_path: Pat
     assert "contains another run" in json.loads((tmp_path / "sweep.json").read_text())["cells"][cell.name]
 
 
-def test_a_failing_recipe_stops_no_other_of_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_recipe_stops_no_other_of_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
-        def __init__(self) -> None:
-            self.totals: Counter[str] = Counter()
-            self.scheduler = SimpleNamespace(keep_for=None, prefill_s=0.0)
-            self.recipe: Any = None
+        prefill_s = 0.0
 
-        def set_cache_hook(self, store: Any) -> None: ...
+    class Answering:
+        def __init__(self, recipe: str) -> None:
+            self.recipe = recipe
 
-        def generate_until(self, requests: list[Any], **_: Any) -> list[str]:
-            if str(self.recipe) == "int4":
+        def answer(self, context: Context) -> list[str]:
+            if self.recipe == "int4":
                 raise MemoryError("no room")
-            return ["answer"] * len(requests)
+            return [self.recipe] * len(context.requests)
 
-    request = SimpleNamespace(args=("Where?", {}), task_name="t", doc_id=0)
-    monkeypatch.setattr(worker, "_requests", lambda *_: [("generate_until", [request])])
-    monkeypatch.setattr(worker, "begin", lambda open_run: open_run.folder.mkdir())
-    cells = plan(Grid(models=["m"], tasks=["lc_filings_ao_1k"], recipes=["full", "int4", "int8"])).cells
-    begun = [
-        (cell, OpenRun(SimpleNamespace(model_args={"kv": cell.recipe}, seed=None), tmp_path / cell.name, {}, None))
-        for cell in cells
+    contexts = [Context(name, "generate_until", [None] * 2) for name in ("a", "b")]
+    errors: dict[str, Exception] = {}
+    sides = [Answering(name) for name in ("full", "int4", "int8")]
+    answered = list(
+        answers(Broken(), sides, contexts, on_error=lambda side, error: errors.update({side.recipe: error}))
+    )
+    assert [(one.context.name, one.responses) for one in answered] == [
+        (name, [recipe] * 2) for name in ("a", "b") for recipe in ("full", "int8")
     ]
-    results: dict[str, worker.CellResult] = {}
-    answered = worker.Worker._answer(Broken(), begun, results)
-    assert [one.cell.recipe for one in answered] == ["full", "int8"]
-    assert {name: one.error for name, one in results.items()} == {cells[1].name: "MemoryError: no room"}
-    assert 'raise MemoryError("no room")' in results[cells[1].name].trace
+    assert list(errors) == ["int4"]
+    with pytest.raises(MemoryError, match="no room"):
+        list(answers(Broken(), sides, contexts))
 
 
 def test_a_failing_run_leaves_no_cache_hook_on_the_model(
@@ -169,6 +167,8 @@ def test_a_failing_run_leaves_no_cache_hook_on_the_model(
     monkeypatch.setattr(lm_eval, "simple_evaluate", fails)
     model = lcft()
     (cell,) = plan(Grid(models=["smollm2-135m"], tasks=["lc_filings_ao_1k"], limit=1)).cells
-    with opened(cell.argv(tmp_path / "cell")) as open_run, pytest.raises(MemoryError):
-        evaluate(open_run, lambda _: model)
+    monkeypatch.setattr(runner, "load_model", lambda _: model)
+    with opened(cell.argv(tmp_path / "cell")) as open_run:
+        (error,) = runner.Runner().evaluate([open_run])
+    assert isinstance(error, MemoryError)
     assert not {"generate_until", "loglikelihood", "loglikelihood_rolling"} & vars(model).keys()

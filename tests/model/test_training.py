@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.training import dry_run, precision
 from lceval.training.config import Config, parse, read
 from lceval.training.packing import Packing, QAPair, pack
-from lceval.training.run import train
+from lceval.training.train import train
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 STEPS = 3

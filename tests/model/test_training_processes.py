@@ -17,7 +17,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from lceval.training.config import parse, shipped
-from lceval.training.run import train
+from lceval.training.train import train
 
 ROOT = Path(__file__).parents[2]
 CONFIGURATIONS = ROOT / "training" / "accelerate"

@@ -19,18 +19,19 @@ from typing import Any
 
 import torch
 
-from lceval.bench.evaluate import requests_of
-from lceval.models import packaged
+from lceval import packaged
+from lceval.bench.comparison import requests_of
 from lceval.models.lcft import LCFT
+from lceval.models.prefix import Job
 from lceval.models.recipe import parse
 
 
 def jobs_of(model: LCFT, task: str, contexts: int, new_tokens: int) -> list[dict[str, Any]]:
     """The task's first contexts with their questions, as token ids."""
-    _, groups = requests_of(task, packaged.NAME, model, template=True)
+    _, every = requests_of(task, packaged.NAME, model, template=True)
     jobs = []
-    for cluster in list(groups)[:contexts]:
-        group = [model._job(0, r, r.args[0], model.tok_encode(r.args[0]), {}) for r in groups[cluster]]
+    for requests in (context.requests for context in every[:contexts]):
+        group = [Job(**model._split(0, request, model.tok_encode(request.args[0]))) for request in requests]
         questions = [list(job.question) for job in group]
         jobs.append({"context": list(group[0].context), "questions": questions, "max_new_tokens": new_tokens})
     return jobs

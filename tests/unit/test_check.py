@@ -15,11 +15,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from lceval.check import baseline
-from lceval.check.compare import check
-from lceval.check.plan import plan, visible
+from lceval.analysis.check import baseline
+from lceval.analysis.check.compare import check
+from lceval.analysis.check.sample_size import plan, visible
 from lceval.cli import invoke
-from lceval.errors import NotComparableError, UserError
+from lceval.core.errors import NotComparableError, UserError
 
 DATE = "2026-01-02T03-04-05.678901"
 ROOT = Path(__file__).parents[2]
@@ -376,9 +376,8 @@ def test_a_plan_is_the_textbook_formula(base: Path, capsys: pytest.CaptureFixtur
 
 
 def test_check_imports_no_model() -> None:
-    code = (
-        "import sys, lceval.check.command; print([m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules])"
-    )
+    heavy = "[m for m in ('torch', 'transformers', 'lm_eval') if m in sys.modules]"
+    code = f"import sys, lceval.analysis.check.command; print({heavy})"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
 

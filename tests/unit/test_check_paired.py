@@ -19,8 +19,8 @@ from statsmodels.stats.contingency_tables import mcnemar as their_mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from lceval.check.paired import EXACT_CLUSTERS, Paired, bound, compare, holm, mcnemar, sign_flip
-from lceval.check.plan import plan
+from lceval.analysis.check.sample_size import plan
+from lceval.stats.paired import EXACT_CLUSTERS, Paired, bound, compare, holm, mcnemar, sign_flip
 
 SIMULATIONS = 1_000
 NOISE = int(binom.ppf(0.999, SIMULATIONS, 0.05))

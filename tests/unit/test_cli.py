@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import typer
 
-from lceval import cli, doctor
+from lceval import cli
 from lceval.cli import invoke
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION
+from lceval.runs import doctor
 
 DOCS = Path(__file__).parents[2] / "docs"
 

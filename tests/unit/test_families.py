@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import attention
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine

@@ -19,8 +19,8 @@ import huggingface_hub
 import pytest
 
 from lceval.cli import invoke
-from lceval.errors import InfrastructureError, UserError
-from lceval.fetch import Outcome, fetch
+from lceval.core.errors import InfrastructureError, UserError
+from lceval.data.fetch import FetchResult, fetch
 from lceval.tasks import catalogue, sources
 
 REVISION = "1" * 40
@@ -105,7 +105,7 @@ SHARD_FILES = [f"hub/{REPO}/data/test-{n}.jsonl" for n in (0, 1)]
 
 def test_files_are_fetched_to_where_the_task_reads_them(hub: FakeHub, tmp_path: Path) -> None:
     (outcome,) = fetch(["shards"])
-    assert outcome == Outcome(
+    assert outcome == FetchResult(
         "shards", "fetched", f"fetched {REPO} at {REVISION[:12]} into {tmp_path / 'data' / 'hub' / REPO}"
     )
     assert hub.calls == [{"repo": REPO, "type": "dataset", "revision": REVISION}]
@@ -147,7 +147,7 @@ def test_an_interrupted_download_leaves_nothing_and_is_fetched_again(
 def test_a_killed_download_is_not_taken_as_complete(hub: FakeHub, tmp_path: Path) -> None:
     code = (
         "import os, pathlib, signal, sys, huggingface_hub\n"
-        "from lceval.fetch import fetch\n"
+        "from lceval.data.fetch import fetch\n"
         "from lceval.tasks import catalogue\n"
         "def download(local_dir, **_):\n"
         "    (local_dir / 'data').mkdir()\n"

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import Punctuation, Sequence, WhitespaceSplit
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOTrainer
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import prompts
 from lceval.training import grpo as grpo_module
 from lceval.training import rewards

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
-from lceval import identity
+from lceval.records import identity
 
 
 def test_every_field_of_a_run_is_classified_once() -> None:

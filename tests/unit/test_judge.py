@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.cli import invoke
-from lceval.errors import UserError
-from lceval.judge import calibrate, judges, probes, rubrics, verdicts
+from lceval.core.errors import UserError
+from lceval.judge import backends, calibration, probes, rubrics, verdicts
 from lceval.judge.client import Client, Limits
-from lceval.judge.judges import RefusedError, TryAgainError
+from lceval.judge.protocol import RefusedError, TryAgainError
+from lceval.judge.replies import Key, Reply, Store
 from lceval.judge.rubrics import Case, Prompt, Rubric
-from lceval.judge.store import Key, Reply, Store
 
 CASE = Case(
     "How much?", ("8.70", "8.7 billion"), "It was $8.7 billion.", ("[DOC 2]\nIt was 8.7.", "[DOC 5]\nNo."), (2, 5)
@@ -187,7 +187,7 @@ def test_a_rating_is_parsed_by_loongs_rule(reply: str, rating: float | None) -> 
     ],
 )
 def test_a_judge_name_is_parsed(text: str, parts: tuple[str, ...]) -> None:
-    spec = judges.parse(text)
+    spec = backends.parse(text)
     assert (spec.kind, spec.model, spec.revision, spec.url) == parts
     assert "#" not in str(spec)
 
@@ -209,7 +209,7 @@ def test_a_judge_name_is_parsed(text: str, parts: tuple[str, ...]) -> None:
 )
 def test_an_invalid_name_is_refused_in_one_line_without_keys(text: str) -> None:
     with pytest.raises(UserError) as raised:
-        judges.parse(text)
+        backends.parse(text)
     assert "sk-9" not in str(raised.value)
     assert "secret" not in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -275,20 +275,20 @@ def test_impossible_limits_are_refused(limits: dict[str, int]) -> None:
 
 
 @pytest.fixture
-def graded(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[calibrate.Graded]:
+def graded(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[calibration.Graded]:
     monkeypatch.setenv("LCEVAL_DATA", str(data_folder))
-    return calibrate.graded()
+    return calibration.graded()
 
 
-def test_a_stratified_sample_has_the_label_proportions_of_all_rows(graded: list[calibrate.Graded]) -> None:
-    chosen = calibrate.stratified(graded, 200)
-    assert chosen == calibrate.stratified(graded, 200)
+def test_a_stratified_sample_has_the_label_proportions_of_all_rows(graded: list[calibration.Graded]) -> None:
+    chosen = calibration.stratified(graded, 200)
+    assert chosen == calibration.stratified(graded, 200)
     assert len({row.row for row in chosen}) == 200
-    for label in calibrate.LABELS.values():
+    for label in calibration.LABELS.values():
         exact = 200 * sum(row.human == label for row in graded) / len(graded)
         assert abs(sum(row.human == label for row in chosen) - exact) < 1
     with pytest.raises(UserError, match="--limit 2"):
-        calibrate.stratified(graded, 2)
+        calibration.stratified(graded, 2)
 
 
 def test_the_rule_is_calibrated_from_the_command_line_with_a_minimum_kappa(
@@ -315,7 +315,7 @@ def test_the_rule_is_calibrated_from_the_command_line_with_a_minimum_kappa(
 
 
 def test_probes_detect_a_judge_that_obeys_injections_and_pass_a_robust_one(
-    store: Store, graded: list[calibrate.Graded]
+    store: Store, graded: list[calibration.Graded]
 ) -> None:
     wrong = [row.case for row in graded if row.human == "incorrect" and len(row.case.solution) < 300][:8]
     obedient = Scripted(

@@ -21,11 +21,11 @@ from typing import Any
 
 import pytest
 
-from lceval.errors import UserError
-from lceval.judge import judges, rubrics
+from lceval.core.errors import UserError
+from lceval.judge import backends, rubrics
 from lceval.judge.client import Client, Limits
+from lceval.judge.replies import Store
 from lceval.judge.rubrics import Case
-from lceval.judge.store import Store
 
 KEY = "canary-3f9c1e77-never-to-be-seen"
 TASK = "lc_filings_rj_1k"
@@ -323,7 +323,7 @@ def ask(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     with Store(tmp_path / "replies.sqlite") as store:
 
         def judged(server: Served, cases: int = 3, **limits: Any) -> tuple[list[Any], Client]:
-            judge = judges.make(f"openai:m@{server.url}", timeout=TIMEOUT_S)
+            judge = backends.make(f"openai:m@{server.url}", timeout=TIMEOUT_S)
             client = Client(judge, store, Limits(**({"first_wait": 0.01, "retries": 1} | limits)))
             questions = [Case(f"What is figure {number}?", (str(number),), "It is.") for number in range(cases)]
             try:

@@ -14,10 +14,10 @@ import pytest
 from test_judge_endpoint import KEY, served
 
 from lceval.cli import invoke
-from lceval.errors import LcevalError
-from lceval.judge import inrun
+from lceval.core.errors import LcevalError
+from lceval.judge import during_run
 from lceval.judge.client import Limits
-from lceval.judge.inrun import add
+from lceval.judge.during_run import add
 from lceval.judge.rubrics import Case
 
 TASK = "lc_filings_rj_1k"
@@ -39,7 +39,7 @@ def graded(user: str) -> str:
 @pytest.fixture
 def run(smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None, str], Path]:
     monkeypatch.setenv("LCEVAL_CACHE", str(cache(tmp_path / "cache", smollm2)))
-    monkeypatch.setattr(inrun, "LIMITS", Limits(retries=0))
+    monkeypatch.setattr(during_run, "LIMITS", Limits(retries=0))
 
     def evaluate(judge: str | None, name: str = "run") -> Path:
         if judge is None:
@@ -206,10 +206,10 @@ def test_plain_lm_eval_prints_and_writes_the_same_without_the_key(
 def test_an_invalid_judge_is_refused_before_any_model_is_loaded(
     judge: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import lceval.run
+    import lceval.runs.runner
 
     monkeypatch.setenv("LCEVAL_JUDGE", judge)
-    monkeypatch.setattr(lceval.run, "load_model", lambda config: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(lceval.runs.runner, "load_model", lambda config: pytest.fail("a model was loaded"))
     assert invoke(["run", *COMMON, "--output_path", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("lceval: error: LCEVAL_JUDGE: ")
@@ -255,8 +255,8 @@ def test_a_judge_in_a_subprocess_gives_the_same_verdicts_and_stores_its_replies(
 ) -> None:
     monkeypatch.setenv("LCEVAL_CACHE", str(tmp_path))
     batch = [("rj", [Case("Q?", ("8",), "[DOC 0] says so.\nThe answer is: 8", ("[DOC 0]\n8",), (0,))])]
-    separate, same = inrun._in_subprocess(batch, "rule"), inrun.ask(batch, "rule")
+    separate, same = during_run._in_subprocess(batch, "rule"), during_run.ask(batch, "rule")
     assert separate[1] == same[1]
     assert (separate[0]["reused"], same[0]["reused"]) == (0, 1)
     with pytest.raises(LcevalError, match="the judge rule failed"):
-        inrun._in_subprocess([("no-such-rubric", [])], "rule")
+        during_run._in_subprocess([("no-such-rubric", [])], "rule")

@@ -11,7 +11,7 @@ import pytest
 from test_judge_runs import financebench, made_run
 
 from lceval.cli import invoke
-from lceval.judge import calibrations
+from lceval.judge import kappas
 
 OUTPUT_FORMATS = ("terminal", "markdown", "latex", "csv", "html", "json")
 
@@ -43,7 +43,7 @@ def test_every_format_has_kappa_with_its_interval_or_uncalibrated(
     run: Path, capsys: pytest.CaptureFixture[str], output_format: str
 ) -> None:
     before = rendered(run, capsys, output_format)
-    calibrations.keep(report(0.67, 1040))
+    kappas.keep(report(0.67, 1040))
     after = rendered(run, capsys, output_format)
     if output_format == "json":
         (row,) = json.loads(after)["rows"]
@@ -64,7 +64,7 @@ def test_every_format_has_kappa_with_its_interval_or_uncalibrated(
 
 
 def test_means_over_tasks_have_the_kappa_of_their_judge(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    calibrations.keep(report(0.67, 1040))
+    kappas.keep(report(0.67, 1040))
     assert "0.67 [0.59, 0.75]" in rendered(run, capsys, "markdown", "--by", "suite")
 
 
@@ -78,7 +78,7 @@ def test_require_kappa_refuses_a_worse_or_uncalibrated_judge_in_one_line(
         assert captured.out == ""
         assert "rule" in captured.err
         assert "is uncalibrated, but a kappa of 0.6 is required" in captured.err
-    calibrations.keep(report(0.5, 1040))
+    kappas.keep(report(0.5, 1040))
     for line in (["table", str(run)], ["judge", str(run), "--judge", "rule"]):
         assert invoke([*line, "--require-kappa", "0.6"]) == 1
         assert "is 0.500; 0.6 is required" in capsys.readouterr().err
@@ -87,16 +87,16 @@ def test_require_kappa_refuses_a_worse_or_uncalibrated_judge_in_one_line(
 
 
 def test_a_smaller_sample_another_revision_or_another_rubric_is_ignored(run: Path) -> None:
-    calibrations.keep(report(0.67, 1040))
-    calibrations.keep(report(0.99, 20))
-    calibrations.keep(report(0.1, 2000, revision="2"))
-    calibrations.keep(report(0.1, 2000, rubric="financebench@0"))
-    calibration = calibrations.find("rule", "1")
+    kappas.keep(report(0.67, 1040))
+    kappas.keep(report(0.99, 20))
+    kappas.keep(report(0.1, 2000, revision="2"))
+    kappas.keep(report(0.1, 2000, rubric="financebench@0"))
+    calibration = kappas.find("rule", "1")
     assert calibration is not None
     assert calibration["kappa"] == 0.67
-    assert calibrations.find("another", "1") is None
-    calibrations.keep(report(None, 1040))
-    assert calibrations.find("rule", "1") is None
+    assert kappas.find("another", "1") is None
+    kappas.keep(report(None, 1040))
+    assert kappas.find("rule", "1") is None
 
 
 def test_the_table_and_the_report_show_the_stored_calibration(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lceval.judge import rubrics, rule, verdicts
+from lceval.judge import rubrics, verdicts
+from lceval.judge.backends import rule
 from lceval.judge.rubrics import Case, Prompt
 
 

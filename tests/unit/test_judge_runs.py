@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lceval.cli import invoke
-from lceval.errors import UserError
-from lceval.judge import afterwards
+from lceval.core.errors import UserError
+from lceval.judge import after_run
 from lceval.judge.client import Client, Limits
-from lceval.judge.judges import TryAgainError
+from lceval.judge.protocol import TryAgainError
+from lceval.judge.replies import Reply, Store, alone
 from lceval.judge.rubrics import Case, Prompt, Rubric
-from lceval.judge.store import Reply, Store, alone
-from lceval.results import read_folder
-from lceval.tasks import catalogue
+from lceval.records.results import read_folder
+from lceval.tasks import catalogue, lm_eval_config
 from lceval.tasks.build import rows_of
 from lceval.tasks.finance.loong import compact
 from lceval.tasks.scoring import gold_places
@@ -30,7 +30,7 @@ DATE = "2026-01-01T00-00-00"
 
 def made_run(folder: Path, task: str, docs: Sequence[Mapping[str, Any]], answers: Sequence[str]) -> Path:
     """The files of a finished evaluation, with every metric of the task as logged by lm-eval."""
-    config = catalogue.task_config(catalogue.find(task))
+    config = lm_eval_config.task_config(catalogue.find(task))
     folder.mkdir()
     results = {
         "configs": {task: {"metadata": config["metadata"]}},
@@ -71,7 +71,7 @@ class Scripted:
 def judge(folder: Path, replies: Mapping[str, str], **limits: Any) -> dict[str, Any]:
     scripted = Scripted(replies)
     with Store(folder.parent / "scripted.sqlite") as store:
-        return afterwards.judge_folder(folder, scripted, Client(scripted, store, Limits(retries=0, **limits)))
+        return after_run.judge_folder(folder, scripted, Client(scripted, store, Limits(retries=0, **limits)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_the_prompt_of_r_judge_has_only_the_gold_documents_with_their_numbers(
 
     run = made_run(tmp_path / "run", "lc_nqopen_rj_2k", rj_rows[:2], ["x", "y"])
     with Store(tmp_path / "s.sqlite") as store:
-        afterwards.judge_folder(run, Recording({}), Client(Recording({}), store))
+        after_run.judge_folder(run, Recording({}), Client(Recording({}), store))
     for row, prompt in zip(rj_rows, sent, strict=False):
         gold = gold_places(row)
         for place, doc in enumerate(row["docs"]):
@@ -147,7 +147,7 @@ def test_without_a_judge_r_judge_scores_answer_and_citations_and_every_sample_is
     rj_rows: list[Any], tmp_path: Path
 ) -> None:
     task = "lc_nqopen_rj_2k"
-    metrics = catalogue.task_config(catalogue.find(task))["process_results"](rj_rows[0], [solution(rj_rows[0], 0)])
+    metrics = lm_eval_config.task_config(catalogue.find(task))["process_results"](rj_rows[0], [solution(rj_rows[0], 0)])
     assert (metrics["subem"], metrics["ids_f1"]) == (1.0, 1.0)
     assert not [name for name in metrics if "judge" in name or name == "rj_paper"]
     run = made_run(tmp_path / "run", task, rj_rows, [solution(row, 0) for row in rj_rows])
@@ -272,11 +272,11 @@ def test_a_sample_that_failed_in_the_run_scores_0_and_is_not_sent(tmp_path: Path
 def test_a_failed_call_is_exit_4_and_the_same_command_retries_only_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lceval.judge import judges
+    from lceval.judge import backends
 
     run = made_run(tmp_path / "run", "lc_financebench_ao", financebench(3), ["x", "y", "z"])
     scripted = Scripted({"Q0?": '{"verdict": "correct"}', "Q2?": "hm"})
-    monkeypatch.setattr(judges, "make", lambda spec, **_: scripted)
+    monkeypatch.setattr(backends, "make", lambda spec, **_: scripted)
     line = ["judge", str(run), "--judge", "any", "--retries", "0", "--replies", str(tmp_path / "r.sqlite")]
     assert invoke(line) == 4
     captured = capsys.readouterr()
@@ -319,7 +319,7 @@ def test_the_rubric_depends_on_output_format_and_dataset() -> None:
     output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")
-        assert afterwards.rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), (
+        assert after_run.rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), (
             name
         )
-    assert afterwards.rubric_of("lc_no_such_task") is None
+    assert after_run.rubric_of("lc_no_such_task") is None

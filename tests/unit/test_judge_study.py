@@ -17,7 +17,7 @@ from test_judge_inrun import PLAIN, cache
 from test_judge_runs import financebench, made_run
 
 from lceval.cli import invoke
-from lceval.judge import calibrate, probes
+from lceval.judge import calibration, probes
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "judge.md").read_text()
@@ -67,7 +67,7 @@ def test_the_rule_reproduces_the_committed_verdicts_on_all_rows(
 def test_the_rows_of_the_local_judge_are_the_stratified_sample_with_its_human_labels(
     study: ModuleType, data_folder: Path
 ) -> None:
-    sample = calibrate.stratified(calibrate.graded(data_folder / calibrate.FILE), 200)
+    sample = calibration.stratified(calibration.graded(data_folder / calibration.FILE), 200)
     assert [(r["row"], r["id"], r["human"]) for r in study.rows("smollm2")] == [
         (row.row, row.question_id, row.human) for row in sample
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from lceval.kernels import aot, variant
 
-GOOD = aot.Row(
+GOOD = aot.CompiledVariant(
     kernel="decode.split",
     variant="bf16 D128",
     target="sm_90",
@@ -84,7 +84,7 @@ def test_launches_are_of_gated_variants_and_a_growing_cache_needs_no_new_one() -
         (replace(GOOD, kernel="decode.new"), "no limit is set for this kernel and dtype"),
     ],
 )
-def test_check_names_each_broken_limit(row: aot.Row, message: str | None) -> None:
+def test_check_names_each_broken_limit(row: aot.CompiledVariant, message: str | None) -> None:
     expected = [] if message is None else [f"{row.kernel} bf16 D128 sm_90: {message}"]
     assert aot.check([row]) == expected
 

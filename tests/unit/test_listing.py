@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from lceval import listing
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
+from lceval.data import listing
 from lceval.tasks import catalogue
 
 

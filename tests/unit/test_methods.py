@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from lceval import methods
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models import recipe
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, AdaKV, Evictor, LayerView, Quantizer
+from lceval.runs import methods
 
 NAMES = ["full", *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
 AXES = {

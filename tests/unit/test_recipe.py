@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.policies import Amount, SnapKV, Streaming
 from lceval.models.recipe import Recipe, parse
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from lceval.analysis.report.payload import collect
 from lceval.cli import invoke
-from lceval.report.data import collect
-from lceval.results import read_runs
+from lceval.records.results import read_runs
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
-from lceval.models.response import Score, Text
-from lceval.responses import Responses
+from lceval.core.answers import Score, Text
+from lceval.records.responses import Responses
 
 
 class Model:

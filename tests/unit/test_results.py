@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lceval.errors import UserError
-from lceval.results import read_folder, read_runs
-from lceval.table import build
+from lceval.analysis.table import build
+from lceval.core.errors import UserError
+from lceval.records.results import read_folder, read_runs
 
 DATE = "2026-01-02T03-04-05.678901"
 LATER = "2026-01-03T03-04-05.678901"
@@ -325,7 +325,7 @@ def no_samples(path: Path) -> None:
         (lambda path: write_run_json(path, status="running", tasks=[]), "no task recorded"),
         (no_samples, "--log_samples"),
         (lambda path: write_results(path, {"mc": []}), "no samples inside"),
-        (broken_samples, r"jsonl:2: not valid JSON"),
+        (broken_samples, r"jsonl line 2 is not a JSON object"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("{")), "not valid JSON"),
         (lambda path: (path.mkdir(), (path / "run.json").write_text("[]")), "expected a JSON object"),
         (lambda path: (path / "a" / "b").mkdir(parents=True), "no results_"),

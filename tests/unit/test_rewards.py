@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
+from lceval.adapt.graders import Grader
+from lceval.core.errors import UserError
+from lceval.judge.backends.rule import RuleJudge
 from lceval.judge.client import Client
-from lceval.judge.grader import Grader
-from lceval.judge.rule import RuleJudge
-from lceval.judge.store import Store
+from lceval.judge.replies import Store
 from lceval.tasks import scoring
 from lceval.training import rewards
 from lceval.training.rewards import NAMES, Reward, Variant, totals

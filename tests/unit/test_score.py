@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from lceval.analysis.predictions import render, score
 from lceval.cli import invoke
-from lceval.errors import UserError
-from lceval.score import render, score
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, tokens
 
 MC = "lc_infinitebench_mc"
@@ -211,8 +211,8 @@ GOOD = prediction_line(0, "A", "A")
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([GOOD, "{"], "line 2 is not JSON"),
-        ([GOOD, "", "[1]"], "line 3 is a list: expected an object"),
+        ([GOOD, "{"], "line 2 is not a JSON object"),
+        ([GOOD, "", "[1]"], "line 3 is not a JSON object (another type): expected one per line"),
         ([], "is empty"),
         (["", " "], "is empty"),
         ([GOOD, {"prediction": "A"}], "line 2: invalid id=None: expected a string or an integer"),

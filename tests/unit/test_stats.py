@@ -2,6 +2,7 @@
 
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lceval.stats import cluster_bootstrap
+from lceval.adapt.evaluate import compare
+from lceval.analysis.check import baseline
+from lceval.analysis.check.compare import check
+from lceval.analysis.pairs import results
+from lceval.analysis.report.payload import collect
+from lceval.analysis.table import build
+from lceval.records.results import Run, Sample, TaskResult
+from lceval.stats.estimates import cluster_bootstrap
 
 SCORE = st.one_of(st.sampled_from([0.0, 1.0]), st.floats(0, 1), st.floats(-50, 50))
 SAMPLES = st.lists(st.tuples(SCORE, st.integers(0, 7)), min_size=1, max_size=37)
@@ -122,7 +130,7 @@ def test_resampling_in_blocks_gives_the_same_interval(monkeypatch):
     rng = random.Random(1)
     scores = [rng.random() for _ in range(111)]
     whole = cluster_bootstrap(scores, range(111))
-    monkeypatch.setattr("lceval.stats._BLOCK_DRAWS", 333)
+    monkeypatch.setattr("lceval.stats.estimates._BLOCK_DRAWS", 333)
     assert cluster_bootstrap(scores, range(111)) == pytest.approx(whole, rel=1e-12)
 
 
@@ -180,3 +188,25 @@ def test_a_higher_level_never_narrows_the_interval(samples):
 def test_the_same_seed_gives_the_same_interval():
     scores = [0.1, 0.9, 0.4, 0.4, 0.7]
     assert cluster_bootstrap(scores, range(5), seed=3) == cluster_bootstrap(scores, range(5), seed=3)
+
+
+@pytest.mark.parametrize("scores", [[0.0] * 8, [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]], ids=["all zero", "mixed"])
+def test_every_command_has_the_same_interval_of_the_same_samples(scores: list[float]) -> None:
+    samples = [
+        Sample(f"q{i}", f"c{i // 2}", score, None, None, {}, "ok", metrics={"subem": score})
+        for i, score in enumerate(scores)
+    ]
+    task = TaskResult("lc_squad_ao_2k", "1.0", "subem", context="full", samples=tuple(samples))
+    runs = [
+        Run(Path(name), name, "lcft", "m", peft, "full", True, {}, (task,))
+        for name, peft in (("base", None), ("new", "adapter"))
+    ]
+    row = build(runs).rows[0]
+    expected = [row["score"], row["ci_lo"], row["ci_hi"]]
+    assert None not in expected
+    trained = compare(results(runs))[0]["base"]
+    assert [trained["value"], trained["low"], trained["high"]] == expected
+    (checked,) = check(baseline.of(runs[0]), baseline.of(runs[1]), gate=0.1).tasks
+    assert [checked.base, *(checked.base_interval or [])] == expected
+    reported = collect(runs)["rows"][0]
+    assert [reported[key] for key in ("score", "ci_lo", "ci_hi")] == expected

@@ -17,13 +17,13 @@ from threading import Event
 import pytest
 
 from lceval.cli import invoke
-from lceval.errors import LcevalError, UserError
-from lceval.sweep import cluster, processes
-from lceval.sweep.engine import sweep
-from lceval.sweep.grid import Grid
-from lceval.sweep.plan import Cell, SweepPlan, plan
-from lceval.sweep.share import Queue, split
-from lceval.sweep.worker import CellResult, failed, without_secrets
+from lceval.core.errors import LcevalError, UserError
+from lceval.runs.sweep import cluster, processes
+from lceval.runs.sweep.execution import sweep
+from lceval.runs.sweep.grid import Grid
+from lceval.runs.sweep.plan import Cell, SweepPlan, plan
+from lceval.runs.sweep.share import Queue, split
+from lceval.runs.sweep.worker import CellResult, failed, without_secrets
 
 ALL = ["full", "int8", "int4", "snapkv:0.5"]
 

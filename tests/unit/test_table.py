@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from lceval.errors import UserError
-from lceval.results import Run, Sample, TaskResult
-from lceval.stats import cluster_bootstrap
-from lceval.table import KEYS, build, main, to_csv, to_json, to_markdown, to_terminal
+from lceval.analysis.table import KEYS, build, main, to_csv, to_json, to_markdown, to_terminal
+from lceval.core.errors import UserError
+from lceval.records.results import Run, Sample, TaskResult
+from lceval.stats.estimates import cluster_bootstrap
 
 LONG_RECIPE = "adakv:0.25:of=snapkv:window=32+int4"
 
@@ -299,7 +299,7 @@ def test_main_without_runs_is_refused():
 
 def test_importing_the_table_loads_nothing_heavy():
     heavy = {"torch", "lm_eval", "transformers", "numpy", "scipy", "rich"}
-    code = f"import lceval.table, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import lceval.analysis.table, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

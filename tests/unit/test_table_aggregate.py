@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lceval.results import Run, Sample, TaskResult
-from lceval.table import KEYS, build, to_json, to_markdown
-from lceval.table.intervals import Stratum, against, mean
+from lceval.analysis.table import KEYS, build, to_json, to_markdown
+from lceval.records.results import Run, Sample, TaskResult
+from lceval.stats.estimates import Stratum, against, mean
 
 SCORES = {
     "lc_filings_ao_1k": [1.0, 0.0, 1.0, 1.0],

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
+from lceval.analysis.table import KEYS, Table, build, main, to_csv, to_html, to_json, to_latex, to_markdown, to_terminal
+from lceval.analysis.table.references import load
 from lceval.cli import invoke
-from lceval.errors import UserError
-from lceval.results import Run, Sample, TaskResult
-from lceval.table import KEYS, Table, build, main, to_csv, to_html, to_json, to_latex, to_markdown, to_terminal
-from lceval.table.references import load
+from lceval.core.errors import UserError
+from lceval.records.results import Run, Sample, TaskResult
 
 TELEMETRY = {
     "kv_dtype": "float32",

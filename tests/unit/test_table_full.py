@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from lceval.analysis.table import Row, build, to_html, to_latex, to_markdown, to_terminal
 from lceval.cli import invoke
-from lceval.results import Run, Sample, TaskResult
-from lceval.table import Row, build, to_html, to_latex, to_markdown, to_terminal
-from lceval.table.intervals import Stratum, against, difference
+from lceval.records.results import Run, Sample, TaskResult
+from lceval.stats.estimates import Stratum, against, difference
 
 
 def sample(number: int, score: float | None, **keys: Any) -> Sample:

@@ -10,9 +10,8 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
-from lceval.stats import cluster_bootstrap
-from lceval.table import intervals
-from lceval.table.intervals import Estimate, Stratum, against, difference, mean
+from lceval.stats import estimates
+from lceval.stats.estimates import Estimate, Stratum, against, cluster_bootstrap, difference, mean
 
 # A 2.5% quantile of 10,000 draws of a normal has a standard error of 0.027 deviations, so two of them
 # differ by 0.038; 4 of these are allowed.
@@ -167,8 +166,8 @@ def test_sample_order_and_context_names_do_not_matter() -> None:
 def test_cached_and_uncached_draws_give_the_same_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = paired(50)
     whole = against([sample])
-    monkeypatch.setattr(intervals, "_CACHED_DRAWS", 0)
+    monkeypatch.setattr(estimates, "_CACHED_DRAWS", 0)
     assert against([sample]) == whole
-    monkeypatch.setattr(intervals, "_BLOCK_DRAWS", 3333)
+    monkeypatch.setattr(estimates, "_BLOCK_DRAWS", 3333)
     for estimate, before in zip(against([sample]), whole, strict=True):
         assert estimate == pytest.approx(before, rel=0.05)

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, prompts, tokens
 from lceval.tasks.finance import loong, reports
 from lceval.tasks.leakage import LeakIndex

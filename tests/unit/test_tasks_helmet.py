@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import InfrastructureError, UserError
+from lceval.core.errors import InfrastructureError, UserError
 from lceval.tasks import build, catalogue, prompts, rows, tokens
 from lceval.tasks.icr import helmet, helmet_archive, helmet_files
+from lceval.tasks.request import Request
 from lceval.tasks.rows import Document
 
 DATASETS = ("nq", "triviaqa", "hotpotqa", "popqa")
@@ -84,7 +85,7 @@ def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
 def request(name: str, meter: str = "plain", seed: int = 1234) -> build.Request:
     task = catalogue.find(name)
     assert task.length_k is not None
-    return build.Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
+    return Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
 
 
 def built(name: str, meter: str = "plain", seed: int = 1234) -> list[Any]:
@@ -275,8 +276,8 @@ def without(field: str, dataset: str = "nq") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("dataset", "bad", "message"),
     [
-        ("nq", "{", "line 2 is not JSON"),
-        ("nq", "[]", "line 2 is a list"),
+        ("nq", "{", "line 2 is not a JSON object"),
+        ("nq", "[]", "line 2 is not a JSON object"),
         ("nq", without("question"), "line 2: invalid question=None"),
         ("nq", {**record("nq", 1, 0, 3), "answers": []}, r"line 2: invalid answers=\[\]"),
         ("nq", {**record("nq", 1, 0, 3), "ctxs": [{"title": "", "text": "no id"}]}, "line 2: invalid ctxs="),

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build as tasks_build
 from lceval.tasks import catalogue, prompts, rows, scoring, tokens
 from lceval.tasks.icr import kvlookup
+from lceval.tasks.request import Request
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] | trim }}<|end|>\n{% endfor %}"
@@ -72,7 +73,7 @@ def build(_: None, name: str, limit: int) -> tuple[list[Any], tokens.TokenMeter]
 
 def rows_with(meter: tokens.TokenMeter, limit: int) -> list[Any]:
     dataset = catalogue.datasets()["kvlookup"]
-    return kvlookup.rows(tasks_build.Request("lc_kvlookup_ao", dataset, "pair", meter, limit, 1234)).build()
+    return kvlookup.rows(Request("lc_kvlookup_ao", dataset, "pair", meter, limit, 1234)).build()
 
 
 def check(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:

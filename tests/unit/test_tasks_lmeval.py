@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lceval.tasks
-from lceval.errors import UserError
-from lceval.tasks import catalogue, prompts
+from lceval.core.errors import UserError
+from lceval.tasks import build, catalogue, lm_eval_config, prompts
 
 TASKS = Path(lceval.tasks.__file__).parent
 # One task per output format whose data is shipped or in the data folder, with the files it requires.
@@ -136,7 +136,7 @@ def test_a_users_own_task_replaces_ours_of_the_same_name(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("task", catalogue.tasks().values(), ids=lambda task: task.name)
 def test_every_task_has_a_template_whose_parts_agree(task: catalogue.Task) -> None:
-    config = catalogue.task_config(task)
+    config = lm_eval_config.task_config(task)
     names = [metric["metric"] for metric in config["metric_list"]]
     assert config["metadata"]["headline"] in names
     assert len(set(names)) == len(names)
@@ -161,7 +161,7 @@ def test_a_dataset_has_all_required_fields(dataset: catalogue.Dataset) -> None:
     assert set(dataset.contexts) <= set(catalogue.CONTEXTS)
     assert dataset.contexts[0] == "full"
     assert ("rag" in dataset.contexts) <= bool(dataset.retrievers)
-    assert callable(dataset.plan)
+    assert callable(build.row_builder(dataset))
     assert dataset.layout in prompts.LAYOUTS
     assert dataset.about
     assert dataset.licence

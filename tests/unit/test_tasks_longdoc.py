@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
-from lceval.tasks import build, catalogue, prompts
+from lceval.core.errors import UserError
+from lceval.tasks import build, catalogue, lm_eval_config, prompts
 from lceval.tasks.longdoc import infinitebench, summaries
 
 PREDICTIONS = "infinitebench_predictions"
@@ -283,7 +283,7 @@ def test_every_emitted_metric_is_declared() -> None:
         "lc_squality_sum": {"rougeLsum", "rougeL", "rouge1", "rouge2"},
     }
     for name, metrics in emitted.items():
-        config = catalogue.task_config(catalogue.find(name))
+        config = lm_eval_config.task_config(catalogue.find(name))
         scored = config["process_results"]({"answers": ["A"]}, ["A"])
         assert scored.keys() == metrics <= {metric["metric"] for metric in config["metric_list"]}
         assert config["metadata"]["headline"] in metrics

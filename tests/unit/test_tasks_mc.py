@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
-from lceval.tasks import build, catalogue, prompts
+from lceval.core.errors import UserError
+from lceval.tasks import build, catalogue, lm_eval_config, prompts
 from lceval.tasks.mc import letters
 
 PREDICTIONS = "infinitebench_predictions"
@@ -292,5 +292,5 @@ def test_the_tasks_exist_and_are_not_in_the_suite_group() -> None:
     assert {"lc_lbv2_mc", "lc_lbv2_mc_ll"} <= catalogue.tasks().keys()
     assert not any("lbv2" in task for task in catalogue.groups()["lc_mc"])
     for task, emitted in [("lc_lbv2_mc", {"acc", "parse_rate"}), ("lc_lbv2_mc_ll", {"acc"})]:
-        declared = {metric["metric"] for metric in catalogue.task_config(catalogue.find(task))["metric_list"]}
+        declared = {metric["metric"] for metric in lm_eval_config.task_config(catalogue.find(task))["metric_list"]}
         assert emitted <= declared

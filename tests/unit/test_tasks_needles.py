@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, prompts, rows, scoring, tokens
 from lceval.tasks.icr import babi, haystack
+from lceval.tasks.request import Request
 from lceval.tasks.rows import Document
 
 TEMPLATE = (
@@ -89,12 +90,12 @@ def write(file: Path, records: list[Any]) -> None:
 def request(name: str, meter: str = "words", seed: int = 1234) -> build.Request:
     task = catalogue.find(name)
     assert task.length_k is not None
-    return build.Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
+    return Request(name, task.dataset, task.output_format, METERS[meter], task.length_k * 1024, seed)
 
 
 def built(name: str, meter: str = "words", seed: int = 1234) -> list[Any]:
     row_request = request(name, meter, seed)
-    return row_request.dataset.plan(row_request).build()
+    return build.row_builder(row_request.dataset)(row_request).build()
 
 
 def check(task_rows: list[Any], meter: str, limit: int, reply: int) -> None:
@@ -325,7 +326,7 @@ def test_gold_context_has_only_the_supporting_facts_in_order(folder: Path) -> No
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ("{", r"babi/qa1_test\.jsonl line 1 is not JSON"),
+        ("{", r"babi/qa1_test\.jsonl line 1 is not a JSON object"),
         ({**QUESTION, "facts": []}, r"line 1: invalid facts=\[\]"),
         ({**QUESTION, "target": None}, "line 1: invalid target=None"),
         ({**QUESTION, "supporting": []}, r"record 1: invalid supporting=\[\]: expected indices of its 3 facts"),

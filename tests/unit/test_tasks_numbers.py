@@ -58,24 +58,29 @@ READ = {
 
 @pytest.mark.parametrize(("text", "value"), READ.items())
 def test_a_number_is_parsed_from_realistic_answers(text: str, value: float) -> None:
-    assert numbers.parse_number(text) == pytest.approx(value, rel=1e-12)
+    number = numbers.read_number(text)
+    assert number is not None
+    assert number.value == pytest.approx(value, rel=1e-12)
 
 
 @pytest.mark.parametrize("text", ["", "no", "none of them", "FY2023", "Q2", "10-K", "2nd", "the 8-K filing"])
 def test_text_without_a_number_gives_none(text: str) -> None:
-    assert numbers.parse_number(text) is None
+    assert numbers.read_number(text) is None
 
 
 @given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(["{:,}", "${:,}", "about {}", "{} .", "it was {} then"]))
 def test_any_printed_amount_is_parsed(amount: Any, template: str) -> None:
     text = template.format(amount)
-    assert numbers.parse_number(text) == float(amount)
+    number = numbers.read_number(text)
+    assert number is not None
+    assert number.value == float(amount)
     assert numbers.number_match(text, f"{amount:,}") == 1.0
 
 
 @given(st.text(max_size=60))
 def test_parsing_never_raises(text: str) -> None:
-    assert numbers.parse_number(text) is None or isinstance(numbers.parse_number(text), float)
+    number = numbers.read_number(text)
+    assert number is None or isinstance(number.value, float)
     assert numbers.number_metrics(text, "14").keys() == {"exact", "within_1pct"}
     scoring.scaled_metrics(text, ["14", "15"], "", "multi-span")
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, tokens
 from lceval.tasks.icr import questions
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
+from lceval.tasks.request import Request
 from lceval.tasks.sources import SourceFile
 
 
@@ -72,8 +73,8 @@ def test_other_pools_and_modes_meet_their_length(task: str, smollm2: str, data_f
 def test_the_distractors_of_the_source_and_bm25_negatives_come_first(smollm2: str, data_folder: Path) -> None:
     task = catalogue.find("lc_hotpotpool_ao_4k")
     meter = tokens.meter_for("t", {"pretrained": smollm2})
-    request = build.Request(task.name, task.dataset, "ao", meter, 4096, 1234)
-    built = task.dataset.plan(request).build()
+    request = Request(task.name, task.dataset, "ao", meter, 4096, 1234)
+    built = build.row_builder(task.dataset)(request).build()
     lines = (data_folder / "hotpotqa/questions.jsonl").read_text(encoding="utf-8").splitlines()
     distractors = {record["question"].strip(): set(record["distractor_pids"]) for record in map(json.loads, lines)}
     shares = []
@@ -210,7 +211,7 @@ def test_the_same_seed_gives_byte_identical_rows(smollm2: str, data_folder: Path
     task = catalogue.find("lc_nqopen_ao_2k")
     meter = tokens.meter_for("t", {"pretrained": smollm2})
     first, again, other = (
-        json.dumps(task.dataset.plan(build.Request(task.name, task.dataset, "ao", meter, 2048, seed)).build())
+        json.dumps(build.row_builder(task.dataset)(Request(task.name, task.dataset, "ao", meter, 2048, seed)).build())
         for seed in (7, 7, 8)
     )
     assert first == again

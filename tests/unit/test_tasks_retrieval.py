@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.tasks.retrieval import Bm25, bm25_order, chunked
+from lceval.tasks.retrievers import Bm25, chunked
 from lceval.tasks.rows import Document
 from lceval.tasks.tokens import TokenMeter
 
@@ -95,7 +95,7 @@ def test_bm25_is_lucenes_formula_on_any_texts(texts: list[str], question: str) -
 
 
 def test_ranked_returns_the_best_texts_up_to_the_requested_number() -> None:
-    index = bm25_order(ODD)
+    index = Bm25(ODD)
     assert index.ranked("cat dog", 3) == index.ranked("cat dog")[:3]
     assert index.ranked("cat dog", 0) == []
     assert len(index.ranked("cat dog", 99)) == len(ODD)
@@ -106,14 +106,14 @@ def test_indexing_and_ranking_print_and_log_nothing(
 ) -> None:
     caplog.set_level(logging.INFO)
     caplog.handler.setLevel(logging.NOTSET)  # as in lm-eval: only the root logger's level filters
-    bm25_order(ODD).ranked("cat")
+    Bm25(ODD).ranked("cat")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
 
 
 def test_importing_it_loads_neither_torch_nor_the_embedder() -> None:
     heavy = ("torch", "transformers", "sentence_transformers", "faiss")
-    code = f"import sys, lceval.tasks.retrieval; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, lceval.tasks.retrievers; print([m for m in {heavy} if m in sys.modules])"
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert process.stdout.strip() == "[]"
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
-from lceval.tasks import retrieval
-from lceval.tasks.retrieval import Chunk, Collection, bm25_order
+from lceval.core.errors import UserError
+from lceval.tasks import retrievers
+from lceval.tasks.retrievers import Bm25, Chunk, Collection
 
 
 class StubModel:
@@ -42,8 +42,8 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def put(**degrees: float) -> StubModel:
         model = StubModel(**degrees)
-        embedder = retrieval._Embedder(model)
-        monkeypatch.setattr(retrieval, "_embedder", lambda: embedder)
+        embedder = retrievers._Embedder(model)
+        monkeypatch.setattr(retrievers, "_embedder", lambda: embedder)
         return model
 
     return put
@@ -59,8 +59,8 @@ def test_hybrid_adds_reciprocal_ranks_worked_out_by_hand(stub: Any) -> None:
     question = "ask fox gnu"
     assert collection(texts, "dense").ranked(question) == [2, 0, 1, 3]
     # BM25: only texts 1 (both words) and 2 (one word) share a word with the question
-    assert bm25_order(texts).ranked(question, 2) == [1, 2]
-    fused = retrieval._Hybrid(texts).scores(question)
+    assert Bm25(texts).ranked(question, 2) == [1, 2]
+    fused = retrievers._Hybrid(texts).scores(question)
     assert fused.tolist() == pytest.approx([1 / 62, 1 / 63 + 1 / 61, 1 / 61 + 1 / 62, 1 / 64], rel=1e-12)
     assert collection(texts, "hybrid").ranked(question) == [2, 1, 0, 3]
 
@@ -75,9 +75,9 @@ def test_texts_that_fuse_to_the_same_sum_keep_their_order(stub: Any) -> None:
 @settings(deadline=None)
 @given(picked=st.lists(st.sampled_from(["ask emu", "north fox", "south fox gnu", "east of it"]), max_size=40))
 def test_every_ranking_is_complete_and_keeps_the_order_of_ties(retriever: str, picked: list[str]) -> None:
-    embedder = retrieval._Embedder(StubModel(ask=0, north=31, south=77, east=-120))
+    embedder = retrievers._Embedder(StubModel(ask=0, north=31, south=77, east=-120))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "_embedder", lambda: embedder)
+        patch.setattr(retrievers, "_embedder", lambda: embedder)
         ranked = collection(picked, retriever).ranked("ask gnu fox")
     assert sorted(ranked) == list(range(len(picked)))
     for text in set(picked):
@@ -88,7 +88,7 @@ def test_every_ranking_is_complete_and_keeps_the_order_of_ties(retriever: str, p
 def test_the_score_of_a_text_is_that_of_its_best_segment(stub: Any) -> None:
     model = stub(ask=0, near=10, mid=30, far=90)
     long = "far b c d e f near b c d e f"
-    scores = retrieval._Dense(["mid b", long, "far b"]).scores("ask")
+    scores = retrievers._Dense(["mid b", long, "far b"]).scores("ask")
     assert model.encoded == ["mid b", "far b c d e f", "near b c d e f", "far b", "ask"]
     assert np.degrees(np.arccos(scores)) == pytest.approx([30, 10, 90], abs=0.01)
 
@@ -97,11 +97,11 @@ def test_equal_texts_are_embedded_once_and_the_least_recently_used_are_evicted(
     stub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = stub(one=1, two=2, three=3)
-    embedder = retrieval._embedder()
+    embedder = retrievers._embedder()
     assert embedder.vectors(["one", "two", "one"]).shape == (3, 2)
     embedder.vectors(["two", "one"])
     assert model.encoded == ["one", "two"]
-    monkeypatch.setattr(retrieval, "_MOST_VECTORS", 2)
+    monkeypatch.setattr(retrievers, "_MOST_VECTORS", 2)
     assert embedder.vectors(["three", "one"])[1].tolist() == embedder.vectors(["one"])[0].tolist()
     assert model.encoded == ["one", "two", "three"]
     embedder.vectors(["two"])
@@ -115,7 +115,7 @@ def test_a_missing_embedder_is_a_one_line_error_with_the_install_command(
     missing: str, retriever: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.setattr(retrieval, "_embedder", cache(retrieval._embedder.__wrapped__))
+    monkeypatch.setattr(retrievers, "_embedder", cache(retrievers._embedder.__wrapped__))
     with pytest.raises(UserError, match="pip install 'lceval\\[dense\\]'") as caught:
         collection(["cat"], retriever)
     assert missing in str(caught.value)
@@ -145,7 +145,7 @@ def test_dense_equals_the_cosine_of_sentence_transformers() -> None:
         query, *others = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         cosines = [float(query @ other) for other in others]
         # float32 unit vectors with different padding: measured difference 2e-7
-        assert retrieval._Dense(SENTENCES).scores(question).tolist() == pytest.approx(cosines, abs=2e-6)
+        assert retrievers._Dense(SENTENCES).scores(question).tolist() == pytest.approx(cosines, abs=2e-6)
         expected = sorted(range(len(SENTENCES)), key=lambda n: -cosines[n])
         assert collection(SENTENCES, "dense").ranked(question) == expected
     assert {*collection(SENTENCES, "dense").ranked("Where does the feline rest?")[:2]} == {0, 2}
@@ -155,12 +155,12 @@ def test_dense_equals_the_cosine_of_sentence_transformers() -> None:
 def test_text_beyond_the_embedders_window_is_retrieved() -> None:
     filler = " ".join(["Quarterly revenue rose by twelve percent, as the board had expected."] * 30)
     texts = ["Dogs bark at strangers.", f"{filler}\n{SENTENCES[0]}", filler]
-    embedder = retrieval._embedder()
+    embedder = retrievers._embedder()
     assert embedder._window == 254
     segments = embedder.segments(texts)
     assert [len(text_segments) for text_segments in segments] == [1, 2, 2]
     assert max(embedder._meter.pieces([segment for text_segments in segments for segment in text_segments])) <= 254
     assert collection(texts, "dense").ranked("Where does the cat sleep?")[0] == 1
     # the vectors do not depend on what else is embedded
-    alone = retrieval._Embedder(embedder._model).vectors([texts[0]])
+    alone = retrievers._Embedder(embedder._model).vectors([texts[0]])
     assert (alone == embedder.vectors([texts[1][:300], texts[0]])[1]).all()

@@ -11,11 +11,12 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, prompts, rows, tokens
 from lceval.tasks.finance import filings
 from lceval.tasks.finance.companies import filings as invent
 from lceval.tasks.parsing import normalize
+from lceval.tasks.request import Request
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}<|im_start|>system\nYou are a careful assistant.<|im_end|>\n"
@@ -78,7 +79,7 @@ def request_for(task: str, tokenizer: str, seed: int = 1234) -> build.Request:
     known = catalogue.find(task)
     assert known.length_k is not None
     meter = tokens.meter_for(task, {"pretrained": tokenizer})
-    return build.Request(task, known.dataset, known.output_format, meter, known.length_k * 1024, seed)
+    return Request(task, known.dataset, known.output_format, meter, known.length_k * 1024, seed)
 
 
 def check_lengths(built: list[Any], meter: tokens.TokenMeter, limit: int) -> None:
@@ -164,7 +165,7 @@ def test_the_seed_determines_the_rows(folders: dict[str, str], tokenizer: str) -
 def nq(request: pytest.FixtureRequest, folders: dict[str, str], data_folder: Path) -> tuple[list[Any], Any]:
     """All rows of 2k with one of the tokenizers, and its meter."""
     row_request = request_for("lc_nqopen_ao_2k", folders[request.param])
-    return row_request.dataset.plan(row_request).build(), row_request.meter
+    return build.row_builder(row_request.dataset)(row_request).build(), row_request.meter
 
 
 def test_nqopen_meets_the_length(nq: tuple[list[Any], Any]) -> None:
@@ -315,8 +316,8 @@ def test_without_a_data_folder_the_error_names_the_variable_and_the_files(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is not JSON"),
-        ("[1]", "line 1 is a list"),
+        ("{", "line 1 is not a JSON object"),
+        ("[1]", "line 1 is not a JSON object"),
         ('{"question": "q", "gold_pids": ["p"]}', "answers=None"),
         ('{"question": "q", "answers": [], "gold_pids": ["p"]}', r"answers=\[\]"),
         ('{"question": "q", "answers": ["a"], "gold_pids": ["other"]}', "other"),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, contexts
 from lceval.tasks.icr.splits import TEST_SHARE, sides
 from lceval.tasks.parsing import normalize

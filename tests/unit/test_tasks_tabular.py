@@ -17,8 +17,9 @@ from sklearn.preprocessing import StandardScaler
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, prompts, rows, tokens
+from lceval.tasks.request import Request
 from lceval.tasks.tabular import scoring, tables
 
 TABLES = ["iris", "wine", "cancer", "diabetes"]
@@ -50,14 +51,14 @@ def request_for(task: str, meter: str = "words", seed: int = 1234, **metadata: A
     known = catalogue.find(task)
     assert known.length_k is not None
     limit = known.length_k * 1024
-    return build.Request(task, known.dataset, known.output_format, METERS[meter], limit, seed, metadata)
+    return Request(task, known.dataset, known.output_format, METERS[meter], limit, seed, metadata)
 
 
 def built(task: str, meter: str = "words", seed: int = 1234, **metadata: Any) -> list[Any]:
     return tables.rows(request_for(task, meter, seed, **metadata)).build()
 
 
-def table_of(name: str, seed: int = 1234) -> tables.Table:
+def table_of(name: str, seed: int = 1234) -> tables.DataTable:
     return tables.load(catalogue.datasets()[name].options, seed)
 
 
@@ -87,7 +88,7 @@ def test_the_nearest_rows_are_those_of_scikit_learn(name: str) -> None:
 
 def test_ties_keep_the_order_of_the_table() -> None:
     features = np.array([[0.0, 5.0], [1.0, 5.0], [1.0, 5.0], [-1.0, 5.0], [1.0, 5.0]])
-    table = tables.Table(
+    table = tables.DataTable(
         name="ties",
         columns=("a", "constant"),
         features=features,

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.training import compression_aware, config, precision
 from lceval.training.config import CompressionAware, parse, read
 
@@ -212,7 +212,7 @@ def test_texts_are_split_into_sequences_and_invalid_files_are_errors(tmp_path: P
     assert sorted(pairs) == [(3, 3), (5, 4)]  # one two, three four; six is too short
     with pytest.raises(UserError, match="no document has 9 tokens"):
         sequences(Texts(files=[file], tokens=9), encode)
-    with pytest.raises(UserError, match=r"pages.jsonl:1: not a document"):
+    with pytest.raises(UserError, match=r"pages.jsonl line 1 has no field"):
         sequences(Texts(files=[file], field="body", tokens=2), encode)
     with pytest.raises(UserError, match="cannot read"):
         sequences(Texts(files=[tmp_path / "none.txt"], tokens=2), encode)

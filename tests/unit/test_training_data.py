@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import tokens
 from lceval.training import data, figures
 from lceval.training.promotion import Match, Promotion, promote, similarity

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lceval.errors import UserError
-from lceval.tasks import build, catalogue, prompts, scoring, tokens
+from lceval.core.errors import UserError
+from lceval.tasks import build, catalogue, lm_eval_config, prompts, scoring, tokens
 from lceval.tasks.parsing import quotes
 from lceval.training import formats
 
 SCORERS: dict[str, Callable[..., dict[str, Any]]] = {
-    output_format: catalogue.task_config(catalogue.find(f"lc_squad_{output_format}_2k"))["process_results"]
+    output_format: lm_eval_config.task_config(catalogue.find(f"lc_squad_{output_format}_2k"))["process_results"]
     for output_format in ("ao", "id", "idc", "idq", "rj", "docid")
 }
 
@@ -127,7 +127,7 @@ def test_without_a_gold_document_in_context_none_is_cited(output_format: str) ->
 @pytest.mark.parametrize(("task", "metric"), [("lc_iris_ao_2k", "acc"), ("lc_diabetes_ao_4k", "skill")])
 def test_targets_of_tables_have_full_scores(task: str, metric: str, smollm2: str) -> None:
     tabular = catalogue.find(task)
-    score = catalogue.task_config(tabular)["process_results"]
+    score = lm_eval_config.task_config(tabular)["process_results"]
     for example in build.rows_of(tabular, {"pretrained": smollm2})[:20]:
         assert score(example, [formats.target(example, tabular.output_format)])[metric] == 1
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers import MistralForCausalLM as Mistral
 
 from lceval.cli import invoke
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.models.lcft import LCFT
 from lceval.training.longlora import LongLora, extend, prepare, save
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.kernels.shifted import reference
-from lceval.training import shifted
-from lceval.training.shifted import Segments, attend, by_lengths, even_group
+from lceval.training import shifted_attention
+from lceval.training.shifted_attention import Segments, attend, by_lengths, even_group
 
 
 def tensors(heads: int, kv_heads: int, batch: int, tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -122,28 +122,28 @@ def reached(llama: Any, ids: Tensor, t: int, **kwargs: Any) -> list[int]:
 @pytest.mark.parametrize("tokens", [48, 45])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_layer_attends_to_both_groups_and_is_causal(tokens: int, checkpointing: bool) -> None:
-    llama = model(shifted.register()).train()
+    llama = model(shifted_attention.register()).train()
     if checkpointing:
         llama.activation_checkpointing_enable({"use_reentrant": False})
     group = even_group(tokens, 0.25)
     ids = torch.arange(tokens)[None] % 50
     for t in (0, group - 1, group, tokens // 2, tokens - 1):
         assert reached(llama, ids, t) == sorted(visible(t, 0, group) | visible(t, group // 2, group))
-    with shifted.full_attention(llama):
+    with shifted_attention.full_attention(llama):
         assert reached(llama, ids, tokens - 1) == [*range(tokens)]
     assert reached(llama, ids, tokens - 1)[0] > 0
 
 
 def test_the_receptive_field_of_two_layers_is_the_union_of_groups() -> None:
     ids = torch.arange(48)[None]
-    llama = model(shifted.register(), layers=2).train()
+    llama = model(shifted_attention.register(), layers=2).train()
     one = visible(24, 0, 12) | visible(24, 6, 12)
     two = set().union(*(visible(s, 0, 12) | visible(s, 6, 12) for s in one))
     assert set(reached(llama, ids, 24)) == two > one
 
 
 def test_the_model_respects_padding_and_packing() -> None:
-    llama = model(shifted.register(tokens=4)).train()
+    llama = model(shifted_attention.register(tokens=4)).train()
     ids = (torch.arange(20) + 1)[None]
     mask = torch.ones(1, 20, dtype=torch.long)
     mask[0, 15:] = 0
@@ -161,7 +161,7 @@ def test_the_model_respects_padding_and_packing() -> None:
 
 
 def test_evaluation_is_sdpa_bit_for_bit() -> None:
-    shifted_model, sdpa = model(shifted.register(), 2).eval(), model("sdpa", 2).eval()
+    shifted_model, sdpa = model(shifted_attention.register(), 2).eval(), model("sdpa", 2).eval()
     ids = torch.arange(46).view(2, 23)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -170,7 +170,7 @@ def test_evaluation_is_sdpa_bit_for_bit() -> None:
         assert torch.equal(shifted_model(ids, **kwargs).logits, sdpa(ids, **kwargs).logits)
     generated = [m.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False) for m in (shifted_model, sdpa)]
     assert torch.equal(*generated)
-    trained = model(shifted.register(), 2).train()(ids, use_cache=False).logits
+    trained = model(shifted_attention.register(), 2).train()(ids, use_cache=False).logits
     assert not torch.allclose(trained, sdpa(ids).logits, atol=1e-4)
 
 
@@ -179,12 +179,12 @@ def no_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(**_: Any) -> None:
         raise AssertionError("a mask was built")
 
-    monkeypatch.setattr(shifted, "sdpa_mask", fail)
+    monkeypatch.setattr(shifted_attention, "sdpa_mask", fail)
 
 
 @pytest.mark.usefixtures("no_masks")
 def test_training_builds_no_mask() -> None:
-    llama = model(shifted.register()).train()
+    llama = model(shifted_attention.register()).train()
     ids = torch.ones(2, 16, dtype=torch.long)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
@@ -192,7 +192,7 @@ def test_training_builds_no_mask() -> None:
 
 
 def test_an_unsupported_mask_or_cache_is_an_error() -> None:
-    llama = model(shifted.register()).train()
+    llama = model(shifted_attention.register()).train()
     ids = torch.ones(1, 6, dtype=torch.long)
     with pytest.raises(UserError, match="has its own mask"):
         llama(ids, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), use_cache=False)

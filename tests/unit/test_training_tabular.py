@@ -11,7 +11,7 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
-from lceval.errors import UserError
+from lceval.core.errors import UserError
 from lceval.tasks import catalogue, prompts
 from lceval.tasks.tabular import scoring, tables
 from lceval.training import tabular

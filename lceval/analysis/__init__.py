@@ -1,0 +1,1 @@
+"""What follows from finished runs: tables, checks, reports, scores of other systems' predictions."""

@@ -1,0 +1,123 @@
+"""Pairs each run, sample by sample, with the run under recipe `full` that differs only in the recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lceval.records.results import Run, Sample, TaskResult, model_args
+from lceval.stats.estimates import Stratum
+
+FULL = "full"
+# Settings that may differ from the `full` run: compression, attention and diagnostics.
+_RECIPE_SETTINGS = frozenset({"kv", "query_aware", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run on one task; `full`: the same task under recipe `full`, None without such a run."""
+
+    run: Run
+    task: TaskResult
+    full: TaskResult | None = None
+
+
+def results(runs: Sequence[Run]) -> list[Result]:
+    """One result per (run, task): tasks in order of first appearance, runs in the given order."""
+    by_task: dict[str, list[Result]] = {}
+    for run in runs:
+        for task in run.tasks:
+            by_task.setdefault(task.task, []).append(Result(run, task))
+    return [Result(r.run, r.task, _full(r, of_task)) for of_task in by_task.values() for r in of_task]
+
+
+def counted(task: TaskResult) -> list[float] | None:
+    """The score of every sample, 0 for an error; None without scores, or if 0 is not the worst score."""
+    if not task.headline or not task.samples:
+        return None
+    scores = [0.0 if sample.score is None else sample.score for sample in task.samples]
+    failed = any(sample.status == "error" for sample in task.samples)
+    # Where 0 is not the worst score, scoring an error 0 would reward it.
+    return None if failed and (not task.higher_is_better or min(scores) < 0) else scores
+
+
+def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0) -> Stratum | None:
+    """The scores of a task, paired with those under `full` if given; None if the task has no score."""
+    ours = counted(task)
+    if ours is None:
+        return None
+    theirs = counted(full) if full else None
+    if full and theirs is None:
+        return None
+    clusters = [sample.cluster for sample in task.samples]
+    paired = [theirs[place] for place in places(task.samples, full.samples)] if full and theirs else []
+    return Stratum(ours, paired, clusters, weight)
+
+
+def diagnosis_stratum(task: TaskResult, full: TaskResult, name: str, weight: float = 1.0) -> Stratum | None:
+    """A diagnosis on the samples where both runs measured it; None without such samples."""
+    measured = []
+    for sample, place in zip(task.samples, places(task.samples, full.samples), strict=True):
+        ours, theirs = sample.diagnosis.get(name), full.samples[place].diagnosis.get(name)
+        if ours is not None and theirs is not None:
+            measured.append((ours, theirs, sample.cluster))
+    if not measured:
+        return None
+    ours_, theirs_, clusters = zip(*measured, strict=True)
+    return Stratum(ours_, theirs_, clusters, weight)
+
+
+def _full(of: Result, among: Sequence[Result]) -> TaskResult | None:
+    """The task under `full` with the same samples; of several, that with the fewest other differences."""
+    if of.run.recipe == FULL or not of.task.samples:
+        return None
+    same = [
+        other
+        for other in among
+        if other.run.recipe == FULL and _key(other) == _key(of) and _same(of.task.samples, other.task.samples)
+    ]
+    return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
+
+
+def _key(of: Result) -> tuple[object, ...]:
+    run, task = of.run, of.task
+    return run.model, run.pretrained, run.peft, task.version, task.headline, task.filters[:1], task.context
+
+
+def _differences(run: Run, other: Run) -> int:
+    ours, theirs = _settings(run), _settings(other)
+    return sum(ours.get(name) != theirs.get(name) for name in ours.keys() | theirs.keys())
+
+
+def _settings(run: Run) -> Mapping[str, Any]:
+    arguments = {name: str(value) for name, value in model_args(run.config.get("model_args")).items()}
+    others = {name: value for name, value in arguments.items() if name not in _RECIPE_SETTINGS}
+    return {**others, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
+
+
+def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
+    """A unique name per sample: its id and its occurrence number."""
+    seen: Counter[str] = Counter()
+    names = []
+    for sample in samples:
+        seen[sample.id] += 1
+        names.append((sample.id, seen[sample.id]))
+    return names
+
+
+def places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
+    """The index of each sample in `full`."""
+    index = {name: place for place, name in enumerate(_names(full))}
+    return [index[name] for name in _names(samples)]
+
+
+def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
+    """Whether both have the same samples, and the same prompts where both record them."""
+    if {*_names(samples)} != {*_names(full)}:
+        return False
+    prompts = [
+        (s.prompt_hash, full[place].prompt_hash) for s, place in zip(samples, places(samples, full), strict=True)
+    ]
+    return all(ours == theirs or not (ours and theirs) for ours, theirs in prompts)

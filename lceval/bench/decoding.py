@@ -1,0 +1,118 @@
+"""Decoding speed over one context: `--model hf`, lceval's full cache, and KV recipes, alternating within one run.
+
+Each side decodes the same tokens step by step; its result is the median step over all rounds. The context is random
+tokens, because speed does not depend on their content.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lceval.bench.machine import device, machine
+from lceval.core.errors import UserError
+from lceval.models import attention
+from lceval.models.cache import CompressedContext, Prefill
+from lceval.models.lcft import LCFT
+from lceval.models.recipe import Recipe, parse
+
+SEED = 0
+
+
+def bench(
+    pretrained: str, recipes: Sequence[str], *, tokens: int, new_tokens: int, rounds: int, **model_args: Any
+) -> dict[str, Any]:
+    """Milliseconds per token of each side, and their ratios.
+
+    Args:
+        recipes: compared with `hf` and with `full`; the first one's ratios are the headline.
+        tokens: context length.
+        new_tokens: decoding steps per side and round.
+
+    Raises:
+        UserError: a bad recipe, or a context that does not fit the model.
+    """
+    parsed = [parse(text) for text in recipes]
+    if not parsed or tokens < 1 or new_tokens < 1 or rounds < 1:
+        raise UserError("bench decode requires a recipe, and at least one token, new token and round")
+    model = LCFT(pretrained, device=device(), **model_args)
+    if tokens + new_tokens > model.max_length:
+        raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
+    stats_spec = Recipe().stats_spec
+    for kv in parsed:
+        stats_spec |= kv.stats_spec
+    ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    prefill = model.engine.prefill(ids, stats_spec)
+    contexts = {"full": prefill.compress(Recipe(), consume=False)}
+    contexts |= {str(kv): prefill.compress(kv, consume=False) for kv in parsed}
+    steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
+
+    def timed(context: CompressedContext) -> list[float]:
+        return _decode(model, attention.NAME, context.fork(new_tokens, kernels=model.engine.kernels), steps)
+
+    sides: dict[str, Callable[[], list[float]]] = {"hf": lambda: _decode(model, "sdpa", _copied(model, prefill), steps)}
+    sides |= {name: (lambda c=context: timed(c)) for name, context in contexts.items()}  # type: ignore[misc]
+    step_s: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name, side in sides.items():
+            # The first round is a warm-up.
+            step_s[name] += side() if number else side()[:0]
+    medians = {name: statistics.median(times) for name, times in step_s.items()}
+    report = [
+        {
+            "name": name,
+            "ms_per_token": 1000 * medians[name],
+            "kv_bytes": contexts[name].kept_bytes if name in contexts else prefill.kv_bytes,
+            "bytes_read_per_step": contexts[name].read_bytes if name in contexts else prefill.kv_bytes,
+            "compress_s": contexts[name].compress_s if name in contexts else 0.0,
+            "speedup_vs_hf": medians["hf"] / medians[name],
+            "speedup_vs_full": medians["full"] / medians[name],
+        }
+        for name in sides
+    ]
+    headline = next(side for side in report if side["name"] == str(parsed[0]))
+    return {
+        "bench": "decode",
+        "model": pretrained,
+        "context_tokens": tokens,
+        "new_tokens": new_tokens,
+        "rounds": rounds,
+        "recipe": headline["name"],
+        "speedup_vs_hf": headline["speedup_vs_hf"],
+        "speedup_vs_full": headline["speedup_vs_full"],
+        "sides": report,
+        "machine": machine(),
+    }
+
+
+def _copied(model: LCFT, prefill: Prefill) -> DynamicCache:
+    """A transformers cache with the same keys and values."""
+    cache = DynamicCache(config=model.model.config)
+    for index, layer in enumerate(prefill.layers):
+        k, v = layer.last if layer.is_sliding else (layer.keys, layer.values)
+        cache.update(k[:, :, : layer.seen].clone(), v[:, :, : layer.seen].clone(), index)
+    return cache
+
+
+@torch.inference_mode()
+def _decode(model: LCFT, implementation: str, cache: Any, steps: Tensor) -> list[float]:
+    """Seconds of each step."""
+    base = model.model.get_base_model() if model.peft else model.model
+    base.set_attn_implementation(implementation)
+    step_s = []
+    try:
+        for step in steps.to(model.device):
+            start = time.perf_counter()
+            logits = model.model(input_ids=step[None, None], cache=cache, use_cache=True).logits
+            # Transfers the result to the CPU, as a loop that picks the next token does.
+            int(logits[0, -1].argmax())
+            step_s.append(time.perf_counter() - start)
+    finally:
+        base.set_attn_implementation(attention.NAME)
+    return step_s

@@ -1,0 +1,1 @@
+"""What everything else uses: errors, paths, files and the options of commands."""

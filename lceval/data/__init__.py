@@ -1,0 +1,1 @@
+"""What can be evaluated: lists of tasks, and fetching their data."""

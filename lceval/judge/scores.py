@@ -1,0 +1,201 @@
+"""Judged samples: the input of the judge, and the metrics of its grades, for in-run and later judging.
+
+A sample without a valid reply is unjudged: counted, and excluded from all means. A sample that failed in the run scores
+0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lceval.judge.client import Verdict
+from lceval.judge.rubrics import Case, Label, Rubric
+from lceval.judge.verdicts import RATING
+from lceval.stats.estimates import mean_of
+from lceval.tasks import catalogue
+from lceval.tasks.mc.letters import gold_letters
+from lceval.tasks.scoring import gold_places
+
+PERFECT = 100
+RUBRIC = "rj"
+"""The rubric of reasoning with citations."""
+_RUBRICS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+_DATASETS = {"financebench": "financebench", "financebenchmulti": "financebench"}
+Grades = Mapping[str, Label | float]
+
+
+@dataclass(frozen=True)
+class JudgedSample:
+    """A line of a samples file, without its context.
+
+    failed: whether the sample failed in the run; it then scores 0 and is not sent to the judge.
+    strata: groups with separate means, e.g. {"level": "1"}.
+    """
+
+    doc_id: Any
+    id: str
+    cluster: str
+    case: Case
+    subem: float | None
+    letters: tuple[str, ...]
+    failed: bool
+    strata: Mapping[str, str]
+
+
+def rubric_of(task: str) -> str | None:
+    """The rubric of a task; None for tasks without a judge."""
+    entry = catalogue.tasks().get(task)
+    if entry is None:
+        return None
+    return _RUBRICS.get(entry.output_format) or _DATASETS.get(entry.dataset.dataset)
+
+
+def _rj(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    parts = {
+        "judge_reasoning": float(grades["reasoning"]),
+        "judge_grounding": float(grades["grounding"]),
+        "judge_correct": float(grades["answer"]),
+    }
+    total = sum(parts.values())
+    paper = {} if sample.subem is None else {"rj_paper": total + sample.subem}
+    return {**parts, "judge_sum": total, **paper}
+
+
+def _loong(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    rating = float(grades[RATING])
+    return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
+
+
+def _financebench(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    return {f"judge_{label}": float(grades["verdict"] == label) for label in ("correct", "incorrect", "refusal")}
+
+
+def _choice(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    return {"judge_acc": float(grades["letter"] in sample.letters), "judge_parsed": float(grades["letter"] != "none")}
+
+
+METRICS: dict[str, Callable[[Grades, JudgedSample], dict[str, float]]] = {
+    "rj": _rj,
+    "loong": _loong,
+    "financebench": _financebench,
+    "choice": _choice,
+}
+# Grades of a sample without an answer.
+_NO_ANSWER: dict[str, Grades] = {
+    "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
+    "loong": {RATING: 0.0},
+    "financebench": {"verdict": "incorrect"},
+    "choice": {"letter": "none"},
+}
+
+Scored = Sequence[tuple[JudgedSample, Mapping[str, float] | None, Verdict]]
+
+
+def score(samples: Sequence[JudgedSample], verdicts: Sequence[Verdict], rubric: Rubric) -> Scored:
+    """Each sample with its metrics (None if unjudged) and verdict.
+
+    Args:
+        verdicts: verdicts on the samples that did not fail, in order.
+    """
+    remaining, scored = iter(verdicts), []
+    for sample in samples:
+        verdict = Verdict(dict(_NO_ANSWER[rubric.rubric]), "", "", "", 0) if sample.failed else next(remaining)
+        scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
+        scored.append((sample, scores, verdict))
+    return scored
+
+
+def line(
+    one: tuple[JudgedSample, Mapping[str, float] | None, Verdict], judge: str, revision: str, rubric: Rubric
+) -> dict[str, Any]:
+    """The stored line of a judged sample."""
+    sample, scores, verdict = one
+    return {
+        "doc_id": sample.doc_id,
+        "id": sample.id,
+        "cluster": sample.cluster,
+        "judge": judge,
+        "revision": revision,
+        "rubric": rubric.key,
+        "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
+        "reason": verdict.reason,
+        **(scores or {}),
+        "grades": verdict.grades,
+        "reply": verdict.reply,
+        "prompt_hash": verdict.prompt,
+        "clipped": verdict.clipped,
+    }
+
+
+def summary(scored: Scored) -> dict[str, Any]:
+    """Means over the judged samples, and counts of unjudged ones."""
+    reasons = Counter(verdict.reason for _, scores, verdict in scored if scores is None)
+    judged = [(sample, scores) for sample, scores, _ in scored if scores is not None]
+    means, intervals = {}, {}
+    for metric in dict.fromkeys(name for _, scores in judged for name in scores):
+        known = [(scores[metric], sample.cluster) for sample, scores in judged if metric in scores]
+        mean = mean_of([value for value, _ in known], [cluster for _, cluster in known])
+        means[metric], intervals[metric] = mean.value, mean.interval
+    return {
+        "n": len(scored),
+        "judged": len(judged),
+        "unjudged": len(scored) - len(judged),
+        "coverage": len(judged) / len(scored),
+        "reasons": dict(reasons),
+        "errors": sum(sample.failed for sample, _, _ in scored),
+        "clipped": sum(verdict.clipped > 0 for _, _, verdict in scored),
+        "scores": means,
+        "intervals": intervals,
+        **{f"by_{name}": _by(scored, name) for name in dict.fromkeys(n for s, _, _ in scored for n in s.strata)},
+    }
+
+
+def _by(scored: Scored, name: str) -> dict[str, dict[str, Any]]:
+    """The means of each stratum."""
+    strata = {}
+    for stratum in sorted({sample.strata[name] for sample, _, _ in scored if name in sample.strata}):
+        inside = [scores for sample, scores, _ in scored if sample.strata.get(name) == stratum]
+        known = [scores for scores in inside if scores is not None]
+        metrics = dict.fromkeys(metric for scores in known for metric in scores)
+        strata[stratum] = {"n": len(inside), "unjudged": len(inside) - len(known)} | {
+            metric: math.fsum(scores[metric] for scores in known if metric in scores) / len(known) for metric in metrics
+        }
+    return strata
+
+
+def sample_of(row: Mapping[str, Any], rubric: str) -> JudgedSample:
+    """The sample of a samples-file line, or of an lm-eval sample."""
+    doc = row["doc"]
+    kv = row.get("kv")
+    subem = row.get("subem")
+    return JudgedSample(
+        doc_id=row.get("doc_id"),
+        id=str(doc["id"]),
+        cluster=str(doc["cluster"]),
+        case=case(doc, str(row["filtered_resps"][0]), documents=rubric == RUBRIC),
+        subem=float(subem) if isinstance(subem, int | float) else None,
+        letters=tuple(gold_letters(doc)) if rubric == "choice" else (),
+        failed=isinstance(kv, dict) and kv.get("status") == "error",
+        strata={name: str(doc[name]) for name in ("level", "set") if name in doc} if rubric == "loong" else {},
+    )
+
+
+def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case:
+    """The case of a row and an output.
+
+    Args:
+        documents: whether to include the gold documents, with their numbers in the prompt.
+    """
+    golds = tuple(sorted(gold_places(row))) if documents else ()
+    return Case(
+        question=row["question"],
+        gold=tuple(row["answers"]),
+        solution=output,
+        documents=tuple(f"[DOC {place}]\n{row['docs'][place]['text']}" for place in golds),
+        gold_ids=golds,
+        choices=tuple(row.get("choices") or ()),
+    )

@@ -1,0 +1,1 @@
+"""Runs on disk: their identity, their stored responses, and how they are read."""

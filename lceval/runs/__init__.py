@@ -1,0 +1,1 @@
+"""Runs: one evaluation, the demo, and sweeps."""

@@ -1,0 +1,189 @@
+"""A run folder: locked while a run is open, written atomically, resumed under the same identity.
+
+It contains run.json (identity and status), responses.sqlite (responses, written as they arrive) and, once finished,
+lm-eval's results_*.json and samples_*.jsonl.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.io import write_json
+from lceval.records import identity
+from lceval.runs.configuration import configure
+
+RUN = "run.json"
+RUNNING, FINISHED = "running", "finished"
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """A finished run: its folder, its number of samples, and how many of them an earlier start answered.
+
+    contexts: number of contexts prefilled for this run, without those that another recipe had prefilled.
+    """
+
+    folder: Path
+    samples: int
+    reused: int
+    contexts: int = 0
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run whose folder this process has locked.
+
+    Attributes:
+        identity: everything that must not change between two starts.
+        previous: run.json of an earlier start, None on the first.
+    """
+
+    config: Any
+    folder: Path
+    identity: dict[str, Any]
+    previous: dict[str, Any] | None
+
+    @property
+    def finished(self) -> RunOutcome | None:
+        """The outcome if an earlier start finished the run, else None."""
+        if self.previous is None or self.previous["status"] != FINISHED:
+            return None
+        return RunOutcome(self.folder, self.previous["samples"], self.previous["samples"])
+
+
+@contextmanager
+def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
+    """The run that lm-eval's flags describe, with its folder created and locked.
+
+    Raises:
+        UserError: bad flags, or a folder that contains another run.
+    """
+    config = configure(argv)
+    if os.environ.get("LCEVAL_JUDGE"):
+        from lceval.judge import during_run
+
+        during_run.ready()
+    from lceval import packaged
+
+    folders = {k: packaged.resolve(str(config.model_args[k])) for k in ("pretrained", "peft") if k in config.model_args}
+    folder = Path(config.output_path)
+    current = identity.of(config, folders)
+    with _locked(folder):
+        previous = _read(folder)
+        if previous is None and any(not f.name.startswith(".") for f in folder.iterdir()):
+            raise UserError(f"{folder} contains files but no {RUN}: choose another --output_path")
+        if previous is not None and (changed := identity.differences(previous["identity"], current)):
+            raise UserError(f"{folder} contains another run ({'; '.join(changed)}): choose another --output_path")
+        yield OpenRun(config, folder, current, previous)
+
+
+def begin(open_run: OpenRun) -> dict[str, Any]:
+    """Write run.json of a run that starts or resumes, and return it. A second call changes nothing."""
+    config, current = open_run.config, open_run.identity
+    record = _read(open_run.folder) or {
+        "status": RUNNING,
+        "model": config.model,
+        "model_args": config.model_args,
+        "recipe": config.model_args.get("kv", "-"),
+        "tasks": config.tasks,
+        "apply_chat_template": config.apply_chat_template,
+        "versions": current["versions"],
+        "identity": current,
+        "fingerprint": identity.fingerprint(current),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": identity.machine(),
+        "wall_s": 0.0,
+    }
+    write_json(open_run.folder / RUN, record)
+    return record
+
+
+def finish(open_run: OpenRun, lm: Any, results: dict[str, Any], samples: int, wall_s: float) -> None:
+    """Write lm-eval's results and samples, and run.json as finished; `wall_s` is added to that of earlier starts."""
+    config, folder = open_run.config, open_run.folder
+    results["config"] |= {"model": config.model, "model_args": config.model_args}
+    _save(config, folder, lm, results)
+    record = begin(open_run)
+    record |= {
+        "status": FINISHED,
+        "samples": samples,
+        "task_versions": results["versions"],
+        "sources": _sources(results["samples"]),
+        **({"judge": {k: judge[k] for k in ("judge", "revision")}} if (judge := results.get("judge")) else {}),
+        "chat_template_sha": results["chat_template_sha"],
+        "expanded": results["config"].get("lcft", {}).get("expanded"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_s": record["wall_s"] + wall_s,
+    }
+    write_json(folder / RUN, record)
+
+
+def _save(config: Any, folder: Path, lm: Any, results: dict[str, Any]) -> None:
+    """Write lm-eval's files to a temporary folder and move them into the run folder only if all were written."""
+    from lm_eval.loggers import EvaluationTracker
+
+    # lm-eval suppresses errors while saving, so the files themselves are counted.
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as partial:
+        tracker = EvaluationTracker(output_path=partial)
+        tracker.general_config_tracker.log_experiment_args(
+            model_source=config.model,
+            model_args=config.model_args,
+            system_instruction=config.system_instruction,
+            chat_template=lm.chat_template(config.apply_chat_template) if config.apply_chat_template else None,
+            fewshot_as_multiturn=config.fewshot_as_multiturn,
+        )
+        samples = results.pop("samples")
+        tracker.save_results_aggregated(results=results, samples=samples)
+        for task in results["configs"]:
+            tracker.save_results_samples(task_name=task, samples=samples[task])
+        results["samples"] = samples
+        written = [file for file in Path(partial).rglob("*") if file.is_file()]
+        if len(written) != 1 + len(results["configs"]):
+            raise InfrastructureError(f"lm-eval did not write its results into {folder}: is the disk full?")
+        for file in written:
+            os.replace(file, folder / file.name)
+
+
+def _sources(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """The sources of each task's rows, from their field `source`."""
+    return {
+        task: sorted({str(s["doc"]["source"]) for s in rows if isinstance(s["doc"], dict) and "source" in s["doc"]})
+        for task, rows in samples.items()
+    }
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    file = folder / RUN
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lock the folder for this process; create it if missing."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is running in {folder}: wait for it, or choose another folder") from None
+        yield
+
+
+def report(outcome: RunOutcome) -> None:
+    """Print the run folder and the number of reused samples to stderr."""
+    fresh = outcome.samples - outcome.reused
+    print(f"{outcome.folder}: {outcome.samples} samples, {outcome.reused} reused, {fresh} run", file=sys.stderr)
