@@ -9,6 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lceval.core.errors import UserError
+from lceval.models.prefix import Job
 
 pytestmark = pytest.mark.model
 
@@ -74,7 +75,7 @@ def test_each_context_is_prefilled_once_and_charged_to_its_first_question(lcft: 
 def test_the_context_ends_where_the_documents_do(lcft: Any, requests: list[Any]) -> None:
     model = lcft()
     prompt = requests[0].args[0]
-    job = model._job(0, requests[0], prompt, model.tok_encode(prompt), None)
+    job = Job(**model._split(0, requests[0], model.tok_encode(prompt)))
     assert job.has_context
     assert model.tok_decode(list(job.context), skip_special_tokens=False).endswith(requests[0].doc["context"])
     assert requests[0].doc["question"] in model.tok_decode(list(job.question))
@@ -82,7 +83,7 @@ def test_the_context_ends_where_the_documents_do(lcft: Any, requests: list[Any])
 
 def test_query_agnostic_compression_does_not_depend_on_the_question(lcft: Any, requests: list[Any]) -> None:
     model = lcft("snapkv:0.25")
-    jobs = [model._job(0, r, r.args[0], model.tok_encode(r.args[0]), None) for r in requests[:2]]
+    jobs = [Job(**model._split(0, r, model.tok_encode(r.args[0]))) for r in requests[:2]]
     assert jobs[0].question != jobs[1].question
     assert jobs[0].context == jobs[1].context
 
