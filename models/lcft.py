@@ -139,11 +139,11 @@ class LCFT(HFLM):  # type: ignore[misc]
     @contextmanager
     def sharing_prefills(self, recipes: Iterable[recipe.Recipe]) -> Iterator[None]:
         """Within the block, a context that these recipes answer one after another is prefilled once for all."""
-        self.scheduler.keep_for = reduce(or_, (kv.stats_spec for kv in recipes), StatsSpec())
+        self.scheduler.share(reduce(or_, (kv.stats_spec for kv in recipes), StatsSpec()))
         try:
             yield
         finally:
-            self.scheduler.keep_for = None
+            self.scheduler.share(None)
 
     @property
     def prefill_s(self) -> float:

@@ -62,6 +62,12 @@ class ContextScheduler:
         self._last_prefill: tuple[tuple[int, ...], Prefill] | None = None
         self._question_caches: dict[tuple[int, ...], QuestionCache] = {}
 
+    def share(self, stats_spec: StatsSpec | None) -> None:
+        """Keep the last prefill, with these statistics, for other recipes; None releases it."""
+        self.keep_for = stats_spec
+        self._last_prefill = None
+        self._question_caches.clear()
+
     def batches(self, jobs: Sequence[J], recipe: Recipe, rows: int) -> Iterator[list[Question[J]]]:
         """All jobs in batches of up to `rows` questions; questions on one context are adjacent.
 
