@@ -15,6 +15,7 @@ from typing import Any
 
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.text_tables import pipe
 from lceval.stats.estimates import Estimate, difference, mean
 
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
@@ -146,12 +147,13 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         ("tuned_gold_nll", "gold_nll tuned", 1.0),
         ("gold_nll_difference", "gold_nll tuned - base", 1.0),
     ]
-    lines = ["| " + " | ".join(["task", "context", "recipe", "n", *(title for _, title, _ in columns)]) + " |"]
-    lines.append("| --- | --- | --- |" + " ---: |" * (1 + len(columns)))
-    for row in rows:
-        cells = [_cell(row.get(key), scale, "difference" in key) for key, _, scale in columns]
-        lines.append("| " + " | ".join([row["task"], row["context"], row["recipe"], str(row["n"]), *cells]) + " |")
-    return "\n".join(lines)
+    header = ["task", "context", "recipe", "n", *(title for _, title, _ in columns)]
+    cells = [
+        [row["task"], row["context"], row["recipe"], str(row["n"])]
+        + [_cell(row.get(key), scale, "difference" in key) for key, _, scale in columns]
+        for row in rows
+    ]
+    return pipe(header, cells, range(3))
 
 
 def _cell(estimate: dict[str, float | None] | None, scale: float, signed: bool) -> str:

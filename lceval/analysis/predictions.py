@@ -14,6 +14,7 @@ from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
+from lceval.core.text_tables import aligned
 from lceval.stats.estimates import mean_of
 from lceval.tasks import catalogue, lm_eval_config
 from lceval.tasks.catalogue import Task
@@ -224,11 +225,10 @@ def render(report: Mapping[str, Any]) -> str:
     """Format the report, one metric per line; the headline is marked by *."""
     missing = f", {report['missing']} of them missing and scored as empty" if report["missing"] else ""
     head = f"{report['task']}: {report['n']} samples matched by {report['matched_by']}{missing}"
-    width = max(len(metric) for metric in report["scores"]) + 2
-    lines = []
+    rows = [("metric", "score", "95% interval")]
     for metric, value in report["scores"].items():
         formatted, interval = "n/a" if value is None else f"{value:.4f}", report["intervals"][metric]
         mark = "*" if metric == report["headline"] else ""
         bounds = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "-"
-        lines.append(f"{metric + mark:<{width}}{formatted:>7}  {bounds}")
-    return "\n".join([head, f"{'metric':<{width}}{'score':>7}  95% interval", *lines])
+        rows.append((metric + mark, formatted, bounds))
+    return f"{head}\n{aligned(rows, (0, 2))}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from lceval.bench.comparison import METRICS
+from lceval.core.text_tables import aligned
 
 
 def decode(report: dict[str, Any]) -> str:
@@ -23,7 +23,7 @@ def decode(report: dict[str, Any]) -> str:
         for side in report["sides"]
     ]
     head = f"{report['model']}, {report['context_tokens']} tokens, {report['machine']['processor']}"
-    return f"{head}, {report['machine']['threads']} threads\n{columns(rows)}"
+    return f"{head}, {report['machine']['threads']} threads\n{aligned(rows)}"
 
 
 def evaluation(report: dict[str, Any]) -> str:
@@ -45,7 +45,7 @@ def evaluation(report: dict[str, Any]) -> str:
         for side in report["sides"]
     ]
     head = f"{report['task']}, {report['pretrained']}, {report['contexts']} contexts, {report['samples']} questions"
-    return f"{head}\n{columns(rows)}"
+    return f"{head}\n{aligned(rows)}"
 
 
 def shifted(report: dict[str, Any]) -> str:
@@ -58,7 +58,7 @@ def shifted(report: dict[str, Any]) -> str:
     machine = report["machine"]
     device = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     head = f"{report['heads']} heads, {report['kv_heads']} KV heads of {report['dim']}, {report['dtype']}, forward and"
-    return f"{head} backward, {device}, {machine['threads']} threads\n{columns(rows)}"
+    return f"{head} backward, {device}, {machine['threads']} threads\n{aligned(rows)}"
 
 
 def kernels(report: dict[str, Any]) -> str:
@@ -76,7 +76,7 @@ def kernels(report: dict[str, Any]) -> str:
         ratios = [_number(row[key], "{:.2f}") for key in ("speedup_vs_sdpa", "ideal_speedup")]
         rows.append([*head, *times, share, _number(row["sdpa_us"], "{:.1f}"), *ratios])
     if predicted:
-        return f"predicted for {predicted}, one layer of Llama-3.1-8B, 16 bit\n{columns(rows)}"
+        return f"predicted for {predicted}, one layer of Llama-3.1-8B, 16 bit\n{aligned(rows)}"
     side = report["prefill"]
     text = (
         f"{report['machine']['device']}, copy {report['copy_bytes_s'] / 1e12:.2f} TB/s, one layer of Llama-3.1-8B, bf16"
@@ -85,7 +85,7 @@ def kernels(report: dict[str, Any]) -> str:
         f"scoring and compacting {side['length']} tokens to 25%: {side['score_us'] + side['compact_us']:.0f} us, "
         f"{100 * side['share']:.1f}% of the layer's prefill ({100 * side['share_int4']:.1f}% with int4)"
     )
-    return f"{text}\n{columns(rows)}\n{prefill}"
+    return f"{text}\n{aligned(rows)}\n{prefill}"
 
 
 def kernels_plot(report: dict[str, Any]) -> str:
@@ -133,15 +133,3 @@ def _interval(score: dict[str, Any] | None) -> str:
     if score["low"] is None:
         return f"{score['mean']:.3f}"
     return f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows of text in columns; the first column is left-aligned."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = (
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)

@@ -29,7 +29,6 @@ SEED = 0
 # Bounds of a block of resamples, and of the counts cached for all rows with equally many contexts (1 byte each).
 _BLOCK_DRAWS = 2_000_000
 _CACHED_DRAWS = 40_000_000
-_PRODUCT_NUMBERS = 128_000
 # Sums round differently in every resample: a smaller relative spread counts as zero.
 _NO_SPREAD = 1e-9
 
@@ -195,7 +194,7 @@ def _percentiles(pairs: list[tuple[float, int]], level: float, resamples: int, s
     import numpy as np
 
     columns = np.asarray(sorted(pairs), dtype=np.float64)
-    sums = np.concatenate([_product(block, columns) for block in _counts(len(pairs), resamples, seed, np.int32)])
+    sums = np.concatenate([block @ columns for block in _counts(len(pairs), resamples, seed, np.int32)])
     lo, hi = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
     return float(lo), float(hi)
 
@@ -256,21 +255,8 @@ def _resample(columns: NDArray[Any]) -> NDArray[Any]:
     import numpy as np
 
     clusters = len(columns)
-    blocks = [_cached_counts(clusters)] if clusters * RESAMPLES <= _CACHED_DRAWS else _counts(clusters)
-    return np.concatenate([_product(block, columns) for block in blocks])
-
-
-def _product(counts: NDArray[Any], columns: NDArray[Any]) -> NDArray[Any]:
-    """counts @ columns, in blocks that fit the processor's cache (9 times faster)."""
-    import numpy as np
-
-    rows = max(1, _PRODUCT_NUMBERS // len(columns))
-    block, sums = np.empty((rows, len(columns))), np.empty((len(counts), columns.shape[1]))
-    for start in range(0, len(counts), rows):
-        part = counts[start : start + rows]
-        np.copyto(block[: len(part)], part)
-        np.matmul(block[: len(part)], columns, out=sums[start : start + rows])
-    return sums
+    blocks = _cached_counts(clusters) if clusters * RESAMPLES <= _CACHED_DRAWS else _counts(clusters)
+    return np.concatenate([block @ columns for block in blocks])
 
 
 def _counts(
@@ -289,7 +275,5 @@ def _counts(
 
 
 @lru_cache(maxsize=4)
-def _cached_counts(clusters: int) -> NDArray[Any]:
-    import numpy as np
-
-    return np.concatenate(list(_counts(clusters)))
+def _cached_counts(clusters: int) -> tuple[NDArray[Any], ...]:
+    return tuple(_counts(clusters))

@@ -11,11 +11,13 @@ from xml.etree import ElementTree
 
 from lceval.analysis.check.baseline import Baseline
 from lceval.analysis.check.compare import Check, Flip, TaskCheck
+from lceval.core.text_tables import aligned, pipe
 from lceval.stats.paired import LEVEL
 
 FLIPS = 10
 _WIDTH = 100
 _HEADER = ("task", "metric", "n", "clusters", "base", "new", "drop [lo, hi]", "p", "Holm p", "detects", "verdict")
+_TEXT = (0, 1, 10)  # the columns that are not numbers
 Texts = Mapping[tuple[str, str], str]
 
 
@@ -37,16 +39,7 @@ class CheckReport:
 
 def terminal(report: CheckReport) -> str:
     """The table, a reason per task, the samples with the largest drops, and the verdict in the last line."""
-    rows = [_HEADER, *(_cells(task) for task in report.check.tasks)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER))]
-    # Text left-aligned, numbers right-aligned.
-    lines = [
-        "  ".join(
-            c.ljust(w) if i in (0, 1, 10) else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    lines = [*_title(report), "", *(line.rstrip() for line in lines), ""]
+    lines = [*_title(report), "", aligned([_HEADER, *map(_cells, report.check.tasks)], _TEXT), ""]
     lines += [f"{task.task}: {task.verdict}: {task.reason}{_errors(task)}" for task in report.check.tasks]
     if any(task.paired for task in report.check.tasks):
         lines += _CAPTION
@@ -62,22 +55,18 @@ def terminal(report: CheckReport) -> str:
 def markdown(report: CheckReport) -> str:
     """The check as markdown, for the step summary of a CI job."""
     lines = [f"### {_conclusion(report)}", "", *(f"- {_escaped(line)}" for line in _title(report)), ""]
-    lines += ["| " + " | ".join(_HEADER) + " |", "|" + "|".join([" --- ", " --- ", *[" ---: "] * 8, " --- "]) + "|"]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in _cells(task)) + " |" for task in report.check.tasks]
+    lines += [pipe(_HEADER, [[*map(_escaped, _cells(task))] for task in report.check.tasks], _TEXT)]
     lines += ["", *(f"- {_escaped(t.task)}: {t.verdict}: {_escaped(t.reason)}{_errors(t)}" for t in report.check.tasks)]
     if any(task.paired for task in report.check.tasks):
         lines += (f"- {line}" for line in _CAPTION)
     if flips := _worst(report.check):
-        lines += [
-            "",
-            "| largest drops | base | new | base answer | new answer |",
-            "| --- | ---: | ---: | --- | --- |",
-        ]
+        rows = []
         for task, flip in flips:
             key = (task.task, flip.key)
             texts = (_answer(report.base_texts.get(key)), _answer(report.new_texts.get(key)))
             cells = (f"{task.task} {flip.key}", _number(flip.base), _number(flip.new), *texts)
-            lines.append("| " + " | ".join(_escaped(cell) for cell in cells) + " |")
+            rows.append([*map(_escaped, cells)])
+        lines += ["", pipe(("largest drops", "base", "new", "base answer", "new answer"), rows, (0, 3, 4))]
     return "\n".join(lines)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lceval.analysis.table.columns import Column, caption, columns, sections
 from lceval.analysis.table.row_values import Table
+from lceval.core.text_tables import pipe
 
 
 @dataclass(frozen=True)
@@ -26,17 +27,13 @@ class TextTable:
 def to_markdown(table: Table) -> str:
     """One heading and pipe table per section, then the caption."""
 
-    def pipe(grid: TextTable) -> str:
-        lines = [
-            "| " + " | ".join(map(_one_line, grid.header)) + " |",
-            "| " + " | ".join("---" if text else "---:" for text in grid.text) + " |",
-        ]
-        escaped = ([cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in grid.lines)
-        lines += ["| " + " | ".join(line) + " |" for line in escaped]
-        return f"### {grid.heading}\n\n" + "\n".join(lines)
+    def section(grid: TextTable) -> str:
+        escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in grid.lines]
+        left = [i for i, text in enumerate(grid.text) if text]
+        return f"### {grid.heading}\n\n{pipe([*map(_one_line, grid.header)], escaped, left)}"
 
     legend = "\n".join(f"- {line}" for line in caption(table, columns(table))).replace("*", "\\*")
-    return "\n\n".join([*map(pipe, _measured(table, columns(table))), legend, *map(pipe, _quoted(table))])
+    return "\n\n".join([*map(section, _measured(table, columns(table))), legend, *map(section, _quoted(table))])
 
 
 _LATEX = {
