@@ -23,10 +23,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, jit, tl
+from lceval.kernels.launch import DTYPES, HEAD_DIMS, INTERPRETED, jit, runs_kernels, tl
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
-from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant, head_dims
 
 
 def reference(k: Tensor, v: Tensor, keep: Tensor | None) -> PagedKV:
@@ -236,7 +236,7 @@ def gather(k: Tensor, v: Tensor, keep: Tensor, counts: Sequence[int]) -> PagedKV
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(k, v, keep, counts, 16, 16, 0)
-    if not _kernels(k):
+    if not runs_kernels(k, "compacting"):
         return reference(k, v, keep)
     index, lens = _index(keep, counts)
     return _pages(k, v, index, lens, torch.zeros_like(lens), tuple(counts), positions=True)
@@ -253,7 +253,7 @@ def quantize(
         residual: minimum number of newest slots per head that stay in full precision.
     """
     _check(k, v, keep, counts, k_bits, v_bits, residual)
-    if not _kernels(k):
+    if not runs_kernels(k, "compacting"):
         return QuantKV.quantize(reference(k, v, keep), k_bits, v_bits, residual)
     B, Hkv, S = k.shape[:3]
     if keep is None:
@@ -276,12 +276,6 @@ def quantize(
         lens=lens,
         counts=tuple(counts),
     )
-
-
-def _kernels(k: Tensor) -> bool:
-    if k.is_cuda and not AVAILABLE:
-        raise RuntimeError(f"compacting on {k.device} needs the package triton, which is not installed")
-    return k.is_cuda or INTERPRETED
 
 
 def _index(keep: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -393,7 +387,7 @@ def variants() -> Iterator[Variant]:
     pointers = slots | {"keep_ptr": "*u8"}
     yield Variant("compact.index", "i32", index_kernel, pointers, (), (), {"BLOCK_S": INDEX_BLOCK}, OPTIONS)
     pages = dict.fromkeys(("index_ptr", "table_ptr", "positions_ptr"), "*i32")
-    for dtype, dim in ((dtype, dim) for dtype, dims in USED_HEAD_DIMS.items() for dim in dims):
+    for dtype, dim in head_dims():
         name, copied = f"{dtype} D{dim}", "*i32" if dtype == "fp32" else "*i16"
         if dtype != "fp16":  # data is copied as integers, so bf16 equals fp16
             pointers = pages | slots | {"skip_ptr": "*i32", "x_ptr": copied, "out_ptr": copied}

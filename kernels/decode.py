@@ -15,25 +15,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lceval.kernels import merge
 from lceval.kernels.launch import (
-    AVAILABLE,
     BLOCK_G,
     DTYPES,
     HEAD_DIMS,
-    INTERPRETED,
     MAX_SPLITS,
     OPTIONS,
     jit,
+    multiprocessors,
+    runs_kernels,
     tl,
+    widened,
 )
 from lceval.kernels.paged import PAGE
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, with_single
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -188,104 +188,95 @@ def decode(
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, splits)
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "decode"):
         o, lse = reference(q, k, v, table, lens, scaling)
         return o.to(q.dtype), lse
-    if not AVAILABLE:
-        raise RuntimeError(f"decode on {q.device} needs the package triton, which is not installed")
     if splits is None:
         B, Hkv, M = table.shape
-        rows = B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G)
-        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        splits = choose_splits(rows, M, count)
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
-        o, lse = _launch(q.float(), k.float(), v.float(), table, lens, scaling, splits)
-        return o.to(q.dtype), lse
-    return _launch(q, k, v, table, lens, scaling, splits)
+        splits = choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M, multiprocessors(q))
+    dtype = q.dtype
+    q, k, v = widened(q, k, v)
+    o, lse = _launch(q, k, v, table, lens, scaling, splits)
+    return o.to(dtype), lse
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, splits: int
 ) -> tuple[Tensor, Tensor]:
-    B, H, D = q.shape
-    Hkv = table.shape[1]
-    G = H // Hkv
-    o = torch.empty((B, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H), dtype=torch.float32, device=q.device)
-    part_o, part_lse = o, lse  # a single share needs no merge
-    if splits > 1:
-        part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
+    B, Hkv = table.shape[:2]
+    G, D = q.shape[1] // Hkv, q.shape[2]
+    part_o, part_lse = merge.outputs(q, splits)
     strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
     constants = split_constants(q.dtype, D)
     with torch.cuda.device(q.get_device()):
         split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
         )
-    return (o, lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
+    return (part_o, part_lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits: int | None) -> None:
-    tensors = {"q": q, "k": k, "v": v, "table": table, "lens": lens}
-    for (name, tensor), axes in zip(tensors.items(), (3, 3, 3, 3, 2), strict=True):
-        if tensor.ndim != axes:
-            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
-        if axes == 3 and tensor.stride(2) != 1 and tensor.shape[2] > 1:
-            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
-    B, H, D = q.shape
+    check_cache(q, k, v, splits, table=table, lens=lens)
+    B, H, _ = q.shape
     Hkv, M = table.shape[1:]
-    if D not in HEAD_DIMS:
-        raise ValueError(f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
-        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
     if table.dtype != torch.int32 or lens.dtype != torch.int32:
         raise ValueError(f"table and lens must be torch.int32, got {table.dtype} and {lens.dtype}")
     if table.shape[0] != B or not Hkv or H % Hkv:
         raise ValueError(f"table must be [{B}, Hkv, M] with Hkv a divisor of {H}, got {tuple(table.shape)}")
     if lens.shape != table.shape[:2]:
         raise ValueError(f"lens must be {tuple(table.shape[:2])} as table, got {tuple(lens.shape)}")
-    if splits is not None and not 1 <= splits <= MAX_SPLITS:
-        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
     if lens.device.type == "cpu" and lens.numel():
         low, high = lens.aminmax()
         if low < 0 or high > M * PAGE:
             raise ValueError(f"lens must be 0 to {M * PAGE}, table {tuple(table.shape)}, got {lens.tolist()}")
 
 
+def check_cache(q: Tensor, k: Tensor, v: Tensor, splits: int | None, **indices: Tensor) -> None:
+    """Check queries, pools of pages, the number of splits, and the axes and device of the other arguments.
+
+    Args:
+        indices: by name, with three axes; `lens` has two.
+
+    Raises:
+        ValueError: a shape, dtype, device or layout that does not fit.
+    """
+    for name, tensor in {"q": q, "k": k, "v": v, **indices}.items():
+        axes = 2 if name == "lens" else 3
+        if tensor.ndim != axes:
+            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
+        if tensor.device != q.device:
+            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
+        if axes == 3 and tensor.stride(2) != 1 and tensor.shape[2] > 1:
+            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
+    D = q.shape[2]
+    if D not in HEAD_DIMS:
+        raise ValueError(f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
+    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
+        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
+
+
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
-LIMITS = {
-    ("decode.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
-    ("decode.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
-    ("decode.split", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
-}
+LIMITS = tile_limits(168, "decode.split")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `decode` uses."""
-    for dtype, dims in USED_HEAD_DIMS.items():
-        for dim in dims:
-            yield from _variants(dtype, dim)
-
-
-def _variants(dtype: str, dim: int) -> Iterator[Variant]:
-    data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
-    pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
-    pointers |= {"o_ptr": f32, "lse_ptr": f32}
-    shares = Variant(
-        kernel="decode.split",
-        name=f"{dtype} D{dim}",
-        fn=split_kernel,
-        pointers=pointers,
-        floats=("scaling",),
-        aligned=("stride_q", "stride_k", "stride_v"),
-        constants=split_constants(TORCH[dtype], dim),
-        options=OPTIONS,
-    )
-    yield shares
-    if dtype != "fp32":
-        yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})
+    for dtype, dim in head_dims():
+        data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
+        pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
+        yield from with_single(
+            Variant(
+                kernel="decode.split",
+                name=f"{dtype} D{dim}",
+                fn=split_kernel,
+                pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
+                floats=("scaling",),
+                aligned=("stride_q", "stride_k", "stride_v"),
+                constants=split_constants(TORCH[dtype], dim),
+                options=OPTIONS,
+            )
+        )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,13 +20,13 @@ from torch import Tensor
 from lceval.kernels import merge
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.decode import choose_splits, split_constants
-from lceval.kernels.launch import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS, jit, tl
+from lceval.kernels.decode import check_cache, choose_splits, split_constants
+from lceval.kernels.launch import BLOCK_G, jit, multiprocessors, runs_kernels, tl, widened
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.scan import scan
 from lceval.kernels.select import Selective
 from lceval.kernels.topk import top_indices
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, with_single
 
 
 def reference(
@@ -190,22 +189,18 @@ def gather_decode(
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, chosen, unit, budget, splits)
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "gather_decode"):
         o, lse = reference(q, k, v, table, lens, chosen, unit, budget, scaling)
         return o.to(q.dtype), lse
-    if not AVAILABLE:
-        raise RuntimeError(f"gather_decode on {q.device} needs the package triton, which is not installed")
     if splits is None:
         rows, Hkv, count = chosen.shape
         programs = rows * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G)
-        sms = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         reads = min(max(count * unit, budget), table.shape[2] * PAGE)
-        splits = choose_splits(programs, -(-reads // PAGE), sms)
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
-        o, lse = _launch(q.float(), k.float(), v.float(), table, lens, chosen, unit, budget, scaling, splits)
-        return o.to(q.dtype), lse
-    return _launch(q, k, v, table, lens, chosen, unit, budget, scaling, splits)
+        splits = choose_splits(programs, -(-reads // PAGE), multiprocessors(q))
+    dtype = q.dtype
+    q, k, v = widened(q, k, v)
+    o, lse = _launch(q, k, v, table, lens, chosen, unit, budget, scaling, splits)
+    return o.to(dtype), lse
 
 
 def _launch(
@@ -215,19 +210,14 @@ def _launch(
     rows, H, D = q.shape
     Hkv, count = chosen.shape[1:]
     G = H // Hkv
-    o = torch.empty((rows, H, D), dtype=q.dtype, device=q.device)
-    lse = torch.empty((rows, H), dtype=torch.float32, device=q.device)
-    part_o, part_lse = o, lse  # a single share needs no merge
-    if splits > 1:
-        part_o = torch.empty((rows, H, splits, D), dtype=torch.float32, device=q.device)
-        part_lse = torch.empty((rows, H, splits), dtype=torch.float32, device=q.device)
+    part_o, part_lse = merge.outputs(q, splits)
     strides = [stride for t in (q, k, table) for stride in t.stride()[:2]]
     with torch.cuda.device(q.get_device()):
         gather_kernel[(rows * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, chosen, part_o, part_lse, scaling, G, rows // len(lens), Hkv, budget, unit, count,
             *strides, **gather_constants(q.dtype, D), **gather_options(q.dtype),
         )  # fmt: skip
-    return (o, lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
+    return (part_o, part_lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
 def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Tensor, Tensor]:
@@ -255,7 +245,7 @@ def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Te
     if not isinstance(kv, PagedKV) or not isinstance(index, Bits | Bounds):
         kinds = f"{type(kv).__name__} by {type(index).__name__}"
         raise TypeError(f"decode_selected reads a PagedKV by Bits or Bounds, got {kinds}")
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "decoding"):
         o, lse = selective.attend(q[:, :, None], scaling)
         return o[:, :, 0], lse[:, :, 0]
     scores, sizes = scan(q, index, kv.lens, kv.counts, selective.budget, scaling)
@@ -267,23 +257,9 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
     splits: int | None,
 ) -> None:  # fmt: skip
-    tensors = {"q": q, "k": k, "v": v, "table": table, "chosen": chosen, "lens": lens}
-    for name, tensor in tensors.items():
-        axes = 2 if name == "lens" else 3
-        if tensor.ndim != axes:
-            raise ValueError(f"{name} must have {axes} axes, got shape {tuple(tensor.shape)}")
-        if tensor.device != q.device:
-            raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
-        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
-    rows, H, D = q.shape
+    check_cache(q, k, v, splits, table=table, chosen=chosen, lens=lens)
+    rows, H, _ = q.shape
     B, Hkv = lens.shape
-    if D not in HEAD_DIMS:
-        raise ValueError(f"q must be [B', H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
-        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.stride() != v.stride():
         raise ValueError(f"k and v must have the same strides, got {k.stride()} and {v.stride()}")
     if not B * Hkv or rows % B or H % Hkv:
@@ -296,36 +272,27 @@ def _check(
         raise ValueError(f"table, lens, chosen must be torch.int32, got {table.dtype}, {lens.dtype}, {chosen.dtype}")
     if not (chosen.is_contiguous() and lens.is_contiguous()):
         raise ValueError(f"chosen and lens must be contiguous, got strides {chosen.stride()} and {lens.stride()}")
-    if splits is not None and not 1 <= splits <= MAX_SPLITS:
-        raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
     if unit < 1 or budget < 0:
         raise ValueError(f"unit must be at least 1 and budget at least 0, got {unit} and {budget}")
 
 
-LIMITS = {
-    ("gather.split", "fp16"): Limit(168, SHARED, TENSOR_CORES),
-    ("gather.split", "bf16"): Limit(168, SHARED, TENSOR_CORES),
-    ("gather.split", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
-}
+LIMITS = tile_limits(168, "gather.split")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `gather_decode` uses; the merge is `decode`'s."""
-    for dtype, dims in USED_HEAD_DIMS.items():
-        for dim in dims:
-            data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
-            pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
-            pointers |= {"chosen_ptr": i32, "o_ptr": f32, "lse_ptr": f32}
-            shares = Variant(
+    for dtype, dim in head_dims():
+        data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
+        pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
+        yield from with_single(
+            Variant(
                 kernel="gather.split",
                 name=f"{dtype} D{dim}",
                 fn=gather_kernel,
-                pointers=pointers,
+                pointers=pointers | {"chosen_ptr": i32, "o_ptr": f32, "lse_ptr": f32},
                 floats=("scaling",),
                 aligned=("stride_q", "stride_p"),
                 constants=gather_constants(TORCH[dtype], dim),
                 options=gather_options(TORCH[dtype]),
             )
-            yield shares
-            if dtype != "fp32":
-                yield replace(shares, name=f"{shares.name} single", pointers=pointers | {"o_ptr": data})
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 try:
     import triton
@@ -40,3 +41,26 @@ def jit(*plain: str) -> Callable[[Any], Any]:
         return triton.jit(fn, do_not_specialize=names) if AVAILABLE else fn
 
     return decorate
+
+
+def runs_kernels(x: Tensor, what: str) -> bool:
+    """Whether `x` is for the kernels: on CUDA, or anywhere in the interpreter. Otherwise the reference runs.
+
+    Raises:
+        RuntimeError: a CUDA tensor without triton installed; `what` is named.
+    """
+    kernels = x.is_cuda or INTERPRETED
+    if kernels and not AVAILABLE:
+        raise RuntimeError(f"{what} on {x.device} needs the package triton, which is not installed")
+    return kernels
+
+
+def widened(*tensors: Tensor) -> list[Tensor]:
+    """The tensors as a kernel can take them: the interpreter represents bfloat16 as raw 16-bit integers and multiplies
+    those silently, so there they become float32."""
+    return [x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x for x in tensors]
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's device; 1 on a CPU."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1

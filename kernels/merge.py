@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import HEAD_DIMS, INTERPRETED, MAX_SPLITS, OPTIONS, jit, tl
+from lceval.kernels.launch import HEAD_DIMS, INTERPRETED, MAX_SPLITS, OPTIONS, jit, runs_kernels, tl
 from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant
 
 
@@ -108,7 +108,7 @@ def merge(
         raise ValueError(f"rest must be o {(B, H, D)} and lse {(B, H)} float32, got {shapes}")
     if any(x.device != part_o.device for x in others):
         raise ValueError(f"all must be on part_o's device, {part_o.device}, got {[str(x.device) for x in others]}")
-    if not (part_o.is_cuda or INTERPRETED):
+    if not runs_kernels(part_o, "merge"):
         o, lse = reference(part_o, part_lse, rest)
         return o.to(dtype), lse
     if INTERPRETED and dtype == torch.bfloat16:
@@ -130,6 +130,14 @@ def launch(
         sizes = constants(D, rest is not None)
         merge_kernel[(B * H,)](part_o, part_lse, rest_o, rest_lse, o, lse, shares, **sizes, **OPTIONS)
     return o, lse
+
+
+def outputs(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """What a decode kernel writes for q [B, H, D]: float32 shares o [B, H, splits, D] and lse [B, H, splits] to merge,
+    or, of a single share, the result itself: o [B, H, D] in q's dtype and lse [B, H] float32."""
+    shape, dtype = (q.shape[:2], q.dtype) if splits == 1 else ((*q.shape[:2], splits), torch.float32)
+    o = torch.empty((*shape, q.shape[2]), dtype=dtype, device=q.device)
+    return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
 LIMITS = {("merge", "bf16"): Limit(168, SHARED)}

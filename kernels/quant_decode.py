@@ -26,10 +26,20 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import decode, merge
-from lceval.kernels.launch import AVAILABLE, BLOCK_G, DTYPES, HEAD_DIMS, INTERPRETED, MAX_SPLITS, jit, tl
+from lceval.kernels.launch import (
+    BLOCK_G,
+    DTYPES,
+    HEAD_DIMS,
+    MAX_SPLITS,
+    jit,
+    multiprocessors,
+    runs_kernels,
+    tl,
+    widened,
+)
 from lceval.kernels.paged import PAGE
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 
 
 def reference(
@@ -223,7 +233,7 @@ def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Te
     sequences, kv_heads = kv.lens.shape
     if q.ndim != 3 or q.shape[0] % max(1, sequences) or q.shape[1] % max(1, kv_heads):
         raise ValueError(f"q must be [B', H, D], multiples of {sequences} and {kv_heads}, got {tuple(q.shape)}")
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "decoding"):
         o, lse = kv.attend(q[:, :, None], scaling)
         return o[:, :, 0], lse[:, :, 0]
     rows, heads, dim = q.shape
@@ -273,22 +283,16 @@ def decode_pages(
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, v, table, lens, newest, splits)
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "decode_pages"):
         o, lse = reference(q, k, v, table, lens, newest, scaling)
         return merge.merge(o[:, :, None], lse[..., None], rest, q.dtype)
-    if not AVAILABLE:
-        raise RuntimeError(f"decode_pages on {q.device} needs the package triton, which is not installed")
     if splits is None:
         B, Hkv, M = table.shape
-        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
         # Half the pages: shares of at least four pages, which have half the bytes or fewer, for the same overhead.
-        splits = decode.choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M // 2, count)
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
-        k, v = (Pool(x.bits, *(t.float() if t.is_floating_point() else t for t in x.tensors)) for x in (k, v))
-        o, lse = _launch(q.float(), k, v, table, lens, newest, scaling, rest, splits)
-        return o.to(q.dtype), lse
-    return _launch(q, k, v, table, lens, newest, scaling, rest, splits)
+        splits = decode.choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M // 2, multiprocessors(q))
+    k, v = (Pool(x.bits, *widened(*x.tensors)) for x in (k, v))
+    o, lse = _launch(widened(q)[0], k, v, table, lens, newest, scaling, rest, splits)
+    return o.to(q.dtype), lse
 
 
 def _launch(
@@ -365,20 +369,15 @@ def _check(q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Ten
             )
 
 
-LIMITS = {
-    ("quant_decode.split", "fp16"): Limit(255, SHARED, TENSOR_CORES),
-    ("quant_decode.split", "bf16"): Limit(255, SHARED, TENSOR_CORES),
-    ("quant_decode.split", "fp32"): Limit(255, SHARED, (("LDGSTS",),)),
-}
+LIMITS = tile_limits(255, "quant_decode.split")
 # Not every pair: the cost of keys or values depends on their own bits (least at 16), and float16 compiles as bfloat16.
 GATED_BITS = {"fp16": ((4, 4),), "bf16": ((8, 8), (4, 4), (2, 2), (8, 4)), "fp32": ((4, 4),)}
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `decode_pages` uses, for the pairs of `GATED_BITS`."""
-    for dtype, dims in USED_HEAD_DIMS.items():
-        for dim in dims:
-            yield from (split_variant(dtype, dim, *bits) for bits in GATED_BITS[dtype])
+    for dtype, dim in head_dims():
+        yield from (split_variant(dtype, dim, *bits) for bits in GATED_BITS[dtype])
 
 
 def split_variant(dtype: str, dim: int, k_bits: int, v_bits: int) -> Variant:

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from lceval.kernels.bits import GROUP, Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, jit, tl
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.launch import DTYPES, HEAD_DIMS, INTERPRETED, jit, runs_kernels, tl
+from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, Limit, Variant, head_dims, tile_limits
 
 
 def reference(q: Tensor, index: Bits | Bounds, lens: Tensor, budget: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -290,10 +290,8 @@ def scan(
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, index, lens, counts, budget)
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "scan"):
         return reference(q, index, lens, budget, scaling)
-    if not AVAILABLE:
-        raise RuntimeError(f"scan on {q.device} needs the package triton, which is not installed")
     if INTERPRETED and q.dtype == torch.bfloat16:
         # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
         q = q.float()
@@ -365,18 +363,16 @@ def _check(q: Tensor, index: Bits | Bounds, lens: Tensor, counts: Sequence[int],
 # The 1-bit scan keeps 64 words and 64 pairs of scales per thread in registers and reads each once.
 LIMITS = {
     **{("scan.bits", dtype): Limit(255, SHARED, TENSOR_CORES[1:]) for dtype in ("fp16", "bf16")},
-    **{("scan.bounds", dtype): Limit(168, SHARED, TENSOR_CORES) for dtype in ("fp16", "bf16")},
     ("scan.bits", "fp32"): Limit(255, SHARED),
-    ("scan.bounds", "fp32"): Limit(168, SHARED, (("LDGSTS",),)),
+    **tile_limits(168, "scan.bounds"),
     ("scan.score", "fp32"): Limit(168, SHARED),
 }
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `scan` uses."""
-    for dtype, dims in USED_HEAD_DIMS.items():
-        for dim, queries, bits in product(dims, (8, 16), (True, False)):
-            yield _variant(dtype, dim, queries, bits=bits)
+    for (dtype, dim), queries, bits in product(head_dims(), (8, 16), (True, False)):
+        yield _variant(dtype, dim, queries, bits=bits)
     for bits, span in ((True, 16), (True, 32), (True, 64), (False, 256)):
         yield Variant(
             kernel="scan.score",

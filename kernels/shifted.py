@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import AVAILABLE, DTYPES, INTERPRETED, jit, tl
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, Limit, Variant
+from lceval.kernels.launch import DTYPES, jit, runs_kernels, tl, widened
+from lceval.kernels.variant import TORCH, Variant, tile_limits
 
 HEAD_DIMS = (64, 128)
 
@@ -264,23 +264,14 @@ def shifted(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, sc
         ValueError: a shape, dtype, device, layout or group that does not fit.
         RuntimeError: CUDA tensors without triton installed.
     """
-    kernels = q.is_cuda or INTERPRETED
+    kernels = runs_kernels(q, "shifted attention")
     _check(q, k, v, lens, group, kernels)
     if not kernels:
         return reference(q, k, v, lens, group, scaling)[0].to(q.dtype)
-    if not AVAILABLE:
-        raise RuntimeError(f"shifted attention on {q.device} needs the package triton, which is not installed")
     if lens is None:
         lens = torch.full(q.shape[:1], q.shape[2], dtype=torch.int32, device=q.device)
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
-        return _attend(q.float(), k.float(), v.float(), lens, group, scaling).to(q.dtype)
-    return _attend(q, k, v, lens, group, scaling)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, lens: Tensor, group: int, scaling: float) -> Tensor:
-    o: Tensor = _Shifted.apply(q, k, v, lens, group, scaling)  # type: ignore[no-untyped-call]
-    return o
+    o: Tensor = _Shifted.apply(*widened(q, k, v), lens, group, scaling)  # type: ignore[no-untyped-call]
+    return o.to(q.dtype)
 
 
 class _Shifted(torch.autograd.Function):
@@ -357,11 +348,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lens: Tensor | None, group: int, ker
 
 
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
-LIMITS = {
-    (f"shifted.{kernel}", dtype): Limit(168, SHARED, needs)
-    for kernel in ("forward", "query", "key")
-    for dtype, needs in (("fp16", TENSOR_CORES), ("bf16", TENSOR_CORES), ("fp32", (("LDGSTS",),)))
-}
+LIMITS = tile_limits(168, "shifted.forward", "shifted.query", "shifted.key")
 
 
 def variants() -> Iterator[Variant]:

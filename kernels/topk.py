@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import AVAILABLE, INTERPRETED, jit, tl
+from lceval.kernels.launch import jit, runs_kernels, tl
 from lceval.kernels.select import top
 from lceval.kernels.variant import SHARED, Limit, Variant
 
@@ -209,10 +209,8 @@ def top_indices(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
         raise ValueError(f"sizes must be on scores' device, {scores.device}, got {sizes.device}")
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    if not (scores.is_cuda or INTERPRETED):
+    if not runs_kernels(scores, "top_indices"):
         return reference(scores, sizes, count)
-    if not AVAILABLE:
-        raise RuntimeError(f"top_indices on {scores.device} needs the package triton, which is not installed")
     return _launch(scores, sizes, count)
 
 

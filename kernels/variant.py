@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,3 +53,22 @@ class Limit:
 TENSOR_CORES = (("LDGSTS",), ("HMMA", "HGMMA"))
 SHARED = 99 * 1024
 """Maximum shared memory per block on sm_86 and sm_89, in bytes."""
+
+
+def head_dims() -> Iterator[tuple[str, int]]:
+    """Every dtype and head dimension in use."""
+    return ((dtype, dim) for dtype, dims in USED_HEAD_DIMS.items() for dim in dims)
+
+
+def tile_limits(registers: int, *kernels: str) -> dict[tuple[str, str], Limit]:
+    """Limits of kernels that stream tiles through tensor cores; float32 uses none, but copies asynchronously too."""
+    needs = {"fp16": TENSOR_CORES, "bf16": TENSOR_CORES, "fp32": TENSOR_CORES[:1]}
+    return {(kernel, dtype): Limit(registers, SHARED, of) for kernel in kernels for dtype, of in needs.items()}
+
+
+def with_single(shares: Variant) -> Iterator[Variant]:
+    """A kernel that writes float32 shares, and its launch with a single share, which writes the result itself."""
+    yield shares
+    dtype = shares.name.split()[0]
+    if dtype != "fp32":
+        yield replace(shares, name=f"{shares.name} single", pointers=shares.pointers | {"o_ptr": f"*{dtype}"})

@@ -23,9 +23,18 @@ import torch
 from torch import Tensor
 
 from lceval.kernels.decode import choose_splits
-from lceval.kernels.launch import AVAILABLE, DTYPES, HEAD_DIMS, INTERPRETED, OPTIONS, jit, tl
+from lceval.kernels.launch import (
+    DTYPES,
+    HEAD_DIMS,
+    OPTIONS,
+    jit,
+    multiprocessors,
+    runs_kernels,
+    tl,
+    widened,
+)
 from lceval.kernels.paged import PAGE
-from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, USED_HEAD_DIMS, Limit, Variant
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 
 # Weights that the reference materializes at once, in elements: small enough for a CPU cache.
 MAX_WEIGHTS = 1 << 21
@@ -200,18 +209,13 @@ def reference_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
 
 
 def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:
-    if not (q.is_cuda or INTERPRETED):
+    if not runs_kernels(q, "scoring"):
         return reference(q, k, scaling) / divisor
-    if not AVAILABLE:
-        raise RuntimeError(f"attention scores on {q.device} need the package triton, which is not installed")
     if splits is None:
         R = q.shape[2] * (q.shape[1] // k.shape[1])
         blocks = -(-R // constants("lse", q.dtype, q.shape[3])["BLOCK_R"])
-        count = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 1
-        splits = choose_splits(max(1, k.shape[0] * k.shape[1] * blocks), -(-k.shape[2] // PAGE), count)
-    if INTERPRETED and q.dtype == torch.bfloat16:
-        # The interpreter represents bf16 as raw 16-bit integers and multiplies those silently.
-        q, k = q.float(), k.float()
+        splits = choose_splits(max(1, k.shape[0] * k.shape[1] * blocks), -(-k.shape[2] // PAGE), multiprocessors(q))
+    q, k = widened(q, k)
     return _launch(q, k, scaling, divisor, splits)
 
 
@@ -256,26 +260,21 @@ def _check(q: Tensor, k: Tensor, splits: int | None) -> None:
 
 
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
-LIMITS = {
-    (f"window.{kernel}", dtype): Limit(168, SHARED, needs)
-    for kernel in ("lse", "received")
-    for dtype, needs in (("fp16", TENSOR_CORES), ("bf16", TENSOR_CORES), ("fp32", (("LDGSTS",),)))
-}
+LIMITS = tile_limits(168, "window.lse", "window.received")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `received` and `window_scores` use."""
-    for dtype, dims in USED_HEAD_DIMS.items():
-        for dim in dims:
-            for kernel, fn in (("lse", lse_kernel), ("received", received_kernel)):
-                pointers = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
-                yield Variant(
-                    kernel=f"window.{kernel}",
-                    name=f"{dtype} D{dim}",
-                    fn=fn,
-                    pointers=pointers if kernel == "lse" else pointers | {"out_ptr": "*fp32"},
-                    floats=("scaling",) if kernel == "lse" else ("scaling", "weight"),
-                    aligned=("stride_q", "stride_k"),
-                    constants=constants(kernel, TORCH[dtype], dim),
-                    options=OPTIONS,
-                )
+    for dtype, dim in head_dims():
+        for kernel, fn in (("lse", lse_kernel), ("received", received_kernel)):
+            pointers = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
+            yield Variant(
+                kernel=f"window.{kernel}",
+                name=f"{dtype} D{dim}",
+                fn=fn,
+                pointers=pointers if kernel == "lse" else pointers | {"out_ptr": "*fp32"},
+                floats=("scaling",) if kernel == "lse" else ("scaling", "weight"),
+                aligned=("stride_q", "stride_k"),
+                constants=constants(kernel, TORCH[dtype], dim),
+                options=OPTIONS,
+            )

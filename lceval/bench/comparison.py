@@ -16,7 +16,7 @@ from typing import Any
 
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
-from lceval.core.io import read_objects
+from lceval.core.io import objects_of, write_objects
 from lceval.models import attention
 from lceval.models.lcft import LCFT
 from lceval.models.recipe import Recipe, parse
@@ -125,30 +125,42 @@ class _Results:
     """Rows of samples, in memory and in a file whose first line is the identity of the benchmark."""
 
     def __init__(self, file: Path | None, identity: dict[str, Any]) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self._rows: dict[tuple[Any, ...], dict[str, Any]] = {}
         self._file = file
         if file is None:
             return
-        if file.exists():
-            first, *rest = (line for _, line in read_objects(file))
-            if first != identity:
-                raise UserError(f"{file} contains results of another benchmark ({first}): choose another --output")
-            self.rows = rest
-        else:
+        if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(identity) + "\n")
+            write_objects(file, [identity])
+            return
+        # Without the line that a killed run left incomplete.
+        whole = file.read_bytes()
+        complete = whole[: whole.rfind(b"\n") + 1]
+        lines = [line for _, line in objects_of(complete.split(b"\n"), str(file))]
+        if lines[:1] != [identity]:
+            raise UserError(f"{file} contains results of another benchmark ({lines[:1]}): choose another --output")
+        if complete != whole:
+            write_objects(file, lines)
+        self._rows = {_key(row): row for row in lines[1:]}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self._rows.values())
 
     def has(self, context: Context, kv: str) -> bool:
         """Whether all questions of a context have a row under a recipe."""
-        answered = {row["id"] for row in self.rows if (row["cluster"], row["kv"]) == (context.name, kv)}
-        return {_id(request) for request in context.requests} <= answered
+        return all((context.name, kv, _id(request)) in self._rows for request in context.requests)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Add all rows of one side on one context at once, so that a side is never incomplete."""
-        self.rows += rows
+        """Add all rows of one side on one context; a killed run may have left some of them."""
+        self._rows |= {_key(row): row for row in rows}
         if self._file is not None and rows:
             with self._file.open("a") as out:
                 out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["cluster"], row["kv"], row["id"]
 
 
 def requests_of(

@@ -57,10 +57,12 @@ def test_eval_answers_under_each_recipe_and_resumes_from_its_file(lceval: Any, t
     assert sides["int8"]["gold_nll"]["mean"] == pytest.approx(sides["full"]["gold_nll"]["mean"], rel=0.05)
     assert sides["full"]["same_as_full"] == 1.0
     assert report["speedup_vs_full"] == sides["int8"]["speedup_vs_full"]
-    # With a truncated file, the same command runs exactly the missing samples.
+    # With a truncated file, the same command runs the missing side again.
     lines = file.read_text().splitlines()
     assert len(lines) == 1 + 3 * report["samples"]
-    file.write_text("\n".join(lines[: 1 + 2 * report["samples"]]) + "\n")
+    # The killed run left one sample of the last side, and half a line of the next.
+    last = 2 + 2 * report["samples"]
+    file.write_text("\n".join([*lines[:last], lines[last][:40]]))
     code, again, _ = lceval(*line)
     assert code == 0
     resumed = {side["kv"]: side for side in json.loads(again)["sides"]}

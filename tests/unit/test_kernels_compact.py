@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels import compact as module
+from lceval.kernels import launch
 from lceval.kernels.compact import gather, quantize, reference
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.quant import BITS, QuantKV
@@ -142,7 +142,7 @@ def test_compiled_kernels_store_the_bits_of_the_reference(case: str) -> None:
     assert CASES[case](device="cuda") == []
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_tensors_take_the_reference(dtype: str) -> None:
     assert gather_case(dtype, 64) == []

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from lceval.kernels import decode as module
+from lceval.kernels import launch
 from lceval.kernels.decode import choose_splits, decode, reference
 from lceval.kernels.paged import PAGE
 
@@ -227,7 +227,7 @@ def test_reference_split_at_a_page_and_merged_equals_the_whole(n: int, data: st.
     assert error["lse"] <= LSE_TOLERANCE
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_cpu_tensors_take_the_reference_and_keep_their_dtype(dtype: torch.dtype) -> None:
     cache = ragged([[100, 0]], 64, dtype)
@@ -289,11 +289,11 @@ def test_without_triton_the_module_imports_and_only_a_kernel_call_fails() -> Non
 import sys
 sys.modules["triton"] = None
 import torch
-from lceval.kernels import decode as module
+from lceval.kernels import launch, decode as module
 args = torch.ones(1, 2, 64), *torch.ones(2, 1, 64, 64), *torch.zeros(2, 1, 1, 1).int()
 args = *args[:4], args[4][0], 1.0
 print(*module.decode(*args)[1].shape)
-module.INTERPRETED = True  # selects the kernels, as a CUDA tensor does
+launch.INTERPRETED = True  # selects the kernels, as a CUDA tensor does
 module.decode(*args)
 """
     child = interpreter.python("-W", "error", "-c", code)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels import gather_decode as module
+from lceval.kernels import launch
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
 from lceval.kernels.decode import reference as whole_reference
@@ -269,7 +269,7 @@ def test_reference_over_every_unit_is_attention_over_the_whole(lens: list[int], 
         assert_close(error, "fp32")
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_cpu_tensors_take_the_torch_path_and_keep_their_dtype(dtype: torch.dtype) -> None:
     kv = cache([[100, 0]], 64, dtype)

@@ -20,8 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels import merge, quant, variant
-from lceval.kernels import quant_decode as module
+from lceval.kernels import launch, merge, quant, variant
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.quant_decode import decode_pages, decode_quantised, reference
@@ -257,7 +256,7 @@ def test_reference_is_attention_over_the_dequantized_cache(bits: tuple[int, int]
         assert_close(errors((o[:, heads], lse[:, heads]), want), "fp32")
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_cpu_tensors_take_the_torch_path_and_keep_their_dtype(dtype: torch.dtype) -> None:
     kv = QuantKV.quantize(cache([[330, 0]], 64, dtype), 4, 4, residual=70)

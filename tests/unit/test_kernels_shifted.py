@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from lceval.kernels import shifted as module
+from lceval.kernels import launch
 from lceval.kernels.shifted import reference, shifted
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 1000]
@@ -181,7 +181,7 @@ def test_no_token_attends_to_a_later_one_or_another_group() -> None:
     assert changed[1].nonzero().flatten().tolist() == list(range(4))
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES.values())
 def test_cpu_tensors_take_the_reference_and_keep_their_dtype(dtype: torch.dtype) -> None:
     q, k, v, _ = tensors(4, 2, [20, 9], 48, dtype)

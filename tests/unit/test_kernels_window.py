@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels import window as module
+from lceval.kernels import launch
 from lceval.kernels.window import received, reference, window_scores
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 260]
@@ -154,7 +154,7 @@ def test_reference_equals_what_the_policies_compute(length: int, tokens: int, gr
     torch.testing.assert_close(got / q.shape[2], want, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(module.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
+@pytest.mark.skipif(launch.INTERPRETED, reason="TRITON_INTERPRET=1: CPU tensors run the kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_tensors_take_the_reference(dtype: str) -> None:
     q, k = tensors(1, 2, 3, 10, 100, 64, dtype)
