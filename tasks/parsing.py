@@ -5,6 +5,7 @@ Handles what models produce: thinking blocks, bold marks, several answers, missi
 
 import re
 import string
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -17,12 +18,31 @@ _DANGLING_OPEN = re.compile(r"<think>.*\Z", re.DOTALL | re.IGNORECASE)
 _MARKER = re.compile(r"(?<![A-Za-z0-9])(?:the answer is|answer)[ \t]*[*_]*[ \t]*:", re.IGNORECASE)
 _WRAPPING = " \t\r*_`"
 
-_NUMBERS = r"-?\d+(?:\s*(?:,|;|and|&)\s*(?:DOC(?:UMENT)?S?[\s#:.]*)?-?\d+)*"
-_WORD = r"DOC(?:UMENT)?S?[\s#:._]*"
-# [DOC 3], [DOC 3, 5], [Document 3], DOC 3, Documents 3 and 5, doc #3
-_NAMED = re.compile(rf"\[\s*{_WORD}({_NUMBERS})\s*\]|\b{_WORD}({_NUMBERS})", re.IGNORECASE)
-# Without brackets only at the start of a line: the text of a document may mention "document 3".
-_TAG = re.compile(rf"\[\s*{_WORD}({_NUMBERS})\s*\]|^[\s*_-]*{_WORD}({_NUMBERS})\b", re.IGNORECASE | re.MULTILINE)
+
+def _tag(space: str) -> tuple[str, str]:
+    """Patterns of "DOC", "Document #", "documents:", and of the numbers after it; `space` may separate their parts."""
+    # A hyphen separates too ("DOC-3"), but "DOC-1" is no document, as "DOC -1".
+    word = rf"DOC(?:UMENT)?S?(?:{space}|[#:._]|-(?=\d\d|[02-9]))*"
+    following = rf"(?:{space}*(?:,|;|and\b|or\b|&))+{space}*(?:{word})?-?\d+"
+    return word, rf"(-?\d+(?:{following})*)"
+
+
+_WORD, _NUMBERS = _tag(r"\s")
+_WORD_INLINE, _NUMBERS_INLINE = _tag(r"[ \t]")
+# The ways to cite documents; a text counts in one of them only, since the text of a document may mention "document 3".
+_CITED = (
+    re.compile(rf"\[\s*{_WORD}{_NUMBERS}\s*\]", re.IGNORECASE),  # [DOC 3], [DOC 3, 5], [Document 3]
+    re.compile(rf"\b{_WORD_INLINE}{_NUMBERS_INLINE}", re.IGNORECASE),  # DOC 3, Documents 3 and 5, doc #3
+    re.compile(rf"\[\s*{_NUMBERS}\s*\]"),  # [3], [5]
+)
+# Before a copy or a quote, without brackets, only at the start of a line.
+_TAGS = (
+    _CITED[0],
+    re.compile(rf"^[\s*_-]*{_WORD_INLINE}{_NUMBERS_INLINE}\b", re.IGNORECASE | re.MULTILINE),
+    re.compile(rf"^[\s*_-]*\[\s*{_NUMBERS}\s*\]", re.MULTILINE),
+)
+_YEARS = range(1900, 2100)
+_HUGE = 10**9  # more digits name no document, and Python refuses to parse thousands of them
 _QUOTED = re.compile(r"[\"“”«»]([^\"“”«»\n]+)[\"“”«»]")
 
 
@@ -52,16 +72,18 @@ def without_thinking(text: str) -> str:
 
 
 def extract(text: str) -> Extraction:
-    """Extract the rest of the line after the last `Answer:` or `The answer is:`, else the whole text.
+    """Extract the line after the last `Answer:` or `The answer is:`, else the whole text.
 
-    Thinking blocks are removed first: an answer in one of them is not final. Bold and code marks around the marker and
-    the answer are ignored. A marker with nothing after it counts as not parsed.
+    The line is the rest of the marker's own or, if that is empty, the next one with text. Thinking blocks are removed
+    first: an answer in one of them is not final. Bold and code marks around the marker and the answer are ignored. A
+    marker with nothing after it counts as not parsed.
     """
     reply = without_thinking(text)
     markers = list(_MARKER.finditer(reply))
     if not markers:
         return Extraction(reply, parsed=False)
-    line = reply[markers[-1].end() :].split("\n", 1)[0].strip(_WRAPPING)
+    lines = (line.strip(_WRAPPING) for line in reply[markers[-1].end() :].split("\n"))
+    line = next(filter(None, lines), "")
     return Extraction(line, parsed=bool(line))
 
 
@@ -77,22 +99,50 @@ def document_ids(text: str) -> list[int] | None:
 
     None if the text contains no document tag, not even `[DOC -1]`: it does not have the required format.
     """
-    ids = [int(number) for tag in _NAMED.finditer(text) for number in re.findall(r"-?\d+", tag[1] or tag[2])]
-    return [*dict.fromkeys(number for number in ids if number >= 0)] if ids else None
+    tags = _tags(text, _CITED)
+    ids = [number for tag in tags for number in _numbers(tag[1]) if number >= 0]
+    return [*dict.fromkeys(ids)] if tags else None
 
 
-def passages(text: str) -> list[Passage]:
+def _tags(text: str, kinds: Sequence[re.Pattern[str]]) -> list[re.Match[str]]:
+    """The tags of one kind: [DOC ...] if there are any, else of the kind that comes first in the text."""
+    bracketed, *others = ([*pattern.finditer(text)] for pattern in kinds)
+    # "documents: 2019 figures" are of a year.
+    named = [[tag for tag in tags if not {*_numbers(tag[1])} & {*_YEARS}] for tags in others]
+    return bracketed or min(filter(None, named), key=lambda tags: tags[0].start(), default=[])
+
+
+def _numbers(tag: str) -> list[int]:
+    return [int(digits) if len(digits) < 10 else _HUGE for digits in re.findall(r"(?<!\d)-?\d+", _unhyphened(tag))]
+
+
+def _unhyphened(tag: str) -> str:
+    """Numbers without the hyphen of "DOC-3"."""
+    return re.sub(r"(?<=[A-Za-z])-(?=\d\d|[02-9])", " ", tag)
+
+
+def passages(text: str, documents: Sequence[str] = ()) -> list[Passage]:
     """The text after each document tag, up to the next tag.
 
     Tags with several documents, or `[DOC -1]`, are skipped.
+
+    Args:
+        documents: texts of the documents by number; a tag within a copy of the cited one is part of the copy.
     """
-    tags = list(_TAG.finditer(text))
+    tags = _tags(text, _TAGS)
     tagged = []
-    for tag, end in zip(tags, [*(tag.start() for tag in tags[1:]), len(text)], strict=False):
-        numbers = re.findall(r"-?\d+", tag[1] or tag[2])
-        words = text[tag.end() : end].strip(" \t\r\n:*_`-")
-        if len(numbers) == 1 and int(numbers[0]) >= 0 and words:
-            tagged.append(Passage(int(numbers[0]), words))
+    while tags:
+        tag = tags.pop(0)
+        numbers = _numbers(tag[1])
+        if len(numbers) != 1 or numbers[0] < 0:
+            continue
+        if numbers[0] < len(documents) and (own := normalize(documents[numbers[0]])):
+            copied = normalize(text[tag.end() :]).startswith(own)
+            while copied and tags and len(normalize(text[tag.end() : tags[0].start()])) < len(own):
+                tags.pop(0)
+        words = text[tag.end() : tags[0].start() if tags else len(text)].strip(" \t\r\n:*_`-")
+        if words:
+            tagged.append(Passage(numbers[0], words))
     return tagged
 
 

@@ -149,7 +149,7 @@ def cited_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, A
 def copied_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """`process_results` of ID+C: copies of documents, then the answer."""
     citations = parsing.before_answer(str(results[0]))
-    copies = parsing.passages(citations)
+    copies = parsing.passages(citations, [document["text"] for document in doc["docs"]])
     # The text of a copied document may mention "document 3": only the tags of copies are citations.
     document_ids = [*dict.fromkeys(place for place, _ in copies)] or parsing.document_ids(citations)
     ids = citation_metrics(document_ids, gold_places(doc))

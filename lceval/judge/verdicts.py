@@ -12,6 +12,7 @@ from lceval.tasks.parsing import without_thinking
 
 RATING = "rating"
 _NUMBER = r"(\d*\.?\d+)"
+_AFTER_WORD = re.compile(rf"rating[\s:*_]*\[{{1,2}}{_NUMBER}\]{{1,2}}", re.IGNORECASE)
 _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
 
 
@@ -32,8 +33,14 @@ def parse(rubric: Rubric, reply: str) -> dict[str, Label | float] | None:
 
 
 def parse_rating(text: str) -> float | None:
-    """Loong's rule: the first `[[x]]`, else the first `[x]`; None without one, or outside 1 to 100."""
-    match = _DOUBLE.search(text) or _SINGLE.search(text)
+    """Loong's rule: the first `[[x]]`, else `[x]`; None without one, or outside 1 to 100.
+
+    Beyond the rule, brackets after the word "rating" come first, and of several `[x]` none is the rating.
+    """
+    match = _AFTER_WORD.search(text) or _DOUBLE.search(text)
+    if match is None:
+        single = [*_SINGLE.finditer(text)]
+        match = single[0] if len(single) == 1 else None
     if match is None or not 1 <= float(match[1]) <= 100:
         return None
     return float(match[1])
@@ -56,7 +63,7 @@ def _fields_in_prose(rubric: Rubric, text: str) -> dict[str, str]:
     fields = {}
     for field, labels in rubric.labels.items():
         one_of = "|".join(sorted((re.escape(str(label)) for label in labels), key=len, reverse=True))
-        pattern = rf"(?<!\w){re.escape(field)}[\"'*_`]*\s*[:=]\s*[\"'*_`]*({one_of})(?!\w)"
+        pattern = rf"(?<!\w){re.escape(field)}[\"'*_`]*\s*[:=][\s\"'*_`(\[]*({one_of})(?!\w)"
         values = {match[1].lower() for match in re.finditer(pattern, text, re.IGNORECASE)}
         if len(values) == 1:
             fields[field] = values.pop()
@@ -67,9 +74,10 @@ def _grades(rubric: Rubric, value: Mapping[str, Any]) -> dict[str, Label | float
     """The labels of all fields as spelled in the rubric; other keys are ignored."""
     grades: dict[str, Label | float] = {}
     for field, labels in rubric.labels.items():
-        raw: Any = value.get(field)
+        if (raw := value.get(field)) is None:
+            return None
         integral = isinstance(raw, bool) or (isinstance(raw, float) and raw.is_integer())
-        text = str(int(raw) if integral else raw).strip().lower()
+        text = str(int(raw) if integral else raw).strip(" \t\n()[]*_`.\"'").lower()
         label = next((label for label in labels if str(label).lower() == text), None)
         if label is None:
             return None

@@ -99,12 +99,21 @@ def _number(match: re.Match[str]) -> Number:
 
 def numbers(text: str) -> Iterator[Number]:
     """All numbers of a text."""
-    return (_number(match) for match in _NUMBER.finditer(text))
+    return (_number(match) for match in _NUMBER.finditer(_plain(text)))
+
+
+# Full-width characters, and the minus signs and hyphens of Unicode.
+_ASCII = {0xFF01 + i: 0x21 + i for i in range(94)} | dict.fromkeys((0x2010, 0x2011, 0x2212, 0x207B, 0xFE63), "-")
+
+
+def _plain(text: str) -> str:
+    """The text with ASCII signs, and without LaTeX's escapes of %, $ and thin spaces."""
+    return re.sub(r"\\([%$])|\\,", r"\1", text.translate(_ASCII))
 
 
 def as_number(text: str) -> Number | None:
     """Parse a text that is a single number with optional currency and unit; None otherwise."""
-    match = _NUMBER.fullmatch(text.strip())
+    match = _NUMBER.fullmatch(_plain(text).strip())
     return _number(match) if match else None
 
 
@@ -132,7 +141,7 @@ def _equal_as_printed(answer: Number, gold: Number) -> bool:
 
 def gold_number(gold: str) -> Number | None:
     """The number of a gold answer that is a number, or whose first sentence is ("36%. This assumes ..."); else None."""
-    first = _SENTENCE_END.split(gold.strip(), maxsplit=1)[0]
+    first = _SENTENCE_END.split(_plain(gold).strip(), maxsplit=1)[0]
     start = _ALONE.match(first)
     match = _NUMBER.match(first, start.end() if start else 0)
     return _number(match) if match and _COUNTED.fullmatch(first, match.end()) else None

@@ -107,7 +107,7 @@ def test_the_run_folder_contains_identity_results_and_samples_with_telemetry(uni
     assert run["expanded"] == {"evict": evict, "store": None, "read": None}
     assert run["apply_chat_template"] is True
     assert run["identity"]["hashes"]["pretrained"]
-    assert run["task_versions"] == {"lc_filings_ao_1k": "1.0"}
+    assert run["task_versions"] == {"lc_filings_ao_1k": "1.1"}
     (results,) = folder.glob("results_*.json")
     assert json.loads(results.read_text())["config"]["model"] == "lcft"
     (samples,) = folder.glob("samples_lc_filings_ao_1k_*.jsonl")

@@ -164,6 +164,9 @@ def test_no_reply_breaks_the_parser(reply: str) -> None:
         ("Rating: [[40]] and then [[90]]", 40),
         ("Rating: [7]", 7),
         ("see [3], Rating: [[62.5]]", 62.5),
+        ("Passage [3] agrees. Rating: [80]", 80),
+        ("It cites [[3]]. **Rating:** [[90]]", 90),
+        ("Passages [3] and [5] agree.", None),
         ("<think>[[1]]</think> Rating: [[88]]", 88),
         ("thinking was opened in the prompt [[1]]</think> Rating: [[88]]", 88),
         ("Rating: 88", None),
@@ -357,3 +360,22 @@ def test_a_missing_judge_is_one_line_and_exit_2(
     monkeypatch.setenv("LCEVAL_JUDGE", "rule")
     assert invoke(["judge", "runs/x"]) == 2
     assert "runs/x: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rubric", "reply", "grades"),
+    [
+        ("choice", "I am unable to grade this.", None),
+        ("choice", '{"choice": "B"}', None),
+        ("choice", '{"letter": null}', None),
+        ("choice", "", None),
+        ("choice", '{"letter": "(B)"}', {"letter": "B"}),
+        ("choice", '{"letter": "B."}', {"letter": "B"}),
+        ("choice", "**Letter:** (C)", {"letter": "C"}),
+        ("choice", '{"letter": "none"}', {"letter": "none"}),
+        ("financebench", "**Verdict:** correct", {"verdict": "correct"}),
+        ("financebench", "Verdict: **incorrect**", {"verdict": "incorrect"}),
+    ],
+)
+def test_a_reply_is_a_grade_only_if_it_can_be_read(rubric: str, reply: str, grades: dict[str, str] | None) -> None:
+    assert verdicts.parse(rubrics.load(rubric), reply) == grades

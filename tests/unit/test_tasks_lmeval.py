@@ -183,7 +183,7 @@ def test_suites_have_only_tasks_that_fit_an_8k_model() -> None:
 def test_a_group_loads_its_tasks_and_their_versions(tokenizer: PreTrainedTokenizerFast) -> None:
     loaded = manager(pretrained=tokenizer.name_or_path).load(["lc_filings_ao"])
     assert set(loaded["tasks"]) == {"lc_filings_ao_1k", "lc_filings_ao_2k"}
-    assert {task.VERSION for task in loaded["tasks"].values()} == {"1.0"}
+    assert {task.VERSION for task in loaded["tasks"].values()} == {"1.1"}
 
 
 def test_a_group_without_data_ends_in_the_one_line_error(

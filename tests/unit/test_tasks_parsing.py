@@ -33,6 +33,19 @@ DOC = {"docs": DOCS, "gold_pids": ["a", "b"], "answers": ["Ole Vinter"]}
         ("documents 2, 3", [2, 3]),
         ("[DOC -1]", []),
         ("[DOC -1], [DOC 2]", [2]),
+        ("Relevant documents: [DOC 0, 1, and 2]", [0, 1, 2]),
+        ("Documents 1, 2, or 4", [1, 2, 4]),
+        ("[DOC 3,\nDOC 5]", [3, 5]),
+        ("Relevant documents:\n1. [DOC 2]\n2. [DOC 5]", [2, 5]),
+        ("Relevant documents:\n1) Document 2\n2) Document 5", [2, 5]),
+        ("Review of documents: 2019 figures are in [DOC 4].", [4]),
+        ("Based on the documents: 2019 figures fell.", None),
+        ("Relevant documents: [3], [5]", [3, 5]),
+        ("[3] and [5], as document 7 says", [3, 5]),
+        ("[DOC-3]", [3]),
+        ("[DOC-12, DOC-0]", [12, 0]),
+        ("[DOC-1]", []),
+        (f"[DOC {'1' * 5000}], [DOC 2]", [10**9, 2]),
         ("I read 3 documents and found nothing", None),
         ("the doctor said 5", None),
         ("Documentation 5", None),
@@ -124,3 +137,18 @@ def test_references_match_regardless_of_case() -> None:
     doc = {"answers": ["QX1", "4711"]}
     metrics = scoring.listed_results(doc, ["I think 4711.\nAnswer: qx1, 99"])
     assert (metrics["recall"], metrics["recall_raw"], metrics["all_found"], metrics["parse_rate"]) == (0.5, 1, 0, 1)
+
+
+@pytest.mark.parametrize("tag", ["[DOC 0]", "Document 0:", "[0]"])
+def test_a_copy_may_contain_a_line_that_looks_like_a_tag(tag: str) -> None:
+    text = "Minutes of 3 May.\nDocument 7 was read aloud by Ole.\nThe chair closed."
+    doc = {
+        "docs": [{"pid": "m", "title": "", "text": text}, DOCS[1]],
+        "gold_pids": ["m"],
+        "answers": ["Ole"],
+    }
+    metrics = scoring.copied_results(doc, [f"{tag} {text}\nThe answer is: Ole"])
+    assert (metrics["content"], metrics["ids_exact"], metrics["ids_precision"]) == (1, 1, 1)
+    # A copy that stops before the line is no copy.
+    metrics = scoring.copied_results(doc, [f"{tag} Minutes of 3 May.\nThe answer is: Ole"])
+    assert metrics["content"] == 0
