@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.core.errors import UserError
+from lceval.core.text_tables import aligned
 from lceval.tasks import catalogue, sources
 from lceval.tasks.catalogue import Dataset, Task
 
@@ -192,6 +193,5 @@ def _clipped(text: str) -> str:
 
 def columns(lines: Sequence[Mapping[str, str]]) -> str:
     """Aligned columns with headings."""
-    rows = [{heading: heading.upper() for heading in lines[0]}, *lines]
-    widths = {heading: max(len(row[heading]) for row in rows) for heading in lines[0]}
-    return "\n".join("  ".join(f"{text:<{widths[key]}}" for key, text in row.items()).rstrip() for row in rows)
+    rows = [[heading.upper() for heading in lines[0]], *(list(line.values()) for line in lines)]
+    return "\n".join(aligned(rows, left=range(len(lines[0]))))
