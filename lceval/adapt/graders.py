@@ -45,7 +45,7 @@ def configured() -> Iterator[Grader]:
     """
     from lceval.judge.connect import connect
 
-    with connect(None, None, wait=True) as (_, client):
+    with connect(None, None, wait=True) as client:
         yield Grader(client)
 
 
@@ -59,7 +59,7 @@ def of_passages(judge: str) -> Iterator[Judge]:
     from lceval.judge.connect import connect
 
     rubric = rubrics.load("relevance")
-    with connect(judge, "passages", wait=True) as (_, client):
+    with connect(judge, "passages", wait=True) as client:
 
         def relevant(matches: Sequence[Match]) -> list[bool | None]:
             cases = [Case(match.question, match.answers, "", (match.passage,)) for match in matches]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 from lceval.judge import backends
-from lceval.judge.client import Client, Limits, ProgressBar
-from lceval.judge.protocol import Judge
+from lceval.judge.client import Client, Limits
 from lceval.judge.replies import Store, alone, default_path
-from lceval.judge.rubrics import MAX_CHARACTERS
 
-TIMEOUT_S = 120.0
+_PROGRESS_S = 30.0
 
 
 @contextmanager
 def connect(
     spec: str | None,
     progress_label: str | None,
+    limits: Limits | None = None,
     *,
     replies: Path | None = None,
-    timeout: float = TIMEOUT_S,
-    max_tokens: int | None = None,
-    max_characters: int = MAX_CHARACTERS,
-    limits: Limits | None = None,
     wait: bool = False,
-) -> Iterator[tuple[Judge, Client]]:
-    """A judge and its client.
+) -> Iterator[Client]:
+    """The client of a judge.
 
     Args:
         spec: the judge; None: that of LCEVAL_JUDGE.
@@ -38,22 +34,33 @@ def connect(
     Raises:
         UserError: no such judge, or another process uses it.
     """
-    file = replies or default_path()
-    judge = backends.make(backends.chosen(spec), timeout=timeout, max_tokens=max_tokens)
-    try:
-        with (
-            alone(file, judge.name, wait=wait),
-            Store(file) as store,
-            ProgressBar(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
-        ):
-            client = Client(
-                judge,
-                store,
-                limits or Limits(),
-                max_characters=max_characters,
-                max_tokens=max_tokens,
-                on_verdict=progress,
-            )
-            yield judge, client
-    finally:
-        judge.close()
+    file, limits = replies or default_path(), limits or Limits()
+    with (
+        closing(backends.make(backends.chosen(spec), timeout=limits.timeout, max_tokens=limits.max_tokens)) as judge,
+        alone(file, judge.name, wait=wait),
+        Store(file) as store,
+        _progress(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
+    ):
+        yield Client(judge, store, limits, on_verdict=progress)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr if it is a terminal, else a line every 30 seconds; called with (done, total)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, last = Console(stderr=True), time.monotonic()
+
+    def print_line(done: int, total: int) -> None:
+        nonlocal last
+        if done and time.monotonic() - last >= _PROGRESS_S:
+            last = time.monotonic()
+            console.print(f"{label}: {done} of {total}", highlight=False)
+
+    if not console.is_terminal:
+        yield print_line
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(label)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -28,11 +28,10 @@ from typing import Any
 from lceval.core.errors import LcevalError, UserError
 from lceval.core.io import write_text
 from lceval.judge import backends, rubrics, scores
-from lceval.judge.after_run import report_of
 from lceval.judge.backends import VARIABLE
+from lceval.judge.backends.hf import loaded
 from lceval.judge.client import Limits, Spent, Verdict
-from lceval.judge.connect import TIMEOUT_S, connect
-from lceval.judge.protocol import JudgeName
+from lceval.judge.connect import connect
 from lceval.judge.rubrics import Case
 
 LIMITS = Limits()
@@ -53,26 +52,14 @@ def ready() -> str | None:
     try:
         parsed = backends.parse(spec)
         if parsed.kind == "hf":
-            _check_model(parsed)
+            from transformers import AutoConfig
+
+            loaded(AutoConfig, parsed)
         else:
-            backends.make(spec, timeout=TIMEOUT_S).close()
+            backends.make(spec, timeout=LIMITS.timeout).close()
     except UserError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
     return spec
-
-
-def _check_model(spec: JudgeName) -> None:
-    from transformers import AutoConfig
-
-    from lceval import packaged
-
-    try:
-        AutoConfig.from_pretrained(
-            packaged.resolve(spec.model), **({"revision": spec.revision} if spec.revision else {})
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
 
 
 def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,22 +105,21 @@ def add(results: dict[str, Any], spec: str) -> None:
         return
     rows = {task: _first_filter(results["samples"][task]) for task in rubric_names}
     task_samples = {task: [scores.sample_of(row, name) for row in rows[task]] for task, name in rubric_names.items()}
-    batch = [(rubric_names[task], [s.case for s in group if not s.failed]) for task, group in task_samples.items()]
+    batch = [(rubric_names[task], scores.cases(samples)) for task, samples in task_samples.items()]
     gc.collect()  # frees the evaluated model, which plain lm_eval no longer references
     try:
         report, verdicts = _in_subprocess(batch, spec) if backends.parse(spec).kind == "hf" else ask(batch, spec)
     except LcevalError as error:
         print(f"lceval: unjudged: {error}", file=sys.stderr)
         report, verdicts = _failed(spec), [[Verdict(None, f"failed: {error}", "", "", 0)] * len(c) for _, c in batch]
-    for (task, group), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
+    for (task, samples), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
         rubric = rubrics.load(rubric_names[task])
-        scored = scores.score(group, task_verdicts, rubric)
-        lines = [scores.line(one, report["judge"], report["revision"], rubric) for one in scored]
-        names = list(dict.fromkeys(name for _, scores, _ in scored for name in scores or ()))
+        lines, summary = scores.judged(samples, task_verdicts, rubric, report["judge"], report["revision"])
+        names = list(summary["scores"])
         for row, line in zip(rows[task], lines, strict=True):
             row |= {**{name: line.get(name) for name in names}, "verdict": line}
             row["metrics"] = [*row["metrics"], *names]
-        report["tasks"][task] = {"rubric": rubric.key, **scores.summary(scored)}
+        report["tasks"][task] = summary
         _add_means(results, task, str(rows[task][0]["filter"]), names, lines)
     results["judge"] = report
 
@@ -166,9 +152,9 @@ def _failed(spec: str) -> dict[str, Any]:
 
 def ask(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
     """A report without tasks, and the verdicts of every task; replies are stored in the cache of `lceval judge`."""
-    with connect(spec, "judging", limits=LIMITS, wait=True) as (judge, client):
+    with connect(spec, "judging", LIMITS, wait=True) as client:
         verdicts = [client.judge_all(rubrics.load(name), cases) for name, cases in batch]
-        return report_of(judge, client.spent, {}), verdicts
+        return client.report({"tasks": {}}), verdicts
 
 
 def _in_subprocess(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:

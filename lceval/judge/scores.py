@@ -93,45 +93,47 @@ _NO_ANSWER: dict[str, Grades] = {
 }
 
 Scored = Sequence[tuple[JudgedSample, Mapping[str, float] | None, Verdict]]
+"""Samples with their metrics (None if unjudged) and verdicts."""
 
 
-def score(samples: Sequence[JudgedSample], verdicts: Sequence[Verdict], rubric: Rubric) -> Scored:
-    """Each sample with its metrics (None if unjudged) and verdict.
+def cases(samples: Sequence[JudgedSample]) -> list[Case]:
+    """What the judge gets: the cases of the samples that did not fail."""
+    return [sample.case for sample in samples if not sample.failed]
+
+
+def judged(
+    samples: Sequence[JudgedSample], verdicts: Sequence[Verdict], rubric: Rubric, judge: str, revision: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The stored line of each sample of a task, and the task's means and counts.
 
     Args:
-        verdicts: verdicts on the samples that did not fail, in order.
+        verdicts: verdicts on `cases(samples)`, in order.
     """
-    remaining, scored = iter(verdicts), []
+    remaining, scored, lines = iter(verdicts), [], []
     for sample in samples:
         verdict = Verdict(dict(_NO_ANSWER[rubric.rubric]), "", "", "", 0) if sample.failed else next(remaining)
         scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
         scored.append((sample, scores, verdict))
-    return scored
+        line = {
+            "doc_id": sample.doc_id,
+            "id": sample.id,
+            "cluster": sample.cluster,
+            "judge": judge,
+            "revision": revision,
+            "rubric": rubric.key,
+            "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
+            "reason": verdict.reason,
+            **(scores or {}),
+            "grades": verdict.grades,
+            "reply": verdict.reply,
+            "prompt_hash": verdict.prompt,
+            "clipped": verdict.clipped,
+        }
+        lines.append(line)
+    return lines, {"rubric": rubric.key, **_summary(scored)}
 
 
-def line(
-    one: tuple[JudgedSample, Mapping[str, float] | None, Verdict], judge: str, revision: str, rubric: Rubric
-) -> dict[str, Any]:
-    """The stored line of a judged sample."""
-    sample, scores, verdict = one
-    return {
-        "doc_id": sample.doc_id,
-        "id": sample.id,
-        "cluster": sample.cluster,
-        "judge": judge,
-        "revision": revision,
-        "rubric": rubric.key,
-        "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
-        "reason": verdict.reason,
-        **(scores or {}),
-        "grades": verdict.grades,
-        "reply": verdict.reply,
-        "prompt_hash": verdict.prompt,
-        "clipped": verdict.clipped,
-    }
-
-
-def summary(scored: Scored) -> dict[str, Any]:
+def _summary(scored: Scored) -> dict[str, Any]:
     """Means over the judged samples, and counts of unjudged ones."""
     reasons = Counter(verdict.reason for _, scores, verdict in scored if scores is None)
     judged = [(sample, scores) for sample, scores, _ in scored if scores is not None]

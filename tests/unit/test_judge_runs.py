@@ -69,9 +69,8 @@ class Scripted:
 
 
 def judge(folder: Path, replies: Mapping[str, str], **limits: Any) -> dict[str, Any]:
-    scripted = Scripted(replies)
     with Store(folder.parent / "scripted.sqlite") as store:
-        return after_run.judge_folder(folder, scripted, Client(scripted, store, Limits(retries=0, **limits)))
+        return after_run.judge_folder(folder, Client(Scripted(replies), store, Limits(retries=0, **limits)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +135,7 @@ def test_the_prompt_of_r_judge_has_only_the_gold_documents_with_their_numbers(
 
     run = made_run(tmp_path / "run", "lc_nqopen_rj_2k", rj_rows[:2], ["x", "y"])
     with Store(tmp_path / "s.sqlite") as store:
-        after_run.judge_folder(run, Recording({}), Client(Recording({}), store))
+        after_run.judge_folder(run, Client(Recording({}), store))
     for row, prompt in zip(rj_rows, sent, strict=False):
         gold = gold_places(row)
         for place, doc in enumerate(row["docs"]):
