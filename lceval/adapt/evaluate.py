@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.stats.estimates import Estimate, difference, mean
+from lceval.core.text_tables import pipe
+from lceval.stats.estimates import Estimate, Stratum, difference, mean
 
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
@@ -116,23 +117,20 @@ def compare(cell_results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for (task, context, recipe), (base, *tuned) in cells.items():
         row: dict[str, Any] = {"task": task, "context": context, "recipe": recipe, "n": len(base.task.samples)}
-        row["base"] = _values(_estimate(mean, score_stratum(base.task, None)))
-        row["base_gold_nll"] = _values(_estimate(mean, diagnosis_stratum(base.task, base.task, "gold_nll")))
+        row["base"] = _estimate(mean, score_stratum(base.task, None))
+        row["base_gold_nll"] = _estimate(mean, diagnosis_stratum(base.task, base.task, "gold_nll"))
         for other in tuned[:1]:
-            row["tuned"] = _values(_estimate(mean, score_stratum(other.task, None)))
-            row["difference"] = _values(_estimate(difference, score_stratum(other.task, base.task)))
+            row["tuned"] = _estimate(mean, score_stratum(other.task, None))
+            row["difference"] = _estimate(difference, score_stratum(other.task, base.task))
             nll = diagnosis_stratum(other.task, base.task, "gold_nll")
-            row["tuned_gold_nll"] = _values(_estimate(mean, nll))
-            row["gold_nll_difference"] = _values(_estimate(difference, nll))
+            row["tuned_gold_nll"] = _estimate(mean, nll)
+            row["gold_nll_difference"] = _estimate(difference, nll)
         rows.append(row)
     return rows
 
 
-def _estimate(estimator: Any, stratum: Any) -> Estimate:
-    return Estimate(None) if stratum is None else estimator([stratum])
-
-
-def _values(estimate: Estimate) -> dict[str, float | None]:
+def _estimate(estimator: Callable[[Sequence[Stratum]], Estimate], stratum: Stratum | None) -> dict[str, float | None]:
+    estimate = Estimate(None) if stratum is None else estimator([stratum])
     return {"value": estimate.value, "low": estimate.lo, "high": estimate.hi}
 
 
@@ -146,12 +144,12 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         ("tuned_gold_nll", "gold_nll tuned", 1.0),
         ("gold_nll_difference", "gold_nll tuned - base", 1.0),
     ]
-    lines = ["| " + " | ".join(["task", "context", "recipe", "n", *(title for _, title, _ in columns)]) + " |"]
-    lines.append("| --- | --- | --- |" + " ---: |" * (1 + len(columns)))
+    header = ["task", "context", "recipe", "n", *(title for _, title, _ in columns)]
+    lines = []
     for row in rows:
         cells = [_cell(row.get(key), scale, "difference" in key) for key, _, scale in columns]
-        lines.append("| " + " | ".join([row["task"], row["context"], row["recipe"], str(row["n"]), *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([row["task"], row["context"], row["recipe"], str(row["n"]), *cells])
+    return pipe(header, lines, left=range(3))
 
 
 def _cell(estimate: dict[str, float | None] | None, scale: float, signed: bool) -> str:
