@@ -76,7 +76,6 @@ class Verdict:
     reply: str
     prompt: str
     clipped: int
-    repeat: int = 0
 
 
 @dataclass
@@ -147,7 +146,7 @@ class Client:
             elif request.key not in replies:
                 missing[request.key] = request
         self._call_all(rubric, list(missing.values()), replies, len(replies) + len(missing))
-        return [self._verdict(rubric, request, replies[request.key], repeat) for request in requests]
+        return [self._verdict(rubric, request, replies[request.key]) for request in requests]
 
     def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str], total: int) -> None:
         self._report_progress(len(replies), total)
@@ -238,10 +237,10 @@ class Client:
             if self._failed_in_a_row >= _GIVE_UP_AFTER * self.limits.concurrency:
                 self._stop.set()
 
-    def _verdict(self, rubric: Rubric, request: _Request, reply: Reply | str, repeat: int) -> Verdict:
+    def _verdict(self, rubric: Rubric, request: _Request, reply: Reply | str) -> Verdict:
         clipped = request.prompt.clipped
         if isinstance(reply, str):
-            return Verdict(None, reply, "", request.prompt.hash, clipped, repeat)
+            return Verdict(None, reply, "", request.prompt.hash, clipped)
         grades = verdicts.parse(rubric, reply.text)
         reason = "" if grades else "cut" if reply.cut else "unparsable" if reply.text.strip() else "empty"
-        return Verdict(grades, reason, reply.text, request.prompt.hash, clipped, repeat)
+        return Verdict(grades, reason, reply.text, request.prompt.hash, clipped)

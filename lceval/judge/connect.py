@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
+from lceval.core.paths import cache_dir
 from lceval.judge import backends
 from lceval.judge.client import Client, Limits
-from lceval.judge.replies import Store, alone, default_path
+from lceval.judge.replies import Store, alone
 
 _PROGRESS_S = 30.0
 
@@ -34,7 +35,7 @@ def connect(
     Raises:
         UserError: no such judge, or another process uses it.
     """
-    file, limits = replies or default_path(), limits or Limits()
+    file, limits = replies or cache_dir("judge") / "replies.sqlite", limits or Limits()
     with (
         closing(backends.make(backends.chosen(spec), timeout=limits.timeout, max_tokens=limits.max_tokens)) as judge,
         alone(file, judge.name, wait=wait),

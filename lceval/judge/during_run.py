@@ -10,7 +10,6 @@ run still succeeds; `lceval judge RUN` retries them.
 
 from __future__ import annotations
 
-import functools
 import gc
 import inspect
 import json
@@ -62,48 +61,40 @@ def ready() -> str | None:
     return spec
 
 
-def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`simple_evaluate` with verdicts if LCEVAL_JUDGE is set; else unchanged."""
-    signature = inspect.signature(original)
+def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`simple_evaluate` with verdicts if LCEVAL_JUDGE is set; else unchanged.
 
-    @functools.wraps(original)
-    def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
-        spec = _ready_or_exit()
-        if spec is None:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        log_samples, call.arguments["log_samples"] = call.arguments["log_samples"], True
-        results = original(*call.args, **call.kwargs)
-        if results is None or call.arguments.get("predict_only"):
-            return results
-        add(results, spec)
-        if not log_samples:
-            del results["samples"]
-        return results
-
-    return simple_evaluate
-
-
-def _ready_or_exit() -> str | None:
-    """`ready`; under plain lm_eval, which prints tracebacks, an error is printed in one line and exits."""
+    Under plain lm_eval, which prints tracebacks, an invalid judge is printed in one line and exits.
+    """
     try:
-        return ready()
+        spec = ready()
     except UserError as error:
         if Path(sys.argv[0]).stem in ("lm_eval", "lm-eval", "__main__"):
             print(f"lceval: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         raise
+    if spec is None:
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    log_samples, call.arguments["log_samples"] = call.arguments["log_samples"], True
+    results = original(*call.args, **call.kwargs)
+    if results is None or call.arguments.get("predict_only"):
+        return results
+    add(results, spec)
+    if not log_samples:
+        del results["samples"]
+    return results
 
 
 def add(results: dict[str, Any], spec: str) -> None:
     """Judge the samples of lm-eval's results and add verdicts, means and the judge (`results["judge"]`)."""
-    rubric_names = {
-        task: name for task in results["samples"] if (name := scores.rubric_of(task)) and results["samples"][task]
-    }
+    logged = results["samples"]
+    rubric_names = {task: name for task in logged if (name := scores.rubric_of(task)) and logged[task]}
     if not rubric_names:
         return
-    rows = {task: _first_filter(results["samples"][task]) for task in rubric_names}
+    # Under the first filter.
+    rows = {task: [row for row in logged[task] if row["filter"] == logged[task][0]["filter"]] for task in rubric_names}
     task_samples = {task: [scores.sample_of(row, name) for row in rows[task]] for task, name in rubric_names.items()}
     batch = [(rubric_names[task], scores.cases(samples)) for task, samples in task_samples.items()]
     gc.collect()  # frees the evaluated model, which plain lm_eval no longer references
@@ -120,27 +111,22 @@ def add(results: dict[str, Any], spec: str) -> None:
             row |= {**{name: line.get(name) for name in names}, "verdict": line}
             row["metrics"] = [*row["metrics"], *names]
         report["tasks"][task] = summary
-        _add_means(results, task, str(rows[task][0]["filter"]), names, lines)
+        _add_means(results, task, rows[task], summary)
     results["judge"] = report
 
 
-def _first_filter(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["filter"] == rows[0]["filter"]]
-
-
-def _add_means(
-    results: dict[str, Any], task: str, filter_name: str, names: Sequence[str], lines: Sequence[Mapping[str, Any]]
-) -> None:
+def _add_means(results: dict[str, Any], task: str, rows: Sequence[Mapping[str, Any]], summary: dict[str, Any]) -> None:
     """Add the means to lm-eval's results, in its naming scheme."""
-    means = results["results"][task]
-    for name in names:
-        values = [line[name] for line in lines if line.get(name) is not None]
-        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
-        means[f"{name},{filter_name}"] = math.fsum(values) / len(values)
-        means[f"{name}_stderr,{filter_name}"] = stderr
-    means[f"unjudged,{filter_name}"] = sum(line["status"] == "unjudged" for line in lines)
+    means, filter_name = results["results"][task], rows[0]["filter"]
+    for name, mean in summary["scores"].items():
+        values = [row[name] for row in rows if row[name] is not None]
+        means[f"{name},{filter_name}"] = mean
+        means[f"{name}_stderr,{filter_name}"] = (
+            statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
+        )
+    means[f"unjudged,{filter_name}"] = summary["unjudged"]
     better = results.setdefault("higher_is_better", {}).setdefault(task, {})
-    better |= {**{name: name not in _WORSE_WHEN_HIGH for name in names}, "unjudged": False}
+    better |= {**{name: name not in _WORSE_WHEN_HIGH for name in summary["scores"]}, "unjudged": False}
 
 
 def _failed(spec: str) -> dict[str, Any]:

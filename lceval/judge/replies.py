@@ -17,7 +17,6 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.core.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -46,11 +45,6 @@ class Reply:
     tokens_out: int = 0
     served: str = ""
     cut: bool = False
-
-
-def default_path() -> Path:
-    """The default path of the reply cache."""
-    return cache_dir("judge") / "replies.sqlite"
 
 
 @contextmanager

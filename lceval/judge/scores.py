@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,18 @@ def rubric_of(task: str) -> str | None:
     return _RUBRICS.get(entry.output_format) or _DATASETS.get(entry.dataset.dataset)
 
 
-def _rj(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+def metrics(rubric: str, grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    """The metrics of a sample by the grades of a rubric."""
+    match rubric:
+        case "loong":
+            rating = float(grades[RATING])
+            return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
+        case "financebench":
+            verdict = grades["verdict"]
+            return {f"judge_{label}": float(verdict == label) for label in ("correct", "incorrect", "refusal")}
+        case "choice":
+            letter = grades["letter"]
+            return {"judge_acc": float(letter in sample.letters), "judge_parsed": float(letter != "none")}
     parts = {
         "judge_reasoning": float(grades["reasoning"]),
         "judge_grounding": float(grades["grounding"]),
@@ -65,25 +76,6 @@ def _rj(grades: Grades, sample: JudgedSample) -> dict[str, float]:
     return {**parts, "judge_sum": total, **paper}
 
 
-def _loong(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    rating = float(grades[RATING])
-    return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
-
-
-def _financebench(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    return {f"judge_{label}": float(grades["verdict"] == label) for label in ("correct", "incorrect", "refusal")}
-
-
-def _choice(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    return {"judge_acc": float(grades["letter"] in sample.letters), "judge_parsed": float(grades["letter"] != "none")}
-
-
-METRICS: dict[str, Callable[[Grades, JudgedSample], dict[str, float]]] = {
-    "rj": _rj,
-    "loong": _loong,
-    "financebench": _financebench,
-    "choice": _choice,
-}
 # Grades of a sample without an answer.
 _NO_ANSWER: dict[str, Grades] = {
     "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
@@ -112,7 +104,7 @@ def judged(
     remaining, scored, lines = iter(verdicts), [], []
     for sample in samples:
         verdict = Verdict(dict(_NO_ANSWER[rubric.rubric]), "", "", "", 0) if sample.failed else next(remaining)
-        scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
+        scores = None if verdict.grades is None else metrics(rubric.rubric, verdict.grades, sample)
         scored.append((sample, scores, verdict))
         line = {
             "doc_id": sample.doc_id,

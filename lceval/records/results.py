@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -294,10 +294,10 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         kv_bytes_full=_count(row.get("kv_bytes_full")),
         kv=kv,
         status=status,
-        diagnosis={key: value for key in DIAGNOSES if (value := _number(row.get(key))) is not None},
+        diagnosis=_numbers(row, DIAGNOSES),
         answer=_answer(row.get("filtered_resps")),
         prompt_hash=str(row.get("prompt_hash") or ""),
-        metrics={} if status == "error" else _metrics(row),
+        metrics={} if status == "error" else _numbers(row, _logged(row)),
         unjudged=_unjudged(row, status),
         verdict=_mapping(row.get("verdict")),
     )
@@ -308,8 +308,8 @@ def _logged(row: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name in _logged(row) if (value := _number(row.get(name))) is not None}
+def _numbers(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    return {name: value for name in names if (value := _number(row.get(name))) is not None}
 
 
 def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
