@@ -16,7 +16,9 @@ from typing import Any
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.text_tables import pipe
+from lceval.records.results import read_runs
 from lceval.stats.estimates import Estimate, Stratum, difference, mean
+from lceval.tasks import catalogue
 
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
@@ -42,7 +44,6 @@ def run(
         UserError: not a finished training run.
         InfrastructureError: all cells failed.
     """
-    from lceval.records.results import read_runs
     from lceval.runs.sweep import command
     from lceval.runs.sweep.execution import sweep
     from lceval.runs.sweep.grid import Grid
@@ -78,8 +79,6 @@ def _record(adapter: Path) -> dict[str, Any]:
 def _grid(
     adapter: Path, record: dict[str, Any], kv: Sequence[str], tasks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
-    from lceval.tasks import catalogue
-
     recipe, data = record["recipe"], record["recipe"]["data"]
     names = list(tasks)
     for dataset in [] if tasks else data["datasets"]:

@@ -15,10 +15,7 @@ from lceval.core.errors import UserError
 from lceval.core.io import read_objects, write_json, write_objects
 from lceval.judge import rubrics, scores
 from lceval.judge.client import Client
-from lceval.judge.scores import rubric_of
-from lceval.records.results import Run, read_folder
-
-__all__ = ["SUMMARY", "judge_folder", "missing", "render", "rubric_of"]
+from lceval.records.results import read_folder
 
 SUMMARY = "judge.json"
 UNUSABLE = ("unparsable", "empty", "cut")
@@ -35,9 +32,14 @@ def judge_folder(folder: Path, client: Client) -> dict[str, Any]:
     if len(runs) > 1:
         raise UserError(f"{folder} contains {len(runs)} evaluations: pass the folder of one")
     run = runs[0]
-    chosen = [(task.task, task.file, name) for task in run.tasks if task.file and (name := rubric_of(task.task))]
+    chosen = [(task.task, task.file, name) for task in run.tasks if task.file and (name := scores.rubric_of(task.task))]
+    if not chosen and not run.finished:
+        raise UserError(f"{run.path} is not finished: rerun the same command to resume it, then judge")
     if not chosen:
-        raise UserError(_not_judgeable(run))
+        names = ", ".join(task.task for task in run.tasks)
+        raise UserError(
+            f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
+        )
     home = chosen[0][1].parent
     tasks = {}
     for task, file, name in chosen:
@@ -48,13 +50,6 @@ def judge_folder(folder: Path, client: Client) -> dict[str, Any]:
     report = {"run": run.label, **client.report({"tasks": tasks})}
     write_json(home / SUMMARY, report)
     return report
-
-
-def _not_judgeable(run: Run) -> str:
-    names = ", ".join(task.task for task in run.tasks)
-    if not run.finished:
-        return f"{run.path} is not finished: rerun the same command to resume it, then judge"
-    return f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
 
 
 def _samples(file: Path, rubric: str) -> Iterator[scores.JudgedSample]:

@@ -13,7 +13,7 @@ from typing import Any
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
 from lceval.core.text_tables import aligned
-from lceval.judge import probes, rubrics
+from lceval.judge import kappas, probes, rubrics
 from lceval.judge.backends.hf import SCORES
 from lceval.judge.backends.rule import LABEL
 from lceval.judge.client import Client
@@ -21,7 +21,6 @@ from lceval.judge.rubrics import Case
 from lceval.stats import kappa
 
 FILE = "financebench/human_graded_predictions.jsonl"
-RUBRIC = "financebench"
 LABELS = {"Correct Answer": "correct", "Incorrect Answer": "incorrect", "Refusal": "refusal"}
 SEED = 1234
 PROBED_CHARACTERS = 300
@@ -86,7 +85,7 @@ def calibrate(
         repeats: verdicts per row, with the labels in a different order each time.
         probed: number of injection probes; 0 disables them.
     """
-    rubric = rubrics.load(RUBRIC)
+    rubric = rubrics.load(kappas.RUBRIC)
     cases = [row.case for row in rows]
     rounds = [client.judge_all(rubric, cases, repeat=repeat) for repeat in range(repeats)]
     labels = [[None if v.grades is None else str(v.grades["verdict"]) for v in verdicts] for verdicts in rounds]

@@ -106,7 +106,7 @@ class Client:
         store: Store,
         limits: Limits | None = None,
         *,
-        on_verdict: Callable[[int, int], None] | None = None,
+        on_verdict: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """on_verdict: called with (done, total) as replies arrive."""
         self.judge, self.limits, self.spent = judge, limits or Limits(), Spent()
@@ -137,39 +137,31 @@ class Client:
             prompt = render(rubric, case, repeat=repeat, limit=self.limits.max_characters)
             key = Key(self.judge.name, self.judge.revision, rubric.key, prompt.hash, repeat)
             requests.append(_Request(key, case, prompt))
-        replies: dict[Key, Reply | str] = {}
-        missing: dict[Key, _Request] = {}
-        for request in requests:
-            if request.key not in replies and (cached := self._store.get(request.key)) is not None:
-                replies[request.key] = cached
-                self.spent.reused += 1
-            elif request.key not in replies:
-                missing[request.key] = request
-        self._call_all(rubric, list(missing.values()), replies, len(replies) + len(missing))
+        unique = {request.key: request for request in requests}
+        replies: dict[Key, Reply | str] = {key: reply for key in unique if (reply := self._store.get(key)) is not None}
+        self.spent.reused += len(replies)
+        self._call_all(rubric, [request for key, request in unique.items() if key not in replies], replies)
         return [self._verdict(rubric, request, replies[request.key]) for request in requests]
 
-    def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str], total: int) -> None:
-        self._report_progress(len(replies), total)
+    def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str]) -> None:
+        total = len(replies) + len(requests)
+        self._on_verdict(len(replies), total)
         if not self.judge.parallel or self.limits.concurrency == 1:
             for request in requests:
                 replies[request.key] = self._call(rubric, request)
-                self._report_progress(len(replies), total)
+                self._on_verdict(len(replies), total)
             return
         pool = ThreadPoolExecutor(self.limits.concurrency, thread_name_prefix="judge")
         try:
             pending = {pool.submit(self._call, rubric, request): request.key for request in requests}
             for future in as_completed(pending):
                 replies[pending[future]] = future.result()
-                self._report_progress(len(replies), total)
+                self._on_verdict(len(replies), total)
         except BaseException:
             self._stop.set()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-    def _report_progress(self, done: int, total: int) -> None:
-        if self._on_verdict is not None:
-            self._on_verdict(done, total)
 
     def _call(self, rubric: Rubric, request: _Request) -> Reply | str:
         """The reply, already stored on disk, or the reason for its absence."""
@@ -185,15 +177,15 @@ class Client:
                 reply = self.judge.ask(rubric, request.case, request.prompt)
                 self._store.put(request.key, reply)
                 counted = reply.tokens_in + reply.tokens_out or estimate
+                self._succeeded(reply)
+                return reply
             except TryAgainError as error:
                 reason, pause = str(error), self._pause(attempt, error.after)
             except RefusedError as error:
                 return f"refused: {error}"
-            else:
-                self._succeeded(reply)
-                return reply
             finally:
-                self._settle(estimate, counted)
+                with self._lock:
+                    self._reserved += counted - estimate
             with self._lock:
                 self.spent.retried[reason] += 1
             if attempt < self.limits.retries:
@@ -218,10 +210,6 @@ class Client:
             self.spent.calls += 1
             self._reserved += estimate
             return True
-
-    def _settle(self, estimate: int, counted: int) -> None:
-        with self._lock:
-            self._reserved += counted - estimate
 
     def _succeeded(self, reply: Reply) -> None:
         with self._lock:

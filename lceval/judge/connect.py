@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
 
 from lceval.core.paths import cache_dir
 from lceval.judge import backends
 from lceval.judge.client import Client, Limits
 from lceval.judge.replies import Store, alone
-
-_PROGRESS_S = 30.0
 
 
 @contextmanager
@@ -40,28 +41,17 @@ def connect(
         closing(backends.make(backends.chosen(spec), timeout=limits.timeout, max_tokens=limits.max_tokens)) as judge,
         alone(file, judge.name, wait=wait),
         Store(file) as store,
-        _progress(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
+        _progress_bar(progress_label and f"{progress_label} by {judge.label}") as bar,
     ):
-        yield Client(judge, store, limits, on_verdict=progress)
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield Client(judge, store, limits, on_verdict=show)
 
 
-@contextmanager
-def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr if it is a terminal, else a line every 30 seconds; called with (done, total)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console, last = Console(stderr=True), time.monotonic()
-
-    def print_line(done: int, total: int) -> None:
-        nonlocal last
-        if done and time.monotonic() - last >= _PROGRESS_S:
-            last = time.monotonic()
-            console.print(f"{label}: {done} of {total}", highlight=False)
-
-    if not console.is_terminal:
-        yield print_line
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(label)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+def _progress_bar(label: str | None) -> tqdm[Any]:
+    """A progress bar on stderr; where that is no terminal, updated every 30 seconds. Disabled without a label."""
+    interval_s = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(desc=label, leave=False, disable=label is None, mininterval=interval_s, delay=interval_s)

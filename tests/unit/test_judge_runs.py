@@ -19,6 +19,7 @@ from lceval.judge.client import Client, Limits
 from lceval.judge.protocol import TryAgainError
 from lceval.judge.replies import Reply, Store, alone
 from lceval.judge.rubrics import Case, Prompt, Rubric
+from lceval.judge.scores import rubric_of
 from lceval.records.results import read_folder
 from lceval.tasks import catalogue, lm_eval_config
 from lceval.tasks.build import rows_of
@@ -318,7 +319,5 @@ def test_the_rubric_depends_on_output_format_and_dataset() -> None:
     output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")
-        assert after_run.rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), (
-            name
-        )
-    assert after_run.rubric_of("lc_no_such_task") is None
+        assert rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), name
+    assert rubric_of("lc_no_such_task") is None
