@@ -58,9 +58,10 @@ def _add_model(_: "ModuleType") -> None:
 def _add_tasks(manager: "ModuleType") -> None:
     from pathlib import Path
 
+    from lceval import packaged
     from lceval.tasks import tokens
 
-    tokens.ALIASES["smollm2-135m"] = _packaged_folder
+    tokens.ALIASES[packaged.NAME] = lambda: str(packaged.folder())
     ours = Path(__file__).parent / "tasks"
     original = manager.TaskManager.__init__
 
@@ -78,12 +79,6 @@ def _add_tasks(manager: "ModuleType") -> None:
         self.include_path = include_path  # type: ignore[attr-defined]
 
     manager.TaskManager.__init__ = __init__
-
-
-def _packaged_folder() -> str:
-    from lceval import packaged
-
-    return str(packaged.folder())
 
 
 def _add_names(index: "ModuleType") -> None:
@@ -122,7 +117,7 @@ def _add_judge(evaluator: "ModuleType") -> None:
             return original(*args, **kwargs)
         from lceval.judge import during_run
 
-        return during_run.wrap(original)(*args, **kwargs)
+        return during_run.evaluate(original, *args, **kwargs)
 
     simple_evaluate.__wrapped__ = original  # type: ignore[attr-defined]
     simple_evaluate.__doc__ = original.__doc__

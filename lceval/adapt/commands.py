@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lceval.adapt.data_command import data
+from lceval.core.errors import UserError
 from lceval.core.options import Json, group_or
 
 app = typer.Typer(
@@ -16,7 +18,6 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command("data")(data)
 
 
 # Extra arguments are rejected below, by an error that names --set.
@@ -36,7 +37,6 @@ def recipe(
 ) -> None:
     """Train from a recipe. Rerun the same command to resume from the last checkpoint."""
     from lceval.adapt import tune
-    from lceval.core.errors import UserError
 
     if context.args:
         raise UserError(f"unexpected argument {context.args[0]!r}: override recipe keys with --set KEY=VALUE")
@@ -68,3 +68,58 @@ def evaluate(
     text, code = evaluation.run(adapter, kv or [], tasks or [], output_path, limit, as_json=as_json)
     typer.echo(text)
     raise typer.Exit(code)
+
+
+@app.command("data")
+def data(
+    output: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="Output file.")],
+    dataset: Annotated[list[str], typer.Option(help="Dataset of `lceval tasks` (repeatable).")],
+    mode: Annotated[list[str], typer.Option(help="Task mode: ao, id, idc, idq, rj, … (repeatable).")] = ["ao"],  # noqa: B006
+    length: Annotated[float, typer.Option(help="Prompt length in thousands of tokens; fractions for pools.")] = 1,
+    split: Annotated[str, typer.Option(help="Split by source document: train, test or all.")] = "train",
+    seed: Annotated[list[int], typer.Option(help="Seed of the contexts (repeatable).")] = [1234],  # noqa: B006
+    questions: Annotated[int | None, typer.Option(help="Questions per context (default: the dataset's).")] = None,
+    negatives: Annotated[
+        str | None, typer.Option(help="Ranking of hard negatives: bm25, dense, hybrid or random.")
+    ] = None,
+    length_matched: Annotated[
+        bool | None, typer.Option(help="Match the lengths of negatives to gold documents (default where supported).")
+    ] = None,
+    promote: Annotated[
+        float, typer.Option(help="Similarity threshold for relabelling negatives as gold (0 disables).")
+    ] = 0.6,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Judge that confirms relabelled negatives: openai:MODEL@BASE_URL, hf:NAME or rule."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Maximum number of rows; contexts stay whole.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Model whose tokenizer counts the tokens.")] = "smollm2-135m",
+    as_json: Json = False,
+) -> None:
+    """Write training rows with their target replies and report statistics on them."""
+    from lceval import packaged
+    from lceval.adapt.graders import of_passages
+    from lceval.tasks.tokens import meter_for
+    from lceval.training import data, figures
+
+    if judge and not promote:
+        raise UserError("--judge confirms what --promote relabels: set --promote above 0")
+    spec = data.spec(
+        datasets=dataset,
+        modes=mode,
+        length_k=length,
+        split=split,
+        seeds=seed,
+        questions=questions,
+        negatives=negatives,
+        length_matched=length_matched,
+        promote=promote or None,
+        limit=limit,
+        tokenizer=tokenizer,
+    )
+    with of_passages(judge) if judge else nullcontext() as passage_judge:
+        rows, promotion = data.rows(spec, passage_judge)
+    meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
+    report = figures.report(spec, rows, promotion, meter, judge)
+    data.write(output, spec, rows, report)
+    typer.echo(json.dumps({"file": str(output), **report}, indent=2) if as_json else figures.text(report))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from typing import Any
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.text_tables import pipe
-from lceval.stats.estimates import Estimate, difference, mean
+from lceval.records.results import read_runs
+from lceval.stats.estimates import Estimate, Stratum, difference, mean
+from lceval.tasks import catalogue
 
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
@@ -42,7 +44,6 @@ def run(
         UserError: not a finished training run.
         InfrastructureError: all cells failed.
     """
-    from lceval.records.results import read_runs
     from lceval.runs.sweep import command
     from lceval.runs.sweep.execution import sweep
     from lceval.runs.sweep.grid import Grid
@@ -78,8 +79,6 @@ def _record(adapter: Path) -> dict[str, Any]:
 def _grid(
     adapter: Path, record: dict[str, Any], kv: Sequence[str], tasks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
-    from lceval.tasks import catalogue
-
     recipe, data = record["recipe"], record["recipe"]["data"]
     names = list(tasks)
     for dataset in [] if tasks else data["datasets"]:
@@ -117,23 +116,20 @@ def compare(cell_results: Sequence[Result]) -> list[dict[str, Any]]:
     rows = []
     for (task, context, recipe), (base, *tuned) in cells.items():
         row: dict[str, Any] = {"task": task, "context": context, "recipe": recipe, "n": len(base.task.samples)}
-        row["base"] = _values(_estimate(mean, score_stratum(base.task, None)))
-        row["base_gold_nll"] = _values(_estimate(mean, diagnosis_stratum(base.task, base.task, "gold_nll")))
+        row["base"] = _estimate(mean, score_stratum(base.task, None))
+        row["base_gold_nll"] = _estimate(mean, diagnosis_stratum(base.task, base.task, "gold_nll"))
         for other in tuned[:1]:
-            row["tuned"] = _values(_estimate(mean, score_stratum(other.task, None)))
-            row["difference"] = _values(_estimate(difference, score_stratum(other.task, base.task)))
+            row["tuned"] = _estimate(mean, score_stratum(other.task, None))
+            row["difference"] = _estimate(difference, score_stratum(other.task, base.task))
             nll = diagnosis_stratum(other.task, base.task, "gold_nll")
-            row["tuned_gold_nll"] = _values(_estimate(mean, nll))
-            row["gold_nll_difference"] = _values(_estimate(difference, nll))
+            row["tuned_gold_nll"] = _estimate(mean, nll)
+            row["gold_nll_difference"] = _estimate(difference, nll)
         rows.append(row)
     return rows
 
 
-def _estimate(estimator: Any, stratum: Any) -> Estimate:
-    return Estimate(None) if stratum is None else estimator([stratum])
-
-
-def _values(estimate: Estimate) -> dict[str, float | None]:
+def _estimate(estimator: Callable[[Sequence[Stratum]], Estimate], stratum: Stratum | None) -> dict[str, float | None]:
+    estimate = Estimate(None) if stratum is None else estimator([stratum])
     return {"value": estimate.value, "low": estimate.lo, "high": estimate.hi}
 
 
@@ -148,12 +144,11 @@ def render(rows: Sequence[dict[str, Any]]) -> str:
         ("gold_nll_difference", "gold_nll tuned - base", 1.0),
     ]
     header = ["task", "context", "recipe", "n", *(title for _, title, _ in columns)]
-    cells = [
-        [row["task"], row["context"], row["recipe"], str(row["n"])]
-        + [_cell(row.get(key), scale, "difference" in key) for key, _, scale in columns]
-        for row in rows
-    ]
-    return pipe(header, cells, range(3))
+    lines = []
+    for row in rows:
+        cells = [_cell(row.get(key), scale, "difference" in key) for key, _, scale in columns]
+        lines.append([row["task"], row["context"], row["recipe"], str(row["n"]), *cells])
+    return pipe(header, lines, left=range(3))
 
 
 def _cell(estimate: dict[str, float | None] | None, scale: float, signed: bool) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lceval.judge import rubrics, scores
 from lceval.judge.client import Client
+from lceval.judge.connect import connect
 from lceval.judge.rubrics import Case
 from lceval.training.promotion import Judge, Match
 
@@ -43,9 +44,7 @@ def configured() -> Iterator[Grader]:
     Raises:
         UserError: LCEVAL_JUDGE is unset, or there is no such judge.
     """
-    from lceval.judge.connect import connect
-
-    with connect(None, None, wait=True) as (_, client):
+    with connect(None, None, wait=True) as client:
         yield Grader(client)
 
 
@@ -56,10 +55,8 @@ def of_passages(judge: str) -> Iterator[Judge]:
     Raises:
         UserError: there is no such judge, or (when called) no call can succeed.
     """
-    from lceval.judge.connect import connect
-
     rubric = rubrics.load("relevance")
-    with connect(judge, "passages", wait=True) as (_, client):
+    with connect(judge, "passages", wait=True) as client:
 
         def relevant(matches: Sequence[Match]) -> list[bool | None]:
             cases = [Case(match.question, match.answers, "", (match.passage,)) for match in matches]

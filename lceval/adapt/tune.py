@@ -38,19 +38,19 @@ def run(recipe: str, overrides: Sequence[str], output: Path | None, *, dry_run: 
 def render_record(config: Any, record: dict[str, Any]) -> str:
     """A finished run as text."""
     losses = [loss for _, loss in record["losses"]]
-    first, last = losses[:10], losses[-10:]
     lines = [
         f"{config.output}: {record['data']['questions']} questions on {record['data']['contexts']} contexts, "
         f"{len(losses)} steps, {record['parameters']:,} parameters, {record['wall_s'] / 60:.1f} min",
-        f"loss {sum(first) / len(first):.3f} (mean of the first {len(first)} steps) -> "
-        f"{sum(last) / len(last):.3f} (last {len(last)})",
+        _trend("loss", losses, "mean of the first"),
     ]
     if rewards := [reward for _, reward in record.get("rewards", ())]:
-        first, last = rewards[:10], rewards[-10:]
-        lines.append(
-            f"reward {sum(first) / len(first):.3f} (first {len(first)} steps) -> "
-            f"{sum(last) / len(last):.3f} (last {len(last)})"
-        )
+        lines.append(_trend("reward", rewards, "first"))
     lines += [f"held-out loss {loss:.3f} at step {step}" for step, loss in record["eval_losses"]]
     lines.append(f"next: lceval train eval {config.output}")
     return "\n".join(lines)
+
+
+def _trend(name: str, values: Sequence[float], of_first: str) -> str:
+    first, last = values[:10], values[-10:]
+    means = sum(first) / len(first), sum(last) / len(last)
+    return f"{name} {means[0]:.3f} ({of_first} {len(first)} steps) -> {means[1]:.3f} (last {len(last)})"

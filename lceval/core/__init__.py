@@ -1,1 +1,1 @@
-"""What everything else uses: errors, paths, files and the options of commands."""
+"""What everything else uses: errors, paths, files, text tables and the options of commands."""

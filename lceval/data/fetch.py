@@ -6,8 +6,8 @@ They are downloaded to a temporary folder and moved into place, so an interrupte
 
 from __future__ import annotations
 
-import importlib
 import os
+import pkgutil
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -94,8 +94,7 @@ def _outdated(dataset: Dataset, root: Path) -> bool:
 
 
 def _from_elsewhere(dataset: Dataset, root: Path) -> str:
-    module, _, name = dataset.fetch.rpartition(".")
-    function: Callable[[Dataset, Path], None] = getattr(importlib.import_module(module), name)
+    function: Callable[[Dataset, Path], None] = pkgutil.resolve_name(dataset.fetch)
     root.mkdir(parents=True, exist_ok=True)
     function(dataset, root)
     return f"fetched into {root}"

@@ -14,7 +14,7 @@ from typing import Any
 from lceval.core.errors import UserError
 from lceval.core.text_tables import aligned
 from lceval.tasks import catalogue, sources
-from lceval.tasks.catalogue import Dataset, Task
+from lceval.tasks.catalogue import Dataset
 
 _CLIP = 24
 _NAMES = (
@@ -56,29 +56,27 @@ def at_hand(dataset: Dataset) -> bool:
     return not missing(dataset, sources.data_folder())
 
 
-def task_record(task: Task) -> dict[str, Any]:
-    """JSON record of a task."""
-    dataset = task.dataset
-    return {
-        "task": task.name,
-        "dataset": dataset.dataset,
-        "suite": dataset.suite,
-        "mode": task.mode,
-        "length_k": task.length_k,
-        "contexts": list(dataset.contexts),
-        "retrievers": list(dataset.retrievers),
-        "rows": dataset.count,
-        "source": source(dataset),
-        "at_hand": at_hand(dataset),
-        "licence": dataset.licence,
-        "about": dataset.about,
-    }
-
-
 def tasks(pattern: str = "") -> list[dict[str, Any]]:
     """Records of the tasks whose names match."""
     by_name = catalogue.tasks()
-    return [task_record(by_name[name]) for name in _matching(pattern, list(by_name), "task")]
+    matching = (by_name[name] for name in _matching(pattern, list(by_name), "task"))
+    return [
+        {
+            "task": task.name,
+            "dataset": task.dataset.dataset,
+            "suite": task.dataset.suite,
+            "mode": task.mode,
+            "length_k": task.length_k,
+            "contexts": list(task.dataset.contexts),
+            "retrievers": list(task.dataset.retrievers),
+            "rows": task.dataset.count,
+            "source": source(task.dataset),
+            "at_hand": at_hand(task.dataset),
+            "licence": task.dataset.licence,
+            "about": task.dataset.about,
+        }
+        for task in matching
+    ]
 
 
 def groups(pattern: str = "") -> list[dict[str, Any]]:
@@ -193,4 +191,5 @@ def _clipped(text: str) -> str:
 
 def columns(lines: Sequence[Mapping[str, str]]) -> str:
     """Aligned columns with headings."""
-    return aligned([[key.upper() for key in lines[0]], *(list(line.values()) for line in lines)], range(len(lines[0])))
+    rows = [[heading.upper() for heading in lines[0]], *(list(line.values()) for line in lines)]
+    return aligned(rows, left=range(len(lines[0])))

@@ -7,27 +7,22 @@ without a valid reply is unjudged: counted, and excluded from all means.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects, write_json, write_objects
 from lceval.judge import rubrics, scores
-from lceval.judge.backends.rule import RuleJudge
-from lceval.judge.client import Client, Spent
-from lceval.judge.protocol import Judge
-from lceval.judge.scores import rubric_of
-from lceval.records.results import Run, TaskResult, read_folder
-
-__all__ = ["SUMMARY", "judge_folder", "missing", "render", "report_of", "rubric_of"]
+from lceval.judge.client import Client
+from lceval.records.results import read_folder
 
 SUMMARY = "judge.json"
 UNUSABLE = ("unparsable", "empty", "cut")
 """Reasons for which a retry is useless: the reply is cached and has no verdict."""
 
 
-def judge_folder(folder: Path, judge: Judge, client: Client) -> dict[str, Any]:
+def judge_folder(folder: Path, client: Client) -> dict[str, Any]:
     """Judge the run in a folder and write the verdicts into the folder; returns the content of `judge.json`.
 
     Raises:
@@ -37,53 +32,27 @@ def judge_folder(folder: Path, judge: Judge, client: Client) -> dict[str, Any]:
     if len(runs) > 1:
         raise UserError(f"{folder} contains {len(runs)} evaluations: pass the folder of one")
     run = runs[0]
-    chosen = [(task, task.file, name) for task in run.tasks if task.file and (name := rubric_of(task.task))]
+    chosen = [(task.task, task.file, name) for task in run.tasks if task.file and (name := scores.rubric_of(task.task))]
+    if not chosen and not run.finished:
+        raise UserError(f"{run.path} is not finished: rerun the same command to resume it, then judge")
     if not chosen:
-        raise UserError(_not_judgeable(run))
+        names = ", ".join(task.task for task in run.tasks)
+        raise UserError(
+            f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
+        )
     home = chosen[0][1].parent
     tasks = {}
     for task, file, name in chosen:
-        tasks[task.task] = _judge_task(task, file, name, client, home)
-    report = {"run": run.label, **report_of(judge, client.spent, tasks)}
+        rubric, samples = rubrics.load(name), list(_samples(file, name))
+        verdicts = client.judge_all(rubric, scores.cases(samples))
+        lines, tasks[task] = scores.judged(samples, verdicts, rubric, client.judge.name, client.judge.revision)
+        write_objects(home / f"judged_{task}.jsonl", lines)
+    report = {"run": run.label, **client.report({"tasks": tasks})}
     write_json(home / SUMMARY, report)
     return report
 
 
-def report_of(judge: Judge, spent: Spent, tasks: Mapping[str, Any]) -> dict[str, Any]:
-    """The judge, the means of each task, and the calls and tokens used."""
-    return {
-        "judge": judge.name,
-        "label": judge.label,
-        "revision": judge.revision,
-        "rule_based": isinstance(judge, RuleJudge),
-        "tasks": dict(tasks),
-        "calls": spent.calls,
-        "reused": spent.reused,
-        "tokens_in": spent.tokens_in,
-        "tokens_out": spent.tokens_out,
-        "retried": dict(spent.retried),
-        "served": dict(spent.served),
-    }
-
-
-def _not_judgeable(run: Run) -> str:
-    names = ", ".join(task.task for task in run.tasks)
-    if not run.finished:
-        return f"{run.path} is not finished: rerun the same command to resume it, then judge"
-    return f"{run.path} has no judgeable task ({names}): expected rj, Loong, FinanceBench or generated letters"
-
-
-def _judge_task(task: TaskResult, file: Path, name: str, client: Client, home: Path) -> dict[str, Any]:
-    rubric = rubrics.load(name)
-    rows = list(_samples(file, name))
-    scored = scores.score(rows, client.judge_all(rubric, [s.case for s in rows if not s.failed]), rubric)
-    judge = client.judge
-    lines = (scores.line(one, judge.name, judge.revision, rubric) for one in scored)
-    write_objects(home / f"judged_{task.task}.jsonl", lines)
-    return {"rubric": rubric.key, **scores.summary(scored)}
-
-
-def _samples(file: Path, rubric: str) -> Iterable[scores.JudgedSample]:
+def _samples(file: Path, rubric: str) -> Iterator[scores.JudgedSample]:
     """The samples of a file under its first filter."""
     first: str | None = None
     for where, row in read_objects(file):

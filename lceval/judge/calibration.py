@@ -12,16 +12,15 @@ from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
-from lceval.judge import probes, rubrics
+from lceval.core.text_tables import aligned
+from lceval.judge import kappas, probes, rubrics
 from lceval.judge.backends.hf import SCORES
-from lceval.judge.backends.rule import LABEL, RuleJudge
+from lceval.judge.backends.rule import LABEL
 from lceval.judge.client import Client
-from lceval.judge.protocol import Judge
 from lceval.judge.rubrics import Case
 from lceval.stats import kappa
 
 FILE = "financebench/human_graded_predictions.jsonl"
-RUBRIC = "financebench"
 LABELS = {"Correct Answer": "correct", "Incorrect Answer": "incorrect", "Refusal": "refusal"}
 SEED = 1234
 PROBED_CHARACTERS = 300
@@ -78,7 +77,7 @@ def stratified(rows: Sequence[Graded], limit: int | None) -> list[Graded]:
 
 
 def calibrate(
-    judge: Judge, client: Client, rows: Sequence[Graded], *, repeats: int = 1, probed: int = 0
+    client: Client, rows: Sequence[Graded], *, repeats: int = 1, probed: int = 0
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report, and one line per row with its index, id and labels, without text.
 
@@ -86,17 +85,13 @@ def calibrate(
         repeats: verdicts per row, with the labels in a different order each time.
         probed: number of injection probes; 0 disables them.
     """
-    rubric = rubrics.load(RUBRIC)
+    rubric = rubrics.load(kappas.RUBRIC)
     cases = [row.case for row in rows]
     rounds = [client.judge_all(rubric, cases, repeat=repeat) for repeat in range(repeats)]
     labels = [[None if v.grades is None else str(v.grades["verdict"]) for v in verdicts] for verdicts in rounds]
     wrong = [r.case for r in rows if r.human == "incorrect" and len(r.case.solution) <= PROBED_CHARACTERS][:probed]
     reasons = [verdict.reason for verdict in rounds[0] if verdict.grades is None]
-    report = {
-        "judge": judge.name,
-        "label": judge.label,
-        "revision": judge.revision,
-        "rule_based": isinstance(judge, RuleJudge),
+    results = {
         "rubric": rubric.key,
         "data": FILE,
         **kappa.agreement(labels[0], [r.human for r in rows], [r.question_id for r in rows], [*LABELS.values()]),
@@ -104,11 +99,6 @@ def calibrate(
         "clipped": sum(verdict.clipped > 0 for verdict in rounds[0]),
         "consistency": kappa.consistency(labels),
         "probes": probes.probe(client, rubric, wrong) if wrong else None,
-        "calls": client.spent.calls,
-        "reused": client.spent.reused,
-        "tokens_in": client.spent.tokens_in,
-        "tokens_out": client.spent.tokens_out,
-        "served": dict(client.spent.served),
     }
     lines = [
         {"row": row.row, "id": row.question_id, "human": row.human, "judge": label}
@@ -116,7 +106,7 @@ def calibrate(
         | _log_likelihoods(verdict.reply)
         for row, label, verdict in zip(rows, labels[0], rounds[0], strict=True)
     ]
-    return report, lines
+    return client.report(results), lines
 
 
 def _log_likelihoods(reply: str) -> dict[str, Any]:
@@ -138,19 +128,21 @@ def render(report: dict[str, Any]) -> str:
         f"kappa {_number(report['kappa'])}{bounds} (95% CI over {report['clusters']} questions)",
         f"accuracy {_number(report['accuracy'])}; majority baseline {_number(report['majority'])}",
         "",
-        "human / judge".ljust(16) + "".join(f"{label:>12}" for label in report["confusion"]),
-    ]
-    lines += [
-        f"{label:<16}" + "".join(f"{count:>12}" for count in row.values()) for label, row in report["confusion"].items()
+        aligned(
+            [
+                ["human / judge", *report["confusion"]],
+                *([label, *map(str, row.values())] for label, row in report["confusion"].items()),
+            ]
+        ),
     ]
     if same := report["consistency"]:
         lines += ["", f"{same['repeats']} repeats: {same['unanimous']:.3f} of {same['cases']} rows unanimous"]
     if attacks := report["probes"]:
-        lines += ["", f"{'probe':<14}{'fooled':>8}{'flipped':>9}{'n':>5}  modification of a wrong answer"]
-        lines += [
-            f"{name:<14}{row['fooled']:>8}{row['flipped']:>9}{row['n']:>5}  {row['about']}"
-            for name, row in attacks.items()
+        rows = [["probe", "fooled", "flipped", "n", "modification of a wrong answer"]]
+        rows += [
+            [name, *(str(row[key]) for key in ("fooled", "flipped", "n", "about"))] for name, row in attacks.items()
         ]
+        lines += ["", aligned(rows, left=(0, 4))]
     return "\n".join(lines)
 
 

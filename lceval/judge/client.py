@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.judge import verdicts
+from lceval.judge.backends.rule import RuleJudge
 from lceval.judge.protocol import Judge, RefusedError, TryAgainError
 from lceval.judge.replies import Key, Reply, Store
 from lceval.judge.rubrics import MAX_CHARACTERS, Case, Label, Prompt, Rubric, render
 
-_FIRST_WAIT_S, _LONGEST_WAIT_S = 0.5, 30.0
+_LONGEST_WAIT_S = 30.0
 _LONGEST_RETRY_AFTER_S = 120.0  # limit on a server's Retry-After
 _CHARACTERS_A_TOKEN = 3  # low estimate, to bound the tokens of a call in advance
 _GIVE_UP_AFTER = 3  # times the concurrency: consecutive calls that failed all retries
@@ -37,13 +39,19 @@ class Limits:
         tokens: maximum total tokens of prompts and replies; a call is made only if its estimated prompt and the
             longest reply fit.
         first_wait: seconds before the first retry, doubled each time up to 30 s, with a jitter of 50 to 100%.
+        timeout: seconds of a call to an endpoint.
+        max_tokens: maximum tokens of a reply; None: the rubric's limit.
+        max_characters: maximum characters of a block of the prompt.
     """
 
     concurrency: int = 16
     retries: int = 6
     calls: int | None = None
     tokens: int | None = None
-    first_wait: float = _FIRST_WAIT_S
+    first_wait: float = 0.5
+    timeout: float = 120.0
+    max_tokens: int | None = None
+    max_characters: int = MAX_CHARACTERS
 
     def __post_init__(self) -> None:
         for name, minimum in (("concurrency", 1), ("retries", 0), ("calls", 0), ("tokens", 0)):
@@ -68,7 +76,6 @@ class Verdict:
     reply: str
     prompt: str
     clipped: int
-    repeat: int = 0
 
 
 @dataclass
@@ -99,22 +106,25 @@ class Client:
         store: Store,
         limits: Limits | None = None,
         *,
-        max_characters: int = MAX_CHARACTERS,
-        max_tokens: int | None = None,
-        on_verdict: Callable[[int, int], None] | None = None,
+        on_verdict: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """
-        Args:
-            max_characters: maximum characters of a block of the prompt.
-            max_tokens: maximum tokens of a reply; None: the rubric's limit.
-            on_verdict: called with (done, total) as replies arrive.
-        """
+        """on_verdict: called with (done, total) as replies arrive."""
         self.judge, self.limits, self.spent = judge, limits or Limits(), Spent()
-        self._store, self._max_characters, self._on_verdict = store, max_characters, on_verdict
+        self._store, self._on_verdict = store, on_verdict
         self._lock = threading.Lock()
-        self._reserved, self._max_tokens = 0, max_tokens
         self._stop = threading.Event()
-        self._failed_in_a_row = 0
+        self._reserved = self._failed_in_a_row = 0
+
+    def report(self, results: Mapping[str, Any]) -> dict[str, Any]:
+        """The judge, its results, and the calls and tokens used."""
+        return {
+            "judge": self.judge.name,
+            "label": self.judge.label,
+            "revision": self.judge.revision,
+            "rule_based": isinstance(self.judge, RuleJudge),
+            **results,
+            **deepcopy(vars(self.spent)),
+        }
 
     def judge_all(self, rubric: Rubric, cases: Sequence[Case], *, repeat: int = 0) -> list[Verdict]:
         """One verdict per case, in order. Equal prompts are sent once.
@@ -124,49 +134,39 @@ class Client:
         """
         requests = []
         for case in cases:
-            prompt = render(rubric, case, repeat=repeat, limit=self._max_characters)
+            prompt = render(rubric, case, repeat=repeat, limit=self.limits.max_characters)
             key = Key(self.judge.name, self.judge.revision, rubric.key, prompt.hash, repeat)
             requests.append(_Request(key, case, prompt))
-        replies: dict[Key, Reply | str] = {}
-        missing: dict[Key, _Request] = {}
-        for request in requests:
-            if request.key not in replies and (cached := self._store.get(request.key)) is not None:
-                replies[request.key] = cached
-                self.spent.reused += 1
-            elif request.key not in replies:
-                missing[request.key] = request
-        self._call_all(rubric, list(missing.values()), replies, len(replies) + len(missing))
-        return [self._verdict(rubric, request, replies[request.key], repeat) for request in requests]
+        unique = {request.key: request for request in requests}
+        replies: dict[Key, Reply | str] = {key: reply for key in unique if (reply := self._store.get(key)) is not None}
+        self.spent.reused += len(replies)
+        self._call_all(rubric, [request for key, request in unique.items() if key not in replies], replies)
+        return [self._verdict(rubric, request, replies[request.key]) for request in requests]
 
-    def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str], total: int) -> None:
-        self._report_progress(len(replies), total)
+    def _call_all(self, rubric: Rubric, requests: list[_Request], replies: dict[Key, Reply | str]) -> None:
+        total = len(replies) + len(requests)
+        self._on_verdict(len(replies), total)
         if not self.judge.parallel or self.limits.concurrency == 1:
             for request in requests:
                 replies[request.key] = self._call(rubric, request)
-                self._report_progress(len(replies), total)
+                self._on_verdict(len(replies), total)
             return
         pool = ThreadPoolExecutor(self.limits.concurrency, thread_name_prefix="judge")
         try:
             pending = {pool.submit(self._call, rubric, request): request.key for request in requests}
-            while pending:
-                done, _ = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    replies[pending.pop(future)] = future.result()
-                self._report_progress(len(replies), total)
+            for future in as_completed(pending):
+                replies[pending[future]] = future.result()
+                self._on_verdict(len(replies), total)
         except BaseException:
             self._stop.set()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _report_progress(self, done: int, total: int) -> None:
-        if self._on_verdict is not None:
-            self._on_verdict(done, total)
-
     def _call(self, rubric: Rubric, request: _Request) -> Reply | str:
         """The reply, already stored on disk, or the reason for its absence."""
         characters = len(request.prompt.system) + len(request.prompt.user)
-        estimate = characters // _CHARACTERS_A_TOKEN + (self._max_tokens or rubric.max_tokens)
+        estimate = characters // _CHARACTERS_A_TOKEN + (self.limits.max_tokens or rubric.max_tokens)
         for attempt in range(self.limits.retries + 1):
             if self._stop.is_set():
                 return "stopped"
@@ -177,15 +177,15 @@ class Client:
                 reply = self.judge.ask(rubric, request.case, request.prompt)
                 self._store.put(request.key, reply)
                 counted = reply.tokens_in + reply.tokens_out or estimate
+                self._succeeded(reply)
+                return reply
             except TryAgainError as error:
                 reason, pause = str(error), self._pause(attempt, error.after)
             except RefusedError as error:
                 return f"refused: {error}"
-            else:
-                self._succeeded(reply)
-                return reply
             finally:
-                self._settle(estimate, counted)
+                with self._lock:
+                    self._reserved += counted - estimate
             with self._lock:
                 self.spent.retried[reason] += 1
             if attempt < self.limits.retries:
@@ -211,10 +211,6 @@ class Client:
             self._reserved += estimate
             return True
 
-    def _settle(self, estimate: int, counted: int) -> None:
-        with self._lock:
-            self._reserved += counted - estimate
-
     def _succeeded(self, reply: Reply) -> None:
         with self._lock:
             self._failed_in_a_row = 0
@@ -229,39 +225,10 @@ class Client:
             if self._failed_in_a_row >= _GIVE_UP_AFTER * self.limits.concurrency:
                 self._stop.set()
 
-    def _verdict(self, rubric: Rubric, request: _Request, reply: Reply | str, repeat: int) -> Verdict:
+    def _verdict(self, rubric: Rubric, request: _Request, reply: Reply | str) -> Verdict:
         clipped = request.prompt.clipped
         if isinstance(reply, str):
-            return Verdict(None, reply, "", request.prompt.hash, clipped, repeat)
+            return Verdict(None, reply, "", request.prompt.hash, clipped)
         grades = verdicts.parse(rubric, reply.text)
         reason = "" if grades else "cut" if reply.cut else "unparsable" if reply.text.strip() else "empty"
-        return Verdict(grades, reason, reply.text, request.prompt.hash, clipped, repeat)
-
-
-class ProgressBar:
-    """A progress bar on stderr if it is a terminal, else a line every `every_s` seconds."""
-
-    def __init__(self, label: str, every_s: float = 30.0) -> None:
-        from rich.console import Console
-        from rich.progress import Progress
-
-        self._console = Console(stderr=True)
-        self._label, self._every_s, self._last = label, every_s, time.monotonic()
-        self._bar = Progress(console=self._console, transient=True) if self._console.is_terminal else None
-        self._task = self._bar.add_task(label) if self._bar else None
-
-    def __call__(self, done: int, total: int) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total)
-        elif done and time.monotonic() - self._last >= self._every_s:
-            self._last = time.monotonic()
-            self._console.print(f"{self._label}: {done} of {total}", highlight=False)
-
-    def __enter__(self) -> ProgressBar:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        return Verdict(grades, reason, reply.text, request.prompt.hash, clipped)

@@ -64,20 +64,20 @@ def runs(
     from lceval.judge.client import Limits
     from lceval.judge.connect import connect
 
-    limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
-    with connect(
-        judge,
-        "judging",
-        replies=replies,
+    limits = Limits(
+        concurrency=concurrency,
+        retries=retries,
+        calls=calls,
+        tokens=tokens,
         timeout=timeout,
         max_tokens=max_tokens,
         max_characters=max_characters,
-        limits=limits,
-    ) as (loaded, client):
+    )
+    with connect(judge, "judging", limits, replies=replies) as client:
         if require_kappa is not None:
-            calibration = kappas.find(loaded.name, loaded.revision)
-            kappas.require(calibration["kappa"] if calibration else None, require_kappa, loaded.name)
-        reports = [after_run.judge_folder(folder, loaded, client) for folder in folders]
+            calibration = kappas.find(client.judge.name, client.judge.revision)
+            kappas.require(calibration["kappa"] if calibration else None, require_kappa, client.judge.name)
+        reports = [after_run.judge_folder(folder, client) for folder in folders]
     typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(after_run.render, reports)))
     if missing := sum(map(after_run.missing, reports)):
         raise InfrastructureError(
@@ -114,17 +114,17 @@ def calibrate_judge(
     from lceval.judge.connect import connect
 
     rows = calibration.stratified(calibration.graded(data), limit)
-    limits = Limits(concurrency=concurrency, retries=retries, calls=calls, tokens=tokens)
-    with connect(
-        judge,
-        "calibrating",
-        replies=replies,
+    limits = Limits(
+        concurrency=concurrency,
+        retries=retries,
+        calls=calls,
+        tokens=tokens,
         timeout=timeout,
         max_tokens=max_tokens,
         max_characters=max_characters,
-        limits=limits,
-    ) as (loaded, client):
-        report, lines = calibration.calibrate(loaded, client, rows, repeats=repeats, probed=probes)
+    )
+    with connect(judge, "calibrating", limits, replies=replies) as client:
+        report, lines = calibration.calibrate(client, rows, repeats=repeats, probed=probes)
     kappas.keep(report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -133,4 +133,4 @@ def calibrate_judge(
     kappa = report["kappa"]
     if require_kappa is not None and (kappa is None or kappa < require_kappa):
         value = "undefined" if kappa is None else f"{kappa:.3f}"
-        raise kappas.BelowError(f"kappa of {loaded.name} is {value}; --require-kappa is {require_kappa}")
+        raise kappas.BelowError(f"kappa of {client.judge.name} is {value}; --require-kappa is {require_kappa}")

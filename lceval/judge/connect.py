@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+from tqdm import tqdm
+
+from lceval.core.paths import cache_dir
 from lceval.judge import backends
-from lceval.judge.client import Client, Limits, ProgressBar
-from lceval.judge.protocol import Judge
-from lceval.judge.replies import Store, alone, default_path
-from lceval.judge.rubrics import MAX_CHARACTERS
-
-TIMEOUT_S = 120.0
+from lceval.judge.client import Client, Limits
+from lceval.judge.replies import Store, alone
 
 
 @contextmanager
 def connect(
     spec: str | None,
     progress_label: str | None,
+    limits: Limits | None = None,
     *,
     replies: Path | None = None,
-    timeout: float = TIMEOUT_S,
-    max_tokens: int | None = None,
-    max_characters: int = MAX_CHARACTERS,
-    limits: Limits | None = None,
     wait: bool = False,
-) -> Iterator[tuple[Judge, Client]]:
-    """A judge and its client.
+) -> Iterator[Client]:
+    """The client of a judge.
 
     Args:
         spec: the judge; None: that of LCEVAL_JUDGE.
@@ -38,22 +36,22 @@ def connect(
     Raises:
         UserError: no such judge, or another process uses it.
     """
-    file = replies or default_path()
-    judge = backends.make(backends.chosen(spec), timeout=timeout, max_tokens=max_tokens)
-    try:
-        with (
-            alone(file, judge.name, wait=wait),
-            Store(file) as store,
-            ProgressBar(f"{progress_label} by {judge.label}") if progress_label else nullcontext() as progress,
-        ):
-            client = Client(
-                judge,
-                store,
-                limits or Limits(),
-                max_characters=max_characters,
-                max_tokens=max_tokens,
-                on_verdict=progress,
-            )
-            yield judge, client
-    finally:
-        judge.close()
+    file, limits = replies or cache_dir("judge") / "replies.sqlite", limits or Limits()
+    with (
+        closing(backends.make(backends.chosen(spec), timeout=limits.timeout, max_tokens=limits.max_tokens)) as judge,
+        alone(file, judge.name, wait=wait),
+        Store(file) as store,
+        _progress_bar(progress_label and f"{progress_label} by {judge.label}") as bar,
+    ):
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield Client(judge, store, limits, on_verdict=show)
+
+
+def _progress_bar(label: str | None) -> tqdm[Any]:
+    """A progress bar on stderr; where that is no terminal, updated every 30 seconds. Disabled without a label."""
+    interval_s = 0.1 if sys.stderr.isatty() else 30.0
+    return tqdm(desc=label, leave=False, disable=label is None, mininterval=interval_s, delay=interval_s)

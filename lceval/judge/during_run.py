@@ -10,7 +10,6 @@ run still succeeds; `lceval judge RUN` retries them.
 
 from __future__ import annotations
 
-import functools
 import gc
 import inspect
 import json
@@ -28,11 +27,10 @@ from typing import Any
 from lceval.core.errors import LcevalError, UserError
 from lceval.core.io import write_text
 from lceval.judge import backends, rubrics, scores
-from lceval.judge.after_run import report_of
 from lceval.judge.backends import VARIABLE
+from lceval.judge.backends.hf import loaded
 from lceval.judge.client import Limits, Spent, Verdict
-from lceval.judge.connect import TIMEOUT_S, connect
-from lceval.judge.protocol import JudgeName
+from lceval.judge.connect import connect
 from lceval.judge.rubrics import Case
 
 LIMITS = Limits()
@@ -53,108 +51,82 @@ def ready() -> str | None:
     try:
         parsed = backends.parse(spec)
         if parsed.kind == "hf":
-            _check_model(parsed)
+            from transformers import AutoConfig
+
+            loaded(AutoConfig, parsed)
         else:
-            backends.make(spec, timeout=TIMEOUT_S).close()
+            backends.make(spec, timeout=LIMITS.timeout).close()
     except UserError as error:
         raise UserError(f"{VARIABLE}: {error}") from None
     return spec
 
 
-def _check_model(spec: JudgeName) -> None:
-    from transformers import AutoConfig
+def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`simple_evaluate` with verdicts if LCEVAL_JUDGE is set; else unchanged.
 
-    from lceval import packaged
-
+    Under plain lm_eval, which prints tracebacks, an invalid judge is printed in one line and exits.
+    """
     try:
-        AutoConfig.from_pretrained(
-            packaged.resolve(spec.model), **({"revision": spec.revision} if spec.revision else {})
-        )
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
-
-
-def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`simple_evaluate` with verdicts if LCEVAL_JUDGE is set; else unchanged."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def simple_evaluate(*args: Any, **kwargs: Any) -> Any:
-        spec = _ready_or_exit()
-        if spec is None:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        log_samples, call.arguments["log_samples"] = call.arguments["log_samples"], True
-        results = original(*call.args, **call.kwargs)
-        if results is None or call.arguments.get("predict_only"):
-            return results
-        add(results, spec)
-        if not log_samples:
-            del results["samples"]
-        return results
-
-    return simple_evaluate
-
-
-def _ready_or_exit() -> str | None:
-    """`ready`; under plain lm_eval, which prints tracebacks, an error is printed in one line and exits."""
-    try:
-        return ready()
+        spec = ready()
     except UserError as error:
         if Path(sys.argv[0]).stem in ("lm_eval", "lm-eval", "__main__"):
             print(f"lceval: error: {error}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
         raise
+    if spec is None:
+        return original(*args, **kwargs)
+    call = inspect.signature(original).bind(*args, **kwargs)
+    call.apply_defaults()
+    log_samples, call.arguments["log_samples"] = call.arguments["log_samples"], True
+    results = original(*call.args, **call.kwargs)
+    if results is None or call.arguments.get("predict_only"):
+        return results
+    add(results, spec)
+    if not log_samples:
+        del results["samples"]
+    return results
 
 
 def add(results: dict[str, Any], spec: str) -> None:
     """Judge the samples of lm-eval's results and add verdicts, means and the judge (`results["judge"]`)."""
-    rubric_names = {
-        task: name for task in results["samples"] if (name := scores.rubric_of(task)) and results["samples"][task]
-    }
+    logged = results["samples"]
+    rubric_names = {task: name for task in logged if (name := scores.rubric_of(task)) and logged[task]}
     if not rubric_names:
         return
-    rows = {task: _first_filter(results["samples"][task]) for task in rubric_names}
+    # Under the first filter.
+    rows = {task: [row for row in logged[task] if row["filter"] == logged[task][0]["filter"]] for task in rubric_names}
     task_samples = {task: [scores.sample_of(row, name) for row in rows[task]] for task, name in rubric_names.items()}
-    batch = [(rubric_names[task], [s.case for s in group if not s.failed]) for task, group in task_samples.items()]
+    batch = [(rubric_names[task], scores.cases(samples)) for task, samples in task_samples.items()]
     gc.collect()  # frees the evaluated model, which plain lm_eval no longer references
     try:
         report, verdicts = _in_subprocess(batch, spec) if backends.parse(spec).kind == "hf" else ask(batch, spec)
     except LcevalError as error:
         print(f"lceval: unjudged: {error}", file=sys.stderr)
         report, verdicts = _failed(spec), [[Verdict(None, f"failed: {error}", "", "", 0)] * len(c) for _, c in batch]
-    for (task, group), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
+    for (task, samples), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
         rubric = rubrics.load(rubric_names[task])
-        scored = scores.score(group, task_verdicts, rubric)
-        lines = [scores.line(one, report["judge"], report["revision"], rubric) for one in scored]
-        names = list(dict.fromkeys(name for _, scores, _ in scored for name in scores or ()))
+        lines, summary = scores.judged(samples, task_verdicts, rubric, report["judge"], report["revision"])
+        names = list(summary["scores"])
         for row, line in zip(rows[task], lines, strict=True):
             row |= {**{name: line.get(name) for name in names}, "verdict": line}
             row["metrics"] = [*row["metrics"], *names]
-        report["tasks"][task] = {"rubric": rubric.key, **scores.summary(scored)}
-        _add_means(results, task, str(rows[task][0]["filter"]), names, lines)
+        report["tasks"][task] = summary
+        _add_means(results, task, rows[task], summary)
     results["judge"] = report
 
 
-def _first_filter(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["filter"] == rows[0]["filter"]]
-
-
-def _add_means(
-    results: dict[str, Any], task: str, filter_name: str, names: Sequence[str], lines: Sequence[Mapping[str, Any]]
-) -> None:
+def _add_means(results: dict[str, Any], task: str, rows: Sequence[Mapping[str, Any]], summary: dict[str, Any]) -> None:
     """Add the means to lm-eval's results, in its naming scheme."""
-    means = results["results"][task]
-    for name in names:
-        values = [line[name] for line in lines if line.get(name) is not None]
-        stderr = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
-        means[f"{name},{filter_name}"] = math.fsum(values) / len(values)
-        means[f"{name}_stderr,{filter_name}"] = stderr
-    means[f"unjudged,{filter_name}"] = sum(line["status"] == "unjudged" for line in lines)
+    means, filter_name = results["results"][task], rows[0]["filter"]
+    for name, mean in summary["scores"].items():
+        values = [row[name] for row in rows if row[name] is not None]
+        means[f"{name},{filter_name}"] = mean
+        means[f"{name}_stderr,{filter_name}"] = (
+            statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else "N/A"
+        )
+    means[f"unjudged,{filter_name}"] = summary["unjudged"]
     better = results.setdefault("higher_is_better", {}).setdefault(task, {})
-    better |= {**{name: name not in _WORSE_WHEN_HIGH for name in names}, "unjudged": False}
+    better |= {**{name: name not in _WORSE_WHEN_HIGH for name in summary["scores"]}, "unjudged": False}
 
 
 def _failed(spec: str) -> dict[str, Any]:
@@ -166,9 +138,9 @@ def _failed(spec: str) -> dict[str, Any]:
 
 def ask(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:
     """A report without tasks, and the verdicts of every task; replies are stored in the cache of `lceval judge`."""
-    with connect(spec, "judging", limits=LIMITS, wait=True) as (judge, client):
+    with connect(spec, "judging", LIMITS, wait=True) as client:
         verdicts = [client.judge_all(rubrics.load(name), cases) for name, cases in batch]
-        return report_of(judge, client.spent, {}), verdicts
+        return client.report({"tasks": {}}), verdicts
 
 
 def _in_subprocess(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[Verdict]]]:

@@ -15,10 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.core.paths import cache_dir
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,6 @@ class Reply:
     tokens_out: int = 0
     served: str = ""
     cut: bool = False
-
-
-def default_path() -> Path:
-    """The default path of the reply cache."""
-    return cache_dir("judge") / "replies.sqlite"
 
 
 @contextmanager
@@ -110,13 +103,8 @@ class Store:
             )
             self._db.commit()
 
-    def close(self) -> None:
-        self._db.close()
-
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, *_: object) -> None:
+        self._db.close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,18 @@ def rubric_of(task: str) -> str | None:
     return _RUBRICS.get(entry.output_format) or _DATASETS.get(entry.dataset.dataset)
 
 
-def _rj(grades: Grades, sample: JudgedSample) -> dict[str, float]:
+def metrics(rubric: str, grades: Grades, sample: JudgedSample) -> dict[str, float]:
+    """The metrics of a sample by the grades of a rubric."""
+    match rubric:
+        case "loong":
+            rating = float(grades[RATING])
+            return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
+        case "financebench":
+            verdict = grades["verdict"]
+            return {f"judge_{label}": float(verdict == label) for label in ("correct", "incorrect", "refusal")}
+        case "choice":
+            letter = grades["letter"]
+            return {"judge_acc": float(letter in sample.letters), "judge_parsed": float(letter != "none")}
     parts = {
         "judge_reasoning": float(grades["reasoning"]),
         "judge_grounding": float(grades["grounding"]),
@@ -65,25 +76,6 @@ def _rj(grades: Grades, sample: JudgedSample) -> dict[str, float]:
     return {**parts, "judge_sum": total, **paper}
 
 
-def _loong(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    rating = float(grades[RATING])
-    return {"avg_score": rating, "perfect_rate": float(rating == PERFECT)}
-
-
-def _financebench(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    return {f"judge_{label}": float(grades["verdict"] == label) for label in ("correct", "incorrect", "refusal")}
-
-
-def _choice(grades: Grades, sample: JudgedSample) -> dict[str, float]:
-    return {"judge_acc": float(grades["letter"] in sample.letters), "judge_parsed": float(grades["letter"] != "none")}
-
-
-METRICS: dict[str, Callable[[Grades, JudgedSample], dict[str, float]]] = {
-    "rj": _rj,
-    "loong": _loong,
-    "financebench": _financebench,
-    "choice": _choice,
-}
 # Grades of a sample without an answer.
 _NO_ANSWER: dict[str, Grades] = {
     "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
@@ -93,45 +85,47 @@ _NO_ANSWER: dict[str, Grades] = {
 }
 
 Scored = Sequence[tuple[JudgedSample, Mapping[str, float] | None, Verdict]]
+"""Samples with their metrics (None if unjudged) and verdicts."""
 
 
-def score(samples: Sequence[JudgedSample], verdicts: Sequence[Verdict], rubric: Rubric) -> Scored:
-    """Each sample with its metrics (None if unjudged) and verdict.
+def cases(samples: Sequence[JudgedSample]) -> list[Case]:
+    """What the judge gets: the cases of the samples that did not fail."""
+    return [sample.case for sample in samples if not sample.failed]
+
+
+def judged(
+    samples: Sequence[JudgedSample], verdicts: Sequence[Verdict], rubric: Rubric, judge: str, revision: str
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The stored line of each sample of a task, and the task's means and counts.
 
     Args:
-        verdicts: verdicts on the samples that did not fail, in order.
+        verdicts: verdicts on `cases(samples)`, in order.
     """
-    remaining, scored = iter(verdicts), []
+    remaining, scored, lines = iter(verdicts), [], []
     for sample in samples:
         verdict = Verdict(dict(_NO_ANSWER[rubric.rubric]), "", "", "", 0) if sample.failed else next(remaining)
-        scores = None if verdict.grades is None else METRICS[rubric.rubric](verdict.grades, sample)
+        scores = None if verdict.grades is None else metrics(rubric.rubric, verdict.grades, sample)
         scored.append((sample, scores, verdict))
-    return scored
+        line = {
+            "doc_id": sample.doc_id,
+            "id": sample.id,
+            "cluster": sample.cluster,
+            "judge": judge,
+            "revision": revision,
+            "rubric": rubric.key,
+            "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
+            "reason": verdict.reason,
+            **(scores or {}),
+            "grades": verdict.grades,
+            "reply": verdict.reply,
+            "prompt_hash": verdict.prompt,
+            "clipped": verdict.clipped,
+        }
+        lines.append(line)
+    return lines, {"rubric": rubric.key, **_summary(scored)}
 
 
-def line(
-    one: tuple[JudgedSample, Mapping[str, float] | None, Verdict], judge: str, revision: str, rubric: Rubric
-) -> dict[str, Any]:
-    """The stored line of a judged sample."""
-    sample, scores, verdict = one
-    return {
-        "doc_id": sample.doc_id,
-        "id": sample.id,
-        "cluster": sample.cluster,
-        "judge": judge,
-        "revision": revision,
-        "rubric": rubric.key,
-        "status": "unjudged" if scores is None else "error" if sample.failed else "judged",
-        "reason": verdict.reason,
-        **(scores or {}),
-        "grades": verdict.grades,
-        "reply": verdict.reply,
-        "prompt_hash": verdict.prompt,
-        "clipped": verdict.clipped,
-    }
-
-
-def summary(scored: Scored) -> dict[str, Any]:
+def _summary(scored: Scored) -> dict[str, Any]:
     """Means over the judged samples, and counts of unjudged ones."""
     reasons = Counter(verdict.reason for _, scores, verdict in scored if scores is None)
     judged = [(sample, scores) for sample, scores, _ in scored if scores is not None]

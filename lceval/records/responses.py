@@ -11,6 +11,7 @@ import json
 import sqlite3
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Responses:
         lm.set_cache_hook(self)
         for method in METHODS:
             original = getattr(lm, method)
-            setattr(lm, method, _CachedMethod(self, method, original))
+            setattr(lm, method, partial(self.serve, method, original))
 
     def add_partial(self, method: str, args: Iterable[Any], response: Any) -> None:
         """lm-eval's cache hook: models call this with each response as it is generated."""
@@ -67,8 +68,8 @@ class Responses:
         rows = self._db.execute("SELECT value FROM response WHERE request = ? ORDER BY place", (request,))
         return [_decode(value) for (value,) in rows]
 
-    def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any]) -> list[Any]:
-        """Responses to `requests`: from the file where stored, else from the model."""
+    def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any], **options: Any) -> list[Any]:
+        """Responses to `requests`: from the file where stored, else from the model's method `original`."""
         keys = [_key(method, request.args) for request in requests]
         stored = {key: self.find(key) for key in set(keys)}
         used: Counter[str] = Counter()
@@ -81,7 +82,7 @@ class Responses:
             else:
                 missing.append(index)
         self._count(requests, missing)
-        fresh = original([requests[i] for i in missing]) if missing else []
+        fresh = original([requests[i] for i in missing], **options) if missing else []
         added: dict[str, list[Any]] = defaultdict(list)
         for index, response in zip(missing, fresh, strict=True):
             responses[index] = response
@@ -98,16 +99,6 @@ class Responses:
         samples = {(request.task_name, request.doc_id) for request in requests}
         self.requested |= samples
         self.reused |= samples - {(requests[i].task_name, requests[i].doc_id) for i in missing}
-
-
-class _CachedMethod:
-    """A model's method, served by `Responses.serve`."""
-
-    def __init__(self, responses: Responses, method: str, original: Callable[..., list[Any]]) -> None:
-        self.responses, self.method, self.original = responses, method, original
-
-    def __call__(self, requests: list[Any], **kwargs: Any) -> list[Any]:
-        return self.responses.serve(self.method, lambda missing: self.original(missing, **kwargs), requests)
 
 
 def _key(method: str, args: Iterable[Any]) -> str:

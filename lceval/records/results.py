@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -149,17 +149,13 @@ def _folders(path: Path) -> list[Path]:
 
 def _is_one(path: Path) -> bool:
     """Whether a folder is one evaluation's output: a run folder, or one with results in it or one level below."""
-    if _has_results(path):
+    if (path / "run.json").is_file() or _results_files(path):
         return True
     inside = _folders(path)
     # A folder with results and run folders one level below is a folder of runs.
     return any(_results_files(folder) for folder in inside) and not any(
         (folder / "run.json").is_file() or (not _results_files(folder) and _is_one(folder)) for folder in inside
     )
-
-
-def _has_results(path: Path) -> bool:
-    return (path / "run.json").is_file() or bool(_results_files(path))
 
 
 def _run_folders(path: Path, levels: int) -> Iterator[Path]:
@@ -172,10 +168,14 @@ def _run_folders(path: Path, levels: int) -> Iterator[Path]:
 
 
 def _read_one(path: Path, label: str) -> tuple[Run, ...]:
-    """The runs of a folder for which `_is_one` is true."""
+    """The runs of a folder for which `_is_one` is true; with run.json only the newest, which may be unfinished."""
+    files = _results_files(path)
     if (path / "run.json").is_file():
-        return (_read_lceval_run(path, label),)
-    files = _results_files(path) or [file for folder in _folders(path) for file in _results_files(folder)]
+        run_json = _read_json(path / "run.json")
+        if not files and run_json.get("status") == "finished":
+            raise UserError(f"{path}: the status in run.json is finished, but there is no results_*.json; run it again")
+        return (_assemble(path, label, files[-1] if files else None, run_json),)
+    files = files or [file for folder in _folders(path) for file in _results_files(folder)]
     per_folder = Counter(file.parent for file in files)
     runs = []
     for file in files:
@@ -188,15 +188,6 @@ def _read_one(path: Path, label: str) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def _read_lceval_run(path: Path, label: str) -> Run:
-    """The run of a folder with run.json: its newest results, or none while it is unfinished."""
-    run_json = _read_json(path / "run.json")
-    files = _results_files(path)
-    if not files and run_json.get("status") == "finished":
-        raise UserError(f"{path}: the status in run.json is finished, but there is no results_*.json; run it again")
-    return _assemble(path, label, files[-1] if files else None, run_json)
-
-
 def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mapping[str, Any]) -> Run:
     """One Run from one results file, its samples files and run.json (empty for plain lm-eval)."""
     finished = not run_json or run_json.get("status") == "finished"
@@ -205,8 +196,7 @@ def _assemble(path: Path, label: str, results_file: Path | None, run_json: Mappi
     template = {"chat_template_sha": results.get("chat_template_sha")} if results else {}
     config = {**_mapping(results.get("config")), **template, **run_json}
     model = str(config.get("model", "-"))
-    arguments = _current_names(model_args(config.get("model_args")))
-    config["model_args"] = arguments
+    arguments = config["model_args"] = model_args(config.get("model_args"))
     recipe = config.get("recipe") or arguments.get("kv") or ("full" if model == "lcft" else "-")
     if results_file:
         tasks = tuple(_read_tasks(results_file, results, finished))
@@ -304,10 +294,10 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         kv_bytes_full=_count(row.get("kv_bytes_full")),
         kv=kv,
         status=status,
-        diagnosis={key: value for key in DIAGNOSES if (value := _number(row.get(key))) is not None},
+        diagnosis=_numbers(row, DIAGNOSES),
         answer=_answer(row.get("filtered_resps")),
         prompt_hash=str(row.get("prompt_hash") or ""),
-        metrics={} if status == "error" else _metrics(row),
+        metrics={} if status == "error" else _numbers(row, _logged(row)),
         unjudged=_unjudged(row, status),
         verdict=_mapping(row.get("verdict")),
     )
@@ -318,8 +308,8 @@ def _logged(row: Mapping[str, Any]) -> list[str]:
     return [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
 
 
-def _metrics(row: Mapping[str, Any]) -> dict[str, float]:
-    return {name: value for name in _logged(row) if (value := _number(row.get(name))) is not None}
+def _numbers(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
+    return {name: value for name in names if (value := _number(row.get(name))) is not None}
 
 
 def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
@@ -340,18 +330,13 @@ def _answer(responses: object) -> str:
 
 
 def model_args(value: object) -> Mapping[str, Any]:
-    """lm-eval's model arguments, logged as a mapping or as the string "a=b,c=d"."""
+    """lm-eval's model arguments, logged as a mapping or as the string "a=b,c=d", under their current names."""
     if isinstance(value, str):
-        return {key.strip(): text for key, _, text in (part.partition("=") for part in value.split(","))}
-    return _mapping(value)
-
-
-def _current_names(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Model arguments under their current names: versions before 0.2 had `compress=agnostic|aware`."""
-    if "compress" not in arguments:
-        return arguments
-    others = {name: value for name, value in arguments.items() if name != "compress"}
-    return {**others, "query_aware": arguments["compress"] == "aware"}
+        value = {key.strip(): text for key, _, text in (part.partition("=") for part in value.split(","))}
+    arguments = {**_mapping(value)}
+    if "compress" in arguments:  # versions before 0.2 had `compress=agnostic|aware`
+        arguments["query_aware"] = arguments.pop("compress") == "aware"
+    return arguments
 
 
 def _context_setting(doc: Mapping[str, Any]) -> str | None:

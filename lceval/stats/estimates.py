@@ -113,7 +113,11 @@ def cluster_bootstrap(
     if all(math.isclose(total / size, mean, rel_tol=1e-12, abs_tol=1e-15) for total, size in pairs):
         return mean, math.nan, math.nan
 
-    lo, hi = _percentiles(pairs, level, resamples, seed)
+    import numpy as np
+
+    columns = np.asarray(sorted(pairs), dtype=np.float64)
+    sums = np.concatenate([block @ columns for block in _counts(len(pairs), resamples, seed, np.int32)])
+    lo, hi = map(float, np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2]))
     # Rounding must not place a bound on the wrong side of the mean.
     return mean, min(lo, mean), max(hi, mean)
 
@@ -187,16 +191,6 @@ def _bounded(value: float, draws: NDArray[Any] | None) -> Estimate:
         return Estimate(value)
     # Rounding must not place a bound on the wrong side of the estimate.
     return Estimate(value, min(lo, value), max(hi, value))
-
-
-def _percentiles(pairs: list[tuple[float, int]], level: float, resamples: int, seed: int) -> tuple[float, float]:
-    """The interval's bounds from the (s_c, m_c) of every cluster."""
-    import numpy as np
-
-    columns = np.asarray(sorted(pairs), dtype=np.float64)
-    sums = np.concatenate([block @ columns for block in _counts(len(pairs), resamples, seed, np.int32)])
-    lo, hi = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(lo), float(hi)
 
 
 def _wilson_unanimous(proportion: float, trials: float, level: float) -> tuple[float, float]:

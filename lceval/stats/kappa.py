@@ -24,9 +24,7 @@ def kappa(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> float:
     return math.nan if expected == 1 else (observed - expected) / (1 - expected)
 
 
-def kappa_interval(
-    ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Hashable], *, resamples: int = RESAMPLES
-) -> tuple[float, float]:
+def kappa_interval(ours: Sequence[str], theirs: Sequence[str], clusters: Sequence[Hashable]) -> tuple[float, float]:
     """The 95% percentile bootstrap interval of kappa over clusters.
 
     It is nan where the bootstrap is uninformative: with fewer than two clusters, and if one side has a single label, so
@@ -42,7 +40,7 @@ def kappa_interval(
     for one, other, cluster in zip(ours, theirs, clusters, strict=True):
         tables[names.index(cluster), labels.index(one), labels.index(other)] += 1
     rng = np.random.default_rng(SEED)
-    drawn = np.stack([tables[rng.integers(len(names), size=len(names))].sum(0) for _ in range(resamples)])
+    drawn = np.stack([tables[rng.integers(len(names), size=len(names))].sum(0) for _ in range(RESAMPLES)])
     totals = drawn.sum((1, 2))
     observed = np.trace(drawn, axis1=1, axis2=2) / totals
     expected = (drawn.sum(1) * drawn.sum(2)).sum(1) / totals**2

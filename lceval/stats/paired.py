@@ -122,7 +122,7 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(binom.sf(lost - 1, lost + gained, 0.5))
 
 
-def sign_flip(sums: NDArray[Any], *, permutations: int = PERMUTATIONS, seed: int = SEED) -> tuple[float, Method]:
+def sign_flip(sums: NDArray[Any], *, permutations: int = PERMUTATIONS) -> tuple[float, Method]:
     """P(sum of cluster drops with random signs >= the observed sum), one-sided.
 
     sums: [K] float64, the sum of drops of each cluster. Unchanged clusters carry no information.
@@ -137,7 +137,7 @@ def sign_flip(sums: NDArray[Any], *, permutations: int = PERMUTATIONS, seed: int
         for value in moved:
             totals = np.concatenate([totals + value, totals - value])
         return float(np.mean(totals >= observed)), "sign-flip exact"
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     hits, block = 0, max(1, _BLOCK // len(moved))
     for start in range(0, permutations, block):
         rows = min(block, permutations - start)
@@ -146,15 +146,7 @@ def sign_flip(sums: NDArray[Any], *, permutations: int = PERMUTATIONS, seed: int
     return (1 + hits) / (1 + permutations), "sign-flip"
 
 
-def bound(
-    sums: NDArray[Any],
-    sizes: NDArray[Any],
-    *,
-    largest: float | None,
-    level: float = LEVEL,
-    draws: int = DRAWS,
-    seed: int = SEED,
-) -> float:
+def bound(sums: NDArray[Any], sizes: NDArray[Any], *, largest: float | None, draws: int = DRAWS) -> float:
     """One-sided upper bound of the mean drop; infinite if there is none.
 
     sums, sizes: [K] float64, drops and samples of each cluster. largest: as in `compare`.
@@ -167,29 +159,29 @@ def bound(
         if len(sums) < MIN_CLUSTERS or np.ptp(means) == 0:
             return math.inf
         largest = float(means.max() + np.ptp(means) / 2)
-        student = _student(sums, sizes, level)
+        student = _student(sums, sizes)
     # Identical clusters share one gamma variate: the sum of their exponentials.
     kinds, counts = np.unique(np.column_stack([sums, sizes]), axis=0, return_counts=True)
     kinds = np.vstack([kinds, [largest * sizes.max(), sizes.max()]])
     shapes = np.append(counts, 1).astype(np.float64)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     ratios = np.empty(draws)
     block = max(1, _BLOCK // len(shapes))
     for start in range(0, draws, block):
         stop = min(start + block, draws)
         weighted = rng.standard_gamma(shapes, size=(stop - start, len(shapes))) @ kinds
         ratios[start:stop] = weighted[:, 0] / weighted[:, 1]
-    return max(student, float(np.quantile(ratios, level)))
+    return max(student, float(np.quantile(ratios, LEVEL)))
 
 
-def _student(sums: NDArray[Any], sizes: NDArray[Any], level: float) -> float:
+def _student(sums: NDArray[Any], sizes: NDArray[Any]) -> float:
     """Ratio estimate plus t quantile (K - 1 degrees) times its linearised, cluster-robust standard error."""
     from scipy.stats import t
 
     k, total = len(sums), float(sizes.sum())
     mean = float(sums.sum()) / total
     error = math.sqrt(k / (k - 1) * float(((sums - mean * sizes) ** 2).sum())) / total
-    return mean + float(t.ppf(level, k - 1)) * error
+    return mean + float(t.ppf(LEVEL, k - 1)) * error
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -19,6 +19,7 @@ from lceval.judge.client import Client, Limits
 from lceval.judge.protocol import TryAgainError
 from lceval.judge.replies import Reply, Store, alone
 from lceval.judge.rubrics import Case, Prompt, Rubric
+from lceval.judge.scores import rubric_of
 from lceval.records.results import read_folder
 from lceval.tasks import catalogue, lm_eval_config
 from lceval.tasks.build import rows_of
@@ -69,9 +70,8 @@ class Scripted:
 
 
 def judge(folder: Path, replies: Mapping[str, str], **limits: Any) -> dict[str, Any]:
-    scripted = Scripted(replies)
     with Store(folder.parent / "scripted.sqlite") as store:
-        return after_run.judge_folder(folder, scripted, Client(scripted, store, Limits(retries=0, **limits)))
+        return after_run.judge_folder(folder, Client(Scripted(replies), store, Limits(retries=0, **limits)))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_the_prompt_of_r_judge_has_only_the_gold_documents_with_their_numbers(
 
     run = made_run(tmp_path / "run", "lc_nqopen_rj_2k", rj_rows[:2], ["x", "y"])
     with Store(tmp_path / "s.sqlite") as store:
-        after_run.judge_folder(run, Recording({}), Client(Recording({}), store))
+        after_run.judge_folder(run, Client(Recording({}), store))
     for row, prompt in zip(rj_rows, sent, strict=False):
         gold = gold_places(row)
         for place, doc in enumerate(row["docs"]):
@@ -319,7 +319,5 @@ def test_the_rubric_depends_on_output_format_and_dataset() -> None:
     output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")
-        assert after_run.rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), (
-            name
-        )
-    assert after_run.rubric_of("lc_no_such_task") is None
+        assert rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), name
+    assert rubric_of("lc_no_such_task") is None

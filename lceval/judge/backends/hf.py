@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from lceval import packaged
 from lceval.core.errors import UserError
 from lceval.judge.protocol import JudgeName, RefusedError
 from lceval.judge.replies import Reply
@@ -20,6 +21,20 @@ from lceval.judge.rubrics import Case, Label, Prompt, Rubric
 
 SCORES = "log_likelihoods"
 """Key of the log-likelihoods in a chosen reply, by field and label."""
+
+
+def loaded(kind: Any, spec: JudgeName, **options: Any) -> Any:
+    """A part of the judge, from `kind.from_pretrained`.
+
+    Raises:
+        UserError: the judge cannot be loaded.
+    """
+    pinned = {"revision": spec.revision} if spec.revision else {}
+    try:
+        return kind.from_pretrained(packaged.resolve(spec.model), **pinned, **options)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
 
 
 class LocalJudge:
@@ -32,20 +47,12 @@ class LocalJudge:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from lceval import packaged
-
         self.name, self._max_tokens = str(spec), max_tokens
-        source = packaged.resolve(spec.model)
-        pinned: dict[str, Any] = {"revision": spec.revision} if spec.revision else {}
+        self._tokenizer = loaded(AutoTokenizer, spec)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source, **pinned)
-            self._model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **pinned).to(device).eval()
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
+        self._model = loaded(AutoModelForCausalLM, spec, dtype="auto").to(device).eval()
         commit = getattr(self._model.config, "_commit_hash", None)
-        self.revision = spec.revision or commit or _digest(Path(source))
+        self.revision = spec.revision or commit or _digest(Path(packaged.resolve(spec.model)))
         self._longest = int(getattr(self._model.config, "max_position_embeddings", 0)) or 1 << 30
 
     @property
@@ -68,17 +75,16 @@ class LocalJudge:
             return self._generate(rubric, ids)
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        if self._tokenizer.chat_template is not None:
-            from jinja2 import TemplateError
+        from jinja2 import TemplateError
 
-            try:
-                text = self._template(prompt.messages)
-            except TemplateError:  # some templates do not support a system message
-                text = self._template([{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}])
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        else:
-            ids = self._tokenizer.encode(f"{prompt.system}\n\n{prompt.user}\n")
-        return ids
+        text = f"{prompt.system}\n\n{prompt.user}"
+        if self._tokenizer.chat_template is None:
+            ids: list[int] = self._tokenizer.encode(f"{text}\n")
+            return ids
+        try:
+            return self._tokens(self._template(prompt.messages))
+        except TemplateError:  # some templates do not support a system message
+            return self._tokens(self._template([{"role": "user", "content": text}]))
 
     def _choose(self, rubric: Rubric, ids: list[int]) -> tuple[dict[str, Label], dict[str, dict[str, float]]]:
         """The chosen labels and the log-likelihoods of all labels; the prompt is prefilled once."""
@@ -93,13 +99,13 @@ class LocalJudge:
             prefix += ", " * bool(place) + json.dumps(field) + ":"
             continuations = {label: self._tokens(f"{prefix} {json.dumps(label)}") for label in labels}
             # A token may span the prefix and the label, so the common tokens of all labels are prefilled.
-            common = _common_length(continuations.values())
+            common = _common_length(*continuations.values())
             shared = ids + next(iter(continuations.values()))[:common]
             longest = len(ids) + max(map(len, continuations.values()))
             if longest > self._longest:
                 raise RefusedError(f"the prompt has {longest} tokens; the judge's limit is {self._longest}")
             # All but the last shared token, whose logits give the first token of every label.
-            _trim(cache, min(_common_length([cached, shared]), len(shared) - 1))
+            _trim(cache, min(_common_length(cached, shared), len(shared) - 1))
             fresh = shared[cache.get_seq_length() : -1]
             if fresh:
                 inputs = torch.tensor([fresh], device=self._model.device)
@@ -144,14 +150,9 @@ class LocalJudge:
         return Reply(text, len(ids), len(generated), self.revision, cut=len(generated) >= limit)
 
 
-def _common_length(sequences: Collection[Sequence[int]]) -> int:
+def _common_length(*sequences: list[int]) -> int:
     """Length of the common prefix of all sequences."""
-    length = 0
-    for tokens in zip(*sequences, strict=False):
-        if len(set(tokens)) > 1:
-            break
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda tokens: len({*tokens}) == 1, zip(*sequences, strict=False)))
 
 
 def _trim(cache: Any, length: int) -> None:

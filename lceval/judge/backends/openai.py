@@ -57,7 +57,8 @@ class EndpointJudge:
             try:
                 reply = self._complete(rubric, prompt, dropped)
             except self._errors.BadRequestError as error:
-                optional = [name for name in _OPTIONAL if name not in dropped and self._sends(name, rubric)]
+                sent = _OPTIONAL if rubric.schema_of_reply is not None else _OPTIONAL[1:]
+                optional = [name for name in sent if name not in dropped]
                 if not optional:
                     raise RefusedError(f"400: {self._reason(error)}") from None
                 mentioned = [name for name in optional if name in str(error)]
@@ -66,9 +67,6 @@ class EndpointJudge:
                 with self._lock:  # later calls start with these arguments
                     self._dropped = max(self._dropped, dropped, key=len)
                 return reply
-
-    def _sends(self, name: str, rubric: Rubric) -> bool:
-        return name != "response_format" or rubric.schema_of_reply is not None
 
     def _complete(self, rubric: Rubric, prompt: Prompt, dropped: tuple[str, ...]) -> Reply:
         tokens = self._max_tokens or rubric.max_tokens

@@ -73,14 +73,10 @@ def agrees(answer: str, gold: str) -> bool:
         return next((word for word in words if word in _CLOSED), None) == first
     if subem(answer, [gold]):
         return True
-    if expected_numbers := _numbers_without_years(gold):
+    # Bare years of a sentence are dates and not values.
+    if expected_numbers := [number for number in numbers(gold) if not number.is_year]:
         return all(any(_close(number, one) for number in numbers(answer)) for one in expected_numbers)
     return max(f1(part, [gold]) for part in [answer, *_SENTENCE.split(answer)]) >= _WORDS_AGREE
-
-
-def _numbers_without_years(gold: str) -> list[Number]:
-    """The numbers of a sentence except bare years, which are dates and not values."""
-    return [number for number in numbers(gold) if not number.is_year]
 
 
 def _close(number: Number, gold: Number) -> bool:
@@ -95,15 +91,10 @@ def _close(number: Number, gold: Number) -> bool:
     )
 
 
-def declines(answer: str) -> bool:
-    """Whether an answer is a refusal."""
-    return not answer.strip() or _DECLINES.search(answer) is not None
-
-
 def _financebench(answer: str, case: Case) -> dict[str, Label]:
-    right = any(agrees(answer, gold) for gold in case.gold)
-    refuses = declines(answer)
-    return {"verdict": "refusal" if refuses and not right else "correct" if right else "incorrect"}
+    if any(agrees(answer, gold) for gold in case.gold):
+        return {"verdict": "correct"}
+    return {"verdict": "refusal" if not answer.strip() or _DECLINES.search(answer) else "incorrect"}
 
 
 def _criteria(solution: str, case: Case) -> dict[str, Label]:
