@@ -12,17 +12,15 @@ from functools import cached_property
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.tasks.compose import Contract, Fitter, spread
+from lceval.tasks.compose import Fitter, spread
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, by_key, joint_identity, read_sources
 
-_SCHEMAS: Mapping[str, Mapping[str, type]] = {
-    "question": {"id": str, "question": str, "answer": str, "doc_name": str},
-    "page": {"doc_name": str, "page_num": int, "text": str},
-}
+_QUESTION: Mapping[str, type] = {"id": str, "question": str, "answer": str, "doc_name": str}
+_PAGE: Mapping[str, type] = {"doc_name": str, "page_num": int, "text": str}
 _UNINFORMATIVE = frozenset({"yes", "no"})  # answers that occur on every page
 
 
@@ -64,7 +62,7 @@ def _pid(filing: str, page: int) -> str:
 
 def _read(request: Request) -> tuple[SourceFile, SourceFile]:
     questions, pages = request.dataset.files
-    question_file, page_file = read_sources(request.task, {questions: _SCHEMAS["question"], pages: _SCHEMAS["page"]})
+    question_file, page_file = read_sources(request.task, {questions: _QUESTION, pages: _PAGE})
     return question_file, page_file
 
 
@@ -155,27 +153,24 @@ def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity
     library = _library(pages)
     tokens = meter.pieces([f"[DOC 100]\n{page['text']}\n\n" for page in library.pages.values()])
     costs = dict(zip(library.pages, tokens, strict=True))
-    fitters = [Fitter(contract) for contract in (Contract.preferred(limit, meter), Contract.guaranteed(limit))]
+    fitter = Fitter.preferred(limit, meter)
 
     def fit(question: _FilingQuestion) -> Row | None:
         rng = random.Random(f"financebench {request.seed} {question.id}")
         others, order_seed = _others(question, library, rng), rng.getrandbits(32)
 
-        def docs(chosen: Sequence[int]) -> list[Document]:
+        def arrange(chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
             page_ids = spread(question.gold, [others[index] for index in chosen], random.Random(order_seed))
-            return [library.pages[pid] for pid in page_ids]
+            docs = [library.pages[pid] for pid in page_ids]
+            return docs, request.totals(docs, [question.question])
 
-        for fitter in fitters:
-            fitted_pages = fitter.fit(
-                [costs[pid] for pid in others], lambda chosen: request.totals(docs(chosen), [question.question])
-            )
-            if fitted_pages is not None:
-                chosen, (length,) = fitted_pages
-                return _row(request, question, docs(chosen), f"{question.id}-{limit // 1024}k", identity, length)
-        return None
+        fitted = fitter.fit([costs[pid] for pid in others], arrange)
+        if fitted is None:
+            return None
+        docs, (length,) = fitted
+        return _row(request, question, docs, f"{question.id}-{limit // 1024}k", identity, length)
 
-    fitted = (fit(question) for question in _questions(questions, library))
-    return [row for row in fitted if row is not None]
+    return [row for question in _questions(questions, library) if (row := fit(question)) is not None]
 
 
 def _others(question: _FilingQuestion, library: _Library, rng: random.Random) -> list[str]:
