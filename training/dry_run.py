@@ -9,6 +9,7 @@ plus the rest for one layer. A test compares the estimate with the tensors that 
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
@@ -99,11 +100,11 @@ def _counted(recipe: Config, model: Any) -> dict[str, Any]:
 
     training_set = build(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
     return {
-        "contexts": len(training_set.contexts) or len(training_set.sequences),
+        "contexts": len(training_set.lengths),
         "questions": training_set.questions,
         "held_out_contexts": len(training_set.held_out),
-        "tokens_a_context": round(training_set.mean_tokens),
-        "longest_context_tokens": training_set.max_tokens,
+        "tokens_a_context": round(fmean(training_set.lengths)),
+        "longest_context_tokens": max(training_set.lengths),
         "answers": max([c.predicted for c in training_set.contexts] + [len(s) for s in training_set.sequences]),
     }
 
