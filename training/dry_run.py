@@ -29,10 +29,11 @@ def estimate(recipe: Config) -> dict[str, Any]:
         UserError: neither the model's configuration nor its shape is available, or the data is missing.
     """
     import torch
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from lceval.training import compression_aware, longlora, precision
-    from lceval.training.sft import with_lora
+    from lceval.training.sft import lora
 
     if recipe.compression_aware is not None:
         compression_aware.check(recipe.compression_aware)
@@ -43,7 +44,10 @@ def estimate(recipe: Config) -> dict[str, Any]:
     data = _counted(recipe, model) if available else _nominal(recipe)
     weights = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
-        tuned = longlora.prepare(model, recipe.longlora) if recipe.longlora else with_lora(recipe, model)
+        if recipe.longlora:
+            tuned = longlora.prepare(model, recipe.longlora)
+        else:
+            tuned = get_peft_model(model, lora(recipe)) if recipe.lora else model
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
     answers, steps = data.pop("answers"), recipe.optim.max_steps
@@ -54,9 +58,12 @@ def estimate(recipe: Config) -> dict[str, Any]:
         tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
         drawn = steps * grpo.prompts_per_step * grpo.num_generations
         epochs = steps * grpo.prompts_per_step / data["questions"] if data["questions"] else None
+    # Per trained parameter: gradient and two moments. PEFT stores LoRA's matrices in float32, and they are added to the
+    # weights; in full fine-tuning gradient and moments have the weights' dtype.
+    trained_bytes = 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
-        "trained": trained * _per_trained(recipe),
+        "trained": trained * trained_bytes,
         "activations": activations(config, recipe, tokens),
         "logits": answers * config.get_text_config().vocab_size * (BYTES[recipe.model.dtype] + 8),
     }
@@ -125,14 +132,6 @@ def _nominal(recipe: Config) -> dict[str, Any]:
         "longest_context_tokens": tokens,
         "answers": tokens if recipe.texts else answer * (recipe.data.questions or usual),
     }
-
-
-def _per_trained(recipe: Config) -> int:
-    """Bytes of gradient and moments per trained parameter, plus the parameter itself with LoRA.
-
-    PEFT stores LoRA's matrices in float32; in full fine-tuning gradient and moments have the weights' dtype.
-    """
-    return 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
 
 
 def activations(config: Any, recipe: Config, tokens: int) -> int:

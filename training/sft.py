@@ -156,14 +156,6 @@ def lora(recipe: Config) -> Any:
     )
 
 
-def with_lora(recipe: Config, model: Any) -> Any:
-    """The model with LoRA, or the model itself for full fine-tuning."""
-    from peft import get_peft_model
-
-    peft_config = lora(recipe)
-    return model if peft_config is None else get_peft_model(model, peft_config)
-
-
 def _dataset(contexts: Sequence[Packed], query_aware: bool) -> Dataset:
     return Dataset.from_list(
         [pack(c.context, c.pairs, query_aware=query_aware, self_distillation=c.self_distillation) for c in contexts]

@@ -6,7 +6,7 @@ of other filings. Pages are in `document_pages.jsonl`; only questions on its fil
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -60,10 +60,18 @@ def _pid(filing: str, page: int) -> str:
     return f"{filing}-p{page}"
 
 
-def _read(request: Request) -> tuple[SourceFile, SourceFile]:
+def _plan(
+    request: Request, rows_of: Callable[[Request, _Library, Sequence[_FilingQuestion], str], list[Row]]
+) -> RowPlan:
     questions, pages = request.dataset.files
     question_file, page_file = read_sources(request.task, {questions: _QUESTION, pages: _PAGE})
-    return question_file, page_file
+    identity = joint_identity([question_file, page_file])
+
+    def build() -> list[Row]:
+        library = _library(page_file)
+        return rows_of(request, library, _questions(question_file, library), identity)
+
+    return RowPlan({"source": identity}, build)
 
 
 def _library(source: SourceFile) -> _Library:
@@ -103,21 +111,16 @@ def _is_page(page: Any) -> bool:
 
 def rows(request: Request) -> RowPlan:
     """Whole filings, one document per page."""
-    questions, pages = _read(request)
-    identity = joint_identity([questions, pages])
+    return _plan(request, _whole)
 
-    def build() -> list[Row]:
-        library = _library(pages)
 
-        def documents(filing: str) -> list[Document]:
-            return [library.pages[pid] for pid in library.filings[filing]]
-
-        return [
-            _row(request, question, documents(question.filing), question.filing, identity)
-            for question in _questions(questions, library)
-        ]
-
-    return RowPlan({"source": identity}, build)
+def _whole(request: Request, library: _Library, questions: Sequence[_FilingQuestion], source: str) -> list[Row]:
+    return [
+        _row(
+            request, question, [library.pages[pid] for pid in library.filings[question.filing]], question.filing, source
+        )
+        for question in questions
+    ]
 
 
 def _row(
@@ -143,14 +146,11 @@ def _row(
 
 def multi_rows(request: Request) -> RowPlan:
     """Pages of several filings, fitted to the length; questions whose evidence does not fit are skipped."""
-    questions, pages = _read(request)
-    identity = joint_identity([questions, pages])
-    return RowPlan({"source": identity}, lambda: _fitted(request, questions, pages, identity))
+    return _plan(request, _fitted)
 
 
-def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity: str) -> list[Row]:
+def _fitted(request: Request, library: _Library, questions: Sequence[_FilingQuestion], source: str) -> list[Row]:
     meter, limit = request.meter_and_limit
-    library = _library(pages)
     tokens = meter.pieces([f"[DOC 100]\n{page['text']}\n\n" for page in library.pages.values()])
     costs = dict(zip(library.pages, tokens, strict=True))
     fitter = Fitter.preferred(limit, meter)
@@ -168,9 +168,9 @@ def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity
         if fitted is None:
             return None
         docs, (length,) = fitted
-        return _row(request, question, docs, f"{question.id}-{limit // 1024}k", identity, length)
+        return _row(request, question, docs, f"{question.id}-{limit // 1024}k", source, length)
 
-    return [row for question in _questions(questions, library) if (row := fit(question)) is not None]
+    return [row for question in questions if (row := fit(question)) is not None]
 
 
 def _others(question: _FilingQuestion, library: _Library, rng: random.Random) -> list[str]:

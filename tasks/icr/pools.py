@@ -42,7 +42,7 @@ def rows(request: Request) -> RowPlan:
 
 def _build(request: Request, questions: SourceFile, pools: Sequence[SourceFile], source: str) -> list[Row]:
     meter, limit = request.meter_and_limit
-    name, size = request.dataset.dataset, request.questions
+    name, size = request.dataset.dataset, request.setting.questions or request.dataset.per_context
     excluded = _outside_split(request.setting.split, questions, pools)
     pool = _PassagePool(request, pools, excluded)
     numbers = {document["pid"]: number for number, document in enumerate(pool.documents)}
