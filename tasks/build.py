@@ -1,14 +1,14 @@
 """Build the rows of a task from its name: the entry point for lm-eval."""
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lceval.core.errors import UserError
 from lceval.tasks import catalogue, contexts, prompts, reduce
-from lceval.tasks.catalogue import Dataset, Task
+from lceval.tasks.catalogue import Task
 from lceval.tasks.request import Request, RowPlan
-from lceval.tasks.rows import DEFAULT_SEED, Row, as_dataset, cached_rows, checked_seed
+from lceval.tasks.rows import DEFAULT_SEED, Row, cached_rows
 from lceval.tasks.tokens import TokenMeter, meter_for, names_tokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +26,9 @@ def dataset(*, lc_task: str, **metadata: Any) -> "dict[str, datasets.Dataset]":
         UserError: No tokenizer for a task with a length, missing or invalid data, a length that no context fits, or a
             context setting that the task does not support.
     """
-    return as_dataset(rows_of(catalogue.find(lc_task), metadata))
+    from datasets import Dataset  # heavy, and scoring must not need it
+
+    return {"test": Dataset.from_list([dict(row) for row in rows_of(catalogue.find(lc_task), metadata)])}
 
 
 def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None = None) -> list[Row]:
@@ -36,17 +38,23 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
         task: Task to build.
         metadata: As for `dataset`.
         limit_tokens: Overrides the length of a task that has one (training rows).
+
+    Raises:
+        UserError: As for `dataset`, or `data_seed` is not an integer.
     """
     setting = contexts.setting(task, metadata)
     requires_meter = task.length_k is not None or setting.requires_meter
     meter = meter_for(task.name, metadata) if requires_meter or names_tokenizer(metadata) else None
+    seed = metadata.get("data_seed", DEFAULT_SEED)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"{task.name}: invalid data_seed={seed!r}: expected an integer, e.g. {DEFAULT_SEED}.")
     request = Request(
         task=task.name,
         dataset=task.dataset,
         output_format=task.output_format,
         meter=meter,
         limit=(limit_tokens or task.length_k * 1024) if task.length_k else None,
-        seed=checked_seed(task.name, metadata.get("data_seed", DEFAULT_SEED)),
+        seed=seed,
         metadata=metadata,
         setting=setting,
     )
@@ -61,10 +69,9 @@ def rows_of(task: Task, metadata: Mapping[str, Any], *, limit_tokens: int | None
     return cached_rows(task.name, inputs, lambda: _build(request, plan, setting))
 
 
-def row_builder(dataset: Dataset) -> Callable[[Request], RowPlan]:
+def row_builder(dataset: catalogue.Dataset) -> Callable[[Request], RowPlan]:
     """The function that plans a dataset's rows."""
-    module, _, name = dataset.rows.rpartition(".")
-    function: Callable[[Request], RowPlan] = getattr(importlib.import_module(module), name)
+    function: Callable[[Request], RowPlan] = pkgutil.resolve_name(dataset.rows)
     return function
 
 

@@ -119,53 +119,55 @@ def fill_length_matched(
 
 
 class Fitter:
-    """Selects documents so that the rendered prompts on a context meet a contract.
+    """Selects documents so that the rendered prompts on a context meet a contract, the first that can be met.
 
     Token counts of single documents do not add up exactly to those of a prompt (tokens merge, document numbers grow).
     The error is measured on a rendered prompt and corrected for until the selection fits; the next context starts from
     the last error.
     """
 
-    def __init__(self, contract: Contract, choose: Callable[[int, Sequence[int]], list[int]] = fill) -> None:
-        """
-        Args:
-            contract: Allowed totals.
-            choose: `(capacity, costs) -> indices`, e.g. `fill`.
-        """
-        self._contract = contract
-        self._choose = choose
-        self._error = 0  # tokens by which the costs exceed what the documents add to a prompt
+    def __init__(self, *contracts: Contract) -> None:
+        self._contracts = contracts
+        # By contract: tokens by which the costs exceed what the documents add to a prompt.
+        self._errors = [0] * len(contracts)
+
+    @classmethod
+    def preferred(cls, limit: int, meter: TokenMeter) -> "Fitter":
+        """A fitter that falls back to the guaranteed length where the preferred one cannot be met."""
+        return cls(Contract.preferred(limit, meter), Contract.guaranteed(limit))
 
     def fit(
         self,
         costs: Sequence[int],
-        totals: Callable[[list[int]], list[int]],
-        choose: Callable[[int, Sequence[int]], list[int]] | None = None,
-    ) -> tuple[list[int], list[int]] | None:
+        arrange: Callable[[Sequence[int]], tuple[T, list[int]]],
+        choose: Callable[[int, Sequence[int]], list[int]] = fill,
+    ) -> tuple[T, list[int]] | None:
         """Select candidates for one context.
 
         Args:
             costs: Estimated tokens of each candidate, in order of preference.
-            totals: Returns the exact total of each question on a context with the candidates of the given indices.
-            choose: Overrides `choose` of the constructor.
+            arrange: Returns the context with the candidates of the given indices, and the exact total of each question
+                on it.
+            choose: `(capacity, costs) -> indices`.
 
         Returns:
-            The selected indices and their totals; None if no selection was found that meets the contract.
+            The context and its totals; None if no selection was found that meets a contract.
         """
-        limit = self._contract.limit
-        room = limit - max(totals([]))
-        if room < 0:
-            return None
-        best: tuple[list[int], list[int]] | None = None
-        for _ in range(_ATTEMPTS):
-            chosen = (choose or self._choose)(room + self._error, costs)
-            measured = totals(chosen)
-            self._error = sum(costs[index] for index in chosen) + limit - room - max(measured)
-            if self._contract.allows(measured) and (best is None or max(measured) > max(best[1])):
-                best = chosen, measured
-            if best is not None and limit - max(best[1]) <= _GOOD_ENOUGH_TOKENS:
-                break
-        return best
+        empty = max(arrange([])[1])
+        for number, contract in enumerate(self._contracts):
+            room = contract.limit - empty
+            best: tuple[T, list[int]] | None = None
+            for _ in range(_ATTEMPTS if room >= 0 else 0):
+                chosen = choose(room + self._errors[number], costs)
+                context, measured = arrange(chosen)
+                self._errors[number] = sum(costs[index] for index in chosen) + empty - max(measured)
+                if contract.allows(measured) and (best is None or max(measured) > max(best[1])):
+                    best = context, measured
+                if best is not None and contract.limit - max(best[1]) <= _GOOD_ENOUGH_TOKENS:
+                    break
+            if best is not None:
+                return best
+        return None
 
 
 def spread(golds: Sequence[T], fillers: Sequence[T], rng: random.Random) -> list[T]:

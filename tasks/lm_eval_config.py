@@ -1,6 +1,6 @@
 """lm-eval's configurations of the catalogue's tasks and groups."""
 
-import importlib
+import pkgutil
 from typing import Any
 
 from lceval.tasks import catalogue
@@ -12,8 +12,7 @@ _METRIC = {"aggregation": "mean", "higher_is_better": True}  # defaults of a met
 
 def _resolved(value: Any) -> Any:
     if isinstance(value, FunctionName):
-        module, _, name = value.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(value)
     if isinstance(value, dict):
         return {key: _resolved(item) for key, item in value.items()}
     return [_resolved(item) for item in value] if isinstance(value, list) else value

@@ -153,13 +153,3 @@ _REPLY_PREFIXES = {
 def reply_prefix(output_format: str) -> str:
     """Text of the reply right before the answer."""
     return _REPLY_PREFIXES.get(output_format, ANSWER_PREFIX)
-
-
-def pair_line(key: str, value: str) -> str:
-    """A key-value pair as a line of the context."""
-    return f'"{key}": "{value}"'
-
-
-def key_question(key: str) -> str:
-    """The question of the key-value task."""
-    return f'What is the value of the key "{key}"?'

@@ -1,6 +1,8 @@
 """Reduce rows with full contexts to the documents of a context setting."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 from lceval.tasks import prompts
 from lceval.tasks.contexts import ContextSetting
@@ -35,25 +37,21 @@ def _with_docs(row: Row, request: Request, setting: ContextSetting, docs: Sequen
 
 
 def _retrieved(rows: Sequence[Row], request: Request, setting: ContextSetting) -> list[Row]:
-    from lceval.tasks.retrievers import Collection, chunked
+    from lceval.tasks.retrievers import chunked, order_by
 
     assert request.meter is not None
     retrieved: list[Row] = []
-    collections: dict[str, tuple[Sequence[Document], Collection, list[int]]] = {}
-    for row in rows:
-        cached = collections.get(row["cluster"])
-        if cached is None or cached[0] != row["docs"]:
-            chunks = chunked(row["docs"], setting.chunk, request.meter)
-            costs = request.meter.pieces([chunk.text for chunk in chunks])
-            cached = row["docs"], Collection(chunks, setting.retriever), costs
-            collections = {row["cluster"]: cached}  # rows of one context are adjacent
-        _, collection, costs = cached
-        chosen, budget_left = [], setting.budget
-        for index in collection.ranked(row["question"]):
-            if costs[index] <= budget_left:
-                chosen.append(index)
-                budget_left -= costs[index]
-        chunks = [collection.chunks[index] for index in sorted(chosen)]
-        docs = [Document(pid=chunk.pid, title=chunk.title, text=chunk.text) for chunk in chunks]
-        retrieved.append(_with_docs(row, request, setting, docs))
+    # Rows of one context are adjacent.
+    for _, context_rows in groupby(rows, key=itemgetter("cluster", "docs")):
+        context = list(context_rows)
+        chunks = chunked(context[0]["docs"], setting.chunk, request.meter)
+        texts = [chunk["text"] for chunk in chunks]
+        costs, ranked = request.meter.pieces(texts), order_by(setting.retriever, texts)
+        for row in context:
+            chosen, budget_left = [], setting.budget
+            for index in ranked(row["question"]):
+                if costs[index] <= budget_left:
+                    chosen.append(index)
+                    budget_left -= costs[index]
+            retrieved.append(_with_docs(row, request, setting, [chunks[index] for index in sorted(chosen)]))
     return retrieved

@@ -36,11 +36,6 @@ class Request:
     setting: ContextSetting = field(default_factory=ContextSetting)
 
     @property
-    def questions(self) -> int:
-        """Questions per context, for datasets drawn from a pool."""
-        return self.setting.questions or self.dataset.per_context
-
-    @property
     def meter_and_limit(self) -> tuple[TokenMeter, int]:
         """Meter and token limit of a task with a fixed length."""
         assert self.meter is not None, self.task

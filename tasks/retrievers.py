@@ -9,9 +9,8 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import bm25s
 import numpy as np
@@ -34,16 +33,7 @@ _MOST_VECTORS = 32768  # 50 MB
 logging.getLogger("bm25s").setLevel(logging.NOTSET)
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A contiguous part of a document, or all of it."""
-
-    pid: str
-    title: str
-    text: str
-
-
-def chunked(docs: Sequence[Document], chunk_tokens: int, meter: TokenMeter) -> list[Chunk]:
+def chunked(docs: Sequence[Document], chunk_tokens: int, meter: TokenMeter) -> list[Document]:
     """Split documents into consecutive chunks of at most `chunk_tokens` tokens; shorter documents stay whole.
 
     A chunk ends at a word boundary, at a line break if there is one in its last quarter. Only a word longer than a
@@ -51,7 +41,7 @@ def chunked(docs: Sequence[Document], chunk_tokens: int, meter: TokenMeter) -> l
     """
     parts = _split_all([document["text"] for document in docs], chunk_tokens, meter)
     return [
-        Chunk(document["pid"], document["title"], text)
+        Document(pid=document["pid"], title=document["title"], text=text)
         for document, texts in zip(docs, parts, strict=True)
         for text in texts
     ]
@@ -121,11 +111,6 @@ def _to_line_end(
     return count
 
 
-class _Scorer(Protocol):
-    def scores(self, question: str) -> NDArray[Any]:
-        """[N] scores of the texts; higher is better."""
-
-
 class Bm25:
     """BM25 in Lucene's variant (k1 = 1.5, b = 0.75) over a fixed set of texts.
 
@@ -151,10 +136,6 @@ class Bm25:
         scores: NDArray[Any] = self._index.get_scores_from_ids(self._index.get_tokens_ids(words))
         return scores
 
-    def ranked(self, question: str, most: int | None = None) -> list[int]:
-        """Indices of the texts, best first; at most `most`."""
-        return _order(self.scores(question))[:most]
-
 
 class _Dense:
     """Cosine similarity of embeddings; texts longer than the embedder's window get the score of their best segment."""
@@ -165,7 +146,13 @@ class _Dense:
         # Equal segments are indexed once: at two positions of an index their scores may differ by rounding.
         rows: dict[str, int] = {}
         self._rows = [[rows.setdefault(segment, len(rows)) for segment in text_segments] for text_segments in segments]
-        self._index = _flat_index(self._embedder.vectors(list(rows))) if rows else None
+        self._index: Any = None
+        if rows:
+            import faiss
+
+            vectors = self._embedder.vectors(list(rows))
+            self._index = faiss.IndexFlatIP(vectors.shape[1])
+            self._index.add(vectors)
 
     def scores(self, question: str) -> NDArray[Any]:
         """[N] float32."""
@@ -195,29 +182,13 @@ class _Hybrid:
 RETRIEVERS: dict[str, type[Bm25] | type[_Dense] | type[_Hybrid]] = {"bm25": Bm25, "dense": _Dense, "hybrid": _Hybrid}
 
 
-class Collection:
-    """Chunks with a retriever."""
-
-    def __init__(self, chunks: Sequence[Chunk], retriever: str) -> None:
-        """
-        Raises:
-            UserError: `dense` or `hybrid` without an installed embedder.
-        """
-        self.chunks = list(chunks)
-        self._scorer: _Scorer = RETRIEVERS[retriever]([chunk.text for chunk in self.chunks])
-
-    def ranked(self, question: str) -> list[int]:
-        """Indices of all chunks, best first."""
-        return _order(self._scorer.scores(question))
-
-
 def order_by(retriever: str, texts: Sequence[str]) -> Callable[[str], list[int]]:
     """Return a function that ranks the texts by a question, best first.
 
     Raises:
         UserError: `dense` or `hybrid` without an installed embedder.
     """
-    scorer: _Scorer = RETRIEVERS[retriever](texts)
+    scorer = RETRIEVERS[retriever](texts)
     return lambda question: _order(scorer.scores(question))
 
 
@@ -230,14 +201,6 @@ def _reciprocal_ranks(scores: NDArray[Any]) -> NDArray[Any]:
     ranks = np.empty(len(scores))
     ranks[_order(scores)] = 1 / (RRF_K + 1 + np.arange(len(scores)))
     return ranks
-
-
-def _flat_index(vectors: NDArray[Any]) -> Any:
-    import faiss
-
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors)
-    return index
 
 
 class _Embedder:

@@ -8,17 +8,14 @@ the number of rows; it is written atomically.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects, write_objects
 from lceval.core.paths import cache_dir
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 DEFAULT_SEED = 1234
 
@@ -68,30 +65,25 @@ class Row(TypedDict):
     gold: NotRequired[int]
 
 
-def as_dataset(rows: Sequence[Row]) -> "dict[str, Dataset]":
-    """Return the rows as the split `test`, as lm-eval expects from a `custom_dataset` function."""
-    from datasets import Dataset  # heavy, and scoring must not need it
-
-    return {"test": Dataset.from_list([dict(row) for row in rows])}
+AnyRow = TypeVar("AnyRow", bound=Row)
 
 
-def together(rows: Sequence[Row]) -> list[Row]:
-    """Group rows by context; contexts in the order of their first row."""
-    order: dict[str, int] = {}
+def content_id(text: str) -> str:
+    """Short id of a text: a hash of its content."""
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def by_context(rows: Iterable[AnyRow]) -> dict[str, list[AnyRow]]:
+    """Rows by `cluster`; contexts in the order of their first row."""
+    contexts: dict[str, list[AnyRow]] = {}
     for row in rows:
-        order.setdefault(row["cluster"], len(order))
-    return sorted(rows, key=lambda row: order[row["cluster"]])
+        contexts.setdefault(row["cluster"], []).append(row)
+    return contexts
 
 
-def checked_seed(task: str, seed: object) -> int:
-    """Validate a data seed.
-
-    Raises:
-        UserError: not an integer.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise UserError(f"{task}: invalid data_seed={seed!r}: expected an integer, e.g. {DEFAULT_SEED}.")
-    return seed
+def together(rows: Iterable[Row]) -> list[Row]:
+    """Group rows by context; contexts in the order of their first row."""
+    return [row for group in by_context(rows).values() for row in group]
 
 
 def cached_rows(task: str, inputs: Mapping[str, Any], build: Callable[[], list[Row]]) -> list[Row]:

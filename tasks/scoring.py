@@ -37,10 +37,13 @@ def em(prediction: str, answers: Iterable[str]) -> float:
 def _token_f1(prediction: str, gold: str) -> float:
     if prediction != gold and (prediction in _CLOSED_SETS or gold in _CLOSED_SETS):
         return 0.0
-    prediction_tokens, gold_tokens = prediction.split(), gold.split()
-    common = sum((Counter(prediction_tokens) & Counter(gold_tokens)).values())
-    # 2PR / (P + R) with P = common / prediction and R = common / gold
-    return 2.0 * common / (len(prediction_tokens) + len(gold_tokens))
+    return overlap_f1(prediction.split(), gold.split())
+
+
+def overlap_f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
+    """F1 of two bags of tokens: 2PR / (P + R) with P = common / prediction and R = common / gold; 0 without tokens."""
+    common = (Counter(prediction) & Counter(gold)).total()
+    return 2.0 * common / max(1, len(prediction) + len(gold))
 
 
 def f1(prediction: str, answers: Iterable[str]) -> float:
@@ -239,6 +242,4 @@ def mean_known(items: Iterable[float | None]) -> float:
 
 def kept_share(items: Iterable[Mapping[str, Any]]) -> float:
     """Aggregation of the `kv` metric: mean kept share of the samples that did not fail; nan without any."""
-    completed = (item for item in items if item.get("status") != "error")
-    shares = [float(item["kept_share"]) for item in completed if item.get("kept_share") is not None]
-    return math.fsum(shares) / len(shares) if shares else math.nan
+    return mean_known(item.get("kept_share") for item in items if item.get("status") != "error")

@@ -17,7 +17,7 @@ from lceval.core.errors import UserError
 from lceval.core.io import objects_of
 
 if TYPE_CHECKING:
-    from lceval.tasks.catalogue import Hub
+    from lceval.tasks.catalogue import Dataset, Hub
 
 DATA_VARIABLE = "LCEVAL_DATA"
 
@@ -135,6 +135,19 @@ def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> S
     if not records:
         raise UserError(f"{name} is empty.")
     return SourceFile(name, records, _digest(files) if copy is not None else revision)
+
+
+def read_local_or_hub(task: str, dataset: "Dataset", fields: Mapping[str, type]) -> SourceFile:
+    """Read a dataset's file in the data folder if it exists, else the first split of its hub repository.
+
+    A local copy of the repository takes precedence. Arguments and errors are those of `read_hub`.
+    """
+    folder = data_folder()
+    local = [name for name in dataset.files if folder is not None and (folder / name).is_file()]
+    if dataset.hub is not None and (not local or hub_copy(dataset.hub) is not None):
+        return read_hub(task, dataset.hub, next(iter(dataset.hub.files)), fields)
+    (source,) = read_sources(task, {dataset.files[0]: fields})
+    return source
 
 
 def _commit(hub: "Hub") -> str:

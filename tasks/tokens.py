@@ -119,25 +119,6 @@ class TokenMeter:
         return [len(ids) for ids in encoded["input_ids"]]
 
 
-def load_tokenizer(name: str, **options: Any) -> Any:
-    """Load the tokenizer of an alias, a folder or a hub name; `options` are passed to `from_pretrained`.
-
-    Raises:
-        UserError: The tokenizer cannot be loaded.
-    """
-    from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
-
-    target = ALIASES[name]() if name in ALIASES else name
-    try:
-        return AutoTokenizer.from_pretrained(target, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().split("\n", 1)[0]
-        raise UserError(
-            f"cannot load the tokenizer {name!r} ({reason}): pass a folder, a hub name"
-            f"{''.join(f' or {alias}' for alias in sorted(ALIASES))} as tokenizer=... in --model_args."
-        ) from error
-
-
 def names_tokenizer(metadata: Mapping[str, Any]) -> bool:
     """Whether model_args include a tokenizer."""
     return bool(metadata.get("tokenizer") or metadata.get("pretrained"))
@@ -170,9 +151,15 @@ def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
 
 @lru_cache(maxsize=4)  # the tasks of a group share one tokenizer
 def _meter(name: str, options_json: str, template_json: str) -> TokenMeter:
+    from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
+
     options = json.loads(options_json)
-    return TokenMeter(
-        load_tokenizer(name, **options),
-        add_bos=options.get("add_bos_token"),
-        template_args=json.loads(template_json),
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(ALIASES[name]() if name in ALIASES else name, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().split("\n", 1)[0]
+        raise UserError(
+            f"cannot load the tokenizer {name!r} ({reason}): pass a folder, a hub name"
+            f"{''.join(f' or {alias}' for alias in sorted(ALIASES))} as tokenizer=... in --model_args."
+        ) from error
+    return TokenMeter(tokenizer, add_bos=options.get("add_bos_token"), template_args=json.loads(template_json))

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from lceval import packaged
 from lceval.core.errors import UserError
@@ -21,7 +21,7 @@ from lceval.tasks import catalogue, contexts
 from lceval.tasks.build import rows_of
 from lceval.tasks.catalogue import Task
 from lceval.tasks.request import Request
-from lceval.tasks.rows import Row, code_digest
+from lceval.tasks.rows import Row, by_context, code_digest
 from lceval.tasks.tokens import TokenMeter, meter_for
 from lceval.training.formats import OUTPUT_FORMATS, target
 from lceval.training.promotion import THRESHOLD, Judge, Promotion, promote
@@ -41,7 +41,7 @@ class TrainingRow(Row):
     target: str
 
 
-class Spec(BaseModel):
+class Spec(BaseModel, extra="forbid", frozen=True):
     """Specification of training rows. Every field changes them.
 
     Attributes:
@@ -58,8 +58,6 @@ class Spec(BaseModel):
         limit: maximum number of rows, in whole contexts; None: all.
         tokenizer: model whose tokenizer counts tokens, as `pretrained` in model_args.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     datasets: Annotated[tuple[str, ...], Field(min_length=1)]
     modes: Annotated[tuple[str, ...], Field(min_length=1)] = ("ao",)
@@ -102,7 +100,7 @@ def rows(spec: Spec, judge: Judge | None = None) -> tuple[list[TrainingRow], Pro
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     for task in (_task(spec, name, mode) for name in spec.datasets for mode in spec.modes):
         for seed in spec.seeds:
-            drawn = rows_of(task, _metadata(spec, task, seed), limit_tokens=_limit(spec, task))
+            drawn = rows_of(task, _metadata(spec, task, seed), limit_tokens=round(spec.length_k * 1024))
             if spec.promote is not None:
                 drawn, promotion = promote(drawn, spec.promote, judge)
                 total += promotion
@@ -130,10 +128,6 @@ def _task(spec: Spec, name: str, mode: str) -> Task:
             raise UserError(f"training data: {name} has no length_k={spec.length_k:g}: expected one of {lengths}.")
         length = dataset.lengths[0]
     return Task(dataset, mode, length)
-
-
-def _limit(spec: Spec, task: Task) -> int | None:
-    return round(spec.length_k * 1024) if task.length_k else None
 
 
 def _metadata(spec: Spec, task: Task, seed: int) -> dict[str, Any]:
@@ -177,15 +171,12 @@ def kept_out(spec: Spec, rows: Sequence[TrainingRow]) -> float | None:
 
 def _whole_contexts(rows: Sequence[TrainingRow], spec: Spec) -> list[TrainingRow]:
     """Whole contexts in random order, as many as fit the limit, at least one."""
-    by_context: dict[str, list[TrainingRow]] = {}
-    for row in rows:
-        by_context.setdefault(row["cluster"], []).append(row)
-    order = random.Random(f"training {spec.seeds}").sample(list(by_context), len(by_context))
+    groups = [*by_context(rows).values()]
     chosen: list[TrainingRow] = []
-    for context in order:
-        if spec.limit is not None and chosen and len(chosen) + len(by_context[context]) > spec.limit:
+    for group in random.Random(f"training {spec.seeds}").sample(groups, len(groups)):
+        if spec.limit is not None and chosen and len(chosen) + len(group) > spec.limit:
             break
-        chosen += by_context[context]
+        chosen += group
     return chosen
 
 

@@ -9,6 +9,7 @@ plus the rest for one layer. A test compares the estimate with the tensors that 
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
@@ -28,10 +29,11 @@ def estimate(recipe: Config) -> dict[str, Any]:
         UserError: neither the model's configuration nor its shape is available, or the data is missing.
     """
     import torch
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from lceval.training import compression_aware, longlora, precision
-    from lceval.training.sft import with_lora
+    from lceval.training.sft import lora
 
     if recipe.compression_aware is not None:
         compression_aware.check(recipe.compression_aware)
@@ -42,7 +44,10 @@ def estimate(recipe: Config) -> dict[str, Any]:
     data = _counted(recipe, model) if available else _nominal(recipe)
     weights = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
-        tuned = longlora.prepare(model, recipe.longlora) if recipe.longlora else with_lora(recipe, model)
+        if recipe.longlora:
+            tuned = longlora.prepare(model, recipe.longlora)
+        else:
+            tuned = get_peft_model(model, lora(recipe)) if recipe.lora else model
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
     answers, steps = data.pop("answers"), recipe.optim.max_steps
@@ -53,9 +58,12 @@ def estimate(recipe: Config) -> dict[str, Any]:
         tokens = grpo.completions_per_device * (tokens + grpo.max_new_tokens)
         drawn = steps * grpo.prompts_per_step * grpo.num_generations
         epochs = steps * grpo.prompts_per_step / data["questions"] if data["questions"] else None
+    # Per trained parameter: gradient and two moments. PEFT stores LoRA's matrices in float32, and they are added to the
+    # weights; in full fine-tuning gradient and moments have the weights' dtype.
+    trained_bytes = 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
     memory = {
         "weights": weights * BYTES[recipe.model.dtype],
-        "trained": trained * _per_trained(recipe),
+        "trained": trained * trained_bytes,
         "activations": activations(config, recipe, tokens),
         "logits": answers * config.get_text_config().vocab_size * (BYTES[recipe.model.dtype] + 8),
     }
@@ -99,11 +107,11 @@ def _counted(recipe: Config, model: Any) -> dict[str, Any]:
 
     training_set = build(recipe, LCFT(model, tokenizer=packaged.resolve(recipe.model.pretrained)))
     return {
-        "contexts": len(training_set.contexts) or len(training_set.sequences),
+        "contexts": len(training_set.lengths),
         "questions": training_set.questions,
         "held_out_contexts": len(training_set.held_out),
-        "tokens_a_context": round(training_set.mean_tokens),
-        "longest_context_tokens": training_set.max_tokens,
+        "tokens_a_context": round(fmean(training_set.lengths)),
+        "longest_context_tokens": max(training_set.lengths),
         "answers": max([c.predicted for c in training_set.contexts] + [len(s) for s in training_set.sequences]),
     }
 
@@ -124,14 +132,6 @@ def _nominal(recipe: Config) -> dict[str, Any]:
         "longest_context_tokens": tokens,
         "answers": tokens if recipe.texts else answer * (recipe.data.questions or usual),
     }
-
-
-def _per_trained(recipe: Config) -> int:
-    """Bytes of gradient and moments per trained parameter, plus the parameter itself with LoRA.
-
-    PEFT stores LoRA's matrices in float32; in full fine-tuning gradient and moments have the weights' dtype.
-    """
-    return 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
 
 
 def activations(config: Any, recipe: Config, tokens: int) -> int:

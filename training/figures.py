@@ -1,11 +1,13 @@
 """Statistics on training rows: tokens, depth of gold documents, lengths of gold and negatives, leaks."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
 from lceval.tasks import prompts
 from lceval.tasks.parsing import normalize
+from lceval.tasks.rows import by_context
 from lceval.tasks.tokens import TokenMeter
 from lceval.training.data import Spec, TrainingRow, kept_out
 from lceval.training.promotion import Promotion
@@ -28,20 +30,18 @@ def report(
     Args:
         judge: name of the judge that confirmed relabelled negatives.
     """
-    contexts: dict[str, list[TrainingRow]] = {}
-    for row in rows:
-        contexts.setdefault(row["cluster"], []).append(row)
-    sizes = [len(group) for group in contexts.values()]
+    contexts = [*by_context(rows).values()]
+    sizes = [len(group) for group in contexts]
     return {
         "rows": len(rows),
         "contexts": len(contexts),
         "distinct_questions": len({(row["dataset"], row["question"]) for row in rows}),
         "questions_per_context": {"least": min(sizes), "mean": fmean(sizes), "most": max(sizes)},
-        "by": _counts(rows),
-        "tokens": _tokens(list(contexts.values()), meter),
+        "by": dict(Counter(f"{row['dataset']} {row['output_format']}" for row in rows)),
+        "tokens": _tokens(contexts, meter),
         "gold_per_question": fmean(len(row["gold_pids"]) for row in rows),
         "depth": _depths(rows),
-        "lengths": lengths(list(contexts.values()), meter),
+        "lengths": lengths(contexts, meter),
         "promotion": {
             "compared": promotion.compared,
             "matched": promotion.matched,
@@ -52,14 +52,6 @@ def report(
         },
         "leaks": {"kept_out": kept_out(spec, rows), "left": sum(_leaking(row) for row in rows)},
     }
-
-
-def _counts(rows: Sequence[TrainingRow]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for row in rows:
-        key = f"{row['dataset']} {row['output_format']}"
-        counts[key] = counts.get(key, 0) + 1
-    return counts
 
 
 def _tokens(contexts: Sequence[Sequence[TrainingRow]], meter: TokenMeter) -> dict[str, int]:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from lceval.core.errors import UserError
 from lceval.models import attention
@@ -25,10 +25,14 @@ from lceval.training import rewards
 from lceval.training.grpo_trainer import trainer_class
 from lceval.training.rewards import Grader, Reward, Row
 from lceval.training.samples import LoggedReward
-from lceval.training.trainers import last_checkpoint, log_to_stderr, processes
+from lceval.training.trainers import common_settings, last_checkpoint, log_to_stderr, processes
+
+_SAME_NAMES = {"max_steps", "num_generations", "temperature", "top_p", "learning_rate", "warmup_steps", "weight_decay"}
+_SAME_NAMES |= {"max_grad_norm", "beta", "epsilon", "epsilon_high", "loss_type", "scale_rewards", "save_steps"}
+"""Fields of a recipe that TRL's configuration has under the same name."""
 
 
-class Grpo(BaseModel):
+class Grpo(BaseModel, extra="forbid", frozen=True):
     """The section `grpo` of a recipe; defaults are the paper's where it states them and one machine allows it.
 
     Attributes:
@@ -53,8 +57,6 @@ class Grpo(BaseModel):
         save_steps: steps between checkpoints.
         eval_steps: steps between evaluations on held-out rows, with one sample per prompt; 0 disables them.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     reward: rewards.Name = "ao"
     variant: rewards.Variant = "paper"
@@ -158,7 +160,16 @@ def train(
     if model.config._attn_implementation == attention.NAME:
         model.set_attn_implementation("sdpa")  # sampling uses left-padded batches
     reward = grpo.reward_function
-    _check(reward, rows, grader, output, resume, grpo, report_to)
+    if reward.judged and grader is None:
+        raise UserError(f"the reward {reward.name} requires a judge: configure one, or choose id, idc or idq")
+    if not rows:
+        raise UserError("no rows to train on")
+    checkpoint = last_checkpoint(output)
+    if checkpoint and not resume:
+        raise UserError(f"{output} contains checkpoints of an earlier run: resume it, or choose another folder")
+    for package in ("trl", *report_to, *(["vllm"] if grpo.use_vllm != "none" else [])):
+        if find_spec(package) is None:
+            raise UserError(f"GRPO with these settings requires the package {package}: pip install {package}")
     tokenizer = deepcopy(tokenizer)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -167,7 +178,6 @@ def train(
     all_rows = [*rows, *held_out]
     _check_lengths(all_rows, tokenizer, chat, grpo.max_new_tokens, model)
     settings = _settings(grpo, output, seed, bf16, bool(held_out), report_to)
-    checkpoint = last_checkpoint(output) if resume else None
     logged_reward = LoggedReward(reward, all_rows, len(rows), grader, output, settings.process_index)
     logged_reward.resume_from(int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0)
     trainer = trainer_class(settings.device.type)(
@@ -224,7 +234,6 @@ def _dataset(rows: Sequence[Row], indices: Sequence[int], chat: bool) -> Any:
 
 def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, report_to: Sequence[str]) -> Any:
     """TRL's configuration."""
-    import torch
     from trl import GRPOConfig
 
     per_pass = grpo.completions_per_device * processes()
@@ -236,69 +245,28 @@ def _settings(grpo: Grpo, output: Path, seed: int, bf16: bool, evaluate: bool, r
         )
     accumulated = samples // per_pass
     return GRPOConfig(
-        output_dir=str(output / "checkpoints"),
-        max_steps=grpo.max_steps,
+        **common_settings(output, seed, report_to),
+        **grpo.model_dump(include=_SAME_NAMES),
         per_device_train_batch_size=grpo.completions_per_device,
         per_device_eval_batch_size=grpo.completions_per_device,
         gradient_accumulation_steps=accumulated,
         steps_per_generation=accumulated * grpo.updates_per_generation,
-        num_generations=grpo.num_generations,
         num_generations_eval=1,
         num_iterations=grpo.iterations,
         max_completion_length=grpo.max_new_tokens,
-        temperature=grpo.temperature,
-        top_p=grpo.top_p,
-        learning_rate=grpo.learning_rate,
         lr_scheduler_type=grpo.schedule,
-        warmup_steps=grpo.warmup_steps,
-        weight_decay=grpo.weight_decay,
-        max_grad_norm=grpo.max_grad_norm,
-        beta=grpo.beta,
         use_bias_correction_kl=grpo.unbiased_kl,
-        epsilon=grpo.epsilon,
-        epsilon_high=grpo.epsilon_high,
-        loss_type=grpo.loss_type,
-        scale_rewards=grpo.scale_rewards,
         use_vllm=grpo.use_vllm != "none",
         vllm_mode="server" if grpo.use_vllm == "server" else "colocate",
         vllm_gpu_memory_utilization=grpo.vllm_memory,
         vllm_server_base_url=grpo.vllm_url,
         activation_checkpointing=grpo.gradient_checkpointing,
         bf16=bf16,
-        seed=seed,
-        data_seed=seed,
         shuffle_dataset=False,
-        logging_steps=1,
-        save_steps=grpo.save_steps,
         save_total_limit=2,
         eval_strategy="steps" if evaluate and grpo.eval_steps else "no",
         eval_steps=grpo.eval_steps or None,
-        report_to=list(report_to) or "none",
-        project="lceval",
-        trackio_static_space_id=False,  # log locally only
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
     )
-
-
-def _check(
-    reward: Reward,
-    rows: Sequence[Row],
-    grader: Grader | None,
-    output: Path,
-    resume: bool,
-    grpo: Grpo,
-    report_to: Sequence[str],
-) -> None:
-    if reward.judged and grader is None:
-        raise UserError(f"the reward {reward.name} requires a judge: configure one, or choose id, idc or idq")
-    if not rows:
-        raise UserError("no rows to train on")
-    if not resume and last_checkpoint(output):
-        raise UserError(f"{output} contains checkpoints of an earlier run: resume it, or choose another folder")
-    for package in ("trl", *report_to, *(["vllm"] if grpo.use_vllm != "none" else [])):
-        if find_spec(package) is None:
-            raise UserError(f"GRPO with these settings requires the package {package}: pip install {package}")
 
 
 def _check_lengths(rows: Sequence[Row], tokenizer: Any, chat: bool, new_tokens: int, model: Any) -> None:

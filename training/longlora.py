@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from lceval.core.errors import UserError
 from lceval.models.geometry import Geometry
@@ -26,7 +26,7 @@ FULLY_TRAINED = {"embeddings": "embed", "norms": "norm"}
 """The modules of an option: those with weights of their own and this substring in their name."""
 
 
-class LongLora(BaseModel):
+class LongLora(BaseModel, extra="forbid", frozen=True):
     """The section `longlora` of a recipe.
 
     Attributes:
@@ -37,8 +37,6 @@ class LongLora(BaseModel):
         window_tokens: context window to extend to; None keeps the model's own.
         rope: RoPE scaling: `linear` scales all frequencies, `yarn` (Peng et al. 2023) low frequencies only.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     group: float = Field(default=0.25, gt=0, le=1)
     group_tokens: int | None = Field(default=None, ge=2, multiple_of=2)

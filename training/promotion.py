@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from difflib import SequenceMatcher
+from functools import cache
 
 from lceval.tasks.parsing import normalize
 from lceval.tasks.rows import Row
@@ -85,7 +86,7 @@ def promote(
         threshold: minimum similarity to a gold passage.
         judge: rejects false positives; None promotes every match. A passage without a verdict remains a negative.
     """
-    known: dict[tuple[str, str], float] = {}
+    similarity_of = cache(similarity)
     compared = 0
     keys: list[tuple[int, str]] = []  # index of the row, pid
     matches: list[Match] = []
@@ -95,13 +96,9 @@ def promote(
             if document["pid"] in row["gold_pids"]:
                 continue
             compared += 1
-            text = document["text"]
-            for gold in golds:
-                if (gold, text) not in known:
-                    known[gold, text] = similarity(gold, text)
-            if max((known[gold, text] for gold in golds), default=0.0) >= threshold:
+            if max((similarity_of(gold, document["text"]) for gold in golds), default=0.0) >= threshold:
                 keys.append((index, document["pid"]))
-                matches.append(Match(row["question"], tuple(row["answers"]), text))
+                matches.append(Match(row["question"], tuple(row["answers"]), document["text"]))
     verdicts = [True] * len(matches) if judge is None else judge(matches)
     promoted: dict[int, list[str]] = defaultdict(list)
     for (index, pid), verdict in zip(keys, verdicts, strict=True):

@@ -21,7 +21,7 @@ from lceval.training import compression_aware, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
 from lceval.training.packing import FULL_CACHE, IGNORED, Packing, pack
-from lceval.training.trainers import log_to_stderr, processes
+from lceval.training.trainers import common_settings, log_to_stderr, processes
 
 
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
@@ -122,31 +122,19 @@ def settings(recipe: Config, *, evaluate: bool) -> SFTConfig:
             f"({processes()}): choose a multiple"
         )
     return SFTConfig(
-        output_dir=str(recipe.output / "checkpoints"),
-        max_steps=optim.max_steps,
+        **common_settings(recipe.output, recipe.seed, recipe.report_to),
+        **optim.model_dump(include={"learning_rate", "max_steps", "weight_decay", "max_grad_norm", "bf16"}),
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=optim.contexts_per_step // processes(),
-        learning_rate=optim.learning_rate,
         lr_scheduler_type=optim.schedule,
         warmup_steps=round(optim.warmup * optim.max_steps),
-        weight_decay=optim.weight_decay,
-        max_grad_norm=optim.max_grad_norm,
-        bf16=optim.bf16,
         activation_checkpointing=optim.gradient_checkpointing,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        logging_steps=1,
-        disable_tqdm=True,
         save_steps=recipe.save_steps,
         save_total_limit=recipe.keep_checkpoints,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=recipe.save_steps,
         prediction_loss_only=True,
-        report_to=list(recipe.report_to) or "none",
-        project="lceval",
-        trackio_static_space_id=False,  # log locally only
-        dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
@@ -166,14 +154,6 @@ def lora(recipe: Config) -> Any:
         target_modules=recipe.lora.targets,
         task_type="CAUSAL_LM",
     )
-
-
-def with_lora(recipe: Config, model: Any) -> Any:
-    """The model with LoRA, or the model itself for full fine-tuning."""
-    from peft import get_peft_model
-
-    peft_config = lora(recipe)
-    return model if peft_config is None else get_peft_model(model, peft_config)
 
 
 def _dataset(contexts: Sequence[Packed], query_aware: bool) -> Dataset:

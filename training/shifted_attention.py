@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,14 +38,13 @@ class MaskRequest:
 
     def __init__(self, **arguments: Any) -> None:
         self._arguments = arguments
-        self._dense: list[Tensor | None] = []
         self._segments: list[Segments | None] = []
 
+    @cached_property
     def dense(self) -> Tensor | None:
         """SDPA's mask; None where it equals plain causal attention."""
-        if not self._dense:
-            self._dense.append(sdpa_mask(**self._arguments))
-        return self._dense[0]
+        mask: Tensor | None = sdpa_mask(**self._arguments)
+        return mask
 
     def segments(self, positions: Tensor | None) -> Segments | None:
         """The sequences by padding mask and positions (a packed sequence starts where positions are not consecutive).
@@ -167,7 +167,7 @@ def _function(group_of: Callable[[int], int]) -> Callable[..., tuple[Tensor, Ten
         module: Any, q: Tensor, k: Tensor, v: Tensor, mask: MaskRequest | Tensor | None, scaling: float, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if not module.training:
-            dense = mask.dense() if isinstance(mask, MaskRequest) else mask
+            dense = mask.dense if isinstance(mask, MaskRequest) else mask
             o, weights = sdpa_attention_forward(module, q, k, v, dense, scaling=scaling, **kwargs)
             return o, weights
         if not isinstance(mask, MaskRequest):

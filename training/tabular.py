@@ -15,18 +15,19 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from lceval.core.errors import UserError
 from lceval.tasks import catalogue, prompts
 from lceval.tasks.request import Request
-from lceval.tasks.rows import DEFAULT_SEED, Document, Row
+from lceval.tasks.rows import DEFAULT_SEED, Document
 from lceval.tasks.tabular import tables
+from lceval.training.data import TrainingRow
 
 SUITE, MODE = "tabular", "ao"
 
 
-class Neighbourhoods(BaseModel):
+class Neighbourhoods(BaseModel, extra="forbid", frozen=True):
     """Specification of the sets.
 
     Attributes:
@@ -39,8 +40,6 @@ class Neighbourhoods(BaseModel):
         seed: seed of the sets.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     datasets: tuple[str, ...] = Field(default=("cancer",), min_length=1)
     retriever: Literal["knn", "random"] = "knn"
     context_rows: int = Field(default=64, gt=0)
@@ -50,16 +49,7 @@ class Neighbourhoods(BaseModel):
     seed: int = 0
 
 
-class TabularRow(Row):
-    """A task's row with a target reply in `output_format`."""
-
-    dataset: str
-    output_format: str
-    data_seed: int
-    target: str
-
-
-def rows(config: Neighbourhoods) -> list[TabularRow]:
+def rows(config: Neighbourhoods) -> list[TrainingRow]:
     """The rows of all sets, grouped by context.
 
     Raises:
@@ -68,7 +58,7 @@ def rows(config: Neighbourhoods) -> list[TabularRow]:
     return [row for dataset in config.datasets for row in _of_table(dataset, config)]
 
 
-def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
+def _of_table(name: str, config: Neighbourhoods) -> Iterator[TrainingRow]:
     known = sorted(dataset.dataset for dataset in catalogue.datasets().values() if dataset.suite == SUITE)
     if name not in known:
         raise UserError(f"{name!r} is not a table of the tabular suite: expected one of {', '.join(known)}")
@@ -102,7 +92,7 @@ def _of_table(name: str, config: Neighbourhoods) -> Iterator[TabularRow]:
                 **scored,
             )
             target = f"{prompts.ANSWER_PREFIX} {table.target(number)}"
-            yield TabularRow(
+            yield TrainingRow(
                 **row, dataset=name, output_format=output_format, data_seed=config.data_seed, target=target
             )
 

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
 
 
-class Texts(BaseModel):
+class Texts(BaseModel, extra="forbid", frozen=True):
     """Documents, split into sequences.
 
     Attributes:
@@ -23,8 +23,6 @@ class Texts(BaseModel):
         tokens: tokens per sequence; the remainder at the end of a document is dropped.
         seed: seed of the order of sequences.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     files: list[Path] = Field(min_length=1)
     field: str = "text"

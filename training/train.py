@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
@@ -48,14 +48,9 @@ class TrainingSet:
         return sum(len(c.pairs) for c in self.contexts)
 
     @property
-    def mean_tokens(self) -> float:
-        """Mean tokens per context or sequence."""
-        lengths = [c.tokens for c in self.contexts] + [len(ids) for ids in self.sequences]
-        return sum(lengths) / len(lengths)
-
-    @property
-    def max_tokens(self) -> int:
-        return max([c.tokens for c in self.contexts] + [len(ids) for ids in self.sequences])
+    def lengths(self) -> list[int]:
+        """Tokens of each context or sequence."""
+        return [c.tokens for c in self.contexts] + [len(ids) for ids in self.sequences]
 
     @property
     def digest(self) -> str:
@@ -128,9 +123,10 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     if recipe.compression_aware is not None:
         compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
-    before = _record(recipe.output)
-    if before is not None and before["recipe"] != _recipe_values(recipe):
-        changed = sorted(key for key, value in _recipe_values(recipe).items() if before["recipe"].get(key) != value)
+    file, values = recipe.output / RECORD, recipe.model_dump(mode="json", exclude={"output", "report_to"})
+    before: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    if before is not None and before["recipe"] != values:
+        changed = sorted(key for key, value in values.items() if before["recipe"].get(key) != value)
         raise UserError(
             f"{recipe.output} contains a run with different {', '.join(changed)}: "
             "choose another folder (--output FOLDER)"
@@ -144,12 +140,12 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     training_set = build(recipe, lm)
     record: dict[str, Any] = {
         "status": "running",
-        "recipe": _recipe_values(recipe),
+        "recipe": values,
         "data": {
             "digest": training_set.digest,
-            "contexts": len(training_set.contexts) or len(training_set.sequences),
+            "contexts": len(training_set.lengths),
             "questions": training_set.questions,
-            "tokens_a_context": training_set.mean_tokens,
+            "tokens_a_context": fmean(training_set.lengths),
         },
     }
     if before is not None and before["data"] != record["data"]:
@@ -159,54 +155,46 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
     lead = is_lead()
     if lead:
         recipe.output.mkdir(parents=True, exist_ok=True)
-        _write(recipe.output, record)
+        write_json(file, record)
     began = time.perf_counter()
     if recipe.grpo is not None:
         outcome = _train_grpo(recipe, model, lm, training_set, grader)
-    elif recipe.texts is not None:
-        outcome = _train_texts(recipe, model, lm, training_set)
     else:
-        outcome = _train_sft(recipe, model, lm, training_set)
+        outcome = _train_supervised(recipe, model, lm, training_set)
     record |= {"status": "finished", "wall_s": time.perf_counter() - began, **outcome}
     if lead:
         from lceval.training.card import write as write_card
 
         (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; train.json has the recipe
         write_card(recipe.output, record)
-        _write(recipe.output, record)
+        write_json(file, record)
     return record
 
 
-def _train_sft(recipe: Config, model: Any, lm: Any, training_set: TrainingSet) -> dict[str, Any]:
-    from lceval.training.sft import packed_trainer
-
-    trainer = packed_trainer(recipe, model, lm.tokenizer, training_set.contexts, training_set.held_out)
-    trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
-    trainer.save_model(str(recipe.output))
-    parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return {"parameters": parameters, **_curves(trainer.state.log_history)}
-
-
-def _train_texts(recipe: Config, model: Any, lm: Any, training_set: TrainingSet) -> dict[str, Any]:
+def _train_supervised(recipe: Config, model: Any, lm: Any, training_set: TrainingSet) -> dict[str, Any]:
     from lceval.training import longlora
-    from lceval.training.sft import text_trainer
+    from lceval.training.sft import packed_trainer, text_trainer
 
-    model.set_attn_implementation("sdpa")
-    tuned = model if recipe.longlora is None else longlora.prepare(model, recipe.longlora)
-    trainer = text_trainer(recipe, tuned, lm.tokenizer, training_set.sequences)
+    if recipe.texts is None:
+        trainer: Any = packed_trainer(recipe, model, lm.tokenizer, training_set.contexts, training_set.held_out)
+    else:
+        model.set_attn_implementation("sdpa")
+        tuned = model if recipe.longlora is None else longlora.prepare(model, recipe.longlora)
+        trainer = text_trainer(recipe, tuned, lm.tokenizer, training_set.sequences)
     trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    saved = {}
     if recipe.longlora is None:
         trainer.save_model(str(recipe.output))
-        return {"parameters": parameters, **_curves(trainer.state.log_history)}
-    folder = recipe.output / "model"
-    if is_lead():
-        # A folder here is complete and of the same recipe: the run was killed after saving it.
-        shutil.rmtree(folder, ignore_errors=True)
-        loads_as = longlora.save(trainer.model, recipe.longlora, folder, lm.tokenizer)
     else:
-        loads_as = "pretrained" if longlora.needs_model_folder(trainer.model, recipe.longlora) else "peft"
-    return {"parameters": parameters, "model": "model", "loads_as": loads_as, **_curves(trainer.state.log_history)}
+        folder = recipe.output / "model"
+        merged = longlora.needs_model_folder(trainer.model, recipe.longlora)
+        saved = {"model": folder.name, "loads_as": "pretrained" if merged else "peft"}
+        if is_lead():
+            # A folder here is complete and of the same recipe: the run was killed after saving it.
+            shutil.rmtree(folder, ignore_errors=True)
+            longlora.save(trainer.model, recipe.longlora, folder, lm.tokenizer)
+    return {"parameters": parameters, **saved, **_curves(trainer.state.log_history)}
 
 
 def _train_grpo(
@@ -245,20 +233,3 @@ def _curves(history: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "losses": [[line["step"], line["loss"]] for line in history if "loss" in line],
         "eval_losses": [[line["step"], line["eval_loss"]] for line in history if "eval_loss" in line],
     }
-
-
-def _recipe_values(recipe: Config) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(recipe.model_dump_json(exclude={"output", "report_to"}))
-    return plain
-
-
-def _record(output: Path) -> dict[str, Any] | None:
-    file = output / RECORD
-    if not file.is_file():
-        return None
-    record: dict[str, Any] = json.loads(file.read_text())
-    return record
-
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    write_json(output / RECORD, record)

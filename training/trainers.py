@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,23 @@ def last_checkpoint(output: Path) -> str | None:
     folder = output / "checkpoints"
     checkpoint: str | None = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     return checkpoint
+
+
+def common_settings(output: Path, seed: int, report_to: Sequence[str]) -> dict[str, Any]:
+    """The settings that the configurations of both trainers share."""
+    import torch
+
+    return {
+        "output_dir": str(output / "checkpoints"),
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "report_to": list(report_to) or "none",
+        "project": "lceval",
+        "trackio_static_space_id": False,  # log locally only
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "disable_tqdm": True,
+    }
 
 
 def log_to_stderr(trainer: Any) -> None:

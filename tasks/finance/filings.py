@@ -37,29 +37,26 @@ def _context_rows(request: Request, number: int) -> list[Row]:
     rng.shuffle(remarks)
     costs = meter.pieces([f" {remark}" for _, remark in remarks])
 
-    def texts(chosen: Sequence[int]) -> list[str]:
+    cluster = f"filings-{limit // 1024}k-{number:02d}"
+
+    def arrange(questions: Sequence[str], chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
         added: list[list[str]] = [[] for _ in included]
         for filing, remark in (remarks[index] for index in chosen):
             added[filing].append(remark)
-        return [" ".join((filing.body, *more)) for filing, more in zip(included, added, strict=True)]
-
-    def totals(questions: Sequence[str], chosen: Sequence[int]) -> list[int]:
-        return request.totals([Document(pid="", title="", text=text) for text in texts(chosen)], questions)
+        docs = [
+            Document(pid=f"{cluster}-{index:02d}", title=filing.title, text=" ".join((filing.body, *more)))
+            for index, (filing, more) in enumerate(zip(included, added, strict=True))
+        ]
+        return docs, request.totals(docs, questions)
 
     for contract in [Contract.preferred(limit, meter)] * _DRAWS + [Contract.guaranteed(limit)]:
         facts = choose_facts(included, rng)
-        questions = [fact.question for _, fact in facts]
-        fitted = Fitter(contract).fit(costs, partial(totals, questions))
+        fitted = Fitter(contract).fit(costs, partial(arrange, [fact.question for _, fact in facts]))
         if fitted is not None:
             break
     else:
         raise UserError(f"{request.task} cannot reach {limit} tokens of this tokenizer within 2%: use a longer task.")
-    chosen, lengths = fitted
-    cluster = f"filings-{limit // 1024}k-{number:02d}"
-    docs = [
-        Document(pid=f"{cluster}-{index:02d}", title=filing.title, text=text)
-        for index, (filing, text) in enumerate(zip(included, texts(chosen), strict=True))
-    ]
+    docs, lengths = fitted
     return [
         request.row(
             id=f"{cluster}-q{index}",

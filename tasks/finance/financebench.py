@@ -6,23 +6,21 @@ of other filings. Pages are in `document_pages.jsonl`; only questions on its fil
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.tasks.compose import Contract, Fitter, spread
+from lceval.tasks.compose import Fitter, spread
 from lceval.tasks.leakage import LeakIndex
 from lceval.tasks.parsing import normalize
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import SourceFile, by_key, joint_identity, read_sources
 
-_SCHEMAS: Mapping[str, Mapping[str, type]] = {
-    "question": {"id": str, "question": str, "answer": str, "doc_name": str},
-    "page": {"doc_name": str, "page_num": int, "text": str},
-}
+_QUESTION: Mapping[str, type] = {"id": str, "question": str, "answer": str, "doc_name": str}
+_PAGE: Mapping[str, type] = {"doc_name": str, "page_num": int, "text": str}
 _UNINFORMATIVE = frozenset({"yes", "no"})  # answers that occur on every page
 
 
@@ -62,10 +60,18 @@ def _pid(filing: str, page: int) -> str:
     return f"{filing}-p{page}"
 
 
-def _read(request: Request) -> tuple[SourceFile, SourceFile]:
+def _plan(
+    request: Request, rows_of: Callable[[Request, _Library, Sequence[_FilingQuestion], str], list[Row]]
+) -> RowPlan:
     questions, pages = request.dataset.files
-    question_file, page_file = read_sources(request.task, {questions: _SCHEMAS["question"], pages: _SCHEMAS["page"]})
-    return question_file, page_file
+    question_file, page_file = read_sources(request.task, {questions: _QUESTION, pages: _PAGE})
+    identity = joint_identity([question_file, page_file])
+
+    def build() -> list[Row]:
+        library = _library(page_file)
+        return rows_of(request, library, _questions(question_file, library), identity)
+
+    return RowPlan({"source": identity}, build)
 
 
 def _library(source: SourceFile) -> _Library:
@@ -105,21 +111,16 @@ def _is_page(page: Any) -> bool:
 
 def rows(request: Request) -> RowPlan:
     """Whole filings, one document per page."""
-    questions, pages = _read(request)
-    identity = joint_identity([questions, pages])
+    return _plan(request, _whole)
 
-    def build() -> list[Row]:
-        library = _library(pages)
 
-        def documents(filing: str) -> list[Document]:
-            return [library.pages[pid] for pid in library.filings[filing]]
-
-        return [
-            _row(request, question, documents(question.filing), question.filing, identity)
-            for question in _questions(questions, library)
-        ]
-
-    return RowPlan({"source": identity}, build)
+def _whole(request: Request, library: _Library, questions: Sequence[_FilingQuestion], source: str) -> list[Row]:
+    return [
+        _row(
+            request, question, [library.pages[pid] for pid in library.filings[question.filing]], question.filing, source
+        )
+        for question in questions
+    ]
 
 
 def _row(
@@ -145,37 +146,31 @@ def _row(
 
 def multi_rows(request: Request) -> RowPlan:
     """Pages of several filings, fitted to the length; questions whose evidence does not fit are skipped."""
-    questions, pages = _read(request)
-    identity = joint_identity([questions, pages])
-    return RowPlan({"source": identity}, lambda: _fitted(request, questions, pages, identity))
+    return _plan(request, _fitted)
 
 
-def _fitted(request: Request, questions: SourceFile, pages: SourceFile, identity: str) -> list[Row]:
+def _fitted(request: Request, library: _Library, questions: Sequence[_FilingQuestion], source: str) -> list[Row]:
     meter, limit = request.meter_and_limit
-    library = _library(pages)
     tokens = meter.pieces([f"[DOC 100]\n{page['text']}\n\n" for page in library.pages.values()])
     costs = dict(zip(library.pages, tokens, strict=True))
-    fitters = [Fitter(contract) for contract in (Contract.preferred(limit, meter), Contract.guaranteed(limit))]
+    fitter = Fitter.preferred(limit, meter)
 
     def fit(question: _FilingQuestion) -> Row | None:
         rng = random.Random(f"financebench {request.seed} {question.id}")
         others, order_seed = _others(question, library, rng), rng.getrandbits(32)
 
-        def docs(chosen: Sequence[int]) -> list[Document]:
+        def arrange(chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
             page_ids = spread(question.gold, [others[index] for index in chosen], random.Random(order_seed))
-            return [library.pages[pid] for pid in page_ids]
+            docs = [library.pages[pid] for pid in page_ids]
+            return docs, request.totals(docs, [question.question])
 
-        for fitter in fitters:
-            fitted_pages = fitter.fit(
-                [costs[pid] for pid in others], lambda chosen: request.totals(docs(chosen), [question.question])
-            )
-            if fitted_pages is not None:
-                chosen, (length,) = fitted_pages
-                return _row(request, question, docs(chosen), f"{question.id}-{limit // 1024}k", identity, length)
-        return None
+        fitted = fitter.fit([costs[pid] for pid in others], arrange)
+        if fitted is None:
+            return None
+        docs, (length,) = fitted
+        return _row(request, question, docs, f"{question.id}-{limit // 1024}k", source, length)
 
-    fitted = (fit(question) for question in _questions(questions, library))
-    return [row for row in fitted if row is not None]
+    return [row for question in questions if (row := fit(question)) is not None]
 
 
 def _others(question: _FilingQuestion, library: _Library, rng: random.Random) -> list[str]:

@@ -6,7 +6,6 @@ a JSON object of lists, graded by a judge; without a judge, by token overlap (`j
 the benchmark's.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.tasks.request import Request, RowPlan
-from lceval.tasks.rows import Document, Row
+from lceval.tasks.rows import Document, Row, content_id
 from lceval.tasks.sources import SourceFile, read_hub
 
 LEVELS = (1, 2, 3, 4)
@@ -43,7 +42,7 @@ def rows(request: Request) -> RowPlan:
 
 
 def _row(request: Request, source: SourceFile, record: Mapping[str, Any]) -> Row:
-    context = hashlib.sha256(record["docs"].encode()).hexdigest()[:12]
+    context = content_id(record["docs"])
     docs = reports(record["docs"], f"loong-{context}")
     answer = compact(record.get("answer"))
     if not docs or not answer:

@@ -6,7 +6,7 @@ the whole filing, about 123,000 words. The questions on a page are adjacent and 
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite
 from typing import Any
 
@@ -15,25 +15,26 @@ from lceval.tasks.finance.numbers import as_number
 from lceval.tasks.parsing import normalize
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row, together
-from lceval.tasks.sources import SourceFile, data_folder, hub_copy, read_hub, read_sources
+from lceval.tasks.sources import SourceFile, read_local_or_hub
 
 _OPEN_ENDS = {"inc", "corp", "co", "ltd", "llc", "no", "nos", "mr", "mrs", "ms", "dr", "st", "vs", "approx"}
 _OPEN_ENDS |= {"u.s", "u.k", "n.a", "n.v", "s.a", "e.g", "i.e"}
 _SHORT = 3  # words, including the full stop, that are not a separate sentence
 
 
-def read(request: Request, fields: Mapping[str, type]) -> SourceFile:
-    """Read the dataset's source: its file in the data folder if it exists, else its repository on the hub.
+def _plan(
+    request: Request,
+    fields: Mapping[str, type],
+    rows_of: Callable[[Request, SourceFile, int, Mapping[str, Any]], list[Row]],
+) -> RowPlan:
+    """Rows of each record of the dataset's source, grouped by context."""
+    source = read_local_or_hub(request.task, request.dataset, fields)
 
-    Raises:
-        UserError: neither can be read, or an invalid record.
-    """
-    dataset, folder = request.dataset, data_folder()
-    local = [name for name in dataset.files if folder is not None and (folder / name).is_file()]
-    if dataset.hub is not None and (not local or hub_copy(dataset.hub) is not None):
-        return read_hub(request.task, dataset.hub, next(iter(dataset.hub.files)), fields)
-    (source,) = read_sources(request.task, {dataset.files[0]: fields})
-    return source
+    def build() -> list[Row]:
+        records = enumerate(source.records, start=1)
+        return together(row for number, record in records for row in rows_of(request, source, number, record))
+
+    return RowPlan({"source": source.identity}, build)
 
 
 def _damaged(source: SourceFile, number: int, reason: str) -> UserError:
@@ -60,15 +61,7 @@ def _is_table(cells: object) -> bool:
 
 def tatqa_rows(request: Request) -> RowPlan:
     """TAT-QA: a table with its paragraphs, about six questions each; the source annotates the evidence."""
-    source = read(request, {})
-    return RowPlan(
-        {"source": source.identity},
-        lambda: [
-            row
-            for number, record in enumerate(source.records, start=1)
-            for row in _tatqa(request, source, number, record)
-        ],
-    )
+    return _plan(request, {}, _tatqa)
 
 
 def _tatqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> list[Row]:
@@ -121,15 +114,10 @@ def _with_scale(spans: Sequence[str], scale: str) -> str:
 def convfinqa_rows(request: Request) -> RowPlan:
     """ConvFinQA: the last question of a conversation on a page, with the previous questions."""
     fields: dict[str, type] = {"id": str, "questions": list, "text": str, "table": str}
-    source = read(request, {**fields, "golden_text": str, "golden_table": str})
-
-    def build() -> list[Row]:
-        return together([_convfinqa(request, source, n, of) for n, of in enumerate(source.records, start=1)])
-
-    return RowPlan({"source": source.identity}, build)
+    return _plan(request, {**fields, "golden_text": str, "golden_table": str}, _convfinqa)
 
 
-def _convfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row:
+def _convfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> list[Row]:
     answer = _plain(source, number, record, "answer")
     page = _context_id("convfinqa", record["table"], record["text"])
     text_sentences = sentences(record["text"])
@@ -139,7 +127,7 @@ def _convfinqa(request: Request, source: SourceFile, number: int, record: Mappin
     gold = [docs[1 + place]["pid"] for place in evidence]
     if record["golden_table"].strip():
         gold.insert(0, docs[0]["pid"])
-    return request.row(
+    row = request.row(
         id=record["id"],
         question=_conversation(record["questions"]),
         answers=[answer],
@@ -149,6 +137,7 @@ def _convfinqa(request: Request, source: SourceFile, number: int, record: Mappin
         cluster=page,
         source=source.identity,
     )
+    return [row]
 
 
 def _plain(source: SourceFile, number: int, record: Mapping[str, Any], field: str) -> str:
@@ -207,17 +196,11 @@ def _within(words: set[str], others: set[str]) -> bool:
 
 def finqa_rows(request: Request) -> RowPlan:
     """FinQA: the text before the table, the table, the text after it."""
-    source = read(request, {"id": str, "question": str, "answers": str})
-
-    def build() -> list[Row]:
-        built_rows = [_finqa(request, source, number, record) for number, record in enumerate(source.records, start=1)]
-        return together([row for row in built_rows if row is not None])
-
-    return RowPlan({"source": source.identity}, build)
+    return _plan(request, {"id": str, "question": str, "answers": str}, _finqa)
 
 
-def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:
-    """Build a row; None if the answer is empty, as a few are in FinQA."""
+def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> list[Row]:
+    """No row if the answer is empty, as a few are in FinQA."""
     if not _is_table(record.get("table")):
         raise _damaged(source, number, "has no table (a list of rows of strings)")
     parts = {}
@@ -226,10 +209,10 @@ def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[st
             raise _damaged(source, number, f"has no {side} (a list of strings)")
         parts[side] = " ".join(part.strip() for part in record[side] if part.strip(" ."))
     if not answerable(record["answers"]):
-        return None
+        return []
     page = _context_id("finqa", record["table"], parts)
     texts = {"before": parts["pre_text"], "table": table_text(record["table"]), "after": parts["post_text"]}
-    return request.row(
+    row = request.row(
         id=record["id"],
         question=record["question"],
         answers=[record["answers"].strip()],
@@ -238,6 +221,7 @@ def _finqa(request: Request, source: SourceFile, number: int, record: Mapping[st
         cluster=page,
         source=source.identity,
     )
+    return [row]
 
 
 def answerable(answer: str) -> bool:
@@ -247,22 +231,15 @@ def answerable(answer: str) -> bool:
 
 def docfinqa_rows(request: Request) -> RowPlan:
     """DocFinQA: FinQA's questions on whole filings."""
-    source = read(request, {"Context": str, "Question": str})
-
-    def build() -> list[Row]:
-        records = enumerate(source.records, start=1)
-        built_rows = [_docfinqa(request, source, number, record) for number, record in records]
-        return together([row for row in built_rows if row is not None])
-
-    return RowPlan({"source": source.identity}, build)
+    return _plan(request, {"Context": str, "Question": str}, _docfinqa)
 
 
-def _docfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> Row | None:
+def _docfinqa(request: Request, source: SourceFile, number: int, record: Mapping[str, Any]) -> list[Row]:
     answer = _plain(source, number, record, "Answer")
     if not answerable(answer):
-        return None
+        return []
     filing = _context_id("docfinqa", record["Context"])
-    return request.row(
+    row = request.row(
         id=f"docfinqa-{number:04d}",
         question=record["Question"].strip(),
         answers=[answer],
@@ -271,3 +248,4 @@ def _docfinqa(request: Request, source: SourceFile, number: int, record: Mapping
         cluster=filing,
         source=source.identity,
     )
+    return [row]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from lceval.core.errors import UserError
-from lceval.tasks.compose import Contract, Fitter
+from lceval.tasks.compose import Fitter
 from lceval.tasks.prompts import block
 from lceval.tasks.request import Request
 from lceval.tasks.rows import Document
@@ -48,7 +48,7 @@ class Haystack:
         Raises:
             UserError: No paragraph remains.
         """
-        meter, self._limit = request.meter_and_limit
+        meter, limit = request.meter_and_limit
         self._request = request
         self._stories: list[list[Document]] = []
         for number, record in enumerate(stories.records):
@@ -64,9 +64,9 @@ class Haystack:
         (word,) = meter.pieces([_WORD])
         costs = [cost - word for cost in costs]
         self._costs = {document["pid"]: cost for document, cost in zip(documents, costs, strict=True)}
-        self._passes = 1 + self._limit // max(sum(costs), 1)
-        # The second contract is for contexts whose questions differ too much in length for the first.
-        self._fitters = [Fitter(Contract.preferred(self._limit, meter)), Fitter(Contract.guaranteed(self._limit))]
+        self._passes = 1 + limit // max(sum(costs), 1)
+        # The questions on a context may differ too much in length for the preferred contract.
+        self._fitter = Fitter.preferred(limit, meter)
 
     def context(
         self, needles: Sequence[Document], depths: Sequence[float], questions: Sequence[str], rng: random.Random
@@ -92,14 +92,11 @@ class Haystack:
                 for document in story
             ]
 
-        def arrange(chosen: Sequence[int]) -> list[Document]:
-            return placed([candidates[index] for index in sorted(chosen)], needles, depths)
+        def arrange(chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
+            documents = placed([candidates[index] for index in sorted(chosen)], needles, depths)
+            return documents, self._request.totals(documents, questions)
 
-        for fitter in self._fitters:
-            fitted = fitter.fit(costs, lambda chosen: self._request.totals(arrange(chosen), questions))
-            if fitted is not None:
-                return arrange(fitted[0]), fitted[1]
-        return None
+        return self._fitter.fit(costs, arrange)
 
 
 def placed(text: Sequence[Document], needles: Sequence[Document], depths: Sequence[float]) -> list[Document]:

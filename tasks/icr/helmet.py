@@ -44,8 +44,7 @@ def _build(request: Request, files: Sequence[QuestionFile]) -> list[Row]:
     name = request.dataset.dataset
     offsets = [files[0].offsets()]
     ranked = sorted(offsets[0], key=lambda key: hashlib.sha256(f"{name} {request.seed} {key}".encode()).digest())
-    # If the length leaves no room for a tolerance without the chat template, the contract includes the template.
-    fitters = [Fitter(Contract.preferred(limit, meter), packed), Fitter(Contract.guaranteed(limit), packed)]
+    fitter = Fitter.preferred(limit, meter)
     built_rows: list[Row] = []
     questions_done = 0
     for key in ranked:
@@ -53,7 +52,7 @@ def _build(request: Request, files: Sequence[QuestionFile]) -> list[Row]:
             if number == len(offsets):
                 offsets.append(file.offsets())
             records = file.records(offsets[number].get(key, ()))
-            question_rows = _rows_of(request, key, records, fitters, file)
+            question_rows = _rows_of(request, key, records, fitter, file)
             if question_rows:
                 built_rows += question_rows
                 questions_done += 1
@@ -71,7 +70,7 @@ def _build(request: Request, files: Sequence[QuestionFile]) -> list[Row]:
 
 
 def _rows_of(
-    request: Request, key: str, records: Iterator[dict[str, Any]], fitters: Sequence[Fitter], file: QuestionFile
+    request: Request, key: str, records: Iterator[dict[str, Any]], fitter: Fitter, file: QuestionFile
 ) -> list[Row]:
     """Rows of a question, one per depth; empty if one of them has too few passages."""
     short = hashlib.sha256(key.encode()).hexdigest()[:10]
@@ -80,19 +79,20 @@ def _rows_of(
     for depth, record in enumerate(records):
         documents, gold = passages(record)
         _measure(request, documents, costs)
-        fitted = fit(request, documents, gold, record["question"].strip(), costs, fitters)
+        fitted = fit(request, documents, gold, record["question"].strip(), costs, fitter)
         if fitted is None:
             return []
+        arranged, (total,) = fitted
         question_rows.append(
             request.row(
                 id=f"{request.dataset.dataset}-{short}-{depth}",
                 question=record["question"].strip(),
                 answers=record["answers"],
-                docs=fitted[0],
+                docs=arranged,
                 gold_pids=gold,
                 cluster=f"{request.dataset.dataset}-{short}",
                 source=file.identity,
-                length_tokens=fitted[1],
+                length_tokens=total,
             )
         )
     return question_rows
@@ -113,29 +113,20 @@ def fit(
     gold: Sequence[str],
     question: str,
     costs: Mapping[str, int],
-    fitters: Sequence[Fitter],
-) -> tuple[list[Document], int] | None:
+    fitter: Fitter,
+) -> tuple[list[Document], list[int]] | None:
     """Documents of the context and its total; None if the length cannot be met."""
     others = [document for document in documents if document["pid"] not in gold]
 
-    totals_of: dict[tuple[int, ...], list[int]] = {}  # fitters may repeat a selection
-
-    def totals(chosen: list[int]) -> list[int]:
-        if (selection := tuple(chosen)) not in totals_of:
-            arranged = arrange(documents, gold, [others[index]["pid"] for index in chosen])
-            totals_of[selection] = request.totals(arranged, [question])
-        return totals_of[selection]
+    def arranged(chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
+        docs = arrange(documents, gold, [others[index]["pid"] for index in chosen])
+        return docs, request.totals(docs, [question])
 
     estimates = [costs[document["pid"]] for document in others]
     limit = request.meter_and_limit[1]
-    if sum(estimates) < limit and totals([*range(len(others))])[0] < Contract.guaranteed(limit).floor:
+    if sum(estimates) < limit and max(arranged(range(len(others)))[1]) < Contract.guaranteed(limit).floor:
         return None
-    for fitter in fitters:
-        fitted = fitter.fit(estimates, totals)
-        if fitted is not None:
-            chosen, (total,) = fitted
-            return arrange(documents, gold, [others[index]["pid"] for index in chosen]), total
-    return None
+    return fitter.fit(estimates, arranged, packed)
 
 
 def arrange(documents: Sequence[Document], gold: Sequence[str], kept: Sequence[str]) -> list[Document]:

@@ -1,19 +1,19 @@
 """Sources of passage pools: jsonl files of a data folder, or QA datasets of the hub converted to a pool."""
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lceval.tasks.request import Request
+from lceval.tasks.rows import content_id
 from lceval.tasks.sources import SourceFile, data_folder, read_hub, read_sources
 
 QUESTION: dict[str, type] = {"question": str, "answers": list, "gold_pids": list}
 PASSAGE: dict[str, type] = {"pid": str, "title": str, "text": str}
 
 
-def read_pool(request: Request) -> tuple[SourceFile, SourceFile, list[SourceFile]]:
-    """Questions, their passages, and further passages as filler.
+def read_pool(request: Request) -> tuple[SourceFile, list[SourceFile]]:
+    """Questions, and the pools of passages: those of the questions, then further passages as filler.
 
     Files of the data folder take precedence. Without them, questions and passages are loaded from the hub, without
     further filler.
@@ -27,8 +27,8 @@ def read_pool(request: Request) -> tuple[SourceFile, SourceFile, list[SourceFile
     local = folder is not None and (folder / questions).is_file()
     if local or dataset.hub is None:
         schemas: dict[str, dict[str, type]] = {questions: QUESTION, passages: PASSAGE, **dict.fromkeys(fill, PASSAGE)}
-        question_file, passage_file, *fill_files = read_sources(request.task, schemas)
-        return question_file, passage_file, fill_files
+        question_file, *pools = read_sources(request.task, schemas)
+        return question_file, pools
     convert, fields = _CONVERTERS[dataset.dataset]
     source = read_hub(request.task, dataset.hub, "validation", fields)
     pool = _PoolBuilder()
@@ -36,8 +36,7 @@ def read_pool(request: Request) -> tuple[SourceFile, SourceFile, list[SourceFile
         convert(record, pool)
     return (
         SourceFile(f"{source.name} questions", pool.questions, source.sha256),
-        SourceFile(f"{source.name} passages", [*pool.passages.values()], source.sha256),
-        [],
+        [SourceFile(f"{source.name} passages", [*pool.passages.values()], source.sha256)],
     )
 
 
@@ -50,7 +49,7 @@ class _PoolBuilder:
 
     def add_passage(self, title: str, text: str) -> str:
         """Add a passage and return its id, a hash of its content."""
-        pid = hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:12]
+        pid = content_id(f"{title}\n{text}")
         self.passages.setdefault(pid, {"pid": pid, "title": title, "text": text})
         return pid
 

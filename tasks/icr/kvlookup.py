@@ -15,7 +15,6 @@ from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.tasks.compose import Contract
-from lceval.tasks.prompts import key_question, pair_line
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import Document, Row
 from lceval.tasks.sources import read_sources
@@ -75,10 +74,10 @@ def _row(request: Request, lookup: Lookup, source: str) -> Row:
     """Build the row with the maximum number of pairs that fit."""
     _, limit = request.meter_and_limit
     key, value = lookup.pairs[lookup.target]
-    question = key_question(key)
+    question = f'What is the value of the key "{key}"?'
 
     def docs(count: int) -> list[Document]:
-        return [Document(pid=pid, title="", text=pair_line(pid, of)) for pid, of in lookup.first(count)]
+        return [Document(pid=pid, title="", text=f'"{pid}": "{of}"') for pid, of in lookup.first(count)]
 
     count = bisect_right(
         range(1, len(lookup.pairs) + 1), limit, key=lambda count: request.totals(docs(count), [question])[0]

@@ -5,11 +5,11 @@ is normalised as for SQuAD after Unicode decomposition (NFD), so that accents ar
 """
 
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lceval.tasks.parsing import normalize
+from lceval.tasks.scoring import overlap_f1
 
 CUTOFFS = (1, 2, 3, 5)
 
@@ -45,13 +45,8 @@ def answer_metrics(outputs: Sequence[str], golds: Sequence[str]) -> dict[str, fl
     return {
         "subspan_em": float(bool(prediction) and any(gold and gold in prediction for gold in normalized_golds)),
         "em": float(bool(prediction) and prediction in normalized_golds),
-        "f1": max(_f1(prediction.split(), gold.split()) for gold in normalized_golds),
+        "f1": max(overlap_f1(prediction.split(), gold.split()) for gold in normalized_golds),
     }
-
-
-def _f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    common = (Counter(prediction) & Counter(gold)).total()
-    return 2.0 * common / (len(prediction) + len(gold)) if common else 0.0
 
 
 def set_metrics(outputs: Sequence[str], golds: Sequence[str]) -> dict[str, float]:

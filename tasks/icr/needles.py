@@ -45,14 +45,17 @@ class Needles:
 
 def codes(request: Request) -> RowPlan:
     """Access codes. Options: contexts; keys, values per key and questions per context; keys asked per question."""
-    (stories,) = read_sources(request.task, {STORIES: SCHEMA})
-    return RowPlan({"source": stories.identity}, lambda: _build(request, stories, _codes))
+    return _plan(request, _codes)
 
 
 def variables(request: Request) -> RowPlan:
     """Variable assignments. Options: contexts; chains per context (one question each); variables per chain."""
+    return _plan(request, _variables)
+
+
+def _plan(request: Request, draw: Callable[[Request, str, random.Random], Needles]) -> RowPlan:
     (stories,) = read_sources(request.task, {STORIES: SCHEMA})
-    return RowPlan({"source": stories.identity}, lambda: _build(request, stories, _variables))
+    return RowPlan({"source": stories.identity}, lambda: _build(request, stories, draw))
 
 
 def _build(request: Request, stories: SourceFile, draw: Callable[[Request, str, random.Random], Needles]) -> list[Row]:

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence, Set
 
 from lceval.core.errors import UserError
-from lceval.tasks.compose import TOLERANCE, Contract, Fitter, fill_length_matched, spread
+from lceval.tasks.compose import TOLERANCE, Contract, Fitter, fill, fill_length_matched, spread
 from lceval.tasks.icr.hub_pools import read_pool
 from lceval.tasks.icr.questions import PoolQuestion, group_questions, pack_questions, usable_questions
 from lceval.tasks.icr.splits import sides
@@ -22,7 +22,7 @@ from lceval.tasks.parsing import normalize
 from lceval.tasks.prompts import block
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.retrievers import order_by
-from lceval.tasks.rows import Document, Row
+from lceval.tasks.rows import Document, Row, by_context
 from lceval.tasks.sources import SourceFile, by_key, joint_identity
 
 HARD_PER_QUESTION = 5
@@ -35,14 +35,14 @@ _CHARACTERS_PER_TOKEN = 4
 
 def rows(request: Request) -> RowPlan:
     """All rows of one length, on at most 100 contexts (50 at 64k, 25 at 128k)."""
-    questions, passages, fill = read_pool(request)
-    source = joint_identity([questions, passages, *fill])
-    return RowPlan({"source": source}, lambda: _build(request, questions, [passages, *fill], source))
+    questions, pools = read_pool(request)
+    source = joint_identity([questions, *pools])
+    return RowPlan({"source": source}, lambda: _build(request, questions, pools, source))
 
 
 def _build(request: Request, questions: SourceFile, pools: Sequence[SourceFile], source: str) -> list[Row]:
     meter, limit = request.meter_and_limit
-    name, size = request.dataset.dataset, request.questions
+    name, size = request.dataset.dataset, request.setting.questions or request.dataset.per_context
     excluded = _outside_split(request.setting.split, questions, pools)
     pool = _PassagePool(request, pools, excluded)
     numbers = {document["pid"]: number for number, document in enumerate(pool.documents)}
@@ -112,16 +112,12 @@ def _length(limit: int) -> str:
 
 def kept_out(request: Request, rows: Sequence[Row]) -> list[int]:
     """Number of passages excluded from each context: not gold, and containing an answer."""
-    questions, gold_and_negatives, fill = read_pool(request)
-    pools = [gold_and_negatives, *fill]
+    questions, pools = read_pool(request)
     excluded = _outside_split(request.setting.split, questions, pools)
     passages = [record for pool in pools for record in pool.records if record["pid"] not in excluded]
     leaks = LeakIndex([passage["text"] for passage in passages])
-    contexts: dict[str, list[Row]] = {}
-    for row in rows:
-        contexts.setdefault(row["cluster"], []).append(row)
     counts = []
-    for context_rows in contexts.values():
+    for context_rows in by_context(rows).values():
         golds = {pid for row in context_rows for pid in row["gold_pids"]}
         answers = [normalize(answer) for row in context_rows for answer in row["answers"]]
         leaking = leaks.containing(answer for answer in answers if answer)
@@ -159,22 +155,19 @@ class _PassagePool:
         candidates = [*hard, *rest]
         order_seed = rng.getrandbits(64)
 
-        def arrange(chosen: list[int]) -> list[Document]:
+        def arrange(chosen: Sequence[int]) -> tuple[list[Document], list[int]]:
             order = random.Random(order_seed)
             fillers = [candidates[index] for index in chosen]
             order.shuffle(fillers)
-            return [self.documents[passage] for passage in spread(golds, fillers, order)]
+            documents = [self.documents[passage] for passage in spread(golds, fillers, order)]
+            return documents, request.totals(documents, [question.text for question in group])
 
         def fill_matched(capacity: int, costs: Sequence[int]) -> list[int]:
             gold_costs = [self._costs[gold] for gold in golds]
             return fill_length_matched(capacity, costs, gold_costs, len(hard), random.Random(order_seed))
 
-        fitted = fitter.fit(
-            [self._costs[passage] for passage in candidates],
-            lambda chosen: request.totals(arrange(chosen), [question.text for question in group]),
-            fill_matched if self._length_matched else None,
-        )
-        return None if fitted is None else (arrange(fitted[0]), fitted[1])
+        costs = [self._costs[passage] for passage in candidates]
+        return fitter.fit(costs, arrange, fill_matched if self._length_matched else fill)
 
     def _hard(self, group: Sequence[PoolQuestion]) -> Iterator[int]:
         """Hard negatives, round-robin over the questions: distractors of the source, then the top-ranked passages."""

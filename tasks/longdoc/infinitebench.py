@@ -1,7 +1,5 @@
 """Rows of `lc_infinitebench_*`: questions on whole English books; F1 of its questions."""
 
-import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +7,9 @@ from lceval.core.errors import UserError
 from lceval.tasks.parsing import extract, normalize
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.request import Request, RowPlan
-from lceval.tasks.rows import Document, Row, together
-from lceval.tasks.scoring import answer_metrics, with_telemetry
-from lceval.tasks.sources import SourceFile, read_hub
+from lceval.tasks.rows import Document, Row, content_id, together
+from lceval.tasks.scoring import answer_metrics, overlap_f1, with_telemetry
+from lceval.tasks.sources import SourceFile, by_key, read_hub
 
 _FIELDS: dict[str, type] = {"id": int, "context": str, "input": str, "answer": list}
 _SPLITS: dict[str, tuple[str, dict[str, type]]] = {
@@ -31,21 +29,13 @@ def rows(request: Request) -> RowPlan:
     source = read_hub(request.task, request.dataset.hub, split, fields)
     return RowPlan(
         {"source": source.identity},
-        lambda: together([_row(request, source, record) for record in _unique(source)]),
+        lambda: together(_row(request, source, record) for record in by_key(source, "id").values()),
     )
-
-
-def _unique(source: SourceFile) -> list[dict[str, Any]]:
-    by_id = {record["id"]: record for record in source.records}
-    if len(by_id) < len(source.records):
-        duplicate = next(n for n, count in Counter(record["id"] for record in source.records).items() if count > 1)
-        raise UserError(f"{source.name}: duplicate id={duplicate}: each must be unique.")
-    return [*by_id.values()]
 
 
 def _row(request: Request, source: SourceFile, record: Mapping[str, Any]) -> Row:
     text = record["context"].strip()
-    book = hashlib.sha256(text.encode()).hexdigest()[:12]
+    book = content_id(text)
     more: dict[str, Any] = {}
     answers = record["answer"]
     if request.output_format == "infinite_letter":
@@ -81,10 +71,8 @@ def _gold(source: SourceFile, record: Mapping[str, Any]) -> int:
 
 def token_f1(prediction: str, answers: Sequence[str]) -> float:
     """Token F1, maximum over the gold answers, by InfiniteBench's rule: no special case for yes, no and noanswer."""
-    tokens = Counter(normalize(prediction).split())
-    golds = (Counter(normalize(answer).split()) for answer in answers)
-    # 2PR / (P + R) with P = common / prediction and R = common / gold
-    return max((2.0 * (tokens & gold).total() / max(1, tokens.total() + gold.total()) for gold in golds), default=0.0)
+    tokens = normalize(prediction).split()
+    return max((overlap_f1(tokens, normalize(answer).split()) for answer in answers), default=0.0)
 
 
 def qa_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:

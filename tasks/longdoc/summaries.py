@@ -11,23 +11,20 @@ from typing import Any
 from lceval.tasks.parsing import without_thinking
 from lceval.tasks.scoring import with_telemetry
 
-_MEASURES = {"rougeLsum": "rougeLsum", "rougeL": "rougeL", "rouge1": "rouge1", "rouge2": "rouge2"}
+_MEASURES = ("rougeLsum", "rougeL", "rouge1", "rouge2")
 
 
 @cache
 def _scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # heavy
 
-    return RougeScorer([*_MEASURES.values()], use_stemmer=False)
+    return RougeScorer([*_MEASURES], use_stemmer=False)
 
 
 def rouge(summary: str, references: Sequence[str]) -> dict[str, float]:
     """ROUGE F-measures of a summary, each the maximum over the references."""
     scores = [_scorer().score(reference, summary) for reference in references]
-    return {
-        ours: max((float(score[theirs].fmeasure) for score in scores), default=0.0)
-        for ours, theirs in _MEASURES.items()
-    }
+    return {name: max((float(score[name].fmeasure) for score in scores), default=0.0) for name in _MEASURES}
 
 
 def summary_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:

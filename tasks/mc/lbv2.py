@@ -1,14 +1,13 @@
 """Rows of `lc_lbv2_mc` and `lc_lbv2_mc_ll`: LongBench v2, four options on contexts of 8 thousand to 2 million words."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.tasks.prompts import LETTERS
 from lceval.tasks.request import Request, RowPlan
-from lceval.tasks.rows import Document, Row, together
-from lceval.tasks.sources import SourceFile, by_key, data_folder, hub_copy, read_hub, read_sources
+from lceval.tasks.rows import Document, Row, content_id, together
+from lceval.tasks.sources import SourceFile, by_key, read_local_or_hub
 
 _OPTIONS = tuple(f"choice_{letter}" for letter in LETTERS)
 _FIELDS: dict[str, type] = dict.fromkeys(
@@ -19,22 +18,17 @@ _FIELDS: dict[str, type] = dict.fromkeys(
 def rows(request: Request) -> RowPlan:
     """One row per question; the few questions with the same context are adjacent."""
     source, identity = _read(request)
-
-    def build() -> list[Row]:
-        return together([_row(request, record, source, identity) for record in by_key(source, "_id").values()])
-
-    return RowPlan({"source": identity}, build)
+    return RowPlan(
+        {"source": identity},
+        lambda: together(_row(request, record, source, identity) for record in by_key(source, "_id").values()),
+    )
 
 
 def _read(request: Request) -> tuple[SourceFile, str]:
     """The records and their identity: the benchmark, or a sample of it in the data folder."""
-    dataset, folder = request.dataset, data_folder()
-    assert dataset.hub is not None
-    (sample,) = dataset.files
-    if hub_copy(dataset.hub) is None and folder is not None and (folder / sample).is_file():
-        (source,) = read_sources(request.task, {sample: _FIELDS})
-        return source, f"{source.identity} (a sample: {len(source.records)} of {dataset.count} rows)"
-    source = read_hub(request.task, dataset.hub, "train", _FIELDS)
+    source = read_local_or_hub(request.task, request.dataset, _FIELDS)
+    if source.name in request.dataset.files:
+        return source, f"{source.identity} (a sample: {len(source.records)} of {request.dataset.count} rows)"
     return source, source.identity
 
 
@@ -44,7 +38,7 @@ def _row(request: Request, record: Mapping[str, Any], source: SourceFile, identi
         raise UserError(f"{source.name} _id={record['_id']!r}: invalid answer={answer!r:.40}: expected A to D.")
     text, gold = record["context"].strip(), LETTERS.index(record["answer"])
     choices = [record[option] for option in _OPTIONS]
-    pid = hashlib.sha256(text.encode()).hexdigest()[:12]
+    pid = content_id(text)
     return request.row(
         id=record["_id"],
         question=record["question"].strip(),

@@ -54,22 +54,22 @@ def test_fitter_corrects_for_costs_that_do_not_add_up_and_keeps_the_error():
     costs = random.Random(7).choices(range(5, 60), k=400)
     renderings = []
 
-    def totals(chosen):
+    def arrange(chosen):
         renderings.append(chosen)
         exact = 100 + sum(costs[index] for index in chosen) + (30 if chosen else 0)
-        return [exact - 4, exact]
+        return chosen, [exact - 4, exact]
 
     fitter = Fitter(Contract.guaranteed(2048))
     for attempts in (2, 1):  # the second context starts with the error of the first
         renderings.clear()
-        _, reached = fitter.fit(costs, totals)
+        _, reached = fitter.fit(costs, arrange)
         assert 2046 <= max(reached) <= 2048
         assert len(renderings) - 1 <= attempts
 
 
 def test_fitter_returns_none_if_nothing_fits():
-    assert Fitter(Contract.guaranteed(1024)).fit([500], lambda chosen: [10 + 500 * len(chosen)]) is None
-    assert Fitter(Contract.guaranteed(1024)).fit([5], lambda chosen: [2000]) is None
+    assert Fitter(Contract.guaranteed(1024)).fit([500], lambda chosen: (chosen, [10 + 500 * len(chosen)])) is None
+    assert Fitter(Contract.guaranteed(1024)).fit([5], lambda chosen: (chosen, [2000])) is None
 
 
 def test_the_contract_includes_the_template_only_if_there_is_no_room_for_both():

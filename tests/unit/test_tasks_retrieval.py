@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lceval.tasks.retrievers import Bm25, chunked
+from lceval.tasks.retrievers import Bm25, chunked, order_by
 from lceval.tasks.rows import Document
 from lceval.tasks.tokens import TokenMeter
 
@@ -76,7 +76,7 @@ def bm25(texts: Sequence[str], question: str, k1: float = 1.5, b: float = 0.75) 
 def check_bm25(texts: Sequence[str], question: str) -> None:
     expected, index = bm25(texts, question), Bm25(texts)
     assert index.scores(question).tolist() == pytest.approx(expected, rel=1e-12, abs=0)
-    ranked = index.ranked(question)
+    ranked = order_by("bm25", texts)(question)
     assert sorted(ranked) == list(range(len(texts)))
     for better, worse in pairwise(ranked):
         assert expected[better] >= expected[worse] * (1 - 1e-12)
@@ -94,19 +94,12 @@ def test_bm25_is_lucenes_formula_on_any_texts(texts: list[str], question: str) -
     check_bm25(texts, question)
 
 
-def test_ranked_returns_the_best_texts_up_to_the_requested_number() -> None:
-    index = Bm25(ODD)
-    assert index.ranked("cat dog", 3) == index.ranked("cat dog")[:3]
-    assert index.ranked("cat dog", 0) == []
-    assert len(index.ranked("cat dog", 99)) == len(ODD)
-
-
 def test_indexing_and_ranking_print_and_log_nothing(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     caplog.handler.setLevel(logging.NOTSET)  # as in lm-eval: only the root logger's level filters
-    Bm25(ODD).ranked("cat")
+    order_by("bm25", ODD)("cat")
     assert caplog.records == []
     assert capfd.readouterr() == ("", "")
 
@@ -155,25 +148,25 @@ def test_chunks_cover_the_text_in_order_and_respect_the_token_limit(texts: list[
     docs = [document(text, f"p{number}") for number, text in enumerate(texts)]
     chunks = chunked(docs, limit, meter(kind))
     for doc, whole in zip(docs, meter(kind).pieces(texts), strict=True):
-        own = [chunk for chunk in chunks if chunk.pid == doc["pid"]]
-        assert all(chunk.title == doc["title"] for chunk in own)
+        own = [chunk for chunk in chunks if chunk["pid"] == doc["pid"]]
+        assert all(chunk["title"] == doc["title"] for chunk in own)
         if whole <= limit:
-            assert [chunk.text for chunk in own] == [doc["text"]]
+            assert [chunk["text"] for chunk in own] == [doc["text"]]
             continue
         place, word_splits = 0, []
         for chunk in own:
-            start = doc["text"].index(chunk.text, place)
+            start = doc["text"].index(chunk["text"], place)
             between = doc["text"][place:start]
             assert not between.strip()
             if not between and place:
                 word_splits.append(place)
-            place = start + len(chunk.text)
-            assert meter(kind).pieces([chunk.text])[0] <= limit or len(chunk.text) == 1
+            place = start + len(chunk["text"])
+            assert meter(kind).pieces([chunk["text"]])[0] <= limit or len(chunk["text"]) == 1
         assert not doc["text"][place:].strip()
         for split in word_splits:  # only inside a word that is longer than a chunk
             (word,) = (w.group() for w in re.finditer(r"\S+", doc["text"]) if w.start() < split < w.end())
             assert meter(kind).pieces([word])[0] > limit
-    assert [chunk.pid for chunk in chunks] == sorted(chunk.pid for chunk in chunks)
+    assert [chunk["pid"] for chunk in chunks] == sorted(chunk["pid"] for chunk in chunks)
 
 
 @given(st.lists(WORDS.filter(str.strip), min_size=1, max_size=80), st.integers(4, 30))
@@ -183,9 +176,9 @@ def test_a_chunk_on_one_line_is_nearly_full_or_has_no_room_for_the_next_word(wor
     chunks, count = chunked([document(text)], limit, meter("bytes")), meter("bytes").pieces
     place = 0
     for chunk in chunks[:-1]:
-        start = text.index(chunk.text, place)
-        place = start + len(chunk.text)
-        if text[place] == " " and count([chunk.text])[0] < 0.95 * limit:
+        start = text.index(chunk["text"], place)
+        place = start + len(chunk["text"])
+        if text[place] == " " and count([chunk["text"]])[0] < 0.95 * limit:
             end = text.find(" ", place + 1)
             assert count([text[start : end if end > 0 else len(text)]])[0] > limit
 
@@ -193,11 +186,11 @@ def test_a_chunk_on_one_line_is_nearly_full_or_has_no_room_for_the_next_word(wor
 def test_a_chunk_ends_at_a_line_break_in_its_last_quarter() -> None:
     rows = [f"row {number} has exactly seven words\n" for number in range(40)]
     chunks = chunked([document("".join(rows))], 20, meter("words"))
-    assert [chunk.text.count("\n") + 1 for chunk in chunks] == [3] * 13 + [1]
-    assert "\n".join(chunk.text for chunk in chunks) + "\n" == "".join(rows)
+    assert [chunk["text"].count("\n") + 1 for chunk in chunks] == [3] * 13 + [1]
+    assert "\n".join(chunk["text"] for chunk in chunks) + "\n" == "".join(rows)
     # eleven words per row: a chunk is not halved to end at a line break
     long = "".join(f"row {number} has more words in it than half a chunk\n" for number in range(9))
-    assert len(chunked([document(long)], 20, meter("words"))[0].text.split()) > 15
+    assert len(chunked([document(long)], 20, meter("words"))[0]["text"].split()) > 15
 
 
 def test_chunking_a_long_document_takes_few_tokenizer_calls_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:

