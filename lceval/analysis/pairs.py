@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,27 +96,30 @@ def _settings(run: Run) -> Mapping[str, Any]:
     return {**others, **{name: str(run.config.get(name)) for name in ("gen_kwargs", "apply_chat_template")}}
 
 
-def _names(samples: Sequence[Sample]) -> list[tuple[str, int]]:
-    """A unique name per sample: its id and its occurrence number."""
-    seen: Counter[str] = Counter()
-    names = []
-    for sample in samples:
-        seen[sample.id] += 1
-        names.append((sample.id, seen[sample.id]))
-    return names
+def unique_names(ids: Iterable[str]) -> list[str]:
+    """A unique name per sample: its id, or `id#2` for the second with that id."""
+    names: dict[str, None] = {}
+    for id_ in ids:
+        name, occurrence = id_, 1
+        while name in names:
+            occurrence += 1
+            name = f"{id_}#{occurrence}"
+        names[name] = None
+    return list(names)
 
 
 def places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
     """The index of each sample in `full`."""
-    index = {name: place for place, name in enumerate(_names(full))}
-    return [index[name] for name in _names(samples)]
+    index = {name: place for place, name in enumerate(unique_names(s.id for s in full))}
+    return [index[name] for name in unique_names(s.id for s in samples)]
 
 
 def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
     """Whether both have the same samples, and the same prompts where both record them."""
-    if {*_names(samples)} != {*_names(full)}:
+    if {*unique_names(s.id for s in samples)} != {*unique_names(s.id for s in full)}:
         return False
-    prompts = [
-        (s.prompt_hash, full[place].prompt_hash) for s, place in zip(samples, places(samples, full), strict=True)
-    ]
-    return all(ours == theirs or not (ours and theirs) for ours, theirs in prompts)
+    others = (full[place] for place in places(samples, full))
+    return all(
+        a.prompt_hash == b.prompt_hash or not (a.prompt_hash and b.prompt_hash)
+        for a, b in zip(samples, others, strict=True)
+    )

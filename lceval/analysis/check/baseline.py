@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
+from lceval.analysis.pairs import unique_names
 from lceval.core.answers import DIAGNOSES
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.io import write_text
-from lceval.records.results import TELEMETRY, Run, Sample, TaskResult, read_runs
+from lceval.records.results import TELEMETRY, Run, Sample, read_runs
 
 # Diagnoses available as gate metrics: whether higher is better.
 GATED = {"gold_nll": False, "gold_kept": True, "ndcg10": True}
@@ -112,18 +112,28 @@ def of(run: Run) -> Baseline:
         recipe=run.recipe,
         fingerprint=str(digest) if (digest := run.config.get("fingerprint")) else None,
         template=(str(sha)[:16] if sha else "on") if applied else "off",
-        tasks=[_task(task) for task in run.tasks],
+        tasks=[
+            BaselineTask(
+                task=task.task,
+                version=task.version,
+                headline=task.headline,
+                filter=task.filters[0] if task.filters else None,
+                lower_is_better=sorted(task.lower_is_better - TELEMETRY),
+                sources=list(task.sources),
+                samples=[_item(sample, task.headline) for sample in task.samples],
+            )
+            for task in run.tasks
+        ],
     )
 
 
-def keys(samples: list[Item] | tuple[Sample, ...]) -> list[str]:
-    """A unique name per sample: its id, or `id#2` for the second with that id."""
-    seen: Counter[str] = Counter()
-    names = []
-    for sample in samples:
-        seen[sample.id] += 1
-        names.append(sample.id if seen[sample.id] == 1 else f"{sample.id}#{seen[sample.id]}")
-    return names
+def answers(run: Run | None) -> dict[tuple[str, str], str]:
+    """The answers of a run by task and unique name of the sample; none for a baseline file."""
+    by_sample: dict[tuple[str, str], str] = {}
+    for task in run.tasks if run else ():
+        names = unique_names(sample.id for sample in task.samples)
+        by_sample |= {(task.task, name): s.answer for name, s in zip(names, task.samples, strict=True)}
+    return by_sample
 
 
 def write(path: Path, run: Path) -> Baseline:
@@ -168,18 +178,6 @@ def _read_file(path: Path) -> Baseline:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{path}: {place}: {first['msg']}; recreate it with --write-baseline") from None
-
-
-def _task(task: TaskResult) -> BaselineTask:
-    return BaselineTask(
-        task=task.task,
-        version=task.version,
-        headline=task.headline,
-        filter=task.filters[0] if task.filters else None,
-        lower_is_better=sorted(task.lower_is_better - TELEMETRY),
-        sources=list(task.sources),
-        samples=[_item(sample, task.headline) for sample in task.samples],
-    )
 
 
 def _item(sample: Sample, headline: str | None) -> Item:

@@ -12,7 +12,6 @@ from lceval.analysis.check import baseline, render
 from lceval.analysis.check import sample_size as plans
 from lceval.analysis.check.compare import EXIT, check
 from lceval.core.errors import UserError
-from lceval.records.results import Run
 
 Inconclusive = Literal["fail", "warn"]
 
@@ -56,8 +55,8 @@ def run(
         base,
         new,
         warn=inconclusive == "warn",
-        base_texts=_texts(base_run),
-        new_texts=_texts(new_run),
+        base_texts=baseline.answers(base_run),
+        new_texts=baseline.answers(new_run),
     )
     verdict = report.check.verdict
     code = 0 if verdict == "inconclusive" and report.warn else EXIT[verdict]
@@ -71,17 +70,6 @@ def _count(runs: Sequence[Path], allowed: tuple[int, ...], message: str) -> Sequ
     if len(runs) not in allowed:
         raise UserError(f"{message}; received {len(runs)}")
     return runs
-
-
-def _texts(run: Run | None) -> dict[tuple[str, str], str]:
-    if run is None:
-        return {}
-    named = (
-        (task.task, key, s.answer)
-        for task in run.tasks
-        for key, s in zip(baseline.keys(task.samples), task.samples, strict=True)
-    )
-    return {(task, key): answer for task, key, answer in named}
 
 
 def _write(file: Path, text: str) -> None:

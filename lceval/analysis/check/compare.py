@@ -7,15 +7,18 @@ its p-value, Holm-adjusted over the tasks, is below 5%. inconclusive: otherwise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from lceval.analysis.check.baseline import GATED, NO_ANSWER, Baseline, BaselineTask, keys
+from lceval.analysis.check.baseline import GATED, NO_ANSWER, Baseline, BaselineTask, Item
+from lceval.analysis.pairs import unique_names
 from lceval.core.errors import NotComparableError, UserError
 from lceval.stats.estimates import mean_of
 from lceval.stats.paired import LEVEL, Paired, compare, holm
 
 Verdict = Literal["pass", "regression", "inconclusive"]
+Pairs = Mapping[str, tuple[Item, Item]]
 ALPHA = 1 - LEVEL
 EXIT = {"pass": 0, "regression": 1, "inconclusive": 5}
 
@@ -86,30 +89,28 @@ def check(base: Baseline, new: Baseline, *, gate: float, metric: str | None = No
         raise UserError(
             f"--gate {gate}: expected a positive number in the metric's units, for example 0.05 for five points"
         )
-    comparable(base, new)
-    others = {task.task: task for task in new.tasks}
-    pairs = [_Pairs(task, others[task.task], metric) for task in base.tasks]
-    measured = [None if p.identical else compare(p.drops, p.clusters, largest=p.largest) for p in pairs]
-    adjusted = holm([1.0 if m is None else m.p for m in measured])
-    return Check(gate, tuple(p.judge(m, a, gate) for p, m, a in zip(pairs, measured, adjusted, strict=True)))
-
-
-def comparable(base: Baseline, new: Baseline) -> None:
-    """Require the same tasks, samples, prompts and scoring; the error names the first difference."""
     if missing := sorted({t.task for t in base.tasks} ^ {t.task for t in new.tasks}):
         raise NotComparableError(f"not comparable: task {missing[0]} is in only one of the runs")
-    if base.template != new.template and not ("on" in (base.template, new.template) and _on(base) and _on(new)):
+    templates = base.template, new.template
+    if len({*templates}) > 1 and not ("on" in templates and "off" not in templates):
         raise NotComparableError(f"not comparable: chat template {base.template} in BASE, {new.template} in NEW")
     others = {task.task: task for task in new.tasks}
-    for old in base.tasks:
-        _comparable_task(old, others[old.task])
+    paired = [(task, others[task.task], _pairs(task, others[task.task])) for task in base.tasks]
+    compared = [_compare(*sides, metric) for sides in paired]
+    adjusted = holm([1.0 if task.paired is None else task.paired.p for task in compared])
+    verdicts = [_verdict(task.paired, p_holm, gate) for task, p_holm in zip(compared, adjusted, strict=True)]
+    return Check(
+        gate,
+        tuple(
+            replace(task, p_holm=p_holm, verdict=verdict, reason=reason)
+            for task, p_holm, (verdict, reason) in zip(compared, adjusted, verdicts, strict=True)
+        ),
+    )
 
 
-def _on(run: Baseline) -> bool:
-    return run.template != "off"
+def _pairs(old: BaselineTask, new: BaselineTask) -> Pairs:
+    """Samples of a task in both runs, by unique name; the error names the first difference in prompts or scoring."""
 
-
-def _comparable_task(old: BaselineTask, new: BaselineTask) -> None:
     def differ(field: str, a: object, b: object) -> NotComparableError:
         return NotComparableError(f"not comparable: {old.task}: {field}: {a} in BASE, {b} in NEW")
 
@@ -117,79 +118,64 @@ def _comparable_task(old: BaselineTask, new: BaselineTask) -> None:
         a, b = getattr(old, field), getattr(new, field)
         if a != b:
             raise differ(field, a, b)
-    olds = dict(zip(keys(old.samples), old.samples, strict=True))
-    news = dict(zip(keys(new.samples), new.samples, strict=True))
+    olds, news = (
+        dict(zip(unique_names(item.id for item in task.samples), task.samples, strict=True)) for task in (old, new)
+    )
     if only := sorted(olds.keys() ^ news.keys()):
         where = "BASE" if only[0] in olds else "NEW"
         raise NotComparableError(
             f"not comparable: {old.task}: sample {only[0]} is only in {where} ({len(olds)} in BASE, {len(news)} in NEW)"
         )
-    for key, sample in olds.items():
-        if sample.prompt != news[key].prompt:
-            raise differ(f"prompt of sample {key}", sample.prompt or "no digest", news[key].prompt or "no digest")
-        if sample.cluster != news[key].cluster:
-            raise differ(f"cluster of sample {key}", sample.cluster, news[key].cluster)
+    pairs = {key: (sample, news[key]) for key, sample in olds.items()}
+    for key, (ours, theirs) in pairs.items():
+        if ours.prompt != theirs.prompt:
+            raise differ(f"prompt of sample {key}", ours.prompt or "no digest", theirs.prompt or "no digest")
+        if ours.cluster != theirs.cluster:
+            raise differ(f"cluster of sample {key}", ours.cluster, theirs.cluster)
+    return pairs
 
 
-class _Pairs:
-    """The samples of one task in both runs, with their drops in the metric's units."""
-
-    def __init__(self, base: BaselineTask, new: BaselineTask, metric: str | None) -> None:
-        self.task = base.task
-        self.metric = _metric(base, new, metric)
-        self.higher = GATED.get(self.metric, self.metric not in base.lower_is_better)
-        self.keys = keys(base.samples)
-        others = dict(zip(keys(new.samples), new.samples, strict=True))
-        self.pairs = [(item, others[key]) for key, item in zip(self.keys, base.samples, strict=True)]
-        self.clusters = [item.cluster for item in base.samples]
-        self.values = [(a.values.get(self.metric), b.values.get(self.metric)) for a, b in self.pairs]
-        same = all(a.answer == b.answer for a, b in self.pairs) and all(a == b for a, b in self.values)
-        # Runs without any answer are not identical: nothing was compared.
-        self.identical = same and any(item.answer != NO_ANSWER for item in base.samples)
-        self._counted = self._count()
-        self.drops = [(a - b) if self.higher else (b - a) for a, b in self._counted]
-        observed = [value for pair in self._counted for value in pair]
-        in_unit = self.metric != "gold_nll" and all(0 <= value <= 1 for value in observed)
-        self.largest = 1.0 if in_unit else None
-
-    def _count(self) -> list[tuple[float, float]]:
-        """Values with errors as 0; an error in one run only is not comparable unless 0 is the worst value."""
-        zero_is_worst = self.higher and all(v is None or v >= 0 for pair in self.values for v in pair)
-        for key, (a, b) in zip(self.keys, self.values, strict=True):
-            if (a is None) != (b is None) and not zero_is_worst:
-                side = "BASE" if a is None else "NEW"
-                raise NotComparableError(
-                    f"not comparable: {self.task}: sample {key} has no {self.metric} in {side} (an error?), "
-                    "and the metric has no worst value to score it; choose another --metric"
-                )
-        return [(a or 0.0, b or 0.0) for a, b in self.values]
-
-    def judge(self, paired: Paired | None, p_holm: float, gate: float) -> TaskCheck:
-        verdict, reason = _verdict(paired, p_holm, gate)
-        worse = [
-            Flip(key, a, b, drop)
-            for key, (a, b), drop in zip(self.keys, self.values, self.drops, strict=True)
-            if drop > 0
-        ]
-        base, new = (mean_of(values, self.clusters) for values in zip(*self._counted, strict=True))
-        return TaskCheck(
-            task=self.task,
-            metric=self.metric,
-            higher_is_better=self.higher,
-            n=len(self.drops),
-            clusters=len(set(self.clusters)),
-            base=base.value or 0.0,
-            new=new.value or 0.0,
-            base_interval=base.interval,
-            new_interval=new.interval,
-            paired=paired,
-            p_holm=p_holm,
-            errors_base=sum(a is None for a, _ in self.values),
-            errors_new=sum(b is None for _, b in self.values),
-            verdict=verdict,
-            reason=reason,
-            flips=tuple(sorted(worse, key=lambda flip: -flip.drop)),
-        )
+def _compare(old: BaselineTask, new: BaselineTask, pairs: Pairs, requested: str | None) -> TaskCheck:
+    """One task, before p is adjusted and judged."""
+    metric = _metric(old, new, requested)
+    higher = GATED.get(metric, metric not in old.lower_is_better)
+    values = {key: (a.values.get(metric), b.values.get(metric)) for key, (a, b) in pairs.items()}
+    # An error counts as 0; in one run only, it is not comparable unless 0 is the worst value.
+    zero_is_worst = higher and all(v is None or v >= 0 for pair in values.values() for v in pair)
+    for key, (a, b) in values.items():
+        if (a is None) != (b is None) and not zero_is_worst:
+            side = "BASE" if a is None else "NEW"
+            raise NotComparableError(
+                f"not comparable: {old.task}: sample {key} has no {metric} in {side} (an error?), "
+                "and the metric has no worst value to score it; choose another --metric"
+            )
+    counted = [(a or 0.0, b or 0.0) for a, b in values.values()]
+    drops = [(a - b) if higher else (b - a) for a, b in counted]
+    clusters = [item.cluster for item in old.samples]
+    same = all(a.answer == b.answer for a, b in pairs.values()) and all(a == b for a, b in values.values())
+    # Runs without any answer are not identical: nothing was compared.
+    identical = same and any(item.answer != NO_ANSWER for item in old.samples)
+    in_unit = metric != "gold_nll" and all(0 <= value <= 1 for pair in counted for value in pair)
+    worse = [Flip(key, *pair, drop) for (key, pair), drop in zip(values.items(), drops, strict=True) if drop > 0]
+    base_mean, new_mean = (mean_of(side, clusters) for side in zip(*counted, strict=True))
+    return TaskCheck(
+        task=old.task,
+        metric=metric,
+        higher_is_better=higher,
+        n=len(drops),
+        clusters=len(set(clusters)),
+        base=base_mean.value or 0.0,
+        new=new_mean.value or 0.0,
+        base_interval=base_mean.interval,
+        new_interval=new_mean.interval,
+        paired=None if identical else compare(drops, clusters, largest=1.0 if in_unit else None),
+        p_holm=1.0,
+        errors_base=sum(a is None for a, _ in values.values()),
+        errors_new=sum(b is None for _, b in values.values()),
+        verdict="inconclusive",
+        reason="",
+        flips=tuple(sorted(worse, key=lambda flip: -flip.drop)),
+    )
 
 
 def _verdict(paired: Paired | None, p_holm: float, gate: float) -> tuple[Verdict, str]:
