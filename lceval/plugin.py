@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
 MODEL = ("lcft", "lceval.models.lcft:LCFT")
 
@@ -124,7 +125,54 @@ def _add_judge(evaluator: "ModuleType") -> None:
     evaluator.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
 
 
+def _refuse_request_cache(task: "ModuleType") -> None:
+    """Refuse `--cache_requests` for lceval's tasks, and drop lm-eval's warning that each has a metadata option.
+
+    The key of that cache lacks metadata, generation arguments and samples: a run would get another run's prompts.
+    """
+    import logging
+
+    original = task.Task.build_all_requests
+
+    def build_all_requests(self: "Any", *args: object, **options: object) -> None:
+        if options.get("cache_requests") and _is_ours(self.config):
+            from lceval.core.errors import UserError
+
+            raise UserError(
+                f"{self.config.task}: --cache_requests is not supported: its key lacks what changes prompts, such as "
+                "--metadata, --gen_kwargs and --samples; lceval caches the rows itself"
+            )
+        original(self, *args, **options)
+
+    task.Task.build_all_requests = build_all_requests
+    logging.getLogger(task.__name__).addFilter(
+        lambda record: not (record.msg.startswith("lc_") and "Custom kwargs can be passed" in record.msg)
+    )
+
+
+def _is_ours(config: "Any") -> bool:
+    return "lc_task" in (config.dataset_kwargs or {})
+
+
+def _print_one_line(harness: "ModuleType") -> None:
+    """Let `lm_eval` end with one line and lceval's exit code, not a traceback, where lceval raised the error."""
+    original = harness.HarnessCLI.execute
+
+    def execute(self: object, args: object) -> None:
+        from lceval.core.errors import LcevalError
+
+        try:
+            original(self, args)
+        except LcevalError as error:
+            sys.stderr.write(f"lceval: error: {error}\n")
+            sys.exit(error.exit_code)
+
+    harness.HarnessCLI.execute = execute
+
+
 _ACTIONS: "dict[str, Callable[[ModuleType], None]]" = {
+    "lm_eval._cli.harness": _print_one_line,
+    "lm_eval.api.task": _refuse_request_cache,
     "lm_eval.evaluator": _add_judge,
     "lm_eval.models": _add_model,
     "lm_eval.tasks._index": _add_names,

@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import lceval
 from lceval.core.errors import UserError
 
+# Options of lm-eval's `run` that a run folder has no use for, with the reason. Ignoring them would mislead.
+UNSUPPORTED = {
+    "use_cache": "the run folder already stores every response",
+    "cache_requests": "its key lacks what changes prompts, such as --metadata, --gen_kwargs and --samples",
+    "check_integrity": "lceval's own tests check its tasks; use lm_eval for others",
+    "show_config": "run.json in the run folder has the configuration",
+    "wandb_args": "use lm_eval to log to it",
+    "wandb_config_args": "use lm_eval to log to it",
+    "trackio_args": "use lm_eval to log to it",
+    "hf_hub_log_args": "use lm_eval to log to it",
+}
+
 
 def configure(argv: Sequence[str]) -> Any:
-    """lm-eval's configuration from its flags, with lceval's defaults and checks."""
+    """lm-eval's configuration from its flags and its `--config` file, with lceval's defaults and checks.
+
+    As in lm-eval, a flag has precedence over the file, and the file over the default.
+
+    Raises:
+        UserError: a bad flag, a bad file, or an option that run folders do not support.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import lm_eval.models  # noqa: F401  # fills the registry
     from lm_eval._cli.run import Run
@@ -24,21 +44,26 @@ def configure(argv: Sequence[str]) -> Any:
 
     parser = argparse.ArgumentParser(prog="lceval")
     Run(parser.add_subparsers())
-    arguments = parser.parse_args(["run", *argv])
-    template = getattr(arguments, "apply_chat_template", None)
+    flags = {k: v for k, v in vars(parser.parse_args(["run", *argv])).items() if k not in ("command", "func")}
+    given = {**_config_file(flags.get("config")), **{k: v for k, v in flags.items() if v is not None}}
+    template = given.get("apply_chat_template")
     if template in ("false", "none"):
-        del arguments.apply_chat_template
-    arguments.log_samples = True
-    if not arguments.output_path:
+        given["apply_chat_template"] = False
+    if not given.get("output_path"):
         raise UserError("--output_path is required: the run folder, e.g. --output_path runs/NAME")
-    if arguments.use_cache:
-        raise UserError("--use_cache is not supported: the run folder already stores every response")
-    if not arguments.tasks and not arguments.config:
+    for option, reason in UNSUPPORTED.items():
+        if given.get(option):
+            raise UserError(f"--{option} is not supported by lceval run: {reason}")
+    if not given.get("tasks"):
         raise UserError("--tasks is required: NAME[,NAME...]; `lceval tasks` and `lm_eval ls tasks` list the names")
     try:
-        config = EvaluatorConfig.from_cli(arguments)
+        with _without_warnings():
+            config = EvaluatorConfig(**{**asdict(EvaluatorConfig()), **given, "log_samples": True})
+            config._configure()
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
+    if isinstance(config.tasks, str):
+        config.tasks = config.tasks.split(",")
     if config.model not in model_registry:
         raise UserError(f"unknown model {config.model!r}; {_nearest(config.model, list(model_registry))}")
     if config.model == "lcft":
@@ -49,8 +74,44 @@ def configure(argv: Sequence[str]) -> Any:
             raise UserError("pretrained is required: --model_args pretrained=NAME (smollm2-135m is the packaged model)")
     if template is None and _has_template(config.model_args):
         config.apply_chat_template = True
-        config.fewshot_as_multiturn = True
+        config.fewshot_as_multiturn = given.get("fewshot_as_multiturn", True)
     return config
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without lm-eval's warning that --limit is for testing: it precedes every error of such a run."""
+    logger = logging.getLogger("lm_eval.config.evaluate_config")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _config_file(name: str | None) -> dict[str, Any]:
+    """The values of lm-eval's `--config` file; empty without one."""
+    if not name:
+        return {}
+    from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        values: dict[str, Any] = EvaluatorConfig.load_yaml_config(name)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(" ".join(str(error).split())) from None
+    types = get_type_hints(EvaluatorConfig)
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"{name}: unknown key {key!r}; {_nearest(key, list(types))}")
+        expected = types[key] | str if key in (*DICT_KEYS, "batch_size") else types[key]
+        try:
+            TypeAdapter(expected | None).validate_python(value, strict=True)
+        except ValidationError:
+            kind = getattr(expected, "__name__", str(expected)).replace("NoneType", "null")
+            raise UserError(f"{name}: bad {key}={value!r}: expected {kind}") from None
+    return values
 
 
 def _has_template(model_args: dict[str, Any]) -> bool:

@@ -213,7 +213,7 @@ from pathlib import Path
 import ray
 from test_sweep_workers import Files, planned
 from lceval.runs.sweep import cluster
-from lceval.runs.sweep.engine import sweep
+from lceval.runs.sweep.execution import sweep
 
 if sys.argv[1] == "head":
     with tempfile.TemporaryDirectory(prefix="lc", ignore_cleanup_errors=True) as folder:
