@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import platform
+import re
+from collections.abc import Mapping
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -52,19 +54,23 @@ DOES_NOT = (
     "write_out",
 )
 PACKAGES = ("lceval", "lm-eval", "torch", "transformers", "peft", "accelerate", "tokenizers", "triton")
-WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "*.model")
+# Files in a model or adapter folder that do not change outputs: texts about it, and the state of its training.
+_UNUSED_FILES = re.compile(
+    r"\..*|.*\.md|LICENSE.*|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin",
+    re.DOTALL,
+)
+_UNUSED_FOLDERS = re.compile(r"\..*|checkpoint-.*|__pycache__", re.DOTALL)
 
 
-def of(config: Any, folders: dict[str, str]) -> dict[str, Any]:
+def of(config: Any, digests: Mapping[str, str]) -> dict[str, Any]:
     """The identity of an EvaluatorConfig.
 
     Args:
         config: the parsed configuration, recipe canonical.
-        folders: resolved model and adapter names; local folders are hashed by content.
+        digests: of the files that it names.
     """
     fields = {name: getattr(config, name) for name in CHANGES_OUTPUTS}
-    hashes = {key: folder_hash(Path(name)) for key, name in folders.items() if Path(name).is_dir()}
-    text = json.dumps({**fields, "hashes": hashes, "versions": versions()}, default=str)
+    text = json.dumps({**fields, "hashes": dict(digests), "versions": versions()}, default=str)
     identity: dict[str, Any] = json.loads(text)
     return identity
 
@@ -86,13 +92,26 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return changes
 
 
-def folder_hash(folder: Path) -> str:
-    """Hex digest of a model or adapter folder: names and contents of weights, tokenizer and configuration."""
+def content_hash(path: Path) -> str:
+    """Hex digest of a file, or of a model or adapter folder: names and contents of all files that change outputs.
+
+    Left out are hidden files, texts (`*.md`), checkpoints (`checkpoint-*/`) and the state of training.
+    """
+    if path.is_file():
+        return _hash_of(path)
     digest = hashlib.sha256()
-    for file in sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)):
-        stat = file.stat()
-        digest.update(f"{file.name} {_file_hash(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)}\n".encode())
+    for folder, below, files in os.walk(path):
+        below[:] = sorted(name for name in below if not _UNUSED_FOLDERS.fullmatch(name))
+        for name in sorted(name for name in files if not _UNUSED_FILES.fullmatch(name)):
+            file = Path(folder, name)
+            if file.is_file():  # no socket, no dangling link
+                digest.update(f"{file.relative_to(path).as_posix()} {_hash_of(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _hash_of(file: Path) -> str:
+    stat = file.stat()
+    return _file_hash(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
 @cache

@@ -20,8 +20,8 @@ from lceval.core.answers import DIAGNOSES
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
 
-# lm-eval can log telemetry only as metrics; none of it is a score.
-TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", *DIAGNOSES})
+# lm-eval logs these among the metrics; none of them is a score. `bypass` is that of --predict_only.
+TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", "bypass", *DIAGNOSES})
 LEVELS = 2
 """Maximum depth of runs in a folder of runs: `sweep/run` or `sweep/group/run`."""
 
@@ -40,6 +40,7 @@ class Sample:
     metrics: every numeric per-sample metric except telemetry; empty for an error.
     unjudged: whether a judge metric is missing; None where the task logs none (an error needs no judge).
     verdict: the verdict of the run's judge; empty without one.
+    uncompressed: whether the row's context was not found in its prompt, so that no KV recipe could compress it.
     """
 
     id: str
@@ -55,13 +56,14 @@ class Sample:
     metrics: Mapping[str, float] = field(default_factory=dict)
     unjudged: bool | None = None
     verdict: Mapping[str, Any] = field(default_factory=dict)
+    uncompressed: bool = False
 
 
 @dataclass(frozen=True)
 class TaskResult:
     """The samples of one task, scored by its headline metric.
 
-    headline: None if the task has no numeric per-sample metric (only a corpus metric such as BLEU).
+    headline: None if the task has no numeric per-sample metric (only a corpus metric such as BLEU, or --predict_only).
     filters: the lm-eval filters, in order; scores are those of the first.
     expected: number of samples according to lm-eval; None where it is not recorded.
     context: the context setting in the rows of lceval tasks; None for other tasks.
@@ -264,11 +266,13 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
 
 def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The headline metric: the declared one, else the first numeric per-sample metric."""
+    logged = [metric for row in rows for metric in row.get("metrics") or []]
+    if logged and set(logged) == {"bypass"}:
+        return None
     declared = _mapping(config.get("metadata")).get("headline")
     if isinstance(declared, str):
         return declared
     listed = [entry.get("metric") for entry in config.get("metric_list") or [] if isinstance(entry, dict)]
-    logged = [metric for row in rows for metric in row.get("metrics") or []]
     for metric in dict.fromkeys([*listed, *logged]):
         if metric not in TELEMETRY and any(isinstance(row.get(metric), int | float) for row in rows):
             return str(metric)
@@ -300,6 +304,8 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
         metrics={} if status == "error" else _numbers(row, _logged(row)),
         unjudged=_unjudged(row, status),
         verdict=_mapping(row.get("verdict")),
+        # Rows with context=none have an empty context, and nothing to find.
+        uncompressed=kv.get("boundary") is False and doc.get("context") != "",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
@@ -153,21 +153,34 @@ class Context:
 
 
 def contexts_of(
-    tasks: Iterable[Any], model: Any, *, template: bool, multiturn: bool = False, limit: int | None = None
+    tasks: Iterable[Any],
+    model: Any,
+    *,
+    template: bool | str,
+    multiturn: bool = False,
+    limit: float | None = None,
+    samples: Mapping[str, Sequence[int]] | None = None,
+    system_instruction: str | None = None,
 ) -> list[Context]:
     """The requests that lm-eval makes for loaded tasks, by context, in order of first appearance.
 
     Args:
         model: an lm-eval model with lcft's `context_field`.
-        template: apply the model's chat template.
+        template: apply the model's chat template, or the one of this name.
         multiturn: few-shot examples as turns.
-        limit: maximum number of documents of each task.
+        limit: maximum number of documents of each task; below 1 their share, as in lm-eval.
+        samples: indices of the documents of each task, instead of a limit.
+        system_instruction: text of the system turn.
     """
+    from lm_eval.evaluator_utils import get_sample_size
+
     contexts: dict[tuple[str, str, str], Context] = {}
     for task in tasks:
         task.build_all_requests(
-            limit=limit,
-            apply_chat_template=template,
+            limit=get_sample_size(task, limit),
+            samples=None if samples is None else samples.get(task.config.task),
+            system_instruction=system_instruction,
+            apply_chat_template=bool(template),
             fewshot_as_multiturn=multiturn,
             chat_template=model.apply_chat_template if template else None,
             tokenizer_name=model.tokenizer_name,

@@ -21,6 +21,7 @@ from typing import Any
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.io import write_json
 from lceval.records import identity
+from lceval.runs import inputs
 from lceval.runs.configuration import configure
 
 RUN = "run.json"
@@ -74,12 +75,9 @@ def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
         from lceval.judge import during_run
 
         during_run.ready()
-    from lceval import packaged
-
-    folders = {k: packaged.resolve(str(config.model_args[k])) for k in ("pretrained", "peft") if k in config.model_args}
     folder = Path(config.output_path)
-    current = identity.of(config, folders)
     with _locked(folder):
+        current = identity.of(config, inputs.digests(config))
         previous = _read(folder)
         if previous is None and any(not f.name.startswith(".") for f in folder.iterdir()):
             raise UserError(f"{folder} contains files but no {RUN}: choose another --output_path")

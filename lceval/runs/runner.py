@@ -180,12 +180,18 @@ class Runner:
             # As lm-eval's evaluator does: the configuration overrides the task.
             if config.gen_kwargs and task.get_config("output_type") == "generate_until":
                 task.set_config(key="generation_kwargs", value=config.gen_kwargs, update=True)
+            default = task.get_config("num_fewshot")
+            if default is None or (default and config.num_fewshot is not None):
+                task.set_config(key="num_fewshot", value=config.num_fewshot or 0)
+            task.set_fewshot_seed(seed=config.seed[3] if config.seed else 1234)
         contexts = contexts_of(
             loaded["tasks"].values(),
             model,
-            template=bool(config.apply_chat_template),
+            template=config.apply_chat_template,
             multiturn=bool(config.fewshot_as_multiturn),
-            limit=None if config.limit is None else int(config.limit),
+            limit=config.limit,
+            samples=config.samples,
+            system_instruction=config.system_instruction,
         )
         with ExitStack() as stores:
             sides = {}

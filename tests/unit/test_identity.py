@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import pytest
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lceval.records import identity
+from lceval.runs import inputs
 
 
 def test_every_field_of_a_run_is_classified_once() -> None:
@@ -24,20 +27,68 @@ def test_differences_name_the_field_and_both_values() -> None:
     assert identity.fingerprint(old) != identity.fingerprint(new)
 
 
-def test_a_folder_hash_depends_only_on_weights_and_configuration(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "config.json").write_text("{}")
-    before = identity.folder_hash(tmp_path)
-    (tmp_path / "README.md").write_text("words")
-    assert identity.folder_hash(tmp_path) == before
-    (tmp_path / "model.safetensors").write_bytes(b"other")
-    assert identity.folder_hash(tmp_path) != before
+CHANGES = [
+    "model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "merges.txt", "vocab.txt",
+    "tokenizer.model", "chat_template.jinja", "modeling_own.py", "2_Dense/model.safetensors", "additional/vocab.json",
+]  # fmt: skip
+DOES_NOT = [
+    "README.md", ".cache/lock", "LICENSE", "optimizer.pt", "rng_state_0.pth", "trainer_state.json",
+    "training_args.bin", "checkpoint-8/model.safetensors",
+]  # fmt: skip
 
 
-def test_the_identity_of_a_config_round_trips_through_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", CHANGES + DOES_NOT)
+def test_every_file_that_changes_outputs_changes_the_hash_of_its_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
-    config = EvaluatorConfig(model="lcft", model_args={"pretrained": "x", "kv": "full"}, tasks=["lc_a"])
-    one = identity.of(config, {"pretrained": str(tmp_path), "peft": "hub/name"})
-    assert set(one["hashes"]) == {"pretrained"}
-    assert one == identity.of(config, {"pretrained": str(tmp_path), "peft": "hub/name"})
-    assert one["versions"]["lm-eval"].startswith("0.4")
+    file = tmp_path / name
+    hashes = [identity.content_hash(tmp_path)]
+    for text in ("a", "b"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+        hashes.append(identity.content_hash(tmp_path))
+    assert len(set(hashes)) == (3 if name in CHANGES else 1)
+
+
+def config_of(**fields: Any) -> EvaluatorConfig:
+    return EvaluatorConfig(**{"model": "lcft", "tasks": ["lc_filings_ao_1k"], "model_args": {"kv": "full"}, **fields})
+
+
+@pytest.mark.parametrize("key", ["pretrained", "peft", "tokenizer", "delta", "scorer"])
+def test_whatever_a_model_argument_loads_is_in_the_identity(tmp_path: Path, key: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = config_of(model_args={key: str(tmp_path), "kv": "full"})
+    before = identity.of(config, inputs.digests(config))
+    assert before == identity.of(config, inputs.digests(config))
+    (tmp_path / "weights.bin").write_bytes(b"other")
+    (change,) = identity.differences(before, identity.of(config, inputs.digests(config)))
+    assert change.startswith(f"hashes.{key}: ")
+
+
+def test_task_files_and_benchmark_data_are_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
+    data = tmp_path / "nq_open" / "questions.jsonl"
+    data.parent.mkdir()
+    data.write_text("{}")
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    config = config_of(tasks=["lc_nqopen*"], include_path=str(tmp_path))
+    before = inputs.digests(config)
+    assert set(before) == {"data/nq_open/questions.jsonl", "include_path/mine.yaml"}
+    data.write_text("[]")
+    (tmp_path / "mine.yaml").write_text("task: other")
+    after = inputs.digests(config)
+    assert all(after[name] != before[name] for name in before)
+
+
+def test_the_commit_of_a_hub_model_is_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later commit under the same name is another model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = config_of(model_args={"pretrained": "some/model"})
+    assert inputs.digests(config) == {}
+    for commit in ("a" * 40, "b" * 40):
+        snapshot = tmp_path / "models--some--model" / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        (snapshot / "config.json").write_text("{}")
+        (tmp_path / "models--some--model" / "refs").mkdir(exist_ok=True)
+        (tmp_path / "models--some--model" / "refs" / "main").write_text(commit)
+        assert inputs.digests(config) == {"pretrained": commit}

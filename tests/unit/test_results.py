@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lceval.analysis.table import build
+from lceval.analysis.table import build, main
 from lceval.core.errors import UserError
 from lceval.records.results import read_folder, read_runs
 
@@ -420,3 +420,34 @@ def test_an_old_run_and_a_current_one_are_compared_with_each_other(tmp_path):
     write_results(tmp_path / "new", {"lc_filings_ao_1k": lines}, config=current)
     (_, new) = build(read_runs([tmp_path / "full", tmp_path / "new"])).rows
     assert (new["query_aware"], new["delta"]) == (True, -1.0)
+
+
+def test_predictions_without_scores_have_no_metric_and_are_no_errors(tmp_path):
+    """--predict_only logs the metric `bypass`; a score of 0 would be a result that nobody measured."""
+    configs = {"mc": {"metadata": {"version": 1.0, "headline": "acc"}}}
+    write_results(tmp_path, {"mc": [line(i, {"bypass": 999}) for i in range(2)]}, configs=configs)
+    (task,) = only(tmp_path).tasks
+    assert task.headline is None
+    assert [(sample.status, sample.score, sample.metrics) for sample in task.samples] == [("ok", None, {})] * 2
+    (row,) = build(read_runs([tmp_path])).rows
+    assert (row["n"], row["errors"], row["score"], row["metric"], row["metrics"]) == (2, 0, None, None, {})
+    (printed,) = [text for text in main([tmp_path], "markdown").splitlines() if tmp_path.name in text]
+    assert "n/a" in printed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "boundary", "doc", "uncompressed"),
+    [
+        ("snapkv:0.25", False, {"question": "Where?"}, 1),
+        ("snapkv:0.25", True, {"context": "Paris"}, 0),
+        ("snapkv:0.25", False, {"context": ""}, 0),  # context=none
+        ("full", False, {"question": "Where?"}, None),
+    ],
+)
+def test_samples_that_a_recipe_could_not_compress_are_counted(tmp_path, recipe, boundary, doc, uncompressed):
+    kv = {"status": "ok", "boundary": boundary, "kept_share": 1.0}
+    write_results(tmp_path, {"lc_nq_ao_8k": [line(0, {"subem": 1.0, "kv": kv}, doc=doc)]})
+    write_run_json(tmp_path, recipe=recipe)
+    (row,) = build(read_runs([tmp_path])).rows
+    assert row["uncompressed"] == uncompressed
+    assert ("not compressed: " in main([tmp_path])) == bool(uncompressed)

@@ -19,7 +19,7 @@ _MEANS = (
     *("gold_kept", "gold_nll", "ndcg10", "kept_share", "kv_mb", "kv_16bit_share", "bytes_read_per_step"),
     *("prefill_s", "prefill_tok_s", "decode_tok_s"),
 )
-_SUMS = ("n", "clusters", "errors", "truncated", "wrong_format", "unjudged")
+_SUMS = ("n", "clusters", "errors", "truncated", "uncompressed", "wrong_format", "unjudged")
 _AGREEMENT = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")
 
 _CONFIGURATION = ("model", "pretrained", "peft", "recipe", "query_aware")

@@ -43,7 +43,9 @@ def percent(value: float | None) -> str:
 
 
 def score(row: Row) -> str:
-    """`43.8 [31.2, 56.2]`, in percent where the metric is a share."""
+    """`43.8 [31.2, 56.2]`, in percent where the metric is a share; n/a for samples without a metric."""
+    if row["n"] and row["metric"] is None:
+        return "n/a"
     return _bounded(percent if row["unit"] == "share" else number, row["score"], row["ci_lo"], row["ci_hi"])
 
 
@@ -139,6 +141,7 @@ _COLUMNS = (
     Column("decode\ntok/s", lambda row: number(row["decode_tok_s"])),
     Column("errors", lambda row: str(row["errors"]), show="always"),
     Column("truncated", lambda row: _count(row["truncated"])),
+    Column("not com-\npressed", lambda row: _count(row.get("uncompressed"))),
     Column("bad\nformat", lambda row: _count(row["wrong_format"]), priority=1),
     Column("unjudged", lambda row: _count(row["unjudged"])),
 )
@@ -249,6 +252,11 @@ def _statuses(rows: Sequence[Row]) -> list[str]:
         lines.append("errors: included in n and scored 0 (no score where 0 is not the worst value).")
     if any(row["truncated"] for row in rows):
         lines.append("truncated: samples whose prompt exceeded the context window.")
+    if any(row.get("uncompressed") for row in rows):
+        lines.append(
+            "not compressed: samples whose prompt does not contain the row's field `context` (see context_field); they "
+            "are answered from the full cache, whatever the recipe."
+        )
     if any(row["wrong_format"] for row in rows):
         lines.append("bad format: answers not in the requested format; scored as they are.")
     if any(row["unjudged"] for row in rows):
