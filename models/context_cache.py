@@ -34,3 +34,7 @@ class ContextCache:
         self._contexts.move_to_end(key)
         while self.cached_bytes > self.limit_bytes:
             self._contexts.popitem(last=False)
+
+    def clear(self) -> None:
+        """Remove all contexts."""
+        self._contexts.clear()

@@ -7,14 +7,15 @@ fork. With `kv=full` the results are those of `--model hf`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -22,9 +23,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from lceval import packaged
+from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import attention, recipe
@@ -32,13 +34,16 @@ from lceval.models.arguments import check_arguments, unknown_argument
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
+from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit, padded, whole_rows
 from lceval.models.scheduler import ContextScheduler, Question
-from lceval.models.telemetry import skipped
+from lceval.models.telemetry import failed
 
 logger = logging.getLogger(__name__)
 
+A = TypeVar("A")
+Answer = Callable[[Sequence[Question[J]]], list[tuple[int, A]]]
 # Choices scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
@@ -165,13 +170,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             new_tokens = sampling.pop("max_gen_toks")
             split = self._split(index, request, self.tok_batch_encode([prompt])[0][0].tolist())
             jobs.append(GenerateJob(**split, until=until, max_new_tokens=new_tokens, sampling=sampling))
-        jobs = self._fit(jobs, requests)
-        responses: list[Text] = [Text("", skipped())] * len(requests)
-        for batch in self._batches(jobs, len(requests), "generate_until", disable_tqdm):
-            for index, text in self._generate(batch):
-                responses[index] = text
-                self.cache_hook.add_partial("generate_until", requests[index].args, text)
-        return responses
+        return self._answers("generate_until", self._generate, jobs, requests, disable_tqdm)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score each continuation, as lm-eval specifies. The choices of a question are scored together."""
@@ -189,13 +188,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             ScoreJob(**self._split(of[0].index, requests[of[0].index], ids), choices=tuple(of))
             for ids, of in choices.items()
         ]
-        fitting = self._fit(jobs, requests)
-        responses = [Score((-float("inf"), False), skipped())] * len(requests)
-        for batch in self._batches(fitting, len(jobs), "loglikelihood", disable_tqdm):
-            for index, score in self._score(batch):
-                responses[index] = score
-                self.cache_hook.add_partial("loglikelihood", requests[index].args, score)
-        return responses
+        return self._answers("loglikelihood", self._score, jobs, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Perplexity of whole texts, which have no question; requires `kv=full`."""
@@ -219,25 +212,63 @@ class LCFT(HFLM):  # type: ignore[misc]
             "prompt": prompt, "doc": doc,
         }  # fmt: skip
 
-    def _fit(self, jobs: list[J], requests: list[Instance]) -> list[J]:
+    def _answers(
+        self, method: str, answer: Answer[J, A], jobs: list[J], requests: list[Instance], disable_tqdm: bool
+    ) -> list[A]:
+        """One response per request; a sample that cannot be answered is an error with its reason, not dropped."""
         fitting = fit(jobs, self.max_length, self.overlong, [str(request.task_name) for request in requests])
         self.totals["too_long"] += len(jobs) - len(fitting)
-        return fitting
+        answered = {job.index for job in fitting}
+        responses: dict[int, A] = {}
+        for job in jobs:
+            if job.index not in answered:
+                responses |= job.unanswered(failed("overlong"))
 
-    def _batches(self, jobs: Sequence[J], total: int, what: str, disable_tqdm: bool) -> Iterator[list[Question[J]]]:
-        """Jobs with their compressed contexts, in batches."""
+        def on_failure(job: J, reason: str) -> None:
+            self.totals["failed"] += 1
+            responses.update(job.unanswered(failed(reason)))
+
+        for batch in self._batches(fitting, len(jobs), method, disable_tqdm, on_failure):
+            for index, response in self._in_memory(batch, answer):
+                responses[index] = response
+                self.cache_hook.add_partial(method, requests[index].args, response)
+        return [responses[index] for index in range(len(requests))]
+
+    def _in_memory(self, batch: Sequence[Question[J]], answer: Answer[J, A]) -> list[tuple[int, A]]:
+        """The answers of a batch; of its halves where memory does not suffice, and errors of single questions."""
+        try:
+            return answer(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here the error, and what its frames hold, is freed.
+        self.scheduler.release()
+        if half := len(batch) // 2:
+            logger.warning("out of memory with %d questions in a batch: retrying with %d", len(batch), half)
+            return self._in_memory(batch[:half], answer) + self._in_memory(batch[half:], answer)
+        self.totals["failed"] += 1
+        (question,) = batch
+        question.meta["kv"] |= {"status": "error", "error": OUT_OF_MEMORY}
+        return question.job.unanswered(question.meta)
+
+    def _batches(
+        self, jobs: Sequence[J], total: int, what: str, disable_tqdm: bool, on_failure: Callable[[J, str], None]
+    ) -> Iterator[list[Question[J]]]:
+        """Jobs with their compressed contexts, in batches. Between batches the run can be stopped."""
+        interrupt.check()
         if self.totals["no_boundary"] and self.recipe != recipe.Recipe():
             logger.warning(
                 "%d prompts have no context field %r: they run uncompressed (kept share 1.0)",
                 self.totals["no_boundary"],
                 self.context_field,
             )
-        bar = tqdm(total=total, initial=total - len(jobs), disable=disable_tqdm or self.rank != 0, desc=what)
-        for batch in self.scheduler.batches(jobs, self.recipe, int(self.batch_size)):
-            answered = len(batch)
-            yield batch
-            bar.update(answered)
-        bar.close()
+        disable = disable_tqdm or self.rank != 0
+        with tqdm(total=total, initial=total - len(jobs), disable=disable, desc=what) as bar:
+            for batch in self.scheduler.batches(jobs, self.recipe, int(self.batch_size), on_failure):
+                answered = len(batch)
+                yield batch
+                bar.update(answered)
+                interrupt.check()
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype
@@ -290,9 +321,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
         whole, mask = (torch.tensor(x, device=self.device) for x in zip(*rows, strict=True))
         cache.start_clock()
+        finite = FiniteLogits()
         start = time.perf_counter()
         out = self._model_generate(
             context=whole,
+            logits_processor=LogitsProcessorList([finite]),
             attention_mask=mask,
             stop=until,
             max_length=whole.shape[1] + new_tokens,
@@ -303,11 +336,20 @@ class LCFT(HFLM):  # type: ignore[misc]
         first_token = cache.first_step or end
         self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
         texts = []
-        for question, row in zip(batch, out[:, whole.shape[1] :].tolist(), strict=True):
+        rows = out[:, whole.shape[1] :].tolist()
+        for question, row, not_finite in zip(batch, rows, finite.failed(len(batch)), strict=True):
+            if not_finite:
+                texts += self._not_finite(question)
+                continue
             tokens = self._until_eos(row)
             question.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
             texts.append((question.job.index, Text(self._text(tokens, until), question.meta)))
         return texts
+
+    def _not_finite(self, question: Question[J]) -> list[tuple[int, Any]]:
+        self.totals["failed"] += 1
+        question.meta["kv"] |= {"status": "error", "error": NOT_FINITE}
+        return question.job.unanswered(question.meta)
 
     def _until_eos(self, tokens: list[int]) -> list[int]:
         """A row's tokens up to its first end token; the rest is padding up to the longest row."""
@@ -337,7 +379,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         self._diagnose(batch, cache, ids)
         first = self.engine.forward(cache, ids, keep=1)
         rows = [(row, choice) for row, question in enumerate(batch) for choice in question.job.choices]
-        scores = []
+        scores: list[tuple[int, Score]] = []
         for at in range(0, len(rows), CHOICE_ROWS):
             part = rows[at : at + CHOICE_ROWS]
             logits = first[[row for row, _ in part]]
@@ -357,6 +399,10 @@ class LCFT(HFLM):  # type: ignore[misc]
                 greedy = bool((logprobs.argmax(-1) == targets).all())
                 scores.append((choice.index, Score((total, greedy), batch[row].meta)))
         self._account(batch, cache, question_s=time.perf_counter() - start, decode_s=0.0)
+        broken = {index for index, score in scores if not math.isfinite(score[0])}
+        for question in batch:
+            if any(choice.index in broken for choice in question.job.choices):
+                scores += self._not_finite(question)  # replaces those of its choices
         return scores
 
     def _account(self, batch: Sequence[Question[Any]], cache: QuestionCache, **seconds: float) -> None:
@@ -370,8 +416,11 @@ class LCFT(HFLM):  # type: ignore[misc]
             question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """All settings of this model that change its outputs."""
+    def output_settings(self) -> dict[str, Any]:
+        """The settings of this model that change its outputs: the key of a `--use_cache` file.
+
+        A run folder is identified by its whole configuration instead (lceval.records.identity).
+        """
         return {
             "pretrained": self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path,
             "revision": self.revision,
@@ -396,7 +445,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         super().set_cache_hook(cache_hook)
         stored = getattr(cache_hook, "dbdict", None)
         if stored is not None:
-            identity, key = repr(sorted(self.identity.items(), key=str)), "lceval-identity"
+            identity, key = repr(sorted(self.output_settings.items(), key=str)), "lceval-identity"
             writer = stored.get(key) if key in stored or len(stored) == 0 else "another model"
             if writer not in (None, identity):
                 raise UserError(f"the --use_cache file was written by {writer}, not by {identity}: use another file")
@@ -406,7 +455,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         """HFLM's record, with recipe, backend and totals under `lcft`."""
         lcft = {
             "recipe": str(self.recipe),
-            "attn": self.identity["attn"],
+            "attn": self.output_settings["attn"],
             "expanded": self.recipe.expanded(),
             **self.totals,
         }

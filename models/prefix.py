@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 
 # Generation arguments under which a row's output (or its distribution) depends on its own prompt only, so that rows can
@@ -57,6 +59,10 @@ class Job:
         """Whether both can be rows of one batch."""
         return type(self) is type(other)
 
+    def unanswered(self, meta: dict[str, Any]) -> list[tuple[int, Any]]:
+        """The index of each request with the response that stands for no answer."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateJob(Job):
@@ -83,6 +89,9 @@ class GenerateJob(Job):
             and {*self.sampling} <= BATCHED
         )
 
+    def unanswered(self, meta: dict[str, Any]) -> list[tuple[int, Text]]:
+        return [(self.index, Text("", meta))]
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -102,6 +111,9 @@ class ScoreJob(Job):
     def answer_tokens(self) -> int:
         # The last token of a continuation is scored but never fed to the model.
         return max(len(choice.tokens) for choice in self.choices) - 1
+
+    def unanswered(self, meta: dict[str, Any]) -> list[tuple[int, Score]]:
+        return [(choice.index, Score((-math.inf, False), meta)) for choice in self.choices]
 
 
 J = TypeVar("J", bound=Job)

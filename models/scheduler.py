@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
+
+import torch
 
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache
 from lceval.models.context_cache import ContextCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
+from lceval.models.faults import OUT_OF_MEMORY, is_out_of_memory
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import J, Job, by_context
 from lceval.models.recipe import Recipe
@@ -68,13 +72,23 @@ class ContextScheduler:
         self._last_prefill = None
         self._question_caches.clear()
 
-    def batches(self, jobs: Sequence[J], recipe: Recipe, rows: int) -> Iterator[list[Question[J]]]:
+    def batches(
+        self, jobs: Sequence[J], recipe: Recipe, rows: int, on_failure: Callable[[J, str], None]
+    ) -> Iterator[list[Question[J]]]:
         """All jobs in batches of up to `rows` questions; questions on one context are adjacent.
 
         A batch is cleared when the next one is requested, so that its contexts are freed before the next prefill.
+
+        Args:
+            on_failure: receives each job for whose context or question memory does not suffice, with the reason.
         """
         batch: list[Question[J]] = []
-        for question in self._questions(jobs, recipe):
+        for question in self._questions(jobs, recipe, on_failure):
+            if question is None:  # memory is short: answer what is waiting first
+                if batch:
+                    yield batch
+                    batch.clear()
+                continue
             if batch and not self._can_share_batch(batch[0], question):
                 yield batch
                 batch.clear()
@@ -94,13 +108,40 @@ class ContextScheduler:
             return False
         return bool(a.job.can_share_batch(b.job))
 
-    def _questions(self, jobs: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
+    def _questions(
+        self, jobs: Sequence[J], recipe: Recipe, on_failure: Callable[[J, str], None]
+    ) -> Iterator[Question[J] | None]:
+        """Every job's question; None where memory ran out, before a second try without any cache."""
         for group in by_context(jobs):
             applied = recipe if group[0].has_context else Recipe()
-            if self.query_aware and applied.evictor:
-                yield from self._query_aware(group, applied)
-            else:
-                yield from self._query_agnostic(group, applied)
+            prepare = self._query_aware if self.query_aware and applied.evictor else self._query_agnostic
+            remaining, released = list(group), False
+            while remaining:
+                try:
+                    for question in prepare(tuple(remaining), applied):
+                        del remaining[0]
+                        released = False
+                        yield question
+                        del question
+                    continue
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                # Here the error, and what its frames hold, is freed.
+                if released:
+                    on_failure(remaining.pop(0), OUT_OF_MEMORY)
+                yield None
+                self.release()
+                released = True
+
+    def release(self) -> None:
+        """Free all cached contexts, prefills and questions."""
+        self._context_cache.clear()
+        self._last_prefill = None
+        self._question_caches.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _query_agnostic(self, group: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
         """Compress the context once for all of its questions."""

@@ -41,6 +41,6 @@ def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: 
     }
 
 
-def skipped() -> dict[str, Any]:
-    """The `meta` of a sample that was skipped because its prompt does not fit the model."""
-    return {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error", "error": "overlong", "kept_share": 1.0}}
+def failed(reason: str) -> dict[str, Any]:
+    """The `meta` of a sample that was not answered."""
+    return {"kv_bytes": 0, "kv_bytes_full": 0, "kv": {"status": "error", "error": reason, "kept_share": 1.0}}

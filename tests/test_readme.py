@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import commands as all_commands
+from commands import parse
 
 from lceval.data import listing
 from lceval.tasks import catalogue
@@ -36,6 +38,12 @@ def test_every_command_works_in_an_empty_folder(tmp_path: Path, smollm2: str) ->
         if command.startswith("lceval table"):
             assert "snapkv:0.5" in ran.stdout
             assert "streaming:0.5" in ran.stdout
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_every_command_is_accepted_by_its_parser(command: str) -> None:
+    """`python tests/commands.py` runs those that can run here."""
+    parse(command)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.name)

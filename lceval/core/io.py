@@ -83,6 +83,8 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     try:
         with partial.open("wb") as out:
             yield out
+            out.flush()
+            os.fsync(out.fileno())
         os.replace(partial, file)
     finally:
         partial.unlink(missing_ok=True)

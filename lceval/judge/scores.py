@@ -66,6 +66,10 @@ def metrics(rubric: str, grades: Grades, sample: JudgedSample) -> dict[str, floa
         case "choice":
             letter = grades["letter"]
             return {"judge_acc": float(letter in sample.letters), "judge_parsed": float(letter != "none")}
+        case "rj":
+            pass
+        case _:
+            raise NotImplementedError(f"no metrics for the rubric {rubric}: add them here")
     parts = {
         "judge_reasoning": float(grades["reasoning"]),
         "judge_grounding": float(grades["grounding"]),

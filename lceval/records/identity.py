@@ -54,6 +54,8 @@ DOES_NOT = (
     "write_out",
 )
 PACKAGES = ("lceval", "lm-eval", "torch", "transformers", "peft", "accelerate", "tokenizers", "triton")
+# Arguments of lcft that change no output; all others do.
+MEMORY_ONLY = ("prefix_cache_gib",)
 # Files in a model or adapter folder that do not change outputs: texts about it, and the state of its training.
 _UNUSED_FILES = re.compile(
     r"\..*|.*\.md|LICENSE.*|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin",
@@ -70,6 +72,7 @@ def of(config: Any, digests: Mapping[str, str]) -> dict[str, Any]:
         digests: of the files that it names.
     """
     fields = {name: getattr(config, name) for name in CHANGES_OUTPUTS}
+    fields["model_args"] = {key: value for key, value in config.model_args.items() if key not in MEMORY_ONLY}
     text = json.dumps({**fields, "hashes": dict(digests), "versions": versions()}, default=str)
     identity: dict[str, Any] = json.loads(text)
     return identity

@@ -10,12 +10,14 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lceval.core.answers import Score, Text
+from lceval.core.errors import InfrastructureError
 
 METHODS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
@@ -29,12 +31,14 @@ class Responses:
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path)
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS response "
-            "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
-        )
-        self._db.commit()
+        self._path = path
+        with self._errors():
+            self._db = sqlite3.connect(path)
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS response "
+                "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
+            )
+            self._db.commit()
         self._lm: Any = None
         self.reused: set[tuple[str, Any]] = set()
         self.requested: set[tuple[str, Any]] = set()
@@ -57,16 +61,30 @@ class Responses:
     def add_partial(self, method: str, args: Iterable[Any], response: Any) -> None:
         """lm-eval's cache hook: models call this with each response as it is generated."""
         request = _key(method, args)
-        self._db.execute(
-            "INSERT INTO response SELECT ?, count(*), ? FROM response WHERE request = ?",
-            (request, _encode(response), request),
-        )
-        self._db.commit()
+        with self._errors():
+            self._db.execute(
+                "INSERT INTO response SELECT ?, count(*), ? FROM response WHERE request = ?",
+                (request, _encode(response), request),
+            )
+            self._db.commit()
 
     def find(self, request: str) -> list[Any]:
         """All responses stored under a request key, oldest first."""
-        rows = self._db.execute("SELECT value FROM response WHERE request = ? ORDER BY place", (request,))
-        return [_decode(value) for (value,) in rows]
+        with self._errors():
+            rows = self._db.execute("SELECT value FROM response WHERE request = ? ORDER BY place", (request,))
+            return [_decode(value) for (value,) in rows]
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Say in one line what to do about a file that cannot be read or written."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            raise InfrastructureError(
+                f"cannot store answers in {self._path} ({error}): those so far are kept; free the disk and rerun"
+            ) from error
+        except (sqlite3.DatabaseError, ValueError) as error:
+            raise InfrastructureError(f"{self._path} is damaged ({error}): delete it to answer again") from error
 
     def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any], **options: Any) -> list[Any]:
         """Responses to `requests`: from the file where stored, else from the model's method `original`."""

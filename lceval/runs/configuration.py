@@ -105,11 +105,13 @@ def _config_file(name: str | None) -> dict[str, Any]:
     for key, value in values.items():
         if key not in types:
             raise UserError(f"{name}: unknown key {key!r}; {_nearest(key, list(types))}")
+        if key in UNSUPPORTED:
+            continue  # refused, whatever its value
         expected = types[key] | str if key in (*DICT_KEYS, "batch_size") else types[key]
         try:
             TypeAdapter(expected | None).validate_python(value, strict=True)
         except ValidationError:
-            kind = getattr(expected, "__name__", str(expected)).replace("NoneType", "null")
+            kind = getattr(expected, "__name__", str(expected)).replace("None", "null")
             raise UserError(f"{name}: bad {key}={value!r}: expected {kind}") from None
     return values
 

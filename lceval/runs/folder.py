@@ -26,6 +26,8 @@ from lceval.runs.configuration import configure
 
 RUN = "run.json"
 RUNNING, FINISHED = "running", "finished"
+SPACE = 8 << 20
+"""Bytes that must be free when a run starts; answers and results of a thousand long samples take about as much."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
             raise UserError(f"{folder} contains files but no {RUN}: choose another --output_path")
         if previous is not None and (changed := identity.differences(previous["identity"], current)):
             raise UserError(f"{folder} contains another run ({'; '.join(changed)}): choose another --output_path")
+        if previous is None or previous["status"] != FINISHED:
+            _require_space(folder)
         yield OpenRun(config, folder, current, previous)
 
 
@@ -149,7 +153,10 @@ def _save(config: Any, folder: Path, lm: Any, results: dict[str, Any]) -> None:
         written = [file for file in Path(partial).rglob("*") if file.is_file()]
         if len(written) != 1 + len(results["configs"]):
             raise InfrastructureError(f"lm-eval did not write its results into {folder}: is the disk full?")
-        for file in written:
+        # An earlier finish may have been killed here, and its files sort later if the clock went back since.
+        for file in [*folder.glob("results_*.json"), *folder.glob("samples_*.jsonl")]:
+            file.unlink()
+        for file in sorted(written, key=lambda file: file.name.startswith("results_")):
             os.replace(file, folder / file.name)
 
 
@@ -171,14 +178,28 @@ def _locked(folder: Path) -> Iterator[None]:
     """Lock the folder for this process; create it if missing."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise UserError(f"cannot create the run folder {folder}: {error.strerror}") from None
-    with (folder / ".lock").open("w") as lock:
+        raise UserError(
+            f"cannot write into the run folder {folder}: {error.strerror}: choose another --output_path"
+        ) from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process is running in {folder}: wait for it, or choose another folder") from None
         yield
+
+
+def _require_space(folder: Path) -> None:
+    """Fail before the model is loaded if the disk cannot take the results."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            os.posix_fallocate(probe.fileno(), 0, SPACE)
+    except OSError as error:
+        raise InfrastructureError(
+            f"{folder}: the disk cannot take {SPACE >> 20} MiB ({error.strerror}): free space and run again"
+        ) from None
 
 
 def report(outcome: RunOutcome) -> None:

@@ -10,11 +10,12 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
+from lceval.core.interrupt import finishing_samples
 from lceval.records.responses import Responses
 from lceval.runs.configuration import Context, contexts_of, tasks_of
 from lceval.runs.folder import OpenRun, RunOutcome, begin, finish, opened
@@ -138,6 +139,12 @@ class Runner:
 
         A failed run does not stop the others.
         """
+        # Other models answer all requests in one call; there a signal stops at once.
+        ours = all(run.config.model == "lcft" for run in runs)
+        with finishing_samples() if ours else nullcontext():
+            return self._evaluate(runs)
+
+    def _evaluate(self, runs: Sequence[OpenRun]) -> list[RunOutcome | Exception]:
         outcomes: dict[int, RunOutcome | Exception] = {
             place: finished for place, run in enumerate(runs) if (finished := run.finished) is not None
         }

@@ -1,8 +1,10 @@
-"""`lceval run`: run folders, resuming after SIGKILL, errors in one line."""
+"""`lceval run`: run folders, resuming after a signal, disks that take nothing, errors in one line."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +17,9 @@ import pytest
 
 from lceval.analysis.table import main as table_text
 from lceval.cli import invoke
+from lceval.core.errors import UserError
 from lceval.runs import runner
+from lceval.runs.configuration import configure
 from lceval.runs.demo import RECIPES
 
 pytestmark = pytest.mark.model
@@ -59,17 +63,22 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, out
 
 
-def test_resume_after_sigkill_reuses_finished_samples_and_gives_the_same_table(
-    uninterrupted: tuple[Path, str], tmp_path: Path
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_stopped_run_resumes_with_its_finished_samples_and_gives_the_same_table(
+    uninterrupted: tuple[Path, str], tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "killed"
     line = ["run", "--json", *SHORT, "--output_path", str(folder)]
-    process = start(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while answered(folder) < 3:
         assert process.poll() is None, "the run ended before it could be killed"
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    _, err = process.communicate()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143
+        assert "stopping after the current sample" in err
+        assert err.splitlines()[-1] == "lceval: error: stopped by SIGTERM; rerun the same command to resume"
     done = answered(folder)
     assert 3 <= done < 8
     assert json.loads((folder / "run.json").read_text())["status"] == "running"
@@ -123,6 +132,28 @@ def test_the_run_folder_contains_identity_results_and_samples_with_telemetry(uni
 
 
 @pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ("size=1m", 4, "the disk cannot take 8 MiB (No space left on device): free space and run again"),
+        ("size=16m,ro", 2, "run folder {folder}: Read-only file system: choose another --output_path"),
+    ],
+)
+def test_a_disk_that_takes_nothing_is_reported_before_the_model_loads(
+    tmp_path: Path, options: str, code: int, message: str
+) -> None:
+    """A file system of its own, mounted in a namespace of its own."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("no user namespaces here")
+    lceval = Path(sys.executable).with_name("lceval")
+    line = shlex.join([str(lceval), "run", *SHORT, "--output_path", str(tmp_path)])
+    script = f"mount -t tmpfs -o {options} tmpfs {tmp_path} && {line}"
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], text=True, capture_output=True)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(message.format(folder=tmp_path))
+    assert "Loading weights" not in done.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tasks", "lc_filing_ao_1k"], "unknown task 'lc_filing_ao_1k'; did you mean lc_filings_ao"),
@@ -165,12 +196,65 @@ def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path, capsys: pyt
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+CONFIG = """\
+model: lcft
+model_args:
+  pretrained: smollm2-135m
+  kv: snapkv:0.25
+tasks: [lc_filings_ao_1k]
+limit: 2
+apply_chat_template: false
+output_path: runs/cfg
+device: cpu
+"""
+
+
+def test_a_configuration_file_counts_as_its_flags_do(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG)
+    config = configure(["--config", str(file)])
+    assert (config.apply_chat_template, config.output_path, config.limit) == (False, "runs/cfg", 2)
+    assert (config.tasks, config.model_args["kv"], config.log_samples) == (["lc_filings_ao_1k"], "snapkv:0.25", True)
+    config = configure(["--config", str(file), "--limit", "3", "--apply_chat_template", "--output_path", "x"])
+    assert (config.apply_chat_template, config.output_path, config.limit) == (True, "x", 3)
+    file.write_text(CONFIG.replace("apply_chat_template: false\n", ""))
+    assert configure(["--config", str(file)]).apply_chat_template is True
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("use_cache: x", "--use_cache is not supported by lceval run: the run folder already stores"),
+        ("cache_requests: 'true'", "--cache_requests is not supported by lceval run: its key lacks"),
+        ("limits: 2", "unknown key 'limits'; did you mean limit"),
+        ("limit: many", "bad limit='many': expected float | null"),
+        ("limit: [", "config.yaml"),
+    ],
+)
+def test_a_bad_configuration_file_is_one_line(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIG.replace("limit: 2", line))
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        configure(["--config", str(file)])
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.slow
-def test_plain_lm_eval_ends_with_the_error_message(tmp_path: Path) -> None:
-    bad = [a.replace("snapkv", "snapvk") for a in SHORT]
-    ran = subprocess.run([sys.executable, "-m", "lm_eval", *bad], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 1
-    assert "did you mean 'snapkv'" in ran.stderr.strip().splitlines()[-1]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([a.replace("snapkv", "snapvk") for a in SHORT], "did you mean 'snapkv'"),
+        ([*SHORT, "--cache_requests", "true"], "lc_filings_ao_1k: --cache_requests is not supported: its key lacks"),
+    ],
+)
+def test_plain_lm_eval_ends_with_the_error_in_one_line(tmp_path: Path, arguments: list[str], message: str) -> None:
+    ran = subprocess.run([sys.executable, "-m", "lm_eval", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "Traceback" not in ran.stderr
+    last_line = ran.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("lceval: error: ")
+    assert message in last_line
+    assert "Custom kwargs can be passed" not in ran.stderr
 
 
 @pytest.mark.slow

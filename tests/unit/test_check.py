@@ -233,6 +233,19 @@ def test_model_adapter_recipe_and_sample_order_may_differ(base: Path, tmp_path: 
     assert run(base, new, "--gate", 0.05) == 0
 
 
+def test_predictions_without_scores_are_not_comparable(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """lm-eval's --predict_only logs the metric `bypass` alone, and keeps the task's headline."""
+    lines = [{**line, "metrics": ["bypass"], "bypass": 999} for line in rows(GOOD)]
+    for line in lines:
+        del line["subem"], line["f1"]
+    predicted = [write(tmp_path / name, {"qa": lines}) for name in "ab"]
+    for sides in (predicted, [base, predicted[0]], [predicted[0], base]):
+        assert run(*sides, "--gate", 0.05) == 3
+        assert capsys.readouterr().err.startswith("lceval: error: not comparable: qa")
+
+
 def test_an_unfinished_run_is_exit_4(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     new = write(tmp_path / "new", {"qa": rows(GOOD)}, status="running")
     assert run(base, new, "--gate", 0.05) == 4

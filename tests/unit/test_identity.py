@@ -64,6 +64,14 @@ def test_whatever_a_model_argument_loads_is_in_the_identity(tmp_path: Path, key:
     assert change.startswith(f"hashes.{key}: ")
 
 
+def test_a_run_that_ran_out_of_memory_resumes_with_a_smaller_cache() -> None:
+    one, other, third = (
+        identity.of(config_of(model_args={"kv": "full", **arguments}), {})
+        for arguments in ({}, {"prefix_cache_gib": 0.5}, {"prefill_chunk": 512})
+    )
+    assert one == other != third
+
+
 def test_task_files_and_benchmark_data_are_in_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LCEVAL_DATA", str(tmp_path))
     data = tmp_path / "nq_open" / "questions.jsonl"

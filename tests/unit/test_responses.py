@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from lm_eval.api.instance import Instance
 
 from lceval.core.answers import Score, Text
+from lceval.core.errors import InfrastructureError
 from lceval.records.responses import Responses
 
 
@@ -122,3 +124,38 @@ def test_stored_values_are_json(tmp_path: Path) -> None:
     assert b'{"value": -1.0, "meta": null}' in content
     model, _ = attached(tmp_path / "r")
     assert model.loglikelihood_rolling([request(0, "text", kind="loglikelihood_rolling")]) == [-1.0]
+
+
+def test_a_full_disk_is_one_line_and_loses_no_stored_answer(tmp_path: Path) -> None:
+    store, stored = Responses(tmp_path / "r"), []
+    store._db.execute("PRAGMA max_page_count = 8")
+
+    def fill() -> None:
+        for number in range(100):
+            store.add_partial("generate_until", (str(number),), "x" * 1000)
+            stored.append(number)
+
+    with pytest.raises(InfrastructureError, match=r"cannot store .*/r \(database or disk is full\): those so"):
+        fill()
+    store.close()
+    with sqlite3.connect(tmp_path / "r") as db:
+        assert db.execute("SELECT count(*) FROM response").fetchone() == (len(stored),)
+    assert 0 < len(stored) < 32
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.1, 0.6, 0.99])
+def test_a_damaged_file_is_named_with_the_remedy(tmp_path: Path, keep: float) -> None:
+    """Half a file, with and without its first page; an empty one is a new one."""
+    file = tmp_path / "r"
+    store = Responses(file)
+    keys = [str(number) for number in range(20)]
+    for key in keys:
+        store.add_partial("generate_until", (key,), "x" * 1000)
+    store.close()
+    content = file.read_bytes()
+    file.write_bytes(b"?" * 100 + content[100 : int(len(content) * keep)] if keep else b"")
+    if not keep:
+        Responses(file).close()
+        return
+    with pytest.raises(InfrastructureError, match=r"/r is damaged \(.*\): delete it to answer again"):
+        Responses(file)

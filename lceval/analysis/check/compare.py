@@ -200,7 +200,7 @@ def _metric(base: BaselineTask, new: BaselineTask, requested: str | None) -> str
     """The gate metric, required in both runs."""
     metric = requested or base.headline
     if metric is None:
-        raise UserError(f"{base.task} has no per-sample metric to gate on")
+        raise NotComparableError(f"not comparable: {base.task} has no per-sample metric (run with --predict_only?)")
     for side, task in (("BASE", base), ("NEW", new)):
         # A run in which all samples failed is a result, not a wrong metric name.
         failed = metric == base.headline and not any(item.values for item in task.samples)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Protocol
 
+from lceval.core.interrupt import Stopped, stop_on
 from lceval.runs.sweep.plan import Cell, is_finished
 from lceval.runs.sweep.share import Queue, split, threads
 from lceval.runs.sweep.worker import CellResult, Worker
@@ -123,7 +125,8 @@ def _death(code: int | None) -> str:
 
 def _serve(pipe: Any, variables: dict[str, str], make: Callable[[], RunsGroups]) -> None:
     """Main function of a worker process: receive groups, send results, until the pipe closes or the parent ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends its workers by SIGTERM
+    stop_on(signal.SIGTERM)
     os.environ.update(variables)
     os.dup2(2, 1)  # only the parent's table goes to stdout
     Thread(target=_end_with_parent, daemon=True).start()
@@ -133,7 +136,10 @@ def _serve(pipe: Any, variables: dict[str, str], make: Callable[[], RunsGroups])
             group, root = pipe.recv()
         except EOFError:
             return
-        pipe.send(worker.run(group, root))
+        try:
+            pipe.send(worker.run(group, root))
+        except Stopped as error:
+            sys.exit(error.exit_code)
 
 
 def _end_with_parent() -> None:
