@@ -20,7 +20,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from lceval.analysis.table import main as table_text
 from lceval.cli import invoke
 from lceval.core.io import read_objects
 from lceval.records.responses import Responses
+from lceval.runs.folder import opened
+from lceval.runs.runner import Runner
 
 HERE = Path(__file__).parent
 KILLED, SOAKED = HERE / "faults-killed.jsonl", HERE / "faults-soak.jsonl"
@@ -164,70 +167,62 @@ def kill(trials: int) -> None:
                 "generated_twice": sum(times.values()) - len(times),
                 "faults": damaged(folder),
             }
-            with KILLED.open("a") as out:
-                out.write(json.dumps(record) + "\n")
+            append(KILLED, record)
             print(record, file=sys.stderr)
 
 
+def keep_running(index: int, root: Path, end: float) -> int:
+    """Evaluate the recipes again and again with one loaded model, and append the process's memory after each time."""
+    runner, start, cycle = Runner(), time.monotonic(), 0
+    while time.monotonic() < end:
+        common = ["--model=lcft", "--tasks=lc_filings_ao_1k", "--limit=4", "--gen_kwargs=max_gen_toks=8"]
+        with ExitStack() as folders:
+            runs = [
+                folders.enter_context(
+                    opened(
+                        [
+                            *common,
+                            f"--model_args=pretrained=smollm2-135m,kv={kv}",
+                            f"--output_path={root / str(index) / str(cycle) / kv.replace(':', '-')}",
+                        ]
+                    )
+                )
+                for kv in RECIPES
+            ]
+            errors = [str(outcome) for outcome in runner.evaluate(runs) if isinstance(outcome, Exception)]
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        rss_mb = round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1)
+        seconds = round(time.monotonic() - start, 1)
+        append(SOAKED, {"process": index, "cycle": cycle, "s": seconds, "rss_mb": rss_mb, "errors": errors})
+        cycle += 1
+    return 0
+
+
 def soak(minutes: float) -> None:
+    SOAKED.unlink(missing_ok=True)
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-
-        def work(index: int) -> int:
-            from contextlib import ExitStack
-
-            from lceval.runs.folder import opened
-            from lceval.runs.runner import Runner
-
-            runner, start, cycle = Runner(), time.monotonic(), 0
-            while time.monotonic() < end:
-                with ExitStack() as folders:
-                    runs = [
-                        folders.enter_context(
-                            opened(
-                                [
-                                    "--model=lcft",
-                                    f"--model_args=pretrained=smollm2-135m,kv={kv}",
-                                    "--tasks=lc_filings_ao_1k",
-                                    "--limit=4",
-                                    "--gen_kwargs=max_gen_toks=8",
-                                    f"--output_path={root / str(index) / str(cycle) / kv.replace(':', '-')}",
-                                ]
-                            )
-                        )
-                        for kv in RECIPES
-                    ]
-                    errors = [str(outcome) for outcome in runner.evaluate(runs) if isinstance(outcome, Exception)]
-                pages = int(Path("/proc/self/statm").read_text().split()[1])
-                record = {
-                    "process": index,
-                    "cycle": cycle,
-                    "s": round(time.monotonic() - start, 1),
-                    "rss_mb": round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, 1),
-                    "errors": errors,
-                }
-                with SOAKED.open("a") as out:
-                    out.write(json.dumps(record) + "\n")
-                cycle += 1
-            return 0
-
-        SOAKED.unlink(missing_ok=True)
-        children = [forked(lambda index=index: work(index), root / f"log{index}") for index in range(PROCESSES)]  # type: ignore[misc]
-        statuses = [os.waitpid(child, 0)[1] for child in children]
+        children = [forked(partial(keep_running, index, root, end), root / f"log{index}") for index in range(PROCESSES)]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         folders = sorted(root.glob("*/*/*"))
-        tables = Counter(json.dumps(rows_of(folder)[0]["score"]) for folder in folders)
-        broken = [
-            str(folder)
-            for folder in folders
-            if integrity(folder / "responses.sqlite") != "ok"
-            or json.loads((folder / "run.json").read_text())["status"] != "finished"
-        ]
-        with SOAKED.open("a") as out:
-            out.write(
-                json.dumps({"statuses": statuses, "runs": len(folders), "broken": broken, "scores": len(tables)}) + "\n"
-            )
-    print(table())
+        unfinished = [f for f in folders if json.loads((f / "run.json").read_text())["status"] != "finished"]
+        broken = [f for f in folders if integrity(f / "responses.sqlite") != "ok"]
+        scores = {(folder.name, rows_of(folder)[0]["score"]) for folder in folders}
+    append(
+        SOAKED,
+        {
+            "exit_codes": codes,
+            "runs": len(folders),
+            "damaged": len({*unfinished, *broken}),
+            "scores": len(scores),
+        },
+    )
+
+
+def append(file: Path, record: dict[str, Any]) -> None:
+    with file.open("a") as out:
+        out.write(json.dumps(record) + "\n")
 
 
 def table() -> str:
@@ -252,7 +247,10 @@ def table() -> str:
                 f"process {process}: {len(rss)} times {len(RECIPES)} runs in {rows[-1]['s'] / 60:.0f} minutes, "
                 f"RSS {statistics.mean(first):.0f} MB in the second quarter, {statistics.mean(last):.0f} MB in the last"
             )
-        lines.append(f"{end['runs']} run folders, {len(end['broken'])} damaged, {end['scores']} different scores")
+        lines.append(
+            f"{end['runs']} runs, {end['damaged']} damaged, {sum(len(row['errors']) for row in rows)} with an error, "
+            f"{end['scores']} different scores of {len(RECIPES)} recipes; exit codes {end['exit_codes']}"
+        )
     return "\n".join(lines)
 
 
@@ -260,8 +258,6 @@ if __name__ == "__main__":
     command, *rest = sys.argv[1:] or ["table"]
     if command == "kill":
         kill(int(rest[0]) if rest else 100)
-        print(table())
     elif command == "soak":
         soak(float(rest[0]) if rest else 20)
-    else:
-        print(table())
+    print(table())
