@@ -14,7 +14,7 @@ from lceval.tasks.scoring import with_telemetry
 
 _MEASURES = ("rougeLsum", "rougeL", "rouge1", "rouge2")
 # Not after the titles of persons. NLTK's splitter, which SQuALITY uses, requires a download.
-_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)([.!?]['\"”’)]*)\s+(?=\W?[A-Z])")
+_SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)([.!?]['\"\u201d\u2019)]*)\s+(?=\W?[A-Z])")
 
 
 @cache
