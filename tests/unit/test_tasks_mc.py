@@ -113,8 +113,7 @@ def test_a_ground_truth_without_a_letter_raises(answers: list[str]) -> None:
         ("Not C but D; the answer is: Hall", ["Hall", "B"], True, True),
         ('So the answer is "Hall"', ["Hall", "B"], True, True),
         ('So the answer is Mr. "Hall"', ["Hall", "B"], False, False),
-        # without a lead (they are in lower case), the first letter
-        ("Answer: B", ["Hall", "B"], True, True),
+        # without a lead, the first letter
         ("not B or C", ["Hall", "B"], True, True),
         ("(B)", ["Hall", "B"], False, True),
         ("On CD it is B", ["Hall", "B"], False, True),
@@ -125,6 +124,7 @@ def test_a_ground_truth_without_a_letter_raises(answers: list[str]) -> None:
         ("Well.\nIt is B, not C\nD", ["Hall", "D"], False, False),
         # the first character is a letter: no further rule applies
         ("Carley, that is D", ["Carley", "B"], False, False),
+        ("Answer: B", ["Hall", "B"], False, True),
         ("A man named Hall", ["Hall", "B"], False, False),
         ("answer:", ["Hall", "B"], False, False),
         ("b", ["Hall", "B"], False, False),
