@@ -58,6 +58,8 @@ class Dataset:
             a copy of hub files.
         count: number of questions, as text.
         licence: licence of the data.
+        comparable: whether scores are comparable with published ones: yes, yes with a setting, or no with the reason.
+        truncation: where the benchmark truncates prompts that do not fit (`overlong=`); empty if it does not.
         grouped: whether the suite's group includes it.
         splits: supported values of `split=`, by source document; empty if the dataset cannot be split.
         per_context: default of `questions=`, the questions per context; 0 if it cannot be set.
@@ -79,6 +81,8 @@ class Dataset:
     fetch: str = ""
     count: str = ""
     licence: str = ""
+    comparable: str = ""
+    truncation: str = ""
     grouped: bool = True
     splits: tuple[str, ...] = ()
     per_context: int = 0

@@ -22,6 +22,7 @@ def task_config(task: Task) -> dict[str, Any]:
     """Return lm-eval's configuration of a task."""
     config: dict[str, Any] = _resolved(catalogue.output_format_config(task.output_format))
     metadata = config["metadata"]
+    truncation = {"truncation": task.dataset.truncation} if task.dataset.truncation else {}
     metrics = [*config["metric_list"], *_resolved(catalogue.output_format_config("_telemetry"))["metric_list"]]
     return {
         **config,
@@ -29,7 +30,7 @@ def task_config(task: Task) -> dict[str, Any]:
         "task": task.name,
         "custom_dataset": dataset,
         "dataset_kwargs": {"lc_task": task.name},
-        "metadata": {**metadata, "version": f"{task.dataset.version}.{metadata['version']}"},
+        "metadata": {**metadata, **truncation, "version": f"{task.dataset.version}.{metadata['version']}"},
     }
 
 

@@ -89,7 +89,7 @@ _WHAT_FOLLOWS = {
 _LETTER_CLOSINGS = {
     "letter": 'Reply with one line: "The correct answer is (X)".',
     "letter_ll": "Reply with its letter.\n",
-    "infinite_letter": "Reply with its letter alone.",  # one of its scorers uses only the first character
+    "infinite_letter": "Reply with its letter alone.",  # a letter as the first character decides its score
 }
 _SUMMARY_WORDS = {"sum": 250, "infinite_sum": 850}  # mean length of the references
 LETTERS = "ABCD"

@@ -64,6 +64,7 @@ def test_every_dataset_is_in_the_documentation_with_its_properties() -> None:
     for dataset in catalogue.datasets().values():
         lengths = ", ".join(map(str, dataset.lengths)) or "as the source"
         modes, contexts = ", ".join(dataset.modes), ", ".join(dataset.contexts)
+        assert dataset.comparable, dataset.dataset
         cells = [f"`{dataset.dataset}`", dataset.about, modes, lengths, contexts, dataset.count]
-        assert f"| {' | '.join([*cells, listing.source(dataset), dataset.licence])} |\n" in text, dataset.dataset
-    assert len(re.findall(r"^\| `\w+` \|(?:[^|]*\|){7}$", text, flags=re.MULTILINE)) == len(catalogue.datasets())
+        assert f"| {' | '.join([*cells, listing.source(dataset), dataset.licence, dataset.comparable])} |\n" in text
+    assert len(re.findall(r"^\| `\w+` \|(?:[^|]*\|){8}$", text, flags=re.MULTILINE)) == len(catalogue.datasets())

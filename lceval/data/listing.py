@@ -73,6 +73,7 @@ def tasks(pattern: str = "") -> list[dict[str, Any]]:
             "source": source(task.dataset),
             "at_hand": at_hand(task.dataset),
             "licence": task.dataset.licence,
+            "comparable": task.dataset.comparable,
             "about": task.dataset.about,
         }
         for task in matching

@@ -76,7 +76,11 @@ def token_f1(prediction: str, answers: Sequence[str]) -> float:
 
 
 def qa_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
-    """`process_results` of question answering."""
-    output = str(results[0])
-    metrics = {**answer_metrics(output, doc["answers"]), "f1": token_f1(extract(output).answer, doc["answers"])}
+    """`process_results` of question answering; `f1` is on the whole output, as in the benchmark."""
+    output, answers = str(results[0]), doc["answers"]
+    metrics = {
+        **answer_metrics(output, answers),
+        "f1": token_f1(output, answers),
+        "f1_extracted": token_f1(extract(output).answer, answers),
+    }
     return with_telemetry(metrics, results[0], parsed=bool(metrics["parse_rate"]))

@@ -1,4 +1,4 @@
-"""Extract the letter of an output: LongBench v2's rule, and InfiniteBench's current and published rules.
+"""Extract the letter of an output: LongBench v2's rule, and InfiniteBench's published and later rules.
 
 These are the benchmarks' own rules, so that scores are comparable with published ones. Thinking is removed first, which
 they leave to the caller. An output without a letter counts as wrong.
@@ -52,28 +52,16 @@ def letter_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, 
     return with_telemetry(metrics, results[0], parsed=letter is not None)
 
 
-def first_character(output: str, golds: Sequence[str]) -> bool:
-    """InfiniteBench's published rule: the first character is the gold letter."""
-    first = output.strip()[:1]
-    return first in [*LETTERS] and first in golds
+def by_published_rule(output: str, golds: Sequence[str]) -> bool:
+    """The rule of InfiniteBench's published scores (`compute_scores.py` of its commit 88b3daa).
 
-
-def by_first_line(output: str, golds: Sequence[str]) -> bool:
-    """InfiniteBench's current rule: the last standalone letter of the first line that has one is gold.
-
-    Otherwise, the older rules are applied.
+    The first of these that is present decides: a letter as the first character, the whole output as an answer, the
+    text after a lead such as "answer is", a standalone letter.
 
     Args:
         output: model output without thinking.
         golds: text and letter of the correct option.
     """
-    lines = (_STANDALONE.findall(line) for line in output.strip().splitlines())
-    letter = next((letters[-1] for letters in lines if letters), None)
-    return letter in golds or _by_older_rules(output, golds)
-
-
-def _by_older_rules(output: str, golds: Sequence[str]) -> bool:
-    """The first character, the whole output, the text after a lead, or the first one-letter word."""
     stripped = output.strip()
     if stripped[:1] in [*LETTERS]:
         return stripped[0] in golds
@@ -86,8 +74,16 @@ def _by_older_rules(output: str, golds: Sequence[str]) -> bool:
         if separator:
             # any one character is skipped
             return any(rest[1:].startswith(gold) for gold in golds)
-    first = next((word for word in plain.split() if word in [*LETTERS]), None)
+    # As in the benchmark, a substring such as "CD" is a word of letters too, and wrong.
+    first = next((word for word in plain.split() if word in LETTERS), None)
     return first in golds
+
+
+def by_later_rule(output: str, golds: Sequence[str]) -> bool:
+    """InfiniteBench's rule since then: the last letter of the first line that has one, else the published rule."""
+    lines = (_STANDALONE.findall(line) for line in output.strip().split("\n"))
+    letter = next((letters[-1] for letters in lines if letters), None)
+    return letter in golds or by_published_rule(output, golds)
 
 
 def infinite_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
@@ -96,8 +92,8 @@ def infinite_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str
     gold_letters({"answers": golds})
     parsed = _STANDALONE.search(output) is not None or output[:1] in [*LETTERS]
     metrics = {
-        "acc": float(by_first_line(output, golds)),
-        "acc_first_char": float(first_character(output, golds)),
+        "acc": float(by_published_rule(output, golds)),
+        "acc_last_letter": float(by_later_rule(output, golds)),
         "parse_rate": float(parsed),
     }
     return with_telemetry(metrics, results[0], parsed=parsed)

@@ -45,6 +45,7 @@ def test_json_has_every_task_of_the_catalogue_once(capsys: pytest.CaptureFixture
         assert record["contexts"] == list(task.dataset.contexts)
         assert record["retrievers"] == list(task.dataset.retrievers)
         assert (record["rows"], record["licence"]) == (task.dataset.count, task.dataset.licence)
+        assert record["comparable"] == task.dataset.comparable
 
 
 def test_groups_are_listed_with_their_members(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from lceval.runs.configuration import configure
 from lceval.runs.sweep.cost import cost, render
 from lceval.runs.sweep.grid import Grid, presets, read
 from lceval.runs.sweep.plan import Cell, plan
+from lceval.tasks import catalogue
 
 SMALL = {"models": ["smollm2-135m"], "tasks": ["lc_filings_ao_1k"]}
 
@@ -149,6 +150,9 @@ def test_presets_are_planned_without_data_or_hub(preset: str, monkeypatch: pytes
     assert invoke(["sweep", "--preset", preset, "--dry-run", "--set", "adapters=[null, runs/ao]", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     _, grid = read(None, preset)
+    truncations = {catalogue.find(cell.task).dataset.truncation for cell in plan(grid).cells} - {""}
+    if truncations:  # the paper truncates at the end, whatever the benchmark
+        assert {grid.model_args["overlong"]} == ({"end"} if preset.startswith("paper-") else truncations)
     adapted = sum("peft=runs/ao" in argument for cell in report["cells"] for argument in cell["run"])
     assert len(report["cells"]) == 2 * adapted > 0
     assert len(report["cells"]) % (2 * len(grid.recipes)) == 0

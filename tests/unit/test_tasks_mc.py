@@ -7,14 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lceval.core.errors import UserError
 from lceval.tasks import build, catalogue, lm_eval_config, prompts
 from lceval.tasks.mc import letters
-
-PREDICTIONS = "infinitebench_predictions"
 
 
 @pytest.fixture(autouse=True)
@@ -104,25 +100,31 @@ def test_a_ground_truth_without_a_letter_raises(answers: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "golds", "current", "first"),
+    ("output", "golds", "published", "later"),
     [
         ("B", ["Hall", "B"], True, True),
         ("  B. Hall", ["Hall", "B"], True, True),
-        ("The correct answer is (B)", ["Hall", "B"], True, False),
-        ("Hall", ["Hall", "B"], True, False),
-        ("(B)", ["Hall", "B"], True, False),
-        # the last letter of the first line that has one
-        ("Not A but B", ["Hall", "B"], True, False),
-        ("Well.\nIt is B, not C\nD", ["Hall", "C"], True, False),
-        ("Well.\nIt is B, not C\nD", ["Hall", "D"], False, False),
-        # otherwise, the older rules apply
         ("A. not B", ["Hall", "A"], True, True),
-        ("Not C but D; the answer is: Hall", ["Hall", "B"], True, False),
-        ('So the answer is "Hall"', ["Hall", "B"], True, False),
+        ("Hall", ["Hall", "B"], True, True),
+        # after a lead, one character is skipped
+        ("The correct answer is B", ["Hall", "B"], True, True),
+        ("The correct answer is (B)", ["Hall", "B"], False, True),
+        ("My answer:B", ["Hall", "B"], False, True),
+        ("Not C but D; the answer is: Hall", ["Hall", "B"], True, True),
+        ('So the answer is "Hall"', ["Hall", "B"], True, True),
         ('So the answer is Mr. "Hall"', ["Hall", "B"], False, False),
-        ("not B or C", ["Hall", "B"], True, False),
+        # without a lead, the first letter
+        ("not B or C", ["Hall", "B"], True, True),
+        ("(B)", ["Hall", "B"], False, True),
+        ("On CD it is B", ["Hall", "B"], False, True),
+        # the later rule: the last letter of the first line that has one
+        ("Not A but B", ["Hall", "B"], False, True),
+        ("Well.\nIt is B, not C\nD", ["Hall", "B"], True, True),
+        ("Well.\nIt is B, not C\nD", ["Hall", "C"], False, True),
+        ("Well.\nIt is B, not C\nD", ["Hall", "D"], False, False),
         # the first character is a letter: no further rule applies
         ("Carley, that is D", ["Carley", "B"], False, False),
+        ("Answer: B", ["Hall", "B"], False, True),
         ("A man named Hall", ["Hall", "B"], False, False),
         ("answer:", ["Hall", "B"], False, False),
         ("b", ["Hall", "B"], False, False),
@@ -131,38 +133,17 @@ def test_a_ground_truth_without_a_letter_raises(answers: list[str]) -> None:
         ("\n\n", ["Hall", "B"], False, False),
     ],
 )
-def test_infinitebenchs_current_and_published_rules(output: str, golds: list[str], current: bool, first: bool) -> None:
-    assert letters.by_first_line(output, golds) is current
-    assert letters.first_character(output, golds) is first
+def test_infinitebenchs_published_and_later_rules(output: str, golds: list[str], published: bool, later: bool) -> None:
+    assert letters.by_published_rule(output, golds) is published
+    assert letters.by_later_rule(output, golds) is later
 
 
 def test_infinitebench_ignores_thinking_and_counts_outputs_without_a_letter() -> None:
     doc = {"answers": ["B", "Hall"]}
     thought = letters.infinite_results(doc, ["<think>A or C? A.</think>B"])
-    assert thought == {"acc": 1.0, "acc_first_char": 1.0, "parse_rate": 1.0}
+    assert thought == {"acc": 1.0, "acc_last_letter": 1.0, "parse_rate": 1.0}
     silent = letters.infinite_results(doc, ["I would rather not say."])
-    assert silent == {"acc": 0.0, "acc_first_char": 0.0, "parse_rate": 0.0}
-
-
-@given(st.text(alphabet="ABCDE abc.:\n'", max_size=40), st.sampled_from("ABCD"))
-def test_correct_by_the_first_character_implies_correct_by_the_current_rule(output: str, gold: str) -> None:
-    if letters.first_character(output, ["words", gold]):
-        assert letters.by_first_line(output, ["words", gold])
-
-
-@pytest.mark.parametrize(
-    ("model", "first", "current"), [("gpt4", 67.25, 68.12), ("kimi", 72.49, 73.36)], ids=["gpt4", "kimi"]
-)
-def test_the_published_scores_are_reproduced_from_the_published_outputs(
-    model: str, first: float, current: float, data_folder: Path
-) -> None:
-    file = data_folder / PREDICTIONS / f"{model}__longbook_choice_eng.jsonl"
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert len(records) == 229
-    scored = [letters.infinite_results({"answers": line["ground_truth"]}, [line["prediction"]]) for line in records]
-    means = {name: 100 * sum(score[name] for score in scored) / len(scored) for name in scored[0]}
-    assert round(means["acc_first_char"], 2) == first
-    assert round(means["acc"], 2) == current
+    assert silent == {"acc": 0.0, "acc_last_letter": 0.0, "parse_rate": 0.0}
 
 
 # Rows of LongBench v2
