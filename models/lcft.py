@@ -11,7 +11,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any
@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from lceval import packaged
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import attention, recipe
+from lceval.models import attention, recipe, weights
 from lceval.models.arguments import check_arguments, unknown_argument
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
@@ -61,10 +61,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         prefix_cache_gib: capacity in GiB of the LRU cache of compressed contexts.
         merge: merge the adapter into the weights: faster, but rounded to their dtype.
         context_field: field of a task's docs with the context exactly as it appears in the prompt.
+        allow_pickle: read weights that are not in safetensors; they can run code.
         kwargs: all arguments of HFLM, including `peft`.
 
     Raises:
-        UserError: a bad recipe (before anything is loaded), an unknown argument, or an unsupported model.
+        UserError: a bad recipe (before anything is loaded), an unknown argument, weights that are a pickle, or an
+            unsupported model.
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         prefix_cache_gib: float = 1.0,
         merge: bool = False,
         context_field: str = "context",
+        allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(
             {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
+            | {"allow_pickle": allow_pickle}
             | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, **kwargs}
         )
         self.query_aware = query_aware
@@ -91,8 +95,13 @@ class LCFT(HFLM):  # type: ignore[misc]
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
+        if isinstance(pretrained, str):
+            pretrained = packaged.resolve(pretrained)
+        if not allow_pickle:
+            self._check_weights(pretrained, kwargs)
         try:
-            super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
+            with nullcontext() if allow_pickle else weights.no_pickles("the model"):
+                super().__init__(pretrained, **kwargs)
         except TypeError as error:
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
                 raise unknown_argument(unknown[1], LCFT, HFLM) from None
@@ -123,6 +132,21 @@ class LCFT(HFLM):  # type: ignore[misc]
             totals=self.totals,
         )
         base.set_attn_implementation(attention.register())
+
+    @staticmethod
+    def _check_weights(pretrained: str | PreTrainedModel, arguments: dict[str, Any]) -> None:
+        """Check the format of all weights that HFLM will load, and let transformers look for safetensors only."""
+        named = {"pretrained": pretrained, **{name: arguments.get(name) for name in ("peft", "delta")}}
+        for name, value in named.items():
+            if isinstance(value, str) and not (name == "pretrained" and arguments.get("gguf_file")):
+                weights.check_format(
+                    name,
+                    value,
+                    revision=arguments.get("revision"),
+                    subfolder=str(arguments.get("subfolder") or "") if name == "pretrained" else "",
+                )
+        if isinstance(pretrained, str) and not (arguments.get("autogptq") or arguments.get("gptqmodel")):
+            arguments.setdefault("use_safetensors", True)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.
