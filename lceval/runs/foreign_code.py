@@ -64,13 +64,11 @@ def _sandbox_templates() -> None:
     from lm_eval import utils
 
     if not isinstance(utils.env, SandboxedEnvironment):
-        sandbox = SandboxedEnvironment(
-            loader=utils.env.loader,
-            undefined=utils.env.undefined,
-            keep_trailing_newline=utils.env.keep_trailing_newline,
+        unsafe = utils.env
+        utils.env = SandboxedEnvironment(
+            loader=unsafe.loader, undefined=unsafe.undefined, keep_trailing_newline=unsafe.keep_trailing_newline
         )
-        sandbox.filters = utils.env.filters
-        utils.env = sandbox
+        utils.env.filters = unsafe.filters
 
 
 def _check(document: yaml.Node) -> None:
