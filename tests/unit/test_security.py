@@ -174,7 +174,8 @@ def unsafe(source: str) -> Iterator[str]:
 
 def test_our_code_uses_no_pickle_eval_shell_or_unsafe_loader() -> None:
     assert len(SOURCES) > 100
-    assert {str(file): found for file in SOURCES if (found := [*unsafe(file.read_text(encoding="utf-8"))])} == {}
+    uses = {str(file): [*unsafe(file.read_text(encoding="utf-8"))] for file in SOURCES}
+    assert {file: lines for file, lines in uses.items() if lines} == {}
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,7 @@ def test_templates_run_in_a_sandbox() -> None:
 # 6. Text is shown as text ---------------------------------------------------------------------------------------------
 
 EVIL = "=1+1 <script>alert(1)</script><img src=x onerror=alert(1)><!--\x1b[2J\x1b]0;t\x07\x08\r\nPASS\u202e"
-EVIL += " | **b** _i_ `c` [l](javascript:alert(1)) &lt;p&gt; ~~s~~ \\input{x} $x$ % # ]]>"
+EVIL += " | **b** _i_ `c` [l](http://x.y) [r]: http://x.y &lt;p&gt; ~~s~~ \\input{x} $x$ % # ]]>"
 LABEL = EVIL.replace("/", "")[:80]
 TASK = "t" + LABEL
 
@@ -351,7 +352,7 @@ def assert_markdown_is_inert(text: str) -> None:
     rendered = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(text)
     assert {*Elements(rendered).tags} <= {"h3", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "p"}
     assert "&lt;script&gt;alert(1)" in rendered
-    assert "&amp;lt;p&amp;gt;" in rendered or "answer" not in rendered
+    assert "&amp;lt;p&amp;gt;" in rendered
 
 
 def table(two_runs: list[str], capsys: pytest.CaptureFixture[str], form: str) -> str:
