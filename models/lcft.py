@@ -86,8 +86,8 @@ class LCFT(HFLM):  # type: ignore[misc]
     ) -> None:
         check_arguments(
             {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-            | {"allow_pickle": allow_pickle}
-            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, **kwargs}
+            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
+            | kwargs
         )
         self.query_aware = query_aware
         self.totals: Counter[str] = Counter()
@@ -98,7 +98,9 @@ class LCFT(HFLM):  # type: ignore[misc]
         if isinstance(pretrained, str):
             pretrained = packaged.resolve(pretrained)
         if not allow_pickle:
-            self._check_weights(pretrained, kwargs)
+            weights.check_format({"pretrained": pretrained, **kwargs})
+            if isinstance(pretrained, str) and not (kwargs.get("autogptq") or kwargs.get("gptqmodel")):
+                kwargs.setdefault("use_safetensors", True)
         try:
             with nullcontext() if allow_pickle else weights.no_pickles("the model"):
                 super().__init__(pretrained, **kwargs)
@@ -132,21 +134,6 @@ class LCFT(HFLM):  # type: ignore[misc]
             totals=self.totals,
         )
         base.set_attn_implementation(attention.register())
-
-    @staticmethod
-    def _check_weights(pretrained: str | PreTrainedModel, arguments: dict[str, Any]) -> None:
-        """Check the format of all weights that HFLM will load, and let transformers look for safetensors only."""
-        named = {"pretrained": pretrained, **{name: arguments.get(name) for name in ("peft", "delta")}}
-        for name, value in named.items():
-            if isinstance(value, str) and not (name == "pretrained" and arguments.get("gguf_file")):
-                weights.check_format(
-                    name,
-                    value,
-                    revision=arguments.get("revision"),
-                    subfolder=str(arguments.get("subfolder") or "") if name == "pretrained" else "",
-                )
-        if isinstance(pretrained, str) and not (arguments.get("autogptq") or arguments.get("gptqmodel")):
-            arguments.setdefault("use_safetensors", True)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,20 +14,23 @@ from lceval.core.errors import UserError
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check_format(argument: str, name: str, *, revision: str | None, subfolder: str = "") -> None:
-    """Check that a model or adapter has weights in safetensors, before anything of it is loaded.
+def check_format(arguments: Mapping[str, Any]) -> None:
+    """Check that `pretrained`, `peft` and `delta` have weights in safetensors, before anything of them is loaded.
 
     Args:
-        argument: name of the model argument, for the error.
-        name: a folder, or a name on the hub. Without a connection a hub name is not checked here, see `no_pickles`.
+        arguments: of HFLM. A name on the hub that cannot be listed, for want of a connection, is left to `no_pickles`.
 
     Raises:
-        UserError: its only weights are pickles.
+        UserError: the only weights of one are pickles.
     """
-    files = _files(name, revision, subfolder)
-    pickles = [file for file in files if file.endswith(_PICKLES)]
-    if pickles and not any(file.endswith(".safetensors") for file in files):
-        raise UserError(_refusal(f"{argument}={name}", pickles[0]))
+    for argument in ("pretrained", "peft", "delta"):
+        name, of_model = arguments.get(argument), argument == "pretrained"
+        if not isinstance(name, str) or (of_model and arguments.get("gguf_file")):
+            continue
+        files = _files(name, arguments.get("revision"), str(arguments.get("subfolder") or "") if of_model else "")
+        pickles = [file for file in files if file.endswith(_PICKLES)]
+        if pickles and not any(file.endswith(".safetensors") for file in files):
+            raise UserError(_refusal(f"{argument}={name}", pickles[0]))
 
 
 @contextmanager
