@@ -12,6 +12,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -213,7 +214,7 @@ def test_a_tokenizer_with_own_code_is_refused_without_a_question(
     config = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     (tmp_path / "config.json").write_bytes((tiny / "config.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\nclass Own: pass\n")
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()\nclass Own: pass\n")
     line = ["--model=lcft", f"--model_args=pretrained={tmp_path}", "--tasks=lc_filings_ao_1k", "--output_path=out"]
     with pytest.raises(UserError, match="cannot load the tokenizer"):
         configure(line)
@@ -233,7 +234,9 @@ def test_hub_data_is_pinned_to_commits() -> None:
 
 # 5. Foreign task files are data ---------------------------------------------------------------------------------------
 
-DATA = 'task: "mine"\ndataset_path: "json"\noutput_type: "generate_until"\ndoc_to_text: "a"\ndoc_to_target: "b"\n'
+DATA = (
+    'task: "mine"\ndataset_path: "owner/nowhere"\noutput_type: "generate_until"\ndoc_to_text: "a"\ndoc_to_target: "b"\n'
+)
 LMEVAL = Path(_yaml_loader.__file__).parent
 CODE = {
     "a function": {"mine.yaml": f"{DATA}process_docs: !function own.run\n"},
@@ -249,12 +252,14 @@ CODE = {
     "a metric": {"mine.yaml": f'{DATA}metric_list:\n  - metric: "./own"\n'},
     "a hub metric": {"mine.yaml": f'{DATA}metric_list:\n  - metric: "acc"\n    hf_evaluate: true\n'},
     "remote code": {"mine.yaml": f"{DATA}metadata: {{trust_remote_code: true}}\n"},
-    "a pickle": {"mine.yaml": DATA.replace('"json"', '"pandas"')},
+    "a pickle": {"mine.yaml": DATA.replace("owner/nowhere", "pandas")},
 }
 
 
 def foreign(folder: Path, files: dict[str, str]) -> Path:
-    (folder / "own.py").write_text(f"open({str(folder / 'canary')!r}, 'w')\nrun = Task = print\n")
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(folder / 'canary')!r}).touch()\nrun = Task = print\n"
+    )
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
@@ -279,6 +284,13 @@ def test_the_flag_allows_code_and_files_of_lm_eval_need_none(tmp_path: Path) -> 
     assert (tmp_path / "canary").exists()
 
 
+@pytest.fixture
+def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own tasks, whose index takes ten seconds."""
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+
+
+@pytest.mark.usefixtures("no_index")
 def test_a_run_names_file_and_flag(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = foreign(tmp_path, CODE["a function"]) / "mine.yaml"
     line = ["run", "--model=dummy", f"--tasks={file}", f"--output_path={tmp_path / 'run'}"]
@@ -513,10 +525,11 @@ def test_a_task_name_in_results_is_no_path(tmp_path: Path, task: str, capsys: py
         assert "without '/'" in error
 
 
+@pytest.mark.usefixtures("no_index")
 def test_a_task_name_in_a_task_file_is_no_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.jsonl").write_text('{"a": "b"}\n')
     files = f'dataset_kwargs: {{data_files: {{test: "{tmp_path / "data.jsonl"}"}}}}\ntest_split: "test"\n'
-    (tmp_path / "mine.yaml").write_text(DATA.replace('"mine"', '"../../out"') + files)
+    (tmp_path / "mine.yaml").write_text(DATA.replace("mine", "../../out").replace("owner/nowhere", "json") + files)
     line = ["run", "--model=dummy", f"--tasks={tmp_path / 'mine.yaml'}", f"--output_path={tmp_path / 'run'}"]
     assert invoke(line) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("lceval: error: task '../../out'")
