@@ -97,12 +97,8 @@ class LCFT(HFLM):  # type: ignore[misc]
         self.context_field = context_field
         if isinstance(pretrained, str):
             pretrained = packaged.resolve(pretrained)
-        if not allow_pickle:
-            weights.check_format({"pretrained": pretrained, **kwargs})
-            if isinstance(pretrained, str) and not (kwargs.get("autogptq") or kwargs.get("gptqmodel")):
-                kwargs.setdefault("use_safetensors", True)
         try:
-            with nullcontext() if allow_pickle else weights.no_pickles("the model"):
+            with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
                 super().__init__(pretrained, **kwargs)
         except TypeError as error:
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):

@@ -8,48 +8,48 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from lceval.core.errors import UserError
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
-def check_format(arguments: Mapping[str, Any]) -> None:
-    """Check that `pretrained`, `peft` and `delta` have weights in safetensors, before anything of them is loaded.
-
-    Args:
-        arguments: of HFLM. A name on the hub that cannot be listed, for want of a connection, is left to `no_pickles`.
-
-    Raises:
-        UserError: the only weights of one are pickles.
-    """
-    for argument in ("pretrained", "peft", "delta"):
-        name, of_model = arguments.get(argument), argument == "pretrained"
-        if not isinstance(name, str) or (of_model and arguments.get("gguf_file")):
-            continue
-        files = _files(name, arguments.get("revision"), str(arguments.get("subfolder") or "") if of_model else "")
-        pickles = [file for file in files if file.endswith(_PICKLES)]
-        if pickles and not any(file.endswith(".safetensors") for file in files):
-            raise UserError(_refusal(f"{argument}={name}", pickles[0]))
-
-
 @contextmanager
-def no_pickles(what: str) -> Iterator[None]:
-    """Within the block, `torch.load` reads nothing: transformers and peft fall back to it in several ways.
+def only_safetensors(pretrained: str | PreTrainedModel, arguments: dict[str, Any]) -> Iterator[None]:
+    """Within the block, HFLM loads weights from safetensors only; its arguments get `use_safetensors`.
+
+    The formats of `pretrained`, `peft` and `delta` are checked first, before anything is loaded. Then `torch.load` is
+    refused in the block, because transformers and peft fall back to it in several ways.
 
     Raises:
-        UserError: in the block, at a file that would be read.
+        UserError: the weights are a pickle.
     """
+    _check_format("pretrained", pretrained, arguments)
+    for name in ("peft", "delta"):
+        _check_format(name, arguments.get(name), {"revision": arguments.get("revision")})
+    if isinstance(pretrained, str) and not (arguments.get("autogptq") or arguments.get("gptqmodel")):
+        arguments.setdefault("use_safetensors", True)
     original = torch.load
 
     def refuse(file: Any, *_: Any, **__: Any) -> None:
-        raise UserError(_refusal(what, str(file)))
+        raise UserError(_refusal("the model", str(file)))
 
     torch.load = refuse  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.load = original
+
+
+def _check_format(argument: str, name: object, options: Mapping[str, Any]) -> None:
+    """Check that the only weights of a folder or hub repository are not pickles."""
+    if not isinstance(name, str) or options.get("gguf_file"):
+        return
+    files = _files(name, options.get("revision"), str(options.get("subfolder") or ""))
+    pickles = [file for file in files if file.endswith(_PICKLES)]
+    if pickles and not any(file.endswith(".safetensors") for file in files):
+        raise UserError(_refusal(f"{argument}={name}", pickles[0]))
 
 
 def _refusal(what: str, file: str) -> str:
@@ -60,7 +60,7 @@ def _refusal(what: str, file: str) -> str:
 
 
 def _files(name: str, revision: str | None, subfolder: str) -> list[str]:
-    """The names of the files of a folder or hub repository; empty if it cannot be listed."""
+    """The names of its files; empty if it is on the hub and cannot be listed, for want of a connection."""
     path = Path(name)
     if path.is_file():
         return [path.name]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import sys
 
-# The special characters of markdown, as far as they have an effect inside a line: `]` only where it completes a link,
-# `_` only at the edge of a word, `&` only where it begins an entity.
-_MARKDOWN = re.compile(r"[\\`*<|~$]|\](?=[(\[:])|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])")
+# The special characters of markdown, as far as they have an effect inside a line: `]` only where it completes a link or
+# its definition, `_` only at the edge of a word, `&` only where it begins an entity.
+_MARKDOWN = re.compile(r"""[\\`*<|~$]|\](?=[(\[]|:\s*\S+(?:\s+["'(].*)?$)|&(?=#?\w+;)|(?<![^\W_])_|_(?![^\W_])""")
 
 
 def printable(text: str, keep: str = "") -> str:
