@@ -18,7 +18,9 @@ from lceval.adapt.commands import app as adapt
 from lceval.analysis.commands import app as analysis
 from lceval.bench.commands import app as bench
 from lceval.core import interrupt
+from lceval.core.credentials import without_secrets
 from lceval.core.errors import LcevalError
+from lceval.core.safe_text import echo, printable
 from lceval.data.commands import app as data
 from lceval.judge.commands import app as judge
 from lceval.runs.commands import app as runs
@@ -77,5 +79,5 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"lceval: error: {message}", err=True)
+    echo(printable(f"lceval: error: {without_secrets(message)}"), err=True)
     return code

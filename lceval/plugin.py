@@ -164,7 +164,10 @@ def _print_one_line(harness: "ModuleType") -> None:
         try:
             original(self, args)
         except LcevalError as error:
-            sys.stderr.write(f"lceval: error: {error}\n")
+            from lceval.core.credentials import without_secrets
+            from lceval.core.safe_text import echo, printable
+
+            echo(printable(f"lceval: error: {without_secrets(str(error))}"), err=True)
             sys.exit(error.exit_code)
 
     harness.HarnessCLI.execute = execute

@@ -31,8 +31,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, allowed in CHOICES.items():
         if arguments[name] not in allowed:
             raise bad(name, f"one of {', '.join(allowed)}")
-    if not isinstance(arguments["query_aware"], bool):
-        raise bad("query_aware", "true or false")
+    for name in ("query_aware", "allow_pickle"):
+        if not isinstance(arguments[name], bool):
+            raise bad(name, "true or false")
     if not isinstance(arguments["prefill_chunk"], int) or arguments["prefill_chunk"] < 0:
         raise bad("prefill_chunk", "a number of tokens, or 0")
     if not isinstance(arguments["prefix_cache_gib"], int | float) or arguments["prefix_cache_gib"] < 0:

@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from operator import or_
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from lceval import packaged
 from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import attention, recipe
+from lceval.models import attention, recipe, weights
 from lceval.models.arguments import check_arguments, unknown_argument
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
@@ -66,10 +66,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         prefix_cache_gib: capacity in GiB of the LRU cache of compressed contexts.
         merge: merge the adapter into the weights: faster, but rounded to their dtype.
         context_field: field of a task's docs with the context exactly as it appears in the prompt.
+        allow_pickle: read weights that are not in safetensors; they can run code.
         kwargs: all arguments of HFLM, including `peft`.
 
     Raises:
-        UserError: a bad recipe (before anything is loaded), an unknown argument, or an unsupported model.
+        UserError: a bad recipe (before anything is loaded), an unknown argument, weights that are a pickle, or an
+            unsupported model.
     """
 
     def __init__(
@@ -84,11 +86,13 @@ class LCFT(HFLM):  # type: ignore[misc]
         prefix_cache_gib: float = 1.0,
         merge: bool = False,
         context_field: str = "context",
+        allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:
         check_arguments(
             {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, **kwargs}
+            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
+            | kwargs
         )
         self.query_aware = query_aware
         self.totals: Counter[str] = Counter()
@@ -96,8 +100,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
+        if isinstance(pretrained, str):
+            pretrained = packaged.resolve(pretrained)
         try:
-            super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
+            with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
+                super().__init__(pretrained, **kwargs)
         except TypeError as error:
             if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
                 raise unknown_argument(unknown[1], LCFT, HFLM) from None

@@ -153,7 +153,7 @@ def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
 def _meter(name: str, options_json: str, template_json: str) -> TokenMeter:
     from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
 
-    options = json.loads(options_json)
+    options = {"trust_remote_code": False, **json.loads(options_json)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(ALIASES[name]() if name in ALIASES else name, **options)
     except (OSError, ValueError, ImportError) as error:

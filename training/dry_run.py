@@ -88,7 +88,9 @@ def _config(recipe: Config) -> tuple[Any, bool]:
     from lceval import packaged
 
     try:
-        config = AutoConfig.from_pretrained(packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision)
+        config = AutoConfig.from_pretrained(
+            packaged.resolve(recipe.model.pretrained), revision=recipe.model.revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         if recipe.model.shape is None:
             raise UserError(

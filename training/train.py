@@ -73,7 +73,11 @@ def load(recipe: Config) -> tuple[Any, Any]:
 
     name = packaged.resolve(recipe.model.pretrained)
     model = AutoModelForCausalLM.from_pretrained(
-        name, revision=recipe.model.revision, dtype=getattr(torch, recipe.model.dtype)
+        name,
+        revision=recipe.model.revision,
+        dtype=getattr(torch, recipe.model.dtype),
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     return model, LCFT(model, tokenizer=name, revision=recipe.model.revision)
 

@@ -11,6 +11,7 @@ import typer
 
 from lceval.core.errors import UserError
 from lceval.core.options import Json, group_or
+from lceval.core.safe_text import echo
 
 app = typer.Typer(
     cls=group_or("recipe"),
@@ -41,7 +42,7 @@ def recipe(
     if context.args:
         raise UserError(f"unexpected argument {context.args[0]!r}: override recipe keys with --set KEY=VALUE")
     if text := tune.run(name, overrides or [], output, dry_run=dry_run, as_json=as_json):
-        typer.echo(text)
+        echo(text)
 
 
 @app.command("eval")
@@ -66,7 +67,7 @@ def evaluate(
     from lceval.adapt import evaluate as evaluation
 
     text, code = evaluation.run(adapter, kv or [], tasks or [], output_path, limit, as_json=as_json)
-    typer.echo(text)
+    echo(text)
     raise typer.Exit(code)
 
 
@@ -122,4 +123,4 @@ def data(
     meter = meter_for("training data", {"pretrained": packaged.resolve(spec.tokenizer)})
     report = figures.report(spec, rows, promotion, meter, judge)
     data.write(output, spec, rows, report)
-    typer.echo(json.dumps({"file": str(output), **report}, indent=2) if as_json else figures.text(report))
+    echo(json.dumps({"file": str(output), **report}, indent=2) if as_json else figures.text(report))

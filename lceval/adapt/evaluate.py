@@ -15,6 +15,7 @@ from typing import Any
 
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.safe_text import echo
 from lceval.core.text_tables import pipe
 from lceval.records.results import read_runs
 from lceval.stats.estimates import Estimate, Stratum, difference, mean
@@ -53,7 +54,7 @@ def run(
     grid = Grid.model_validate(_grid(adapter, record, kv or RECIPES, tasks, limit))
     planned = plan(grid)
     root = output_path or adapter / "eval"
-    print(command.render(planned, root), file=sys.stderr)
+    echo(command.render(planned, root), err=True)
     with redirect_stdout(sys.stderr):
         outcome = sweep(planned, root)
     if not outcome.folders:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from lceval.core.options import Json, key_values
+from lceval.core.safe_text import echo
 
 Format = Literal["terminal", "markdown", "latex", "csv", "html", "json"]
 
@@ -52,7 +53,7 @@ def table(
     text = table_text(
         runs, "json" if as_json else output_format, by=by, reference=reference or (), require_kappa=require_kappa
     )
-    typer.echo(text)
+    echo(text)
 
 
 @app.command()
@@ -107,7 +108,7 @@ def check(
         markdown=markdown,
         as_json=as_json,
     )
-    typer.echo(text)
+    echo(text)
     raise typer.Exit(code)
 
 
@@ -128,11 +129,9 @@ def report(
 
     page = write(runs, output)
     if as_json:
-        typer.echo(json.dumps({**vars(page), "html": str(page.html)}))
+        echo(json.dumps({**vars(page), "html": str(page.html)}))
     else:
-        typer.echo(
-            f"{page.html}: {page.runs} runs, {page.rows} rows, {page.samples} samples, {page.bytes / 1e6:.1f} MB"
-        )
+        echo(f"{page.html}: {page.runs} runs, {page.rows} rows, {page.samples} samples, {page.bytes / 1e6:.1f} MB")
 
 
 @app.command()
@@ -171,4 +170,4 @@ def score(
     from lceval.analysis.predictions import score as score_predictions
 
     scores = score_predictions(task, predictions, gold=gold, by=by, metadata=key_values(metadata or []))
-    typer.echo(json.dumps(scores, indent=2) if as_json else render(scores))
+    echo(json.dumps(scores, indent=2) if as_json else render(scores))

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lceval.core.options import Json, key_values
+from lceval.core.safe_text import echo
 
 app = typer.Typer(
     help="Measure speed, memory and quality on this machine.",
@@ -35,7 +36,7 @@ def decode(
     from lceval.bench.decoding import bench
 
     report = bench(pretrained, kv, tokens=tokens, new_tokens=new_tokens, rounds=rounds)
-    typer.echo(json.dumps(report, indent=2) if as_json else render.decode(report))
+    echo(json.dumps(report, indent=2) if as_json else render.decode(report))
 
 
 @app.command("eval")
@@ -100,7 +101,7 @@ def evaluate(
         batch_size=batch_size,
         metadata=key_values(metadata or []),
     )
-    typer.echo(json.dumps(report, indent=2) if as_json else render.evaluation(report))
+    echo(json.dumps(report, indent=2) if as_json else render.evaluation(report))
 
 
 @app.command("kernels")
@@ -140,7 +141,7 @@ def kernels(
     report = bench(predict, lengths, batches, keeps)
     if plot is not None:
         plot.write_text(render.kernels_plot(report))
-    typer.echo(json.dumps(report, indent=2) if as_json else render.kernels(report))
+    echo(json.dumps(report, indent=2) if as_json else render.kernels(report))
 
 
 @app.command("shifted")
@@ -167,7 +168,7 @@ def shifted(
     from lceval.bench.shifted_times import bench
 
     report = bench(lengths, heads=heads, kv_heads=kv_heads, dim=dim, share=group, dtype=dtype, rounds=rounds)
-    typer.echo(json.dumps(report, indent=2) if as_json else render.shifted(report))
+    echo(json.dumps(report, indent=2) if as_json else render.shifted(report))
 
 
 @app.command("aot")

@@ -1,9 +1,11 @@
-"""Cache folder for what can be rebuilt: converted models and built rows."""
+"""The cache folder, and file names from data that must not leave their folder."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from lceval.core.errors import UserError
 
 
 def cache_dir(name: str) -> Path:
@@ -12,3 +14,28 @@ def cache_dir(name: str) -> Path:
     folder = Path(root).expanduser() / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def plain_name(name: str, what: str) -> str:
+    """`name`, if it can be part of a file's name.
+
+    Args:
+        what: what it names, for the error.
+
+    Raises:
+        UserError: it would be a path.
+    """
+    if "/" in name or "\0" in name or name in ("", ".", ".."):
+        raise UserError(f"{what} {name!r}: expected a name without '/', since files are named after it")
+    return name
+
+
+def not_a_link(file: Path) -> Path:
+    """`file`, unless it is a symbolic link, which could lead out of a folder that somebody else made.
+
+    Raises:
+        UserError: it is one.
+    """
+    if file.is_symlink():
+        raise UserError(f"{file}: a symbolic link is not followed; replace it with a copy of the file")
+    return file

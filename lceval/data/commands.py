@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lceval.core.options import Json
+from lceval.core.safe_text import echo
 
 app = typer.Typer()
 data = typer.Typer(help="List and download the datasets of the tasks.", rich_markup_mode=None, no_args_is_help=True)
@@ -29,11 +30,11 @@ def tasks(
     from lceval.data import listing
 
     if as_json:
-        typer.echo(json.dumps(listing.groups(pattern) if groups else listing.tasks(pattern), indent=2))
+        echo(json.dumps(listing.groups(pattern) if groups else listing.tasks(pattern), indent=2))
     elif groups:
-        typer.echo(listing.groups_text(pattern))
+        echo(listing.groups_text(pattern))
     else:
-        typer.echo(listing.tasks_text(pattern) if pattern else listing.overview())
+        echo(listing.tasks_text(pattern) if pattern else listing.overview())
 
 
 @data.command("list")
@@ -41,7 +42,7 @@ def data_list(as_json: Json = False) -> None:
     """List the datasets with their sources and missing files."""
     from lceval.data import listing
 
-    typer.echo(json.dumps(listing.data(), indent=2) if as_json else listing.data_text())
+    echo(json.dumps(listing.data(), indent=2) if as_json else listing.data_text())
 
 
 @data.command("fetch")
@@ -62,9 +63,9 @@ def data_fetch(
     for outcome in fetch(datasets, to):
         outcomes.append(outcome)
         if not as_json:
-            typer.echo(str(outcome))
+            echo(str(outcome))
     if as_json:
-        typer.echo(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
+        echo(json.dumps([vars(outcome) for outcome in outcomes], indent=2))
     if any(outcome.status == "provide" for outcome in outcomes):
         raise typer.Exit(2)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects, write_json, write_objects
+from lceval.core.safe_text import printable
 from lceval.judge import rubrics, scores
 from lceval.judge.client import Client
 from lceval.records.results import read_folder
@@ -92,4 +93,4 @@ def render(report: Mapping[str, Any]) -> str:
             for value, row in task.get(f"by_{stratum}", {}).items():
                 means = ", ".join(f"{k} {v:.3f}" for k, v in row.items() if k not in ("n", "unjudged"))
                 lines.append(f"  {stratum} {value}: n {row['n']}, unjudged {row['unjudged']}, {means or 'none judged'}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

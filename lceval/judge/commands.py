@@ -11,6 +11,7 @@ import typer
 from lceval.core.errors import InfrastructureError
 from lceval.core.io import write_objects
 from lceval.core.options import Json, group_or
+from lceval.core.safe_text import echo
 
 _RUNS = "runs"
 
@@ -78,7 +79,7 @@ def runs(
             calibration = kappas.find(client.judge.name, client.judge.revision)
             kappas.require(calibration["kappa"] if calibration else None, require_kappa, client.judge.name)
         reports = [after_run.judge_folder(folder, client) for folder in folders]
-    typer.echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(after_run.render, reports)))
+    echo(json.dumps(reports, indent=2) if as_json else "\n\n".join(map(after_run.render, reports)))
     if missing := sum(map(after_run.missing, reports)):
         raise InfrastructureError(
             f"{missing} samples are unjudged, because their calls failed: rerun the same command to resume"
@@ -129,7 +130,7 @@ def calibrate_judge(
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_objects(output, lines)
-    typer.echo(json.dumps(report, indent=2) if as_json else calibration.render(report))
+    echo(json.dumps(report, indent=2) if as_json else calibration.render(report))
     kappa = report["kappa"]
     if require_kappa is not None and (kappa is None or kappa < require_kappa):
         value = "undefined" if kappa is None else f"{kappa:.3f}"

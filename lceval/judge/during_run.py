@@ -24,8 +24,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lceval.core.credentials import without_secrets
 from lceval.core.errors import LcevalError, UserError
 from lceval.core.io import write_text
+from lceval.core.safe_text import echo
 from lceval.judge import backends, rubrics, scores
 from lceval.judge.backends import VARIABLE
 from lceval.judge.backends.hf import loaded
@@ -70,7 +72,7 @@ def evaluate(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         spec = ready()
     except UserError as error:
         if Path(sys.argv[0]).stem in ("lm_eval", "lm-eval", "__main__"):
-            print(f"lceval: error: {error}", file=sys.stderr)
+            echo(f"lceval: error: {error}", err=True)
             raise SystemExit(error.exit_code) from None
         raise
     if spec is None:
@@ -101,7 +103,7 @@ def add(results: dict[str, Any], spec: str) -> None:
     try:
         report, verdicts = _in_subprocess(batch, spec) if backends.parse(spec).kind == "hf" else ask(batch, spec)
     except LcevalError as error:
-        print(f"lceval: unjudged: {error}", file=sys.stderr)
+        echo(f"lceval: unjudged: {error}", err=True)
         report, verdicts = _failed(spec), [[Verdict(None, f"failed: {error}", "", "", 0)] * len(c) for _, c in batch]
     for (task, samples), task_verdicts in zip(task_samples.items(), verdicts, strict=True):
         rubric = rubrics.load(rubric_names[task])
@@ -152,7 +154,7 @@ def _in_subprocess(batch: Batch, spec: str) -> tuple[dict[str, Any], list[list[V
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if not outputs.is_file():
             last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-            raise LcevalError(f"the judge {spec} failed: {last}")
+            raise LcevalError(f"the judge {spec} failed: {without_secrets(last)}")
         report, verdicts = json.loads(outputs.read_text())
     return report, [[Verdict(**verdict) for verdict in of_task] for of_task in verdicts]
 

@@ -19,6 +19,7 @@ from typing import Any
 from lceval.core.answers import DIAGNOSES
 from lceval.core.errors import UserError
 from lceval.core.io import read_objects
+from lceval.core.paths import not_a_link, plain_name
 
 # lm-eval logs these among the metrics; none of them is a score. `bypass` is that of --predict_only.
 TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", "bypass", *DIAGNOSES})
@@ -224,7 +225,8 @@ def _read_tasks(results_file: Path, results: Mapping[str, Any], finished: bool) 
     """The tasks of a results file, in run order; each requires its samples file."""
     configs = _mapping(results.get("configs"))
     for task in dict.fromkeys((*_mapping(results.get("n-samples")), *configs)):
-        file = results_file.parent / f"samples_{task}_{_date(results_file)}.jsonl"
+        name = f"samples_{plain_name(task, f'{results_file}: task')}_{_date(results_file)}.jsonl"
+        file = not_a_link(results_file.parent / name)
         if file.is_file():
             yield _read_task(task, file, results)
         elif finished:
@@ -362,7 +364,7 @@ def _date(results_file: Path) -> str:
 
 def _read_json(file: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(not_a_link(file).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); run the evaluation again") from None
     if not isinstance(value, dict):

@@ -10,6 +10,7 @@ import typer
 
 from lceval.core.errors import UserError
 from lceval.core.options import Json
+from lceval.core.safe_text import echo
 
 app = typer.Typer()
 
@@ -26,7 +27,7 @@ def run(context: typer.Context, as_json: Json = False) -> None:
     if {"-h", "--help"} & {*context.args}:
         from lceval.runs.run_help import run_help
 
-        typer.echo(run_help())
+        echo(run_help())
         return
     from lceval.analysis.table import main as table_text
     from lceval.runs.folder import report
@@ -34,7 +35,7 @@ def run(context: typer.Context, as_json: Json = False) -> None:
 
     outcome = run_evaluation(context.args)
     report(outcome)
-    typer.echo(table_text([outcome.folder], "json" if as_json else "terminal"))
+    echo(table_text([outcome.folder], "json" if as_json else "terminal"))
 
 
 @app.command()
@@ -53,7 +54,7 @@ def demo(
     from lceval.analysis.table import main as table_text
     from lceval.runs.demo import demo as run_demo
 
-    typer.echo(table_text(run_demo(output_path, limit), "json" if as_json else "terminal"))
+    echo(table_text(run_demo(output_path, limit), "json" if as_json else "terminal"))
 
 
 @app.command()
@@ -117,7 +118,7 @@ def sweep(
         dry_run=dry_run,
         as_json=as_json,
     )
-    typer.echo(text)
+    echo(text)
     raise typer.Exit(code)
 
 
@@ -127,7 +128,7 @@ def doctor(as_json: Json = False) -> None:
     from lceval.runs.doctor import examine, render
 
     findings = examine()
-    typer.echo(json.dumps([vars(f) for f in findings], indent=2) if as_json else render(findings))
+    echo(json.dumps([vars(f) for f in findings], indent=2) if as_json else render(findings))
     if any(f.level == "error" for f in findings):
         raise typer.Exit(4)
 
@@ -140,7 +141,7 @@ def methods(
     """List the KV methods of recipes with their keys, defaults and sources, or describe one."""
     from lceval.runs import methods as listing
 
-    typer.echo(listing.text(name, as_json=as_json))
+    echo(listing.text(name, as_json=as_json))
 
 
 @app.command()
@@ -151,4 +152,4 @@ def model(name: Annotated[str, typer.Argument(help="Name of the model: smollm2-1
     if name != packaged.NAME:
         raise UserError(f"no packaged model {name!r}; there is {packaged.NAME}")
     folder = str(packaged.folder())
-    typer.echo(json.dumps({"name": name, "folder": folder}) if as_json else folder)
+    echo(json.dumps({"name": name, "folder": folder}) if as_json else folder)

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import lceval
+from lceval.core.credentials import refuse_secrets
 from lceval.core.errors import UserError
+from lceval.core.paths import plain_name
+from lceval.runs import foreign_code
 
 # Options of lm-eval's `run` that a run folder has no use for, with the reason. Ignoring them would mislead.
 UNSUPPORTED = {
@@ -31,7 +34,8 @@ UNSUPPORTED = {
 def configure(argv: Sequence[str]) -> Any:
     """lm-eval's configuration from its flags and its `--config` file, with lceval's defaults and checks.
 
-    As in lm-eval, a flag has precedence over the file, and the file over the default.
+    As in lm-eval, a flag has precedence over the file, and the file over the default. `--allow-code` is
+    left to the caller: no file can set it.
 
     Raises:
         UserError: a bad flag, a bad file, or an option that run folders do not support.
@@ -44,7 +48,8 @@ def configure(argv: Sequence[str]) -> Any:
 
     parser = argparse.ArgumentParser(prog="lceval")
     Run(parser.add_subparsers())
-    flags = {k: v for k, v in vars(parser.parse_args(["run", *argv])).items() if k not in ("command", "func")}
+    lm_eval_flags = [flag for flag in argv if flag not in foreign_code.FLAGS]
+    flags = {k: v for k, v in vars(parser.parse_args(["run", *lm_eval_flags])).items() if k not in ("command", "func")}
     given = {**_config_file(flags.get("config")), **{k: v for k, v in flags.items() if v is not None}}
     template = given.get("apply_chat_template")
     if template in ("false", "none"):
@@ -62,6 +67,8 @@ def configure(argv: Sequence[str]) -> Any:
             config._configure()
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from None
+    for option in ("model_args", "gen_kwargs", "metadata"):
+        refuse_secrets(option, getattr(config, option))
     if isinstance(config.tasks, str):
         config.tasks = config.tasks.split(",")
     if config.model not in model_registry:
@@ -126,17 +133,30 @@ def _has_template(model_args: dict[str, Any]) -> bool:
     if not name:
         return False
     try:
-        tokenizer = AutoTokenizer.from_pretrained(packaged.resolve(str(name)))
+        tokenizer = AutoTokenizer.from_pretrained(
+            packaged.resolve(str(name)), trust_remote_code=bool(model_args.get("trust_remote_code"))
+        )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load the tokenizer of {name!r}: {reason}") from None
     return tokenizer.chat_template is not None
 
 
-def tasks_of(config: Any) -> tuple[Any, dict[str, Any]]:
-    """lm-eval's task manager and the loaded tasks; loaded before any model, so that missing data is reported first."""
-    manager = _task_manager(config)
-    return manager, manager.load(config.tasks)
+def tasks_of(config: Any, *, allow_code: bool) -> tuple[Any, dict[str, Any]]:
+    """lm-eval's task manager and the loaded tasks; loaded before any model, so that missing data is reported first.
+
+    Args:
+        allow_code: task files from elsewhere may run code.
+
+    Raises:
+        UserError: one contains code that is not allowed, or a task's name is a path.
+    """
+    with foreign_code.refused(unless=allow_code):
+        manager = _task_manager(config)
+        loaded = manager.load(config.tasks)
+    for name in loaded["tasks"]:
+        plain_name(name, "task")
+    return manager, loaded
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,8 +19,9 @@ from typing import Any
 
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.io import write_json
+from lceval.core.safe_text import echo
 from lceval.records import identity
-from lceval.runs import inputs
+from lceval.runs import foreign_code, inputs
 from lceval.runs.configuration import configure
 
 RUN = "run.json"
@@ -50,12 +50,14 @@ class OpenRun:
     Attributes:
         identity: everything that must not change between two starts.
         previous: run.json of an earlier start, None on the first.
+        allow_code: task files from elsewhere may run code.
     """
 
     config: Any
     folder: Path
     identity: dict[str, Any]
     previous: dict[str, Any] | None
+    allow_code: bool = False
 
     @property
     def finished(self) -> RunOutcome | None:
@@ -87,7 +89,7 @@ def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
             raise UserError(f"{folder} contains another run ({'; '.join(changed)}): choose another --output_path")
         if previous is None or previous["status"] != FINISHED:
             _require_space(folder)
-        yield OpenRun(config, folder, current, previous)
+        yield OpenRun(config, folder, current, previous, allow_code=not {*foreign_code.FLAGS}.isdisjoint(argv))
 
 
 def begin(open_run: OpenRun) -> dict[str, Any]:
@@ -205,4 +207,4 @@ def _require_space(folder: Path) -> None:
 def report(outcome: RunOutcome) -> None:
     """Print the run folder and the number of reused samples to stderr."""
     fresh = outcome.samples - outcome.reused
-    print(f"{outcome.folder}: {outcome.samples} samples, {outcome.reused} reused, {fresh} run", file=sys.stderr)
+    echo(f"{outcome.folder}: {outcome.samples} samples, {outcome.reused} reused, {fresh} run", err=True)

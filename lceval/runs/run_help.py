@@ -26,6 +26,8 @@ Usage: lceval run --model lcft --model_args pretrained=NAME,kv=RECIPE
   --output_path FOLDER  Run folder (required).
   --apply_chat_template Applied by default if the tokenizer has a chat template;
                         `false` disables it.
+  --allow-code          Allow task files outside of lm_eval and lceval to run
+                        Python code (!function, class, metric scripts).
   --json                Print the table as JSON."""
 _NOT_SHOWN = ("self", "kwargs")
 

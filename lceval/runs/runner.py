@@ -151,8 +151,9 @@ class Runner:
         todo = {place: run for place, run in enumerate(runs) if place not in outcomes}
         try:
             # Before the model, so that missing data is reported first.
-            loaded = tasks_of(next(iter(todo.values())).config)[1] if todo else {}
-            model = self._load(next(iter(todo.values())).config) if todo else None
+            first = next(iter(todo.values()), None)
+            loaded = tasks_of(first.config, allow_code=first.allow_code)[1] if first else {}
+            model = self._load(first.config) if first else None
             sides = self._answer(model, loaded, todo, outcomes) if len(todo) > 1 else {}
         except Exception as error:
             self._model, self._key = None, None
@@ -235,7 +236,7 @@ def _finished(open_run: OpenRun, lm: Any, side: RecipeSide | None) -> RunOutcome
     from lm_eval import simple_evaluate
 
     config, folder = open_run.config, open_run.folder
-    manager, loaded = tasks_of(config)
+    manager, loaded = tasks_of(config, allow_code=open_run.allow_code)
     tasks = [loaded.get("groups", {}).get(name) or loaded["tasks"].get(name, name) for name in config.tasks]
     started = time.monotonic()
     begin(open_run)

@@ -17,13 +17,14 @@ from threading import Event
 import pytest
 
 from lceval.cli import invoke
+from lceval.core.credentials import without_secrets
 from lceval.core.errors import LcevalError, UserError
 from lceval.runs.sweep import cluster, processes
 from lceval.runs.sweep.execution import sweep
 from lceval.runs.sweep.grid import Grid
 from lceval.runs.sweep.plan import Cell, SweepPlan, plan
 from lceval.runs.sweep.share import Queue, split
-from lceval.runs.sweep.worker import CellResult, failed, without_secrets
+from lceval.runs.sweep.worker import CellResult, failed
 
 ALL = ["full", "int8", "int4", "snapkv:0.5"]
 
@@ -193,14 +194,17 @@ def test_without_ray_the_error_names_the_install_command(monkeypatch: pytest.Mon
         cluster.check(None)
 
 
+HF_KEY = "hf_" + "ABcd" * 8
+
+
 def test_errors_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "abcd-efgh-ijkl")
-    text = "abcd-efgh-ijkl hf_ABCDEFGHIJ Bearer x.y.z https://me:pass@host/ sk-0123456789 skim-1234567890"
+    text = f"abcd-efgh-ijkl {HF_KEY} Bearer x.y.z https://me:pass@host/ sk-{'0' * 20} skim-1234567890"
     assert (
         without_secrets(text) == "[HF_TOKEN] [secret] Bearer [secret] https://[secret]@host/ [secret] skim-1234567890"
     )
     cell = planned().cells[0]
-    assert failed(cell, OSError("401 for hf_ABCDEFGHIJ")).error == "OSError: 401 for [secret]"
+    assert failed(cell, OSError(f"401 for {HF_KEY}")).error == "OSError: 401 for [secret]"
     assert failed(cell, LcevalError("no disk")).error == "no disk"
 
 

@@ -11,6 +11,8 @@ from xml.etree import ElementTree
 
 from lceval.analysis.check.baseline import Baseline
 from lceval.analysis.check.compare import Check, Flip, TaskCheck
+from lceval.core.safe_text import markdown as escaped
+from lceval.core.safe_text import printable
 from lceval.core.text_tables import aligned, pipe
 from lceval.stats.paired import LEVEL
 
@@ -39,14 +41,14 @@ class CheckReport:
 
 def terminal(report: CheckReport) -> str:
     """The table, a reason per task, the samples with the largest drops, and the verdict in the last line."""
-    lines = [*_title(report), "", aligned([_HEADER, *map(_cells, report.check.tasks)], _TEXT), ""]
-    lines += [f"{task.task}: {task.verdict}: {task.reason}{_errors(task)}" for task in report.check.tasks]
+    lines = [*map(printable, _title(report)), "", aligned([_HEADER, *map(_cells, report.check.tasks)], _TEXT), ""]
+    lines += [printable(f"{task.task}: {task.verdict}: {task.reason}{_errors(task)}") for task in report.check.tasks]
     if any(task.paired for task in report.check.tasks):
         lines += _CAPTION
     if flips := _worst(report.check):
         lines += ["", f"Largest drops, {len(flips)} of {sum(len(t.flips) for t in report.check.tasks)} worse samples:"]
         for task, flip in flips:
-            lines.append(f"  {task.task} {flip.key}: {_number(flip.base)} -> {_number(flip.new)}")
+            lines.append(printable(f"  {task.task} {flip.key}: {_number(flip.base)} -> {_number(flip.new)}"))
             old, new = (_answer(texts.get((task.task, flip.key))) for texts in (report.base_texts, report.new_texts))
             lines += [f"    both: {old}"] if old == new else [f"    base: {old}", f"    new:  {new}"]
     return "\n".join([*lines, "", _conclusion(report)])
@@ -54,9 +56,9 @@ def terminal(report: CheckReport) -> str:
 
 def markdown(report: CheckReport) -> str:
     """The check as markdown, for the step summary of a CI job."""
-    lines = [f"### {_conclusion(report)}", "", *(f"- {_escaped(line)}" for line in _title(report)), ""]
-    lines += [pipe(_HEADER, [[*map(_escaped, _cells(task))] for task in report.check.tasks], _TEXT)]
-    lines += ["", *(f"- {_escaped(t.task)}: {t.verdict}: {_escaped(t.reason)}{_errors(t)}" for t in report.check.tasks)]
+    lines = [f"### {_conclusion(report)}", "", *(f"- {escaped(line)}" for line in _title(report)), ""]
+    lines += [pipe(_HEADER, [[*map(escaped, _cells(task))] for task in report.check.tasks], _TEXT)]
+    lines += ["", *(f"- {escaped(t.task)}: {t.verdict}: {escaped(t.reason)}{_errors(t)}" for t in report.check.tasks)]
     if any(task.paired for task in report.check.tasks):
         lines += (f"- {line}" for line in _CAPTION)
     if flips := _worst(report.check):
@@ -65,7 +67,7 @@ def markdown(report: CheckReport) -> str:
             key = (task.task, flip.key)
             texts = (_answer(report.base_texts.get(key)), _answer(report.new_texts.get(key)))
             cells = (f"{task.task} {flip.key}", _number(flip.base), _number(flip.new), *texts)
-            rows.append([*map(_escaped, cells)])
+            rows.append([*map(escaped, cells)])
         lines += ["", pipe(("largest drops", "base", "new", "base answer", "new answer"), rows, (0, 3, 4))]
     return "\n".join(lines)
 
@@ -99,7 +101,7 @@ def as_json(report: CheckReport, exit_code: int) -> str:
         "new": report.new.model_dump(exclude={"tasks"}),
         "tasks": tasks,
     }
-    return json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+    return json.dumps(data, indent=2, allow_nan=False)
 
 
 def junit(report: CheckReport) -> str:
@@ -110,14 +112,15 @@ def junit(report: CheckReport) -> str:
     suite.set("failures", str(len(failed)))
     suite.set("skipped", str(sum(t.verdict == "inconclusive" for t in tasks) if report.warn else 0))
     for task in tasks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"lceval.check.{task.metric}", name=task.task)
+        names = {"classname": f"lceval.check.{printable(task.metric)}", "name": printable(task.task)}
+        case = ElementTree.SubElement(suite, "testcase", names)
         if task in failed:
-            ElementTree.SubElement(case, "failure", type=task.verdict, message=task.reason)
+            ElementTree.SubElement(case, "failure", type=task.verdict, message=printable(task.reason))
         elif task.verdict == "inconclusive":
-            ElementTree.SubElement(case, "skipped", message=f"inconclusive: {task.reason}")
-        drops = "".join(f"\n{f.key}: {_number(f.base)} -> {_number(f.new)}" for f in task.flips[:FLIPS])
+            ElementTree.SubElement(case, "skipped", message=printable(f"inconclusive: {task.reason}"))
+        drops = [printable(f"{f.key}: {_number(f.base)} -> {_number(f.new)}") for f in task.flips[:FLIPS]]
         numbers = ", ".join(f"{name} {cell}" for name, cell in zip(_HEADER, _cells(task), strict=True))
-        ElementTree.SubElement(case, "system-out").text = _printable(f"{numbers}{drops}")
+        ElementTree.SubElement(case, "system-out").text = "\n".join([printable(numbers), *drops])
     ElementTree.indent(suite)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode")
 
@@ -172,16 +175,5 @@ def _answer(text: str | None) -> str:
     """An answer on one line."""
     if text is None:
         return "(not stored in a baseline)"
-    line = _printable(" ".join(text.split())) or "(empty)"
+    line = printable(" ".join(text.split())) or "(empty)"
     return line if len(line) <= _WIDTH else line[: _WIDTH - 1] + "…"
-
-
-def _printable(text: str) -> str:
-    """The text without characters that are invalid in XML or unsafe in a terminal."""
-    return "".join(c for c in text if c in "\n\t" or (c.isprintable() and not 0xD800 <= ord(c) <= 0xDFFF))
-
-
-def _escaped(text: str) -> str:
-    for character in "\\|*_<`[":
-        text = text.replace(character, "\\" + character)
-    return text

@@ -6,7 +6,7 @@ const groups = (rows, key) => {
   return [...byKey];
 };
 const scale = (row) => row.unit === "share" ? 100 : 1;
-const axis = (rows) => rows.every((row) => row.unit === "share") ? `${[...new Set(rows.map((r) => r.metric))].join(", ")}, %` : "score";
+const axis = (rows) => rows.every((row) => row.unit === "share") ? `${plain([...new Set(rows.map((r) => r.metric))].join(", "))}, %` : "score";
 const bars = (rows, mid, lo, hi, by) => rows.some((r) => r[lo] !== null && r[lo] !== undefined) ? {
   type: "data", symmetric: false, thickness: 1, width: 3, color: "#8a94a0",
   array: rows.map((r) => r[hi] === null ? 0 : by(r) * (r[hi] - r[mid])), arrayminus: rows.map((r) => r[lo] === null ? 0 : by(r) * (r[mid] - r[lo])),

@@ -8,6 +8,7 @@ import json
 
 from lceval.analysis.table.columns import mean_over
 from lceval.analysis.table.row_values import KEYS, Row, Table
+from lceval.core.safe_text import printable
 from lceval.stats.estimates import LEVEL, RESAMPLES, SEED
 
 
@@ -35,11 +36,14 @@ def to_json(table: Table) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """A header of `KEYS` and `metrics.NAME` columns, one line per row; undefined values are empty cells."""
+    """A header of `KEYS` and `metrics.NAME` columns, one line per row; undefined values are empty cells.
+
+    A text that a spreadsheet would take for a formula is preceded by an apostrophe.
+    """
     rows = [*table.rows, *(row for reference in table.quoted for row in reference.flat())]
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"] or {}))
     text = io.StringIO()
-    header = [*(key for key in KEYS if key != "metrics"), *(f"metrics.{name}" for name in names)]
+    header = [*(key for key in KEYS if key != "metrics"), *(printable(f"metrics.{name}") for name in names)]
     writer = csv.DictWriter(text, fieldnames=header, lineterminator="\n")
     writer.writeheader()
     writer.writerows(_flat(row) for row in rows)
@@ -47,5 +51,12 @@ def to_csv(table: Table) -> str:
 
 
 def _flat(row: Row) -> Row:
-    metrics = {f"metrics.{name}": value for name, value in (row["metrics"] or {}).items()}
-    return {key: value for key, value in row.items() if key != "metrics"} | metrics
+    metrics = {printable(f"metrics.{name}"): value for name, value in (row["metrics"] or {}).items()}
+    return {key: _cell(value) for key, value in row.items() if key != "metrics"} | metrics
+
+
+def _cell(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    text = printable(value)
+    return f"'{text}" if text != "-" and text.startswith(("=", "+", "-", "@")) else text

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lceval.core.io import read_objects
+from lceval.core.paths import not_a_link
 from lceval.records.results import TaskResult
 
 # Output formats whose tasks need a judge for a complete score.
@@ -73,7 +74,7 @@ def verdicts(task: TaskResult) -> list[dict[str, Any]] | None:
 def _verdict_file(task: TaskResult) -> list[dict[str, Any]] | None:
     if task.file is None:
         return None
-    file = task.file.parent / f"judged_{task.task}.jsonl"
+    file = not_a_link(task.file.parent / f"judged_{task.task}.jsonl")
     if not file.is_file():
         return None
     lines = [line for _, line in read_objects(file)]

@@ -1,4 +1,7 @@
-"""Human-readable formats of the table: one section per task, the caption, quoted tables."""
+"""Human-readable formats of the table: one section per task, the caption, quoted tables.
+
+Names, labels and paths come from run folders: `_measured` and `_legend` make them printable, the formats escape them.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from typing import Any
 
 from lceval.analysis.table.columns import Column, caption, columns, sections
 from lceval.analysis.table.row_values import Table
+from lceval.core.safe_text import markdown, printable
 from lceval.core.text_tables import pipe
 
 
@@ -28,11 +32,11 @@ def to_markdown(table: Table) -> str:
     """One heading and pipe table per section, then the caption."""
 
     def section(grid: TextTable) -> str:
-        escaped = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in line] for line in grid.lines]
+        cells = [[markdown(cell) for cell in line] for line in grid.lines]
         left = [i for i, text in enumerate(grid.text) if text]
-        return f"### {grid.heading}\n\n{pipe([*map(_one_line, grid.header)], escaped, left)}"
+        return f"### {markdown(grid.heading)}\n\n{pipe([*map(_one_line, grid.header)], cells, left)}"
 
-    legend = "\n".join(f"- {line}" for line in caption(table, columns(table))).replace("*", "\\*")
+    legend = "\n".join(f"- {markdown(line)}" for line in _legend(table, columns(table)))
     return "\n\n".join([*map(section, _measured(table, columns(table))), legend, *map(section, _quoted(table))])
 
 
@@ -79,7 +83,7 @@ def to_latex(table: Table) -> str:
             ]
         )
 
-    legend = "{\\footnotesize " + "\n\n".join(map(latex, caption(table, columns(table)))) + "\\par}"
+    legend = "{\\footnotesize " + "\n\n".join(map(latex, _legend(table, columns(table)))) + "\\par}"
     packages = "% needs \\usepackage{booktabs}"
     return "\n\n".join(
         [packages, *map(tabular, _measured(table, columns(table))), legend, *map(tabular, _quoted(table))]
@@ -110,7 +114,7 @@ def to_html(table: Table) -> str:
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
         )
 
-    legend = "\n".join(f"<li>{html.escape(line)}</li>" for line in caption(table, columns(table)))
+    legend = "\n".join(f"<li>{html.escape(line)}</li>" for line in _legend(table, columns(table)))
     return "\n".join(
         [
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
@@ -145,7 +149,7 @@ def to_terminal(table: Table, width: int | None = None) -> str:
     )
     for grid in grids:
         console.print(Text(grid.heading), _rich(grid, minimum, gap), Text(), sep="\n")
-    lines = caption(table, chosen)
+    lines = _legend(table, chosen)
     if omitted:
         names = ", ".join(_one_line(column.header) for column in omitted)
         lines.append(f"Omitted at this width: {names}; --format markdown has all columns.")
@@ -209,11 +213,17 @@ def _one_line(text: str) -> str:
     return text.replace("\n", " ")
 
 
+def _legend(table: Table, chosen: Sequence[Column]) -> list[str]:
+    return [*map(printable, caption(table, chosen))]
+
+
 def _measured(table: Table, chosen: Sequence[Column]) -> list[TextTable]:
     header = [column.header for column in chosen]
     text = [column.text for column in chosen]
     return [
-        TextTable(heading, header, text, [[column.cell(row) for column in chosen] for row in rows])
+        TextTable(
+            printable(heading), header, text, [[printable(column.cell(row)) for column in chosen] for row in rows]
+        )
         for heading, rows in sections(table)
     ]
 

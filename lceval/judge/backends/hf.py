@@ -31,7 +31,7 @@ def loaded(kind: Any, spec: JudgeName, **options: Any) -> Any:
     """
     pinned = {"revision": spec.revision} if spec.revision else {}
     try:
-        return kind.from_pretrained(packaged.resolve(spec.model), **pinned, **options)
+        return kind.from_pretrained(packaged.resolve(spec.model), trust_remote_code=False, **pinned, **options)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the judge {spec.model!r}: {reason}") from None
@@ -50,7 +50,7 @@ class LocalJudge:
         self.name, self._max_tokens = str(spec), max_tokens
         self._tokenizer = loaded(AutoTokenizer, spec)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = loaded(AutoModelForCausalLM, spec, dtype="auto").to(device).eval()
+        self._model = loaded(AutoModelForCausalLM, spec, dtype="auto", use_safetensors=True).to(device).eval()
         commit = getattr(self._model.config, "_commit_hash", None)
         self.revision = spec.revision or commit or _digest(Path(packaged.resolve(spec.model)))
         self._longest = int(getattr(self._model.config, "max_position_embeddings", 0)) or 1 << 30

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.safe_text import echo
 from lceval.runs.sweep.plan import Cell
 from lceval.runs.sweep.processes import RunsGroups, died, visible_gpus
 from lceval.runs.sweep.share import Queue, split, threads
@@ -106,13 +106,13 @@ def _run(ray: Any, handles: Sequence[Any], queue: Queue, root: Path) -> Iterator
         while not ended:
             ended, _ = ray.wait(list(running), timeout=WAIT_S)
             if not ended and not any(group for _, group in running.values()):
-                print("waiting for the cluster to give a worker its resources", file=sys.stderr)
+                echo("waiting for the cluster to give a worker its resources", err=True)
         handle, group = running.pop(ended[0])
         try:
             results = ray.get(ended[0])
         except ray.exceptions.RayError as error:
             if not group:
-                print(f"could not start a worker: {_line(error)}", file=sys.stderr)
+                echo(f"could not start a worker: {_line(error)}", err=True)
                 if not running:
                     raise InfrastructureError(f"no worker could be started: {_line(error)}") from None
                 continue

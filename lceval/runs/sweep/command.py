@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.safe_text import echo
 from lceval.runs.sweep import cost
 from lceval.runs.sweep.grid import read
 from lceval.runs.sweep.plan import SweepPlan, plan
@@ -42,13 +43,13 @@ def run(
     from lceval.runs.sweep.execution import choose, sweep
 
     run_groups = choose(engine, workers, address)
-    print(render(sweep_plan, root), file=sys.stderr)
+    echo(render(sweep_plan, root), err=True)
     # Only the table goes to stdout, whatever libraries print.
     with redirect_stdout(sys.stderr):
         outcome = sweep(sweep_plan, root, run_groups)
-    print(
+    echo(
         f"{root}: {len(outcome.folders)} of {len(sweep_plan.cells)} cells, {outcome.contexts} contexts prefilled",
-        file=sys.stderr,
+        err=True,
     )
     if not outcome.folders:
         first = next(iter(outcome.failed.items()))

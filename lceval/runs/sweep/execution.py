@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from lceval.core.io import write_json
+from lceval.core.safe_text import echo
 from lceval.runs.sweep.plan import Cell, SweepPlan
 from lceval.runs.sweep.worker import CellResult, Worker
 
@@ -70,7 +70,7 @@ def sweep(plan: SweepPlan, root: Path, engine: Engine = here) -> SweepOutcome:
         _record(results, root, outcome)
         _write(root, plan, outcome)
         ended += len(results)
-        print(f"[{ended}/{cells}] {results[0].cell}: {len(results)} cells", file=sys.stderr)
+        echo(f"[{ended}/{cells}] {results[0].cell}: {len(results)} cells", err=True)
     outcome.folders = [root / cell.name for cell in plan.finished(root) if cell.name not in outcome.failed]
     return outcome
 
@@ -85,7 +85,7 @@ def _record(results: Sequence[CellResult], root: Path, outcome: SweepOutcome) ->
             continue
         outcome.failed[cell.cell] = cell.error
         file.write_text(cell.trace)
-        print(f"failed: {cell.cell}: {cell.error} ({file})", file=sys.stderr)
+        echo(f"failed: {cell.cell}: {cell.error} ({file})", err=True)
 
 
 def _error_file(cell: str) -> str:

@@ -6,22 +6,17 @@ its folders.
 
 from __future__ import annotations
 
-import os
-import re
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from lceval.core.credentials import without_secrets
 from lceval.core.errors import LcevalError
 from lceval.runs.folder import OpenRun, opened
 from lceval.runs.runner import Runner
 from lceval.runs.sweep.plan import Cell
-
-# Secrets: values of environment variables with such names, and texts that look like keys.
-NAMED = re.compile("KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
-LOOKS = re.compile(r"\b(?:hf_|sk-)[A-Za-z0-9_-]{8,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)")
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,3 @@ def failed(cell: Cell, error: BaseException) -> CellResult:
     text = (str(error).strip() or "no message").splitlines()[0]
     message = text if isinstance(error, LcevalError) else f"{type(error).__name__}: {text}"
     return CellResult(cell.name, without_secrets(message), without_secrets("".join(traceback.format_exception(error))))
-
-
-def without_secrets(text: str) -> str:
-    """A text without values of variables such as HF_TOKEN and without anything that looks like a key."""
-    for name, value in os.environ.items():
-        if NAMED.search(name) and len(value) >= 8:
-            text = text.replace(value, f"[{name}]")
-    return LOOKS.sub("[secret]", text)
