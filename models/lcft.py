@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
@@ -28,10 +29,11 @@ from lceval import packaged
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import attention, recipe
-from lceval.models.arguments import check_arguments, unknown_argument
+from lceval.models.arguments import check_arguments, check_flags, check_mode, unknown_argument
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
+from lceval.models.loading import loading
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit, padded, whole_rows
 from lceval.models.scheduler import ContextScheduler, Question
@@ -50,8 +52,8 @@ class LCFT(HFLM):  # type: ignore[misc]
     Args:
         pretrained: model name, folder or loaded model, as for HFLM; `smollm2-135m` is the packaged model.
         kv: KV recipe (`lceval.models.recipe`).
-        query_aware: whether the question's tokens join the eviction scores of its context (query-aware). By default
-            a context is compressed before any question is processed (query-agnostic).
+        query_aware: whether a question is processed before its context is compressed, so that its tokens join the
+            eviction scores (query-aware). By default a context is compressed first (query-agnostic).
         overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
             and `end` truncate the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
@@ -64,8 +66,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         kwargs: all arguments of HFLM, including `peft`.
 
     Raises:
-        UserError: a bad recipe (before anything is loaded), an unknown argument, or an unsupported model.
+        UserError: a bad recipe or argument (before anything is loaded), a model, adapter or tokenizer that cannot be
+            loaded, or an unsupported model.
+        InfrastructureError: a model that does not fit into the memory.
     """
+
+    engine: Engine
 
     def __init__(
         self,
@@ -81,22 +87,18 @@ class LCFT(HFLM):  # type: ignore[misc]
         context_field: str = "context",
         **kwargs: Any,
     ) -> None:
-        check_arguments(
-            {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, **kwargs}
-        )
+        pretrained = packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained
+        own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
+        own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib}
+        check_arguments({"pretrained": pretrained, **own, **kwargs})
+        kwargs["device"] = kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         self.query_aware = query_aware
         self.totals: Counter[str] = Counter()
         self.use(kv)
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
-        try:
-            super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
-        except TypeError as error:
-            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-                raise unknown_argument(unknown[1], LCFT, HFLM) from None
-            raise
+        super().__init__(pretrained, **kwargs)
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters add tokens to the cache: use LoRA instead")
         if merge and not self.peft:
@@ -113,6 +115,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             autocast=self._autocast,
             repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
         )
+        self.engine.geometry.check(self.recipe.stats_spec)
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
@@ -122,17 +125,45 @@ class LCFT(HFLM):  # type: ignore[misc]
             context_cache_bytes=int(prefix_cache_gib * 2**30),
             totals=self.totals,
         )
-        base.set_attn_implementation(attention.register())
+        attention.install(base)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> LCFT:
+        """The model of lm-eval's model arguments and flags. Its default device, `cuda:0`, is any that there is."""
+        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
+        check_flags(arg_dict, flags)
+        if flags.get("device") == EvaluatorConfig.device and not torch.cuda.is_available():
+            del flags["device"]
+        return cls(**arg_dict, **flags)
+
+    def _get_config(self, pretrained: str, **options: Any) -> None:
+        with loading(pretrained=pretrained):
+            super()._get_config(pretrained, **options)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
+        with loading(tokenizer=tokenizer or getattr(pretrained, "name_or_path", pretrained)):
+            super()._create_tokenizer(pretrained, tokenizer, **options)
+
+    def _create_model(self, pretrained: str, **options: Any) -> None:
+        with loading(pretrained=pretrained, peft=options.get("peft"), delta=options.get("delta")):
+            try:
+                super()._create_model(pretrained, **options)
+            except TypeError as error:
+                if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+                    raise unknown_argument(unknown[1], LCFT, HFLM) from None
+                raise
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.
 
         Raises:
-            UserError: a bad recipe, or one that query-aware eviction excludes.
+            UserError: a bad recipe, or one that the model or query-aware compression excludes.
         """
-        self.recipe = recipe.parse(kv) if isinstance(kv, str) else kv
-        if self.query_aware and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
+        parsed = recipe.parse(kv) if isinstance(kv, str) else kv
+        check_mode(parsed, self.query_aware)
+        if hasattr(self, "engine"):  # not yet, before the model is loaded
+            self.engine.geometry.check(parsed.stats_spec)
+        self.recipe = parsed
         self.totals.clear()
         self.totals.update(totals or {})
 

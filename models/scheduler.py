@@ -97,7 +97,8 @@ class ContextScheduler:
     def _questions(self, jobs: Sequence[J], recipe: Recipe) -> Iterator[Question[J]]:
         for group in by_context(jobs):
             applied = recipe if group[0].has_context else Recipe()
-            if self.query_aware and applied.evictor:
+            # Where nothing is compressed, both modes are the same.
+            if self.query_aware and applied != Recipe() and group[0].context:
                 yield from self._query_aware(group, applied)
             else:
                 yield from self._query_agnostic(group, applied)
