@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,8 @@ class Geometry:
         model_type: name of the architecture, for messages.
         windows: per layer the number of tokens a query attends to, itself included; None for full-attention layers.
             Only full-attention layers are compressed, since a sliding-window layer's cache does not grow.
-        rotary: cos and sin [n, R] of RoPE in the full-attention layers at positions [n]; None without RoPE.
+        rotary: cos and sin [n, R] of RoPE in the full-attention layers at positions [n]; None without RoPE, or where it
+            is not that of `prefill_stats.unrotate` in all of these layers.
     """
 
     model_type: str
@@ -43,7 +45,8 @@ class Geometry:
         kinds = getattr(config, "layer_types", None) or [SLIDING if window else FULL] * config.num_hidden_layers
         if reason := _unsupported(model, config, kinds):
             raise unsupported(config.model_type, reason)
-        rotary_emb = getattr(model.get_decoder(), "rotary_emb", None)
+        decoder = model.get_decoder()
+        rotary_emb = getattr(decoder, "rotary_emb", None) if _rotates_halves(decoder, config, kinds) else None
         typed = isinstance(getattr(rotary_emb, "rope_type", None), dict)
         return cls(
             model_type=config.model_type,
@@ -55,13 +58,23 @@ class Geometry:
         """Check that the model has what these prefill statistics require.
 
         Raises:
-            UserError: queries before RoPE, of a model without RoPE.
+            UserError: queries before RoPE, of a model without `rotary`.
         """
         if stats_spec.query_moments and self.rotary is None:
             raise UserError(
-                f"{self.model_type} has no RoPE in a form that lcft knows, and expected_attention requires it: "
-                "use another evictor, such as snapkv"
+                f"expected_attention requires RoPE on channels i and i + R/2 in every full-attention layer, which "
+                f"{self.model_type} does not have: use another evictor, such as snapkv"
             )
+
+
+def _rotates_halves(decoder: Any, config: Any, kinds: Sequence[str]) -> bool:
+    """Whether RoPE rotates channels i and i + R/2 as a pair, in every full-attention layer."""
+    rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
+    if rotate_half is None or rotate_half(torch.arange(4)).tolist() != [-2, -3, 0, 1]:
+        return False  # cohere, glm and ernie rotate neighbours
+    if config.model_type == "exaone4" and SLIDING in kinds:
+        return False  # only its sliding-window layers rotate
+    return all(getattr(config, "no_rope_layers", None) or [True])  # smollm3: 0 for a layer without RoPE
 
 
 def unsupported(model_type: str, reason: str) -> UserError:
@@ -74,7 +87,7 @@ def unsupported(model_type: str, reason: str) -> UserError:
 
 def _unsupported(model: Any, config: Any, kinds: Sequence[str]) -> str | None:
     """What excludes the model; None if it is supported."""
-    if config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
     if getattr(config, "num_attention_heads", None) is None:
         return "has no attention layers"
