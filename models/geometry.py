@@ -72,8 +72,8 @@ def _rotates_halves(decoder: Any, config: Any, kinds: Sequence[str]) -> bool:
     rotate_half = getattr(sys.modules[type(decoder).__module__], "rotate_half", None)
     if rotate_half is None or rotate_half(torch.arange(4)).tolist() != [-2, -3, 0, 1]:
         return False  # cohere, glm and ernie rotate neighbours
-    if config.model_type == "exaone4" and SLIDING in kinds:
-        return False  # only its sliding-window layers rotate
+    if config.model_type.startswith(("exaone", "afmoe")) and SLIDING in kinds:
+        return False  # only their sliding-window layers rotate
     return all(getattr(config, "no_rope_layers", None) or [True])  # smollm3: 0 for a layer without RoPE
 
 

@@ -33,7 +33,7 @@ from lceval.models.arguments import check_arguments, check_flags, check_mode, un
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
-from lceval.models.loading import loading
+from lceval.models.loading import loading, loading_tokenizer
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit, padded, whole_rows
 from lceval.models.scheduler import ContextScheduler, Question
@@ -141,7 +141,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             super()._get_config(pretrained, **options)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
-        with loading(tokenizer=tokenizer or getattr(pretrained, "name_or_path", pretrained)):
+        with loading_tokenizer(pretrained, tokenizer):
             super()._create_tokenizer(pretrained, tokenizer, **options)
 
     def _create_model(self, pretrained: str, **options: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +38,11 @@ def check_folders(arguments: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def loading(**arguments: Any) -> Iterator[None]:
+def loading(part: str = "", **arguments: Any) -> Iterator[None]:
     """Let an error of the block name these model arguments, in one line; the original error is its cause.
+
+    Args:
+        part: what is loaded of them, as `the tokenizer of `.
 
     Raises:
         UserError: what they name cannot be loaded.
@@ -51,7 +54,7 @@ def loading(**arguments: Any) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, peft and the hub have no common base class
         named = {name: value for name, value in arguments.items() if isinstance(value, str) and value}
-        what = ", ".join(f"{name}={value}" for name, value in named.items()) or "the model"
+        what = part + (", ".join(f"{name}={value}" for name, value in named.items()) or "the model")
         reason = textwrap.shorten(str(error), _MAX_REASON) or "no message"
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise InfrastructureError(f"cannot load {what}: out of memory: {reason}") from error
@@ -59,6 +62,13 @@ def loading(**arguments: Any) -> Iterator[None]:
             raise UserError(f"cannot load {what}: {damaged}: copy or download the file again") from error
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         raise UserError(f"cannot load {what}: {kind}{reason}") from error
+
+
+def loading_tokenizer(pretrained: Any, tokenizer: Any) -> AbstractContextManager[None]:
+    """`loading` for the tokenizer of these model arguments."""
+    if tokenizer:
+        return loading(tokenizer=tokenizer)
+    return loading("the tokenizer of ", pretrained=getattr(pretrained, "name_or_path", pretrained))
 
 
 def _damaged(folders: list[Path]) -> str | None:

@@ -138,12 +138,12 @@ def _has_template(model_args: dict[str, Any]) -> bool:
     from transformers import AutoTokenizer
 
     from lceval import packaged
-    from lceval.models.loading import loading
+    from lceval.models.loading import loading_tokenizer
 
     name = model_args.get("tokenizer") or model_args.get("pretrained")
     if not name:
         return False
-    with loading(tokenizer=name):
+    with loading_tokenizer(model_args.get("pretrained"), model_args.get("tokenizer")):
         tokenizer = AutoTokenizer.from_pretrained(packaged.resolve(str(name)))
     return tokenizer.chat_template is not None
 

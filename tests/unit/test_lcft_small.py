@@ -179,7 +179,7 @@ def damaged_adapter(folder: Path) -> None:
         (shortened("model.safetensors"), {}, "FOLDER/model.safetensors is damaged"),
         (damaged_adapter, {"peft": "FOLDER/adapter"}, "FOLDER/adapter/adapter_model.safetensors is damaged"),
         (shortened("config.json"), {}, "cannot load pretrained=FOLDER: "),
-        (shortened("tokenizer.json"), {}, "cannot load tokenizer=FOLDER: "),
+        (shortened("tokenizer.json"), {}, "cannot load the tokenizer of pretrained=FOLDER: "),
     ],
 )
 def test_what_cannot_be_loaded_is_named_in_one_line(
