@@ -73,8 +73,8 @@ def check_device(device: Any) -> None:
     except (RuntimeError, AttributeError):
         raise UserError(f"unknown device={device}: cpu, cuda, cuda:N or mps") from None
     if (parsed.index or 0) >= available:
-        found = f"{available} {parsed.type} devices" if available else f"no {parsed.type} device"
-        raise UserError(f"device={device}: PyTorch finds {found} on this machine: pass another device, such as cpu")
+        number = f"{available} {parsed.type} devices" if available else f"no {parsed.type} device"
+        raise UserError(f"device={device}: PyTorch finds {number} on this machine: pass another device, such as cpu")
 
 
 def check_flags(arguments: Mapping[str, Any], flags: Iterable[str]) -> None:

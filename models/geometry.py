@@ -89,8 +89,6 @@ def _unsupported(model: Any, config: Any, kinds: Sequence[str]) -> str | None:
     """What excludes the model; None if it is supported."""
     if model.config.is_encoder_decoder:
         return "is an encoder-decoder model"
-    if getattr(config, "num_attention_heads", None) is None:
-        return "has no attention layers"
     if others := sorted({*kinds} - {FULL, SLIDING}):
         return f"has {', '.join(others)} layers"
     if config.model_type == "bloom" or any(

@@ -7,7 +7,6 @@ fork. With `kv=full` the results are those of `--model hf`.
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +17,6 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.config.evaluate_config import EvaluatorConfig
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
@@ -29,11 +26,11 @@ from lceval import packaged
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import attention, recipe
-from lceval.models.arguments import check_arguments, check_flags, check_mode, unknown_argument
+from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.cache import QuestionCache
+from lceval.models.checked_hflm import CheckedHFLM
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
-from lceval.models.loading import loading, loading_tokenizer
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit, padded, whole_rows
 from lceval.models.scheduler import ContextScheduler, Question
@@ -46,7 +43,7 @@ CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
 
 
-class LCFT(HFLM):  # type: ignore[misc]
+class LCFT(CheckedHFLM):
     """HFLM over a compressed KV cache.
 
     Args:
@@ -91,7 +88,6 @@ class LCFT(HFLM):  # type: ignore[misc]
         own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
         own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib}
         check_arguments({"pretrained": pretrained, **own, **kwargs})
-        kwargs["device"] = kwargs.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
         self.query_aware = query_aware
         self.totals: Counter[str] = Counter()
         self.use(kv)
@@ -126,32 +122,6 @@ class LCFT(HFLM):  # type: ignore[misc]
             totals=self.totals,
         )
         attention.install(base)
-
-    @classmethod
-    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> LCFT:
-        """The model of lm-eval's model arguments and flags. Its default device, `cuda:0`, is any that there is."""
-        flags = {name: value for name, value in (additional_config or {}).items() if value is not None}
-        check_flags(arg_dict, flags)
-        if flags.get("device") == EvaluatorConfig.device and not torch.cuda.is_available():
-            del flags["device"]
-        return cls(**arg_dict, **flags)
-
-    def _get_config(self, pretrained: str, **options: Any) -> None:
-        with loading(pretrained=pretrained):
-            super()._get_config(pretrained, **options)
-
-    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
-        with loading_tokenizer(pretrained, tokenizer):
-            super()._create_tokenizer(pretrained, tokenizer, **options)
-
-    def _create_model(self, pretrained: str, **options: Any) -> None:
-        with loading(pretrained=pretrained, peft=options.get("peft"), delta=options.get("delta")):
-            try:
-                super()._create_model(pretrained, **options)
-            except TypeError as error:
-                if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-                    raise unknown_argument(unknown[1], LCFT, HFLM) from None
-                raise
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.

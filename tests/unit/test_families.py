@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lceval.core.errors import UserError
 from lceval.models import attention
@@ -230,13 +230,14 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
         ("mpt", {}, "ALiBi"),
         ("deepseek_v2", {"n_group": 1}, "MLA"),
         ("deepseek_v3", {"n_group": 1}, "MLA"),
-        ("recurrent_gemma", {}, "recurrent"),
-        ("mamba", {}, "has no attention layers"),
+        ("t5", {"d_kv": 16}, "is an encoder-decoder model"),
     ],
 )
 def test_unsupported_attention_is_refused(name: str, extra: dict[str, Any], message: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE, **extra))
+        shape = {k: v for k, v in SHAPE.items() if k != "head_dim" or name != "falcon"}
+        config = AutoConfig.for_model(name, **shape, **extra)
+        model = (AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM).from_config(config)
     with pytest.raises(UserError, match=rf"^{name} .*{message}.*: use --model hf"):
         Geometry.of(model)
 
