@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 MODEL = ("lcft", "lceval.models.lcft:LCFT")
+# lm-eval's name of the option, and of the key of a task's metadata.
+SYSTEM = "system_instruction"
 
 
 def install() -> None:
@@ -107,13 +109,31 @@ def _add_names(index: "ModuleType") -> None:
     index.TaskIndex.build = staticmethod(build)
 
 
-def _add_judge(evaluator: "ModuleType") -> None:
-    """Add judged metrics to `simple_evaluate` if LCEVAL_JUDGE names a judge."""
+def _count_system_instruction(config: "ModuleType") -> None:
+    """Add `--system_instruction` to the metadata of tasks: it counts towards the length of lceval's prompts."""
+    original = config.EvaluatorConfig._process_arguments
+
+    def _process_arguments(self: "Any") -> object:
+        original(self)
+        self.metadata = _with_system(self.metadata, self.system_instruction)
+        return self
+
+    config.EvaluatorConfig._process_arguments = _process_arguments
+
+
+def _with_system(metadata: "dict[str, Any] | None", system_instruction: str | None) -> "dict[str, Any]":
+    return {**(metadata or {}), **({SYSTEM: system_instruction} if system_instruction else {})}
+
+
+def _wrap_evaluate(evaluator: "ModuleType") -> None:
+    """Let `simple_evaluate` count a system instruction, and add judged metrics if LCEVAL_JUDGE names a judge."""
     original = evaluator.simple_evaluate
 
-    def simple_evaluate(*args: object, **kwargs: object) -> object:
+    def simple_evaluate(*args: object, **kwargs: "Any") -> object:
         import os
 
+        if kwargs.get("task_manager") is None:  # one that is given has its own metadata
+            kwargs["metadata"] = _with_system(kwargs.get("metadata"), kwargs.get(SYSTEM))
         if not os.environ.get("LCEVAL_JUDGE"):
             return original(*args, **kwargs)
         from lceval.judge import during_run
@@ -125,22 +145,30 @@ def _add_judge(evaluator: "ModuleType") -> None:
     evaluator.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
 
 
-def _refuse_request_cache(task: "ModuleType") -> None:
-    """Refuse `--cache_requests` for lceval's tasks, and drop lm-eval's warning that each has a metadata option.
+def _check_requests(task: "ModuleType") -> None:
+    """Refuse requests of lceval's tasks that would be wrong, and drop lm-eval's warning on their metadata option.
 
-    The key of that cache lacks metadata, generation arguments and samples: a run would get another run's prompts.
+    The key of `--cache_requests` lacks metadata, generation arguments and samples: a run would get another run's
+    prompts. A system instruction that is not in the metadata is not counted in the length of the prompts.
     """
     import logging
 
     original = task.Task.build_all_requests
 
     def build_all_requests(self: "Any", *args: object, **options: object) -> None:
-        if options.get("cache_requests") and _is_ours(self.config):
-            from lceval.core.errors import UserError
+        from lceval.core.errors import UserError
 
+        ours = "lc_task" in (self.config.dataset_kwargs or {})
+        if ours and options.get("cache_requests"):
             raise UserError(
                 f"{self.config.task}: --cache_requests is not supported: its key lacks what changes prompts, such as "
                 "--metadata, --gen_kwargs and --samples; lceval caches the rows itself"
+            )
+        system, counted = options.get(SYSTEM) or "", (self.config.metadata or {}).get(SYSTEM) or ""
+        if ours and system != counted:
+            raise UserError(
+                f"{self.config.task}: the length of its prompts includes the system instruction {counted!r}, not "
+                f"{system!r}: pass the same text to TaskManager(metadata={{{SYSTEM!r}: TEXT}})"
             )
         original(self, *args, **options)
 
@@ -148,10 +176,6 @@ def _refuse_request_cache(task: "ModuleType") -> None:
     logging.getLogger(task.__name__).addFilter(
         lambda record: not (record.msg.startswith("lc_") and "Custom kwargs can be passed" in record.msg)
     )
-
-
-def _is_ours(config: "Any") -> bool:
-    return "lc_task" in (config.dataset_kwargs or {})
 
 
 def _print_one_line(harness: "ModuleType") -> None:
@@ -175,8 +199,9 @@ def _print_one_line(harness: "ModuleType") -> None:
 
 _ACTIONS: "dict[str, Callable[[ModuleType], None]]" = {
     "lm_eval._cli.harness": _print_one_line,
-    "lm_eval.api.task": _refuse_request_cache,
-    "lm_eval.evaluator": _add_judge,
+    "lm_eval.api.task": _check_requests,
+    "lm_eval.config.evaluate_config": _count_system_instruction,
+    "lm_eval.evaluator": _wrap_evaluate,
     "lm_eval.models": _add_model,
     "lm_eval.tasks._index": _add_names,
     "lm_eval.tasks.manager": _add_tasks,

@@ -1,15 +1,20 @@
-"""The checks of lcft's own model arguments, before anything is loaded."""
+"""The checks of lcft's model arguments, before anything is loaded."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
+
+import torch
 
 from lceval.core.errors import UserError
 from lceval.models import attention
 from lceval.models.diagnosis import Diagnosis
+from lceval.models.loading import check_folders
+from lceval.models.recipe import Recipe
 
 CHOICES = {
     "overlong": ("error", "middle", "end", "skip"),
@@ -19,29 +24,89 @@ CHOICES = {
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Check lcft's own arguments, and those of HFLM that lcft does not support.
+    """Check lcft's own arguments, and those of HFLM that it restricts or would misread; absent ones are valid.
 
     Raises:
-        UserError: a bad value, or an argument that lcft sets itself.
+        UserError: a bad value, an argument that lcft sets itself, or a folder that is not there.
     """
 
     def bad(name: str, expected: str) -> UserError:
         return UserError(f"bad model argument {name}={arguments[name]!r}: {expected}")
 
     for name, allowed in CHOICES.items():
-        if arguments[name] not in allowed:
+        if arguments.get(name, allowed[0]) not in allowed:
             raise bad(name, f"one of {', '.join(allowed)}")
     for name in ("query_aware", "allow_pickle"):
-        if not isinstance(arguments[name], bool):
+        if not isinstance(arguments.get(name, False), bool):
             raise bad(name, "true or false")
-    if not isinstance(arguments["prefill_chunk"], int) or arguments["prefill_chunk"] < 0:
+    if not _is_count(arguments.get("prefill_chunk", 0), least=0):
         raise bad("prefill_chunk", "a number of tokens, or 0")
-    if not isinstance(arguments["prefix_cache_gib"], int | float) or arguments["prefix_cache_gib"] < 0:
+    gib = arguments.get("prefix_cache_gib", 0)
+    if not isinstance(gib, int | float) or not 0 <= gib < math.inf:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
-    if str(arguments.get("batch_size", 1)).startswith("auto"):
+    batch_size = str(arguments.get("batch_size", 1))
+    if batch_size.startswith("auto"):
         raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
+    if not batch_size.isdecimal() or int(batch_size) < 1:
+        raise bad("batch_size", "a number of questions, at least 1")
+    if arguments.get("max_length") is not None and not _is_count(arguments["max_length"], least=1):
+        raise bad("max_length", "a number of tokens, at least 1")
+    for name in ("dtype", "mixed_precision_dtype", "softmax_dtype"):
+        automatic = name == "dtype" and arguments.get(name) == "auto"
+        if arguments.get(name) is not None and not automatic and not _is_dtype(arguments[name]):
+            raise bad(name, "float32, bfloat16, float16" + (" or auto" if name == "dtype" else ""))
+    if arguments.get("device") is not None:
+        check_device(arguments["device"])
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
+    check_folders(arguments)
+
+
+def check_device(device: Any) -> None:
+    """Check that PyTorch finds a device.
+
+    Raises:
+        UserError: it does not, or this is no device's name.
+    """
+    try:
+        parsed = torch.device(str(device))
+        available = torch.get_device_module(parsed).device_count()
+    except (RuntimeError, AttributeError):
+        raise UserError(f"unknown device={device}: cpu, cuda, cuda:N or mps") from None
+    if (parsed.index or 0) >= available:
+        number = f"{available} {parsed.type} devices" if available else f"no {parsed.type} device"
+        raise UserError(f"device={device}: PyTorch finds {number} on this machine: pass another device, such as cpu")
+
+
+def check_flags(arguments: Mapping[str, Any], flags: Iterable[str]) -> None:
+    """Check that what lm-eval passes by its flags is not among the model arguments too.
+
+    Raises:
+        UserError: it is.
+    """
+    for name in flags:
+        if name in arguments:
+            raise UserError(f"{name} is no model argument: pass it as --{name} {arguments[name]}")
+
+
+def check_mode(kv: Recipe, query_aware: bool) -> None:
+    """Check that a recipe supports the mode.
+
+    Raises:
+        UserError: it does not.
+    """
+    if query_aware and getattr(kv.evictor, "when", "") == "always":
+        raise UserError(f"kv={kv} evicts during decoding: use query_aware=false")
+
+
+def _is_count(value: Any, *, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_dtype(value: Any) -> bool:
+    """Whether it is a dtype, or the name of one, in which a model can compute."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1
 
 
 def unknown_argument(name: str, *models: type) -> UserError:

@@ -11,6 +11,7 @@ from transformers import AttentionInterface
 
 from lceval.core.errors import UserError
 from lceval.kernels import launch
+from lceval.models.geometry import unsupported
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
@@ -46,6 +47,18 @@ def register() -> str:
     """Register the function with transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(NAME, lceval_attention)
     return NAME
+
+
+def install(model: Any) -> None:
+    """Let a model of transformers attend through this function.
+
+    Raises:
+        UserError: its attention is fixed.
+    """
+    model.set_attn_implementation(register())
+    config = model.config.get_text_config()
+    if config._attn_implementation != NAME:
+        raise unsupported(config.model_type, "has an attention of its own, outside transformers' attention interface")
 
 
 def use_kernels(attn: str, device: torch.device) -> bool:

@@ -124,7 +124,7 @@ class Diagnosis:
 
     def _documents(self, job: Job) -> list[tuple[bool, Tensor]]:
         """For each document whether it is gold, and the mask of its tokens in the context."""
-        if job.truncated or not job.has_context or not self._tokenizer.is_fast:
+        if job.truncated or not job.has_context or not job.context or not self._tokenizer.is_fast:
             return []
         for special in (False, True):
             encoding = self._tokenizer(job.prompt, add_special_tokens=special, return_offsets_mapping=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
-from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
@@ -30,8 +28,9 @@ from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import attention, recipe, weights
-from lceval.models.arguments import check_arguments, unknown_argument
+from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.cache import QuestionCache
+from lceval.models.checked_hflm import CheckedHFLM
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
@@ -49,14 +48,14 @@ CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
 
 
-class LCFT(HFLM):  # type: ignore[misc]
+class LCFT(CheckedHFLM):
     """HFLM over a compressed KV cache.
 
     Args:
         pretrained: model name, folder or loaded model, as for HFLM; `smollm2-135m` is the packaged model.
         kv: KV recipe (`lceval.models.recipe`).
-        query_aware: whether the question's tokens join the eviction scores of its context (query-aware). By default
-            a context is compressed before any question is processed (query-agnostic).
+        query_aware: whether a question is processed before its context is compressed, so that its tokens join the
+            eviction scores (query-aware). By default a context is compressed first (query-agnostic).
         overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
             and `end` truncate the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
@@ -70,9 +69,12 @@ class LCFT(HFLM):  # type: ignore[misc]
         kwargs: all arguments of HFLM, including `peft`.
 
     Raises:
-        UserError: a bad recipe (before anything is loaded), an unknown argument, weights that are a pickle, or an
-            unsupported model.
+        UserError: a bad recipe or argument (before anything is loaded), weights that are a pickle, a model, adapter or
+            tokenizer that cannot be loaded, or an unsupported model.
+        InfrastructureError: a model that does not fit into the memory.
     """
+
+    engine: Engine
 
     def __init__(
         self,
@@ -89,26 +91,18 @@ class LCFT(HFLM):  # type: ignore[misc]
         allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:
-        check_arguments(
-            {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-            | {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
-            | kwargs
-        )
+        pretrained = packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained
+        own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
+        own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
+        check_arguments({"pretrained": pretrained, **own, **kwargs})
         self.query_aware = query_aware
         self.totals: Counter[str] = Counter()
         self.use(kv)
         self.overlong = overlong
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
-        if isinstance(pretrained, str):
-            pretrained = packaged.resolve(pretrained)
-        try:
-            with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
-                super().__init__(pretrained, **kwargs)
-        except TypeError as error:
-            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
-                raise unknown_argument(unknown[1], LCFT, HFLM) from None
-            raise
+        with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
+            super().__init__(pretrained, **kwargs)
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters add tokens to the cache: use LoRA instead")
         if merge and not self.peft:
@@ -125,6 +119,7 @@ class LCFT(HFLM):  # type: ignore[misc]
             autocast=self._autocast,
             repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
         )
+        self.engine.geometry.check(self.recipe.stats_spec)
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
@@ -134,17 +129,19 @@ class LCFT(HFLM):  # type: ignore[misc]
             context_cache_bytes=int(prefix_cache_gib * 2**30),
             totals=self.totals,
         )
-        base.set_attn_implementation(attention.register())
+        attention.install(base)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.
 
         Raises:
-            UserError: a bad recipe, or one that query-aware eviction excludes.
+            UserError: a bad recipe, or one that the model or query-aware compression excludes.
         """
-        self.recipe = recipe.parse(kv) if isinstance(kv, str) else kv
-        if self.query_aware and getattr(self.recipe.evictor, "when", "") == "always":
-            raise UserError(f"kv={self.recipe} evicts during decoding: use query_aware=false")
+        parsed = recipe.parse(kv) if isinstance(kv, str) else kv
+        check_mode(parsed, self.query_aware)
+        if hasattr(self, "engine"):  # not yet, before the model is loaded
+            self.engine.geometry.check(parsed.stats_spec)
+        self.recipe = parsed
         self.totals.clear()
         self.totals.update(totals or {})
 

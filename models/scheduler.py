@@ -114,7 +114,9 @@ class ContextScheduler:
         """Every job's question; None where memory ran out, before a second try without any cache."""
         for group in by_context(jobs):
             applied = recipe if group[0].has_context else Recipe()
-            prepare = self._query_aware if self.query_aware and applied.evictor else self._query_agnostic
+            # Where nothing is compressed, both modes are the same.
+            query_aware = self.query_aware and applied != Recipe() and bool(group[0].context)
+            prepare = self._query_aware if query_aware else self._query_agnostic
             remaining, released = list(group), False
             while remaining:
                 try:

@@ -20,7 +20,8 @@ def dataset(*, lc_task: str, **metadata: Any) -> "dict[str, datasets.Dataset]":
 
     Args:
         lc_task: Task name.
-        **metadata: model_args and metadata of the run: the tokenizer, `data_seed` and the context setting.
+        **metadata: model_args and metadata of the run: the tokenizer, `system_instruction`, `data_seed` and the
+            context setting.
 
     Raises:
         UserError: No tokenizer for a task with a length, missing or invalid data, a length that no context fits, or a

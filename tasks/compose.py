@@ -1,10 +1,10 @@
 """Fit a context to a length: select filler documents so that the rendered prompts reach the limit within 2%.
 
-For every row of a task `Nk`, the rendered prompt (instruction, documents, question) plus the tokens reserved for the
-reply come to at most N*1024 tokens and at least 98% of that, with the tokenizer's chat template applied, if it has
-one. Without the template the prompt is shorter by the template's tokens: never over the limit, and still within 2% if
-the template is small enough (SmolLM2's 30 tokens are from 2k on, not at 1k). A system instruction of the command line
-is not counted.
+For every row of a task `Nk`, the rendered prompt (system instruction, task instruction, documents, question) plus the
+tokens reserved for the reply come to at most N*1024 tokens and at least 98% of that, with the tokenizer's chat template
+applied, if it has one. Without the template the prompt is shorter by the template's tokens: never over the limit, and
+still within 2% if the template is small enough (SmolLM2's 30 tokens are from 2k on, not at 1k). A template without a
+system turn drops the system instruction: the prompt is then shorter by it.
 """
 
 import random

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
+from jinja2 import TemplateError
+
 from lceval.core.errors import UserError
 
 ALIASES: dict[str, Callable[[], str]] = {}
@@ -34,16 +36,19 @@ class TokenMeter:
         *,
         add_bos: bool | None = None,
         template_args: Mapping[str, Any] | None = None,
+        system: str = "",
     ) -> None:
         """
         Args:
             tokenizer: A transformers tokenizer.
             add_bos: lm-eval's `add_bos_token`; None for the tokenizer's default.
             template_args: Further arguments of the chat template (`enable_thinking`, ...).
+            system: System instruction of every prompt.
         """
         self._tokenizer = tokenizer
         self._add_bos = add_bos
         self._template_args = dict(template_args or {})
+        self._system = system
 
     @property
     def has_template(self) -> bool:
@@ -63,6 +68,7 @@ class TokenMeter:
             self._tokenizer.bos_token,
             self._add_bos,
             self._template_args,
+            self._system,
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -70,7 +76,7 @@ class TokenMeter:
     def template_tokens(self) -> int:
         """Tokens that the chat template adds to a prompt; 0 without a template."""
         (rendered,) = self.prompts(["question"])
-        (plain,) = self._counts(["question"], add_special_tokens=self._add_bos is not False)
+        (plain,) = self._counts([self._system + "question"], add_special_tokens=self._add_bos is not False)
         return rendered - plain
 
     def pieces(self, texts: Sequence[str]) -> list[int]:
@@ -92,15 +98,25 @@ class TokenMeter:
 
     def _render(self, prompt: str, reply_prefix: str) -> str:
         if not self.has_template:
-            return prompt + reply_prefix
+            return self._system + prompt + reply_prefix
         messages = [{"role": "user", "content": prompt}]
         if reply_prefix:
             messages.append({"role": "assistant", "content": reply_prefix})
+        if self._system:
+            try:
+                return self._apply_template([{"role": "system", "content": self._system}, *messages])
+            except TemplateError:
+                # No system turn in this template: lm-eval then drops the instruction, but only with the template.
+                messages[0]["content"] = self._system + prompt
+        return self._apply_template(messages)
+
+    def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:
+        continued = messages[-1]["role"] == "assistant"
         rendered: str = self._tokenizer.apply_chat_template(
             messages,
             tokenize=False,
-            add_generation_prompt=not reply_prefix,
-            continue_final_message=bool(reply_prefix),
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
             **self._template_args,
         )
         return rendered
@@ -125,7 +141,7 @@ def names_tokenizer(metadata: Mapping[str, Any]) -> bool:
 
 
 def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
-    """Token meter of a run: `tokenizer` of model_args, else `pretrained`.
+    """Token meter of a run: `tokenizer` of model_args, else `pretrained`, with the run's `system_instruction`.
 
     Raises:
         UserError: Neither is set, or the tokenizer cannot be loaded.
@@ -146,20 +162,27 @@ def meter_for(task: str, metadata: Mapping[str, Any]) -> TokenMeter:
     template_args = dict(metadata.get("chat_template_args") or {})
     if metadata.get("enable_thinking") is not None:
         template_args["enable_thinking"] = metadata["enable_thinking"]
-    return _meter(name, json.dumps(options, sort_keys=True), json.dumps(template_args, sort_keys=True))
+    return _meter(
+        name,
+        json.dumps(options, sort_keys=True),
+        json.dumps(template_args, sort_keys=True),
+        str(metadata.get("system_instruction") or ""),
+    )
 
 
 @lru_cache(maxsize=4)  # the tasks of a group share one tokenizer
-def _meter(name: str, options_json: str, template_json: str) -> TokenMeter:
+def _meter(name: str, options_json: str, template_json: str, system: str) -> TokenMeter:
     from transformers import AutoTokenizer  # heavy, and only needed where lengths are measured
 
     options = {"trust_remote_code": False, **json.loads(options_json)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(ALIASES[name]() if name in ALIASES else name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json has no exception class of its own
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(
             f"cannot load the tokenizer {name!r} ({reason}): pass a folder, a hub name"
             f"{''.join(f' or {alias}' for alias in sorted(ALIASES))} as tokenizer=... in --model_args."
         ) from error
-    return TokenMeter(tokenizer, add_bos=options.get("add_bos_token"), template_args=json.loads(template_json))
+    return TokenMeter(
+        tokenizer, add_bos=options.get("add_bos_token"), template_args=json.loads(template_json), system=system
+    )

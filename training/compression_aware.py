@@ -7,19 +7,22 @@ import random
 
 from lceval.core.errors import UserError
 from lceval.models import recipe
+from lceval.models.geometry import Geometry
 from lceval.models.policies import EVICTORS, QUANTIZERS, Evictor
 from lceval.training.config import CompressionAware
 from lceval.training.packing import check_trainable
 
 
-def check(compression_aware: CompressionAware) -> None:
-    """Check that all evictors support training, before anything is loaded.
+def check(compression_aware: CompressionAware, geometry: Geometry | None = None) -> None:
+    """Check that all evictors support training and the model, which is not known before anything is loaded.
 
     Raises:
-        UserError: not an evictor, or one that does not support training.
+        UserError: not an evictor, or one that does not support training or the model.
     """
     for name in compression_aware.evictors:
-        with_budget(name, compression_aware.keep[1])
+        evictor = with_budget(name, compression_aware.keep[1])
+        if geometry is not None:
+            geometry.check(evictor.stats_spec)
 
 
 def with_budget(name: str, keep: float) -> Evictor:

@@ -83,9 +83,12 @@ def packed_trainer(
 ) -> PackedTrainer:
     """The trainer of `model` on `contexts`; checkpoints go to `output/checkpoints`."""
     query_aware = recipe.compression_aware is not None and recipe.compression_aware.query_aware
+    geometry = Geometry.of(model)
+    if recipe.compression_aware is not None:
+        compression_aware.check(recipe.compression_aware, geometry)
     return PackedTrainer(
         recipe,
-        Geometry.of(model),
+        geometry,
         model=model,
         processing_class=tokenizer,
         train_dataset=_dataset(contexts, query_aware),

@@ -45,6 +45,7 @@ def configure(argv: Sequence[str]) -> Any:
     from lm_eval._cli.run import Run
     from lm_eval.api.registry import model_registry
     from lm_eval.config.evaluate_config import EvaluatorConfig
+    from lm_eval.utils import setup_logging
 
     parser = argparse.ArgumentParser(prog="lceval")
     Run(parser.add_subparsers())
@@ -73,16 +74,34 @@ def configure(argv: Sequence[str]) -> Any:
         config.tasks = config.tasks.split(",")
     if config.model not in model_registry:
         raise UserError(f"unknown model {config.model!r}; {_nearest(config.model, list(model_registry))}")
+    if config.verbosity:
+        if str(config.verbosity).upper() not in logging.getLevelNamesMapping():
+            raise UserError(f"bad --verbosity {config.verbosity}: DEBUG, INFO, WARNING, ERROR or CRITICAL")
+        setup_logging(config.verbosity.upper())
     if config.model == "lcft":
-        from lceval.models import recipe
-
-        config.model_args["kv"] = str(recipe.parse(str(config.model_args.get("kv", recipe.FULL))))
-        if "pretrained" not in config.model_args:
-            raise UserError("pretrained is required: --model_args pretrained=NAME (smollm2-135m is the packaged model)")
+        _check_lcft(config, given)
     if template is None and _has_template(config.model_args):
         config.apply_chat_template = True
         config.fewshot_as_multiturn = given.get("fewshot_as_multiturn", True)
     return config
+
+
+def _check_lcft(config: Any, given: Mapping[str, Any]) -> None:
+    """Check lcft's model arguments and write the recipe in its canonical form, before data or models are loaded."""
+    from lceval import packaged
+    from lceval.models import arguments, recipe
+
+    kv = recipe.parse(str(config.model_args.get("kv", recipe.FULL)))
+    config.model_args["kv"] = str(kv)
+    if "pretrained" not in config.model_args:
+        raise UserError("pretrained is required: --model_args pretrained=NAME (smollm2-135m is the packaged model)")
+    arguments.check_flags(config.model_args, ("batch_size", "device"))
+    pretrained = packaged.resolve(str(config.model_args["pretrained"]))
+    # lm-eval's default device is not checked: without CUDA it is the CPU.
+    arguments.check_arguments(
+        {**config.model_args, "pretrained": pretrained, "batch_size": config.batch_size, "device": given.get("device")}
+    )
+    arguments.check_mode(kv, bool(config.model_args.get("query_aware", False)))
 
 
 @contextmanager
@@ -128,17 +147,15 @@ def _has_template(model_args: dict[str, Any]) -> bool:
     from transformers import AutoTokenizer
 
     from lceval import packaged
+    from lceval.models.loading import loading_tokenizer
 
     name = model_args.get("tokenizer") or model_args.get("pretrained")
     if not name:
         return False
-    try:
+    with loading_tokenizer(model_args.get("pretrained"), model_args.get("tokenizer")):
         tokenizer = AutoTokenizer.from_pretrained(
             packaged.resolve(str(name)), trust_remote_code=bool(model_args.get("trust_remote_code"))
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load the tokenizer of {name!r}: {reason}") from None
     return tokenizer.chat_template is not None
 
 

@@ -224,11 +224,12 @@ class Runner:
 
 
 def load_model(config: Any) -> Any:
-    """Load the model of a configuration."""
+    """Load the model of a configuration; lcft without its recipe, which may suit the model less than other runs'."""
     from lm_eval.api.registry import get_model
 
-    sizes = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
-    return get_model(config.model).create_from_arg_obj(dict(config.model_args), sizes)
+    arguments = {k: v for k, v in config.model_args.items() if k != "kv" or config.model != "lcft"}
+    flags = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
+    return get_model(config.model).create_from_arg_obj(arguments, flags)
 
 
 def _finished(open_run: OpenRun, lm: Any, side: RecipeSide | None) -> RunOutcome:

@@ -108,10 +108,6 @@ def test_in_query_aware_mode_each_question_keeps_its_own_slots(lcft: Any, reques
     assert len(kept[True]) == 4
 
 
-def test_query_awareness_changes_nothing_without_eviction(lcft: Any, requests: list[Any]) -> None:
-    assert lcft("int8", query_aware=True).generate_until(requests[:2]) == lcft("int8").generate_until(requests[:2])
-
-
 def test_query_aware_scores_are_finite_and_need_one_prefill(lcft: Any, requests: list[Any]) -> None:
     for score, _ in (model := lcft("tova:0.25", query_aware=True)).loglikelihood(pairs(requests[:2])):
         assert score < 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lceval.core.errors import UserError
 from lceval.models import attention
@@ -225,10 +225,37 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
     [
         ("gemma2", {"layer_types": ["full_attention"] * 4}, "caps its attention logits"),
         ("gpt_oss", {"layer_types": ["full_attention"] * 4, "num_local_experts": 2}, "attention sinks"),
+        ("falcon", {"alibi": True}, "ALiBi"),
+        ("bloom", {}, "ALiBi"),
+        ("mpt", {}, "ALiBi"),
+        ("deepseek_v2", {"n_group": 1}, "MLA"),
+        ("deepseek_v3", {"n_group": 1}, "MLA"),
+        ("t5", {"d_kv": 16}, "is an encoder-decoder model"),
     ],
 )
 def test_unsupported_attention_is_refused(name: str, extra: dict[str, Any], message: str) -> None:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **SHAPE, **extra))
-    with pytest.raises(UserError, match=message):
+        shape = {k: v for k, v in SHAPE.items() if k != "head_dim" or name != "falcon"}
+        config = AutoConfig.for_model(name, **shape, **extra)
+        model = (AutoModelForSeq2SeqLM if name == "t5" else AutoModelForCausalLM).from_config(config)
+    with pytest.raises(UserError, match=rf"^{name} .*{message}.*: use --model hf"):
         Geometry.of(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("gpt2", {}),
+        ("opt", {"word_embed_proj_dim": 96}),
+        ("cohere", {}),
+        ("glm", {}),
+        ("smollm3", {}),
+        ("exaone4", {"sliding_window": 24, "layer_types": LAYER_TYPES}),
+    ],
+)
+def test_expected_attention_is_refused_without_a_rope_that_can_be_inverted(name: str, extra: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**SHAPE, "pad_token_id": 0, **extra}))
+    with pytest.raises(UserError, match=rf"^expected_attention requires RoPE.*{name} does not.*such as snapkv$"):
+        Geometry.of(model).check(parse("adakv:0.5:of=expected_attention").stats_spec)
+    Geometry.of(model).check(parse("snapkv:0.5").stats_spec)

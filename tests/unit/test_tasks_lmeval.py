@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lm_eval.evaluator
 import pytest
 from lm_eval.api.model import LM
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.evaluator import evaluate
 from lm_eval.models.dummy import DummyLM
 from lm_eval.tasks import TaskManager
@@ -18,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lceval.tasks
 from lceval.core.errors import UserError
+from lceval.runs.configuration import configure, contexts_of, tasks_of
 from lceval.tasks import build, catalogue, lm_eval_config, prompts
 
 TASKS = Path(lceval.tasks.__file__).parent
@@ -79,6 +83,7 @@ class Recorder(LM):
         super().__init__()
         self.tokenizer = tokenizer
         self.requests: list[Any] = []
+        self.context_field = "context"
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         rendered: str = self.tokenizer.apply_chat_template(
@@ -239,6 +244,65 @@ def test_the_context_is_verbatim_in_every_prompt_and_the_length_is_met(
         assert 0.98 * 1024 <= total <= 1024
         if chat:
             assert total == request.doc["length_tokens"]
+
+
+SYSTEM = "You are a careful analyst of filings. " * 9
+
+
+def through_lm_eval(lm: Recorder, tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
+    config = EvaluatorConfig(
+        tasks=["lc_filings_ao_1k"], model_args={"pretrained": tokenizer.name_or_path}, system_instruction=SYSTEM
+    )
+    config._configure()
+    loaded = manager(**config.metadata).load(config.tasks)
+    evaluate(lm=lm, task_dict=loaded, limit=8, system_instruction=SYSTEM, apply_chat_template=chat)
+
+
+def through_python(lm: Recorder, tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
+    metadata = {"pretrained": tokenizer.name_or_path}
+    lm_eval.evaluator.simple_evaluate(
+        lm, tasks=["lc_filings_ao_1k"], metadata=metadata, limit=8, system_instruction=SYSTEM, apply_chat_template=chat
+    )
+
+
+def through_lceval(lm: Recorder, tokenizer: PreTrainedTokenizerFast, chat: bool) -> None:
+    line = ["--model", "dummy", "--model_args", f"pretrained={tokenizer.name_or_path}", "--output_path", "x"]
+    config = configure([*line, "--tasks", "lc_filings_ao_1k", "--limit", "8", "--system_instruction", SYSTEM])
+    contexts = contexts_of(
+        tasks_of(config)[1]["tasks"].values(),
+        lm,
+        template=chat,
+        limit=config.limit,
+        system_instruction=config.system_instruction,
+    )
+    lm.requests = [request for context in contexts for request in context.requests]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("run_through", [through_lm_eval, through_python, through_lceval])
+def test_a_system_instruction_counts_towards_the_length(
+    tokenizer: PreTrainedTokenizerFast,
+    chat: bool,
+    run_through: Callable[[Recorder, PreTrainedTokenizerFast, bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without lm-eval's own tasks, whose index takes seconds.
+    monkeypatch.setattr(lm_eval.evaluator, "TaskManager", lambda metadata: manager(**metadata))
+    lm = Recorder(tokenizer)
+    run_through(lm, tokenizer, chat)
+    assert len(lm.requests) == 8
+    for request in lm.requests:
+        prompt, gen_kwargs = request.args
+        assert prompt.startswith(f"<system> {SYSTEM.strip()}" if chat else SYSTEM)
+        assert 0.98 * 1024 <= len(tokenizer(prompt)["input_ids"]) + gen_kwargs["max_gen_toks"] <= 1024
+
+
+def test_a_system_instruction_that_the_rows_do_not_count_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(
+        UserError, match=r"lc_filings_ao_1k: .*'Be brief.*: pass the same text to TaskManager"
+    ) as caught:
+        run(Recorder(tokenizer), "lc_filings_ao_1k", tokenizer, system_instruction="Be brief.")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -375,6 +375,17 @@ def test_the_start_token_is_counted_once_with_and_without_the_template(folders: 
     assert tokens.TokenMeter(with_template).template_tokens == expected - alone - 1
 
 
+def test_a_template_without_a_system_turn_does_not_make_a_prompt_too_long() -> None:
+    """lm-eval drops the instruction with such a template, and writes it before the prompt without one."""
+    tokenizer = byte_tokenizer()
+    plain = len(tokenizer("Be brief.hello")["input_ids"])
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuse + CHAT_TEMPLATE
+    (total,) = tokens.TokenMeter(tokenizer, system="Be brief.").prompts(["hello"])
+    (without,) = tokens.TokenMeter(tokenizer).prompts(["hello"])
+    assert total >= max(plain, without)
+
+
 def test_the_fingerprint_differs_between_tokenizers_and_templates() -> None:
     other = byte_tokenizer()
     other.chat_template = None
@@ -382,6 +393,7 @@ def test_the_fingerprint_differs_between_tokenizers_and_templates() -> None:
         tokens.TokenMeter(byte_tokenizer()),
         tokens.TokenMeter(byte_tokenizer(), add_bos=False),
         tokens.TokenMeter(byte_tokenizer(), template_args={"enable_thinking": False}),
+        tokens.TokenMeter(byte_tokenizer(), system="Be brief."),
         tokens.TokenMeter(other),
         tokens.TokenMeter(word_tokenizer()),
     ]
