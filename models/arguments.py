@@ -33,12 +33,17 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise bad(name, f"one of {', '.join(allowed)}")
     if not isinstance(arguments["query_aware"], bool):
         raise bad("query_aware", "true or false")
-    if not isinstance(arguments["prefill_chunk"], int) or arguments["prefill_chunk"] < 0:
-        raise bad("prefill_chunk", "a number of tokens, or 0")
+    chunk = arguments["prefill_chunk"]
+    if chunk != "auto" and (not isinstance(chunk, int) or chunk < 0):
+        raise bad("prefill_chunk", "auto, a number of tokens, or 0")
     if not isinstance(arguments["prefix_cache_gib"], int | float) or arguments["prefix_cache_gib"] < 0:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
     if str(arguments.get("batch_size", 1)).startswith("auto"):
         raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
+    # lm-eval drops device_map in silence; under tp_plan a method would compare only the heads of its own GPU.
+    for name in ("device_map", "tp_plan"):
+        if arguments.get(name) is not None:
+            raise bad(name, "lcft spreads a model over several GPUs by parallelize=True, use that instead")
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
 

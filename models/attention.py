@@ -14,6 +14,8 @@ from lceval.kernels import launch
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
+# Enough tokens to saturate a GPU, without buffers for a whole context.
+CUDA_CHUNK = 8192
 
 
 def lceval_attention(
@@ -46,6 +48,13 @@ def register() -> str:
     """Register the function with transformers; returns the name for `attn_implementation`."""
     AttentionInterface.register(NAME, lceval_attention)
     return NAME
+
+
+def prefill_chunk(chunk: int | str, device: torch.device) -> int:
+    """Tokens per forward pass during prefill, 0 for a single pass, of the argument `prefill_chunk`."""
+    if isinstance(chunk, int):
+        return chunk
+    return CUDA_CHUNK if device.type == "cuda" else 0
 
 
 def use_kernels(attn: str, device: torch.device) -> bool:
