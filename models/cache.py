@@ -305,9 +305,9 @@ class QuestionCache(Cache):  # type: ignore[misc]
 
     def next_positions(self, tokens: int, device: torch.device) -> Tensor:
         """[B, T] int64, positions of the next tokens of each row."""
+        rows: Rows = self.layers[0].rows
         length = self.layers[0].length
-        columns = torch.arange(length, length + tokens, device=device)
-        return (self.layers[0].rows.starts_on(device)[:, None] + columns).clamp_(min=0)
+        return (rows.starts_on(device)[:, None] + torch.arange(length, length + tokens, device=device)).clamp_(min=0)
 
     def fork(self) -> QuestionCache:
         """An independent copy; contexts stay shared."""

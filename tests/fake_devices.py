@@ -22,19 +22,8 @@ CPU = torch.device("cpu")
 FIRST, SECOND = torch.device("xpu:0"), torch.device("xpu:1")
 
 # What Python reads of a tensor, its values or a size that depends on them.
-READS = {
-    "item",
-    "tolist",
-    "numpy",
-    "__bool__",
-    "__int__",
-    "__float__",
-    "__index__",
-    "__contains__",
-    "equal",
-    "allclose",
-}
-READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "isin", "bincount"}
+READS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose", "isin"}
+READS |= {"nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount", "__contains__"}
 COPIES = {"copy_", "__setitem__"}
 
 
