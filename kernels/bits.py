@@ -97,12 +97,12 @@ def signs(words: Tensor) -> Tensor:
     """[W, D, 32] float32, +1 where the bit is set, -1 where not. words: [W, D] int32."""
     # Eight signs at a time from a table of 256 int64 entries: a third of the time of shifting bit by bit.
     octets = words.contiguous().view(torch.uint8).int()
-    table = _table().to(words.device)
+    table = _table(words.device)
     return table.index_select(0, octets.view(-1)).view(torch.int8).view(*words.shape, GROUP).float()
 
 
 @cache
-def _table() -> Tensor:
+def _table(device: torch.device) -> Tensor:
     """[256] int64, whose byte j is bit j of the index as +1 or -1 (int8)."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return (2 * bits - 1).to(torch.int8).view(torch.int64).view(-1)

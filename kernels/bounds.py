@@ -16,6 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from lceval.kernels.paged import attention_logits
 from lceval.kernels.select import mean_softmax
 
 
@@ -50,7 +51,7 @@ class Bounds:
         span = slice(self.starts[first], self.starts[first] + heads * pages)
         bounds = self.bounds[span].view(heads, pages, 2 * dim)
         halves = torch.cat([q.clamp(min=0), q.clamp(max=0)], -1).view(heads, queries * group, 2 * dim)
-        logits = torch.matmul(halves, bounds.transpose(1, 2)).float().mul_(scaling)
+        logits = attention_logits(halves, bounds, scaling)
         return mean_softmax(logits.view(heads, queries, group, pages))
 
 

@@ -224,8 +224,7 @@ def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Te
     """`Selective.attend` for one query token per row: scan, select, attend, without waiting for the device.
 
     CUDA tensors run the kernels; others run `Selective.attend`, or the kernels if TRITON_INTERPRET=1 was set
-    before the import. The kernels estimate logits in float32, `Selective.attend` with page bounds in q's dtype:
-    near ties may select different units.
+    before the import. Both estimate logits in float32, but sum in another order: near ties may select different units.
 
     Args:
         q: [B', H, D] float16, bfloat16 or float32; B' = B or, where B = 1, any number of rows.

@@ -11,7 +11,6 @@ counts. This file is the CPU path and the reference for tests of the Triton kern
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -181,6 +180,18 @@ class PagedKV:
         return attend(q, self, scaling)
 
 
+def attention_logits(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """scaling * q k^T, never rounded to 16 bits: key biases of hundreds (Qwen2.5) leave a 16-bit logit no decimals.
+
+    q: [R, M, D]; k: [R, N, D] in q's dtype. Returns [R, M, N] float32, or float64 of float64.
+    """
+    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+        # Only CUDA multiplies 16-bit matrices into a 32-bit result.
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32).mul_(scaling)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.bmm(q.to(wide) * scaling, k.to(wide).transpose(1, 2))
+
+
 def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of every query over all kept slots of its KV head, without a causal mask.
 
@@ -220,8 +231,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse
     step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
     for start in range(0, q.shape[1], step):
         block = slice(start, start + step)
-        scores = torch.matmul(q[:, block] * scaling, k.transpose(1, 2)).float()
-        o[:, block], lse[:, block] = _weigh(scores, v)
+        o[:, block], lse[:, block] = _weigh(attention_logits(q[:, block], k, scaling), v)
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,25 +243,23 @@ def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, total.log_().add_(maximum).squeeze(-1)
 
 
-def attend_causal(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float, pads: Sequence[int] | None = None
-) -> tuple[Tensor, Tensor]:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, pads: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Causal attention of a question over its own tokens; the last query attends to the last key.
 
-    q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T; pads: padding keys at the start of each row, attended to
+    q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T; pads: [B] int64, padding keys at the start of each row, attended to
     only by themselves. Returns as `attend`.
     """
     batch, heads, tokens, dim = q.shape
     kv_heads, length = k.shape[1:3]
-    grouped = q.reshape(batch, kv_heads, -1, dim) * scaling
-    scores = torch.matmul(grouped, k.transpose(2, 3)).float()
+    grouped = q.reshape(batch * kv_heads, -1, dim)
+    scores = attention_logits(grouped, k.flatten(0, 1), scaling).view(batch, kv_heads, -1, length)
     if tokens > 1 or pads is not None:
         scores = scores.view(batch, heads, tokens, length)
         key = torch.arange(length, device=q.device)
         query = torch.arange(length - tokens, length, device=q.device)[:, None]
         hidden = key > query
         if pads is not None:
-            hidden = hidden | ((key < torch.tensor(pads, device=q.device)[:, None, None, None]) & (key != query))
+            hidden = hidden | ((key < pads[:, None, None, None]) & (key != query))
         scores = scores.masked_fill_(hidden, -torch.inf).view(batch, kv_heads, -1, length)
     o, lse = _weigh(scores, v)
     return o.view(q.shape), lse.view(batch, heads, tokens)

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV
+from lceval.kernels.paged import KV, attention_logits
 
 # Query tokens are processed in blocks of at most this many scores; computing them can need several times that memory.
 MAX_SCORES = 1 << 22
@@ -236,7 +236,8 @@ class Selective:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> tuple[Tensor, Tensor]:
     """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all; visible [R, Q, m]. Returns o and lse [R, Q, G]."""
-    scores = torch.matmul(q, k.transpose(-1, -2)).float().mul_(scaling)
+    grouped = q.flatten(0, 1) if k.dim() == 4 else q.reshape(1, -1, q.shape[-1])
+    scores = attention_logits(grouped, k.view(-1, *k.shape[-2:]), scaling).view(*q.shape[:3], -1)
     if visible is not None:
         scores.masked_fill_(~visible[:, :, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)

@@ -39,8 +39,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in ("query_aware", "allow_pickle"):
         if not isinstance(arguments.get(name, False), bool):
             raise bad(name, "true or false")
-    if not _is_count(arguments.get("prefill_chunk", 0), least=0):
-        raise bad("prefill_chunk", "a number of tokens, or 0")
+    chunk = arguments.get("prefill_chunk", "auto")
+    if chunk != "auto" and not _is_count(chunk, least=0):
+        raise bad("prefill_chunk", "auto, a number of tokens, or 0")
     gib = arguments.get("prefix_cache_gib", 0)
     if not isinstance(gib, int | float) or not 0 <= gib < math.inf:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
@@ -57,6 +58,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise bad(name, "float32, bfloat16, float16" + (" or auto" if name == "dtype" else ""))
     if arguments.get("device") is not None:
         check_device(arguments["device"])
+    # lm-eval drops device_map in silence; under tp_plan a method would compare only the heads of its own GPU.
+    for name in ("device_map", "tp_plan"):
+        if arguments.get(name) is not None:
+            raise bad(name, "lcft spreads a model over several GPUs by parallelize=True, use that instead")
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
     check_folders(arguments)

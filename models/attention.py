@@ -15,6 +15,8 @@ from lceval.models.geometry import unsupported
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
+# Enough tokens to saturate a GPU, without buffers for a whole context.
+CUDA_CHUNK = 8192
 
 
 def lceval_attention(
@@ -59,6 +61,13 @@ def install(model: Any) -> None:
     config = model.config.get_text_config()
     if config._attn_implementation != NAME:
         raise unsupported(config.model_type, "has an attention of its own, outside transformers' attention interface")
+
+
+def prefill_chunk(chunk: int | str, device: torch.device) -> int:
+    """Tokens per forward pass during prefill, 0 for a single pass, of the argument `prefill_chunk`."""
+    if isinstance(chunk, int):
+        return chunk
+    return CUDA_CHUNK if device.type == "cuda" else 0
 
 
 def use_kernels(attn: str, device: torch.device) -> bool:

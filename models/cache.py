@@ -9,7 +9,7 @@ the tail.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,11 @@ class Prefill(Cache):  # type: ignore[misc]
         return [None if layer.is_sliding else layer.keys[:, :, : layer.seen] for layer in self.layers]
 
     @property
+    def devices(self) -> set[torch.device]:
+        """The devices of the layers; several under `parallelize=True`."""
+        return {layer.keys.device for layer in self.layers}
+
+    @property
     def kv_bytes(self) -> int:
         """KV bytes of the uncompressed context; for sliding-window layers, of their window."""
         return sum(layer.kv_bytes for layer in self.layers)
@@ -80,7 +85,7 @@ class Prefill(Cache):  # type: ignore[misc]
                 the scores (query-aware).
         """
         start, full_bytes = time.perf_counter(), self.kv_bytes
-        device, dtype = self.layers[0].keys.device, self.layers[0].keys.dtype
+        devices, dtype = self.devices, self.layers[0].keys.dtype
         current = peak = sum(layer.buffer_bytes for layer in self.layers)
         full_attention = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
         masks = dict(
@@ -111,8 +116,7 @@ class Prefill(Cache):  # type: ignore[misc]
             if consume and (recipe.quantizer or copied):
                 current -= layer.buffer_bytes
                 layer.release()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(devices)
         return CompressedContext(tuple(compressed), self.tokens, dtype, full_bytes, peak, time.perf_counter() - start)
 
     def _select(
@@ -170,10 +174,17 @@ class Prefill(Cache):  # type: ignore[misc]
         return kv if recipe.sparse_attention is None else recipe.sparse_attention.wrap(kv, place, self.tokens)
 
 
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for all work on those of the devices that are CUDA devices."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+
 def _with_counts(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tuple[int, ...]]]:
     """Each layer's mask with the kept tokens of each head; one device synchronization for all layers."""
     sums = [mask.sum(-1).flatten() for mask in masks if mask is not None]
-    counts = iter(torch.stack(sums).tolist() if sums else ())
+    counts = iter(torch.stack([x.to(sums[0].device) for x in sums]).tolist() if sums else ())
     return [(mask, () if mask is None else tuple(next(counts))) for mask in masks]
 
 
@@ -233,13 +244,15 @@ class CompressedContext:
         return [{"min": min(c), "mean": sum(c) / len(c), "max": max(c)} for c in counts]
 
     def kept_share_of(self, tokens: Tensor) -> float:
-        """The kept share of `tokens` (bool [S], not all False), over full-attention layers and KV heads."""
-        shares = [
-            tokens[layer.kept_positions(0, head)].sum().item() / tokens.sum().item()
-            for layer in self.full_attention_layers
-            for head in range(len(layer.counts))
+        """The kept share of `tokens` (bool [S], any device, not all False), over full-attention layers and KV heads."""
+        heads = [
+            layer.kept_positions(0, head) for layer in self.full_attention_layers for head in range(len(layer.counts))
         ]
-        return sum(shares) / len(shares)
+        copies = {device: tokens.to(device) for device in {positions.device for positions in heads}}
+        kept = [copies[positions.device][positions].sum() for positions in heads]
+        # One wait for the device, not one for each head.
+        total = int(torch.stack([n.to(kept[0].device) for n in kept]).sum())
+        return total / (len(heads) * int(tokens.sum()))
 
     def fork(self, capacity: int, *, kernels: bool = False) -> QuestionCache:
         """A cache that continues from this context, with an initial capacity of `capacity` more tokens.
@@ -290,11 +303,11 @@ class QuestionCache(Cache):  # type: ignore[misc]
             layer.contexts = (kv,)
             layer.collector = None
 
-    def next_positions(self, tokens: int) -> Tensor:
+    def next_positions(self, tokens: int, device: torch.device) -> Tensor:
         """[B, T] int64, positions of the next tokens of each row."""
-        rows, length = self.layers[0].rows, self.layers[0].length
-        first = torch.tensor([n - p for n, p in zip(rows.tokens, rows.pads or (0,) * len(rows.tokens), strict=True)])
-        return (first[:, None] + torch.arange(length, length + tokens)).clamp_(min=0)
+        rows: Rows = self.layers[0].rows
+        length = self.layers[0].length
+        return (rows.starts_on(device)[:, None] + torch.arange(length, length + tokens, device=device)).clamp_(min=0)
 
     def fork(self) -> QuestionCache:
         """An independent copy; contexts stay shared."""
@@ -319,8 +332,9 @@ class QuestionCache(Cache):  # type: ignore[misc]
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; rows of one context must stay adjacent."""
+        selected = self.layers[0].rows.select(rows)
         for layer in self.layers:
-            layer.select(rows)
+            layer.select(rows, selected)
 
     @property
     def own_bytes(self) -> int:

@@ -136,21 +136,20 @@ class Diagnosis:
 
 
 def question_attention(prefill: Prefill, question_cache: QuestionCache, window: int) -> Tensor:
-    """Attention of a question's last `window` tokens to every token of its context: [S] float32, the mean over
-    queries, heads and layers.
+    """Attention of a question's last `window` tokens to every token of its context: [S] float32 on the CPU, the mean
+    over queries, heads and layers.
 
     Args:
         question_cache: the question prefilled over `prefill` (`Engine.prefill_question`) with at least `window`
             queries kept in its statistics.
     """
-    total, layers = torch.zeros(prefill.tokens), 0
+    received = []
     for layer, keys, tail in zip(prefill.layers, prefill.keys, question_cache.layers, strict=True):
         if keys is not None:
             k, v = (torch.cat(x, 2) for x in zip((keys, layer.values[:, :, : layer.seen]), tail.tail, strict=True))
             view = LayerView(k, v, tail.collector.stats.queries, layer.scaling, 0, 1, kernels=prefill.kernels)
-            total += view.window_scores(window).mean((0, 1))[: prefill.tokens].cpu()
-            layers += 1
-    return total / layers
+            received.append(view.window_scores(window).mean((0, 1))[: prefill.tokens])
+    return torch.stack([x.to(received[0].device) for x in received]).mean(0).cpu()
 
 
 def document_tokens(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.models.cache import CompressedContext, Prefill, QuestionCache
+from lceval.models.cache import CompressedContext, Prefill, QuestionCache, synchronize
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
 from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
@@ -66,8 +66,7 @@ class Engine:
             self._decode(prefill, [ids[start : start + step]])
         if stats_spec.reconstruction:
             prefill.reconstruction_attention = self._reconstruct(prefill, ids)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
 
@@ -133,7 +132,7 @@ class Engine:
         with self._autocast():
             out = self.model(
                 input_ids=ids,
-                position_ids=cache.next_positions(ids.shape[1]).to(ids.device),
+                position_ids=cache.next_positions(ids.shape[1], ids.device),
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=keep,

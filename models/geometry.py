@@ -109,4 +109,5 @@ def _unsupported(model: Any, config: Any, kinds: Sequence[str]) -> str | None:
 def _rotary(rotary_emb: Any, kwargs: dict[str, str], positions: Tensor) -> tuple[Tensor, Tensor]:
     like = torch.empty(0, dtype=torch.float32, device=positions.device)
     cos, sin = rotary_emb(like, positions[None], **kwargs)
-    return cos[0], sin[0]
+    # Under `parallelize=True` the module may be on another device than the layer that asks.
+    return cos[0].to(positions.device), sin[0].to(positions.device)

@@ -58,12 +58,14 @@ class LCFT(CheckedHFLM):
             eviction scores (query-aware). By default a context is compressed first (query-agnostic).
         overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
             and `end` truncate the context there, `skip` records the sample as an error.
-        prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
+        prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass; `auto` is 8192 on CUDA,
+            where one pass of a 7B model over 128k tokens would need 42 GB, and 0 elsewhere.
         attn: decoding backend: `triton`, `torch`, or `auto` (`triton` on CUDA, else `torch`).
         diagnose: extra measurements: `gold` adds gold_kept and gold_nll to every sample, `attention` adds NDCG@10 of
             the documents ranked by the question's attention, `none` adds nothing.
         prefix_cache_gib: capacity in GiB of the LRU cache of compressed contexts.
-        merge: merge the adapter into the weights: faster, but rounded to their dtype.
+        merge: merge the adapter into the weights (recommended): faster, but rounded to their dtype. An unmerged adapter
+            runs in the model's dtype.
         context_field: field of a task's docs with the context exactly as it appears in the prompt.
         allow_pickle: read weights that are not in safetensors; they can run code.
         kwargs: all arguments of HFLM, including `peft`.
@@ -82,7 +84,7 @@ class LCFT(CheckedHFLM):
         kv: str = recipe.FULL,
         query_aware: bool = False,
         overlong: str = "error",
-        prefill_chunk: int = 0,
+        prefill_chunk: int | str = "auto",
         attn: str = "auto",
         diagnose: str = "none",
         prefix_cache_gib: float = 1.0,
@@ -99,7 +101,6 @@ class LCFT(CheckedHFLM):
         self.totals: Counter[str] = Counter()
         self.use(kv)
         self.overlong = overlong
-        self.prefill_chunk = prefill_chunk
         self.context_field = context_field
         with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
             super().__init__(pretrained, **kwargs)
@@ -110,11 +111,14 @@ class LCFT(CheckedHFLM):
         self.merge = merge
         if merge:
             self._model = self.model.merge_and_unload()
+        elif self.peft:
+            _cast_adapter(self.model)
         self.base = base = self.model if merge or not self.peft else self.model.get_base_model()
+        self.prefill_chunk = attention.prefill_chunk(prefill_chunk, self.device)
         self.engine = Engine(
             self.model,
             base,
-            chunk=prefill_chunk,
+            chunk=self.prefill_chunk,
             kernels=attention.use_kernels(attn, self.device),
             autocast=self._autocast,
             repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
@@ -460,7 +464,19 @@ class LCFT(CheckedHFLM):
         lcft = {
             "recipe": str(self.recipe),
             "attn": self.output_settings["attn"],
+            "prefill_chunk": self.prefill_chunk,
             "expanded": self.recipe.expanded(),
             **self.totals,
         }
         return {**super().get_model_info(), "lcft": lcft}
+
+
+def _cast_adapter(model: Any) -> None:
+    """Cast the weights of a PEFT model's adapters to the dtype of the model.
+
+    PEFT keeps 16-bit adapters in float32, to train them. In inference this adds casts to every layer of every step,
+    and buffers of a whole prefill chunk in float32.
+    """
+    for name, parameter in model.named_parameters():
+        if model.base_model.prefix in name and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(model.dtype)

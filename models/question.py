@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 
 from lceval.kernels import dispatch, paged
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.paged import KV, PagedKV, attention_logits
 from lceval.kernels.select import top
 from lceval.models.layers import AttendingLayer
 from lceval.models.policies import StepEvictor, StepView
@@ -34,6 +34,22 @@ class Rows:
     owners: tuple[int, ...]
     tokens: tuple[int, ...]
     pads: tuple[int, ...] | None = None
+    _on_device: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def pads_on(self, device: torch.device) -> Tensor | None:
+        """`pads` [B] int64 on a device; None without padding."""
+        return None if self.pads is None else self._copied("pads", self.pads, device)
+
+    def starts_on(self, device: torch.device) -> Tensor:
+        """[B] int64 on a device, the position of the tail's first column in each row, negative in padding."""
+        pads = self.pads or (0,) * len(self.tokens)
+        return self._copied("starts", [n - p for n, p in zip(self.tokens, pads, strict=True)], device)
+
+    def _copied(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
+        # All layers and steps of a batch share one copy: a copy makes the host wait for the device.
+        if (name, device) not in self._on_device:
+            self._on_device[name, device] = torch.tensor(values, device=device)
+        return self._on_device[name, device]
 
     def select(self, rows: Sequence[int]) -> Rows:
         """These rows, in this order; a row may be repeated."""
@@ -92,11 +108,11 @@ class TailLayer(AttendingLayer):
         self.length += min(tokens_to_remove, 0)
         assert self.length >= 0, "a rollback cannot drop tokens of the context"
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows of the tail, in this order; contexts stay shared."""
-        self.rows = self.rows.select(rows)
+    def select(self, rows: Sequence[int], selected: Rows) -> None:
+        """Keep these rows of the tail, in this order; contexts stay shared. selected: `rows.select` of them."""
+        self.rows = selected
         if self.is_initialized:
-            self.keys, self.values = self.keys[list(rows)], self.values[list(rows)]
+            self.keys, self.values = (torch.stack([x[row] for row in rows]) for x in (self.keys, self.values))
 
     def fork(self) -> TailLayer:
         """A copy with its own tail."""
@@ -137,7 +153,7 @@ class QuestionLayer(TailLayer):
         if self.collector is not None:
             self.collector.update(q, self.tail[0], scaling)
             return self._attend_uncompressed(q, scaling)
-        own = paged.attend_causal(q, *self.tail, scaling, self.rows.pads)
+        own = paged.attend_causal(q, *self.tail, scaling, self.rows.pads_on(q.device))
         if not any(self.rows.tokens):
             return own[0]
         parts = [self._attend_context(self.contexts[owner], q[rows], scaling) for owner, rows in self.rows.groups()]
@@ -191,9 +207,10 @@ class WindowLayer(TailLayer):
             context, pad = self.contexts[owner], self.rows.pads[row] if self.rows.pads else 0
             n = context.k.shape[2]
             # Columns are relative to the question's first token; those of the context are negative, padding is masked.
-            columns = torch.cat([torch.arange(pad - n, pad), torch.arange(self.length)]).to(q.device)
-            padding = torch.cat([torch.zeros(n, dtype=torch.bool), torch.arange(self.length) < pad]).to(q.device)
-            visible = (columns <= queries) & (columns > queries - context.window) & ~(padding & (columns != queries))
+            own = torch.arange(self.length, device=q.device)
+            columns = torch.cat([torch.arange(pad - n, pad, device=q.device), own])
+            visible = (columns <= queries) & (columns > queries - context.window)
+            visible[:, n:] &= (own >= pad) | (own == queries)
             o[row] = F.scaled_dot_product_attention(
                 q[row],
                 torch.cat([context.k[0], k[row]], 1),
@@ -277,7 +294,7 @@ class Slots:
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.positions = torch.cat([self.positions, new], 2)
         slots = self.k.shape[2]
-        logits = torch.matmul(q.view(1, kv_heads, -1, dim), self.k.transpose(2, 3)).float() * scaling
+        logits = attention_logits(q.view(kv_heads, -1, dim), self.k[0], scaling)
         logits = logits.view(1, kv_heads, heads // kv_heads, tokens, slots)
         future = torch.ones(tokens, slots, dtype=torch.bool, device=q.device).triu_(slots - tokens + 1)
         weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
@@ -296,7 +313,8 @@ class Slots:
             )
             # Every head evicts the same number of slots, so the rest is dense again.
             keep = top(rule.evictor.step_scores(view), rule.budget)
-            index = keep.nonzero()[:, 2].view(1, kv_heads, rule.budget)
+            # The size is known: counting the mask would wait for the device.
+            index = torch.nonzero_static(keep, size=kv_heads * rule.budget)[:, 2].view(1, kv_heads, rule.budget)
             self.positions, self.column_sums = (x.gather(2, index) for x in (self.positions, self.column_sums))
             index = index[..., None].expand(-1, -1, -1, dim)
             self.k, self.v = self.k.gather(2, index), self.v.gather(2, index)
@@ -334,15 +352,15 @@ class BoundedLayer(AttendingLayer):
     def get_seq_length(self) -> int:
         return max(self.rows.tokens) + self.length
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Keep these rows, in this order."""
-        self.rows = self.rows.select(rows)
+    def select(self, rows: Sequence[int], selected: Rows) -> None:
+        """Keep these rows, in this order. selected: `rows.select` of them."""
+        self.rows = selected
         self.slots = [replace(self.slots[r], memory=copy.deepcopy(self.slots[r].memory)) for r in rows]
 
     def fork(self) -> BoundedLayer:
         """A copy with its own slots: a step replaces tensors and never writes into them."""
         other = copy.copy(self)
-        other.select(range(len(self.slots)))
+        other.select(range(len(self.slots)), self.rows)
         return other
 
     @property

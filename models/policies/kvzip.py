@@ -39,10 +39,12 @@ class KVzip(Evictor):
         """The masks [B, Hkv, S] of kept slots; ties keep the earlier token, then the lower layer and head."""
         heads = [s.shape[1] for s in scores]
         slots = sum(s.shape[1] * self.budget(layer, len(scores), s.shape[-1]) for layer, s in enumerate(scores))
-        pooled = torch.cat(list(scores), 1)
+        # Under `parallelize=True` layers are on several devices.
+        pooled = torch.cat([s.to(scores[0].device) for s in scores], 1)
         pooled[..., :SINKS] = torch.inf
         # [B, S, layers * Hkv], so that ties keep the earlier token.
         pooled = pooled.transpose(1, 2)
         keep = top(pooled.flatten(1), slots).view(pooled.shape).transpose(1, 2)
         # The kernels that gather slots read a head's mask as contiguous bytes.
-        return list(torch.split(keep.contiguous(), heads, 1))
+        masks = torch.split(keep.contiguous(), heads, 1)
+        return [mask.to(s.device) for mask, s in zip(masks, scores, strict=True)]

@@ -41,7 +41,7 @@ class Ladder:
         full = self.budget + len(self.evicting)
         while self.seen < seen:
             until = min(seen, self.seen + full - len(self.line))
-            self.line = torch.cat([self.line, torch.arange(self.seen, until)])
+            self.line = torch.cat([self.line, torch.arange(self.seen, until, device=self.line.device)])
             self.seen = until
             if len(self.line) == full:
                 self.line = self.kept
@@ -49,9 +49,17 @@ class Ladder:
     @property
     def kept(self) -> Tensor:
         """[min(seen, budget)] int64, the kept positions, ascending."""
-        evicted = torch.zeros(len(self.line), dtype=torch.bool)
-        evicted[self.evicting[: max(0, len(self.line) - self.budget)]] = True
-        return self.line[~evicted]
+        evicting = self.evicting[: max(0, len(self.line) - self.budget)]
+        staying = torch.ones(len(self.line), dtype=torch.bool, device=self.line.device)
+        staying.index_fill_(0, evicting, value=False)
+        # The size is known: counting the mask would wait for the device.
+        return self.line[torch.nonzero_static(staying, size=len(self.line) - len(evicting))[:, 0]]
+
+    def to(self, device: torch.device) -> Ladder:
+        """An independent copy on a device."""
+        other = copy.copy(self)
+        other.line, other.evicting = self.line.to(device), self.evicting.to(device)
+        return other
 
 
 @lru_cache(maxsize=32)
@@ -99,7 +107,8 @@ class LaCache(StepEvictor):
         """[B, Hkv, N] float32: as `scores`."""
         ladder = view.memory.get("ladder")
         if ladder is None or ladder.budget != view.budget or ladder.seen > view.seen:
-            ladder = copy.copy(self._ladder(view.seen, view.budget, view.layer, view.layers))
+            # Copied once, not in every step.
+            ladder = self._ladder(view.seen, view.budget, view.layer, view.layers).to(view.positions.device)
             view.memory["ladder"] = ladder
         ladder.advance(view.seen)
         return _with_ladder_first(view.positions, ladder)
@@ -114,5 +123,7 @@ class LaCache(StepEvictor):
 
 def _with_ladder_first(positions: Tensor, ladder: Ladder) -> Tensor:
     """The positions as float32 scores, those on the ladder above all others."""
-    on_ladder = torch.isin(positions, ladder.kept.to(positions.device))
-    return (positions + on_ladder * ladder.seen).float()
+    kept = ladder.kept.to(positions.device)
+    # Both are ascending. `torch.isin` would sort, and wait for the device.
+    place = torch.searchsorted(kept, positions.contiguous()).clamp_(max=len(kept) - 1)
+    return (positions + (kept[place] == positions) * ladder.seen).float()

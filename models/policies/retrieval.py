@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV
+from lceval.kernels.paged import KV, attention_logits
 from lceval.kernels.select import mean_softmax, selective
 from lceval.models.policies.base import SINKS, Amount
 
@@ -132,7 +132,7 @@ class Nearest:
         elif self.files[first] is None:
             head_keys = slice(self.starts[first], self.starts[first] + heads * between.shape[-1])
             keys = self.keys[head_keys].view(heads, -1, q.shape[-1])
-            logits = torch.matmul(q.flatten(1, 2), keys.transpose(1, 2)).float().mul_(scaling)
+            logits = attention_logits(q.flatten(1, 2), keys, scaling)
             between.copy_(mean_softmax(logits.view(*q.shape[:3], -1)))
         else:
             retrieved = [_search(self.files[first + i], q[i] * scaling, self.count) for i in range(heads)]

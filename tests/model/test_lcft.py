@@ -9,6 +9,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from lceval.core.errors import UserError
+from lceval.models import attention
 from lceval.models.prefix import Job
 
 pytestmark = pytest.mark.model
@@ -160,6 +161,8 @@ def test_truncation_is_recorded_and_leaves_the_question_whole(lcft: Any, request
         ({"prefill_chunk": -1}, "a number of tokens, or 0"),
         ({"batch_size": "auto"}, "pass a number as --batch_size"),
         ({"attn_implementation": "sdpa"}, "lcft sets attn_implementation itself"),
+        ({"device_map": "auto"}, "bad model argument device_map='auto': .* parallelize=True"),
+        ({"tp_plan": "auto"}, "bad model argument tp_plan='auto': .* parallelize=True"),
         ({"kvv": "full"}, "unknown model argument 'kvv': did you mean 'kv'"),
     ],
 )
@@ -169,6 +172,14 @@ def test_bad_arguments_are_refused_in_one_line(smollm2: str, arguments: dict[str
     with pytest.raises(UserError, match=message) as refusal:
         LCFT(pretrained=smollm2, device="cpu", **arguments)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_prefill_is_in_chunks_on_cuda_and_whole_elsewhere_and_the_number_is_recorded(lcft: Any) -> None:
+    model = lcft()
+    recorded = model.get_model_info()["lcft"]["prefill_chunk"]
+    assert model.engine._chunk == model.identity["prefill_chunk"] == recorded == 0
+    assert lcft(prefill_chunk=300).identity["prefill_chunk"] == 300
+    assert attention.prefill_chunk("auto", torch.device("cuda")) == 8192
 
 
 def test_rolling_log_likelihood_runs_under_full_and_is_refused_under_compression(lcft: Any, hf: Any) -> None:

@@ -75,11 +75,12 @@ def errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> dict[str,
 # --- cases: run in the child process ------------------------------------------------------------------------
 
 
-def grid_case(dtype: str, batch: int, group: int, dim: int) -> dict[str, float]:
+def grid_case(dtype: str, batch: int, group: int, dim: int, device: str = "cpu") -> dict[str, float]:
     lens = torch.tensor(LENGTHS).view(batch, -1)
     cache = ragged(lens.tolist(), dim, DTYPES[dtype])
     q = queries(batch, lens.shape[1] * group, dim, DTYPES[dtype])
-    return errors(decode(q, *cache, dim**-0.5, splits=3), reference(q, *cache, dim**-0.5))
+    o, lse = decode(*(x.to(device) for x in (q, *cache)), dim**-0.5, splits=3)
+    return errors((o.cpu(), lse.cpu()), reference(q, *cache, dim**-0.5))
 
 
 def splits_case(splits: int) -> dict[str, float]:
@@ -177,6 +178,15 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {n: partial(grid_case, *c) fo
 @pytest.mark.parametrize("case", GRID)
 def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], dict[str, float]]) -> None:
     error = interpreted(case)
+    assert error["o"] <= TOLERANCE[GRID[case][0]]
+    assert error["lse"] <= LSE_TOLERANCE
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", GRID)
+def test_compiled_kernels_agree_with_the_reference(case: str) -> None:
+    error = grid_case(*GRID[case], device="cuda")
     assert error["o"] <= TOLERANCE[GRID[case][0]]
     assert error["lse"] <= LSE_TOLERANCE
 

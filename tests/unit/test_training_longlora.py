@@ -107,6 +107,9 @@ def test_a_saved_adapter_gives_the_logits_of_the_trained_model_in_peft_and_lcft(
     lcft = LCFT(str(base), peft=str(tmp_path / "out"), device="cpu", dtype="float32")
     torch.testing.assert_close(logits(lcft.model), expected, **SUMMED)
     assert lcft.max_length == WINDOW
+    # PEFT itself loads 16-bit adapters in float32.
+    half = LCFT(str(base), peft=str(tmp_path / "out"), device="cpu", dtype="bfloat16")
+    assert {p.dtype for p in half.model.parameters()} == {torch.bfloat16}
 
 
 def test_trained_tied_embeddings_are_saved_as_a_model_that_lcft_and_hf_load(base: Path, tmp_path: Path) -> None:
