@@ -1,0 +1,207 @@
+"""Generation and scoring of a batch of questions over compressed contexts."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.models.utils import postprocess_generated_text
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from lceval.core.answers import Score, Text
+from lceval.models.cache import QuestionCache
+from lceval.models.checked_hflm import CheckedHFLM
+from lceval.models.diagnosis import Diagnosis
+from lceval.models.engine import Engine
+from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
+from lceval.models.prefix import GenerateJob, J, ScoreJob, padded, whole_rows
+from lceval.models.scheduler import ContextScheduler, Question
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A")
+Answer = Callable[[Sequence[Question[J]]], list[tuple[int, A]]]
+# Choices scored in one forward pass.
+CHOICE_ROWS = 32
+
+
+class AnsweringLM(CheckedHFLM):
+    """HFLM that answers batches of questions, each over its compressed context.
+
+    Attributes:
+        totals: counts of this model, of which `failed` is that of samples without an answer.
+    """
+
+    engine: Engine
+    diagnosis: Diagnosis
+    scheduler: ContextScheduler
+    totals: Counter[str]
+    _pad: int
+
+    def _in_memory(self, batch: Sequence[Question[J]], answer: Answer[J, A]) -> list[tuple[int, A]]:
+        """The answers of a batch; of its halves where memory does not suffice, and errors of single questions."""
+        try:
+            return answer(batch)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here the error, and what its frames hold, is freed.
+        self.scheduler.release()
+        if half := len(batch) // 2:
+            logger.warning("out of memory with %d questions in a batch: retrying with %d", len(batch), half)
+            return self._in_memory(batch[:half], answer) + self._in_memory(batch[half:], answer)
+        self.totals["failed"] += 1
+        (question,) = batch
+        question.meta["kv"] |= {"status": "error", "error": OUT_OF_MEMORY}
+        return question.job.unanswered(question.meta)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = self.mixed_precision_dtype
+        return torch.autocast(device_type=self.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def _open(self, batch: Sequence[Question[Any]], *, answers: bool = True) -> tuple[QuestionCache, Tensor]:
+        """A cache for the batch, and the question tokens still to be fed: [B, T], padded on the left.
+
+        Args:
+            answers: whether the batch is also answered, not only measured.
+        """
+        room = max(question.job.answer_tokens for question in batch)
+        questions = [question.job.question for question in batch]
+        last = torch.tensor([q[-1:] for q in questions], device=self.device)
+        if caches := [question.cache for question in batch if question.cache is not None]:
+            return (QuestionCache.joined(caches, 1 + room) if len(caches) > 1 else caches[0]), last
+        cache = self.engine.batch([question.context for question in batch], questions, room)
+        if self.diagnosis.needs_answer and answers:
+            # All but the last token, so that gold answer and model answer start from the same cache.
+            rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
+            if rest.shape[1]:
+                self.engine.forward(cache, rest, keep=1)
+            return cache, last
+        return cache, torch.tensor(padded(questions, self._pad), device=self.device)
+
+    def _diagnose(self, batch: Sequence[Question[Any]], cache: QuestionCache, ids: Tensor) -> None:
+        if self.diagnosis.needs_answer:
+            for at in range(0, len(batch), CHOICE_ROWS):
+                part = batch[at : at + CHOICE_ROWS]
+                rows = range(at, at + len(part))
+                probe = cache.fork()
+                probe.select(rows)
+                jobs = [question.job for question in part]
+                measurements = self.diagnosis.of_answers(jobs, self.engine, probe, ids[rows.start : rows.stop].tolist())
+                for question, measured in zip(part, measurements, strict=True):
+                    question.meta |= measured
+
+    @torch.inference_mode()
+    def _generate(self, batch: Sequence[Question[GenerateJob]]) -> list[tuple[int, Text]]:
+        """The request index and the answer of each question."""
+        until, new_tokens = list(batch[0].job.until), batch[0].job.max_new_tokens
+        start = time.perf_counter()
+        cache, ids = self._open(batch, answers=new_tokens > 0)
+        opening_s = time.perf_counter() - start
+        self._diagnose(batch, cache, ids)
+        if not new_tokens:
+            self._account(batch, cache, question_s=opening_s, decode_s=0.0)
+            return [(question.job.index, Text("", question.meta)) for question in batch]
+        # generate() derives positions from the attention mask and skips the cached tokens.
+        rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
+        whole, mask = (torch.tensor(x, device=self.device) for x in zip(*rows, strict=True))
+        cache.start_clock()
+        finite = FiniteLogits()
+        start = time.perf_counter()
+        out = self._model_generate(
+            context=whole,
+            logits_processor=LogitsProcessorList([finite]),
+            attention_mask=mask,
+            stop=until,
+            max_length=whole.shape[1] + new_tokens,
+            cache=cache,
+            **batch[0].job.sampling,
+        )
+        end = time.perf_counter()
+        first_token = cache.first_step or end
+        self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
+        texts = []
+        rows = out[:, whole.shape[1] :].tolist()
+        for question, row, not_finite in zip(batch, rows, finite.failed(len(batch)), strict=True):
+            if not_finite:
+                texts += self._not_finite(question)
+                continue
+            tokens = self._until_eos(row)
+            question.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
+            texts.append((question.job.index, Text(self._text(tokens, until), question.meta)))
+        return texts
+
+    def _not_finite(self, question: Question[J]) -> list[tuple[int, Any]]:
+        self.totals["failed"] += 1
+        question.meta["kv"] |= {"status": "error", "error": NOT_FINITE}
+        return question.job.unanswered(question.meta)
+
+    def _until_eos(self, tokens: list[int]) -> list[int]:
+        """A row's tokens up to its first end token; the rest is padding up to the longest row."""
+        ends = [tokens.index(e) for e in self._eos_ids if e in tokens]
+        return tokens[: min(ends) + 1] if ends else tokens
+
+    @property
+    def _eos_ids(self) -> list[int]:
+        eos = self.model.generation_config.eos_token_id
+        return [self.eot_token_id] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    def _text(self, tokens: list[int], until: list[str]) -> str:
+        """Decode, and remove thinking and everything from a stop sequence on, as HFLM does."""
+        end = self.think_end_token
+        if isinstance(end, int) and end in tokens:
+            tokens = tokens[len(tokens) - tokens[::-1].index(end) :]
+        text = self.tok_decode(tokens)
+        if isinstance(end, int):
+            text = text.lstrip()
+        return str(postprocess_generated_text(text, until, end if isinstance(end, str) else None))
+
+    @torch.inference_mode()
+    def _score(self, batch: Sequence[Question[ScoreJob]]) -> list[tuple[int, Score]]:
+        """Log-likelihoods of the questions' continuations: questions are prefilled once, then all choices as rows."""
+        start = time.perf_counter()
+        cache, ids = self._open(batch)
+        self._diagnose(batch, cache, ids)
+        first = self.engine.forward(cache, ids, keep=1)
+        rows = [(row, choice) for row, question in enumerate(batch) for choice in question.job.choices]
+        scores: list[tuple[int, Score]] = []
+        for at in range(0, len(rows), CHOICE_ROWS):
+            part = rows[at : at + CHOICE_ROWS]
+            logits = first[[row for row, _ in part]]
+            longest = max(len(choice.tokens) for _, choice in part) - 1
+            if longest:
+                inputs = torch.zeros(len(part), longest, dtype=torch.long, device=self.device)
+                for place, (_, choice) in enumerate(part):
+                    inputs[place, : len(choice.tokens) - 1] = torch.tensor(choice.tokens[:-1])
+                branch = cache.fork() if len(rows) > CHOICE_ROWS else cache
+                branch.select([row for row, _ in part])
+                # Padding on the right: no scored token attends to it.
+                logits = torch.cat([logits, self.engine.forward(branch, inputs)], 1)
+            for place, (row, choice) in enumerate(part):
+                targets = torch.tensor(choice.tokens, device=self.device)
+                logprobs = torch.log_softmax(logits[place, : len(targets)], dim=-1, dtype=self.softmax_dtype)
+                total = float(logprobs.gather(-1, targets[:, None]).sum())
+                greedy = bool((logprobs.argmax(-1) == targets).all())
+                scores.append((choice.index, Score((total, greedy), batch[row].meta)))
+        self._account(batch, cache, question_s=time.perf_counter() - start, decode_s=0.0)
+        broken = {index for index, score in scores if not math.isfinite(score[0])}
+        for question in batch:
+            if any(choice.index in broken for choice in question.job.choices):
+                scores += self._not_finite(question)  # replaces those of its choices
+        return scores
+
+    def _account(self, batch: Sequence[Question[Any]], cache: QuestionCache, **seconds: float) -> None:
+        """Charge a batch's time to its questions in equal parts, and record its peak KV bytes."""
+        current = (
+            sum({id(question.context): question.context.allocated_bytes for question in batch}.values())
+            + cache.own_bytes
+        )
+        for question in batch:
+            question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
+            question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
