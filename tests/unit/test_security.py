@@ -113,8 +113,10 @@ def test_a_pickled_model_is_refused(pickled: Callable[..., Path], tmp_path: Path
 def test_a_pickled_adapter_or_delta_is_refused_before_the_model_is_loaded(
     pickled: Callable[..., Path], tmp_path: Path, argument: str, name: str
 ) -> None:
-    folder = pickled(name)
-    arguments = {"pretrained": str(tmp_path / "nowhere"), argument: str(folder)}
+    folder, unusable = pickled(name), tmp_path / "unusable"
+    unusable.mkdir()
+    (unusable / "config.json").write_text("not read")
+    arguments = {"pretrained": str(unusable), argument: str(folder)}
     assert refusal(tmp_path, **arguments).startswith(f"{argument}={folder}: {name} is a pickle")
 
 
