@@ -169,7 +169,7 @@ def test_a_folder_with_other_files_is_left_unchanged(tmp_path: Path, capsys: pyt
 def test_plain_lm_eval_ends_with_the_error_message(tmp_path: Path) -> None:
     bad = [a.replace("snapkv", "snapvk") for a in SHORT]
     ran = subprocess.run([sys.executable, "-m", "lm_eval", *bad], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.returncode == 1
+    assert ran.returncode == 2
     assert "did you mean 'snapkv'" in ran.stderr.strip().splitlines()[-1]
 
 
