@@ -17,6 +17,7 @@ from lceval.core.errors import InfrastructureError, UserError
 from lceval.models import checked_hflm
 from lceval.models.lcft import LCFT
 from lceval.runs.configuration import configure
+from lceval.runs.runner import load_model
 
 SHAPE = {
     "vocab_size": 99,
@@ -130,6 +131,14 @@ def test_expected_attention_is_refused_before_a_prefill_without_rope(folder: Pat
         model.use("expected_attention:0.5")
     assert str(model.recipe) == "snapkv:0.5"
     assert len(answers(model, "loglikelihood", requests(CONTEXT))) == 2
+
+
+def test_a_model_is_loaded_whatever_recipe_the_first_run_has(copy: Path) -> None:
+    """A recipe that the model does not support fails its own run, not the runs that share the model."""
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **SHAPE)).save_pretrained(copy)
+    line = ["--model", "lcft", "--tasks", "lc_filings_ao_1k", "--output_path", "nowhere"]
+    config = configure([*line, "--model_args", f"pretrained={copy},kv=expected_attention:0.5"])
+    assert str(load_model(config).recipe) == "full"
 
 
 def test_a_model_with_an_attention_of_its_own_is_refused(folder: Path) -> None:
