@@ -71,9 +71,9 @@ class FakeDevices(TorchFunctionMode):
     def _to(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """`Tensor.to` in all its forms, and `Tensor.cpu`."""
         source = place(args[0])
-        asked = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor | torch.device | str)]
+        targets = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, Tensor | torch.device | str)]
         target = CPU if name == "cpu" else source
-        for x in asked:
+        for x in targets:
             target = place(x) if isinstance(x, Tensor) else torch.device(x)
 
         def local(x: Any) -> Any:
