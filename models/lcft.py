@@ -24,7 +24,7 @@ from lceval import packaged
 from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import attention, recipe, weights
+from lceval.models import adapter, attention, recipe, weights
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
@@ -101,7 +101,7 @@ class LCFT(AnsweringLM):
         if merge:
             self._model = self.model.merge_and_unload()
         elif self.peft:
-            _cast_adapter(self.model)
+            adapter.cast(self.model)
         self.base = base = self.model if merge or not self.peft else self.model.get_base_model()
         self.prefill_chunk = attention.prefill_chunk(prefill_chunk, self.device)
         self.engine = Engine(
@@ -296,14 +296,3 @@ class LCFT(AnsweringLM):
             **self.totals,
         }
         return {**super().get_model_info(), "lcft": lcft}
-
-
-def _cast_adapter(model: Any) -> None:
-    """Cast the weights of a PEFT model's adapters to the dtype of the model.
-
-    PEFT keeps 16-bit adapters in float32, to train them. In inference this adds casts to every layer of every step,
-    and buffers of a whole prefill chunk in float32.
-    """
-    for name, parameter in model.named_parameters():
-        if model.base_model.prefix in name and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(model.dtype)
