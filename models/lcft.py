@@ -14,7 +14,6 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
