@@ -6,6 +6,7 @@ Each package has the commands of its own; each command imports its heavy depende
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -14,7 +15,7 @@ import typer
 from lceval.adapt.commands import app as adapt
 from lceval.analysis.commands import app as analysis
 from lceval.bench.commands import app as bench
-from lceval.core.errors import LcevalError
+from lceval.core.errors import LcevalError, one_line
 from lceval.data.commands import app as data
 from lceval.judge.commands import app as judge
 from lceval.runs.commands import app as runs
@@ -42,6 +43,9 @@ def main() -> None:
 def invoke(argv: list[str]) -> int:
     """Run one command line; returns its exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Texts of runs may contain half of a surrogate pair, which no encoding has.
+            sys.stdout.reconfigure(errors="backslashreplace")
         command = typer.main.get_command(app)
         result = command.main(argv or ["--help"], prog_name="lceval", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -60,5 +64,5 @@ def invoke(argv: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"lceval: error: {message}", err=True)
+    typer.echo(f"lceval: error: {one_line(message)}", err=True)
     return code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -35,10 +36,13 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise bad("query_aware", "true or false")
     if not isinstance(arguments["prefill_chunk"], int) or arguments["prefill_chunk"] < 0:
         raise bad("prefill_chunk", "a number of tokens, or 0")
-    if not isinstance(arguments["prefix_cache_gib"], int | float) or arguments["prefix_cache_gib"] < 0:
+    if not isinstance(arguments["prefix_cache_gib"], int | float) or not 0 <= arguments["prefix_cache_gib"] < math.inf:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
-    if str(arguments.get("batch_size", 1)).startswith("auto"):
+    size = str(arguments.get("batch_size") or 1)
+    if size.startswith("auto"):
         raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
+    if not (size.isdecimal() and int(size[:9]) > 0):
+        raise bad("batch_size", "a number of questions")
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
 

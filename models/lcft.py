@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from lceval.models.telemetry import skipped
 
 logger = logging.getLogger(__name__)
 
+_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Choices scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
@@ -94,7 +96,7 @@ class LCFT(HFLM):  # type: ignore[misc]
         try:
             super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
         except TypeError as error:
-            if unknown := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+            if unknown := _UNKNOWN_ARGUMENT.search(str(error)):
                 raise unknown_argument(unknown[1], LCFT, HFLM) from None
             raise
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
@@ -123,6 +125,21 @@ class LCFT(HFLM):  # type: ignore[misc]
             totals=self.totals,
         )
         base.set_attn_implementation(attention.register())
+
+    def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs: Any) -> None:
+        """As HFLM's; a model or adapter that cannot be loaded whole is a UserError."""
+        with warnings.catch_warnings():
+            # PEFT would leave such weights at their initial values, which is the base model.
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")
+            try:
+                super()._create_model(pretrained, peft=peft, **kwargs)
+            except (UserError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # of transformers, PEFT or safetensors: no common base class
+                if (unknown := _UNKNOWN_ARGUMENT.search(str(error))) and unknown[1] in kwargs:
+                    raise
+                adapter = f" with peft={peft}" if peft else ""
+                raise UserError(f"cannot load pretrained={pretrained}{adapter}: {error!r}") from error
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.

@@ -156,7 +156,7 @@ def _meter(name: str, options_json: str, template_json: str) -> TokenMeter:
     options = json.loads(options_json)
     try:
         tokenizer = AutoTokenizer.from_pretrained(ALIASES[name]() if name in ALIASES else name, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # a damaged tokenizer.json raises Exception itself
         reason = str(error).strip().split("\n", 1)[0]
         raise UserError(
             f"cannot load the tokenizer {name!r} ({reason}): pass a folder, a hub name"

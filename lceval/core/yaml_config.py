@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.resources import files
@@ -13,8 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lceval.core.errors import UserError
+from lceval.core.io import read_text
 
 Model = TypeVar("Model", bound=BaseModel)
+_INTEGER_BITS = 63
 
 
 def shipped(package: str) -> list[str]:
@@ -42,8 +46,8 @@ def read(
     Raises:
         UserError: no such file or name, invalid YAML, or the first invalid key.
     """
-    if Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8")
+    if os.path.isfile(source):
+        text = read_text(Path(source))
     elif str(source) in shipped(package):
         text = (files(package) / f"{source}.yaml").read_text(encoding="utf-8")
     else:
@@ -82,14 +86,29 @@ def parse(model: type[Model], values: Any, source: str, overridden: Sequence[str
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
             raise UserError(f"{place}: unknown key; {hint}") from None
         message = first["msg"].lower().removeprefix("value error, ")
-        raise UserError(f"{place}: {message} (got {first['input']!r:.60})") from None
+        # reprlib, because the aliases of a short text can describe a value without end.
+        raise UserError(f"{place}: {message} (got {reprlib.repr(first['input']):.60})") from None
 
 
 def _yaml(text: str, source: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: invalid YAML ({' '.join(str(error).split())})") from None
+        value = yaml.safe_load(text)
+    except Exception as error:  # also RecursionError, and whatever the value of a tag such as !!int raises
+        raise UserError(f"{source}: invalid YAML ({error})") from None
+    if any(isinstance(one, int) and one.bit_length() > _INTEGER_BITS for one in _values(value)):
+        raise UserError(f"{source}: invalid YAML (an integer has more than {_INTEGER_BITS} bits)")
+    return value
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A value and all inside of it, each object once: aliases may repeat it, or contain itself."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -11,7 +11,7 @@ from lceval.judge.rubrics import Label, Rubric
 from lceval.tasks.parsing import without_thinking
 
 RATING = "rating"
-_NUMBER = r"(\d*\.?\d+)"
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 _AFTER_WORD = re.compile(rf"rating[\s:*_]*\[{{1,2}}{_NUMBER}\]{{1,2}}", re.IGNORECASE)
 _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from lceval.core.answers import Score, Text
+from lceval.core.errors import UserError
+from lceval.core.io import decode
 
 METHODS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
@@ -29,15 +31,22 @@ class Responses:
     """
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path)
-        self._db.execute(
-            "CREATE TABLE IF NOT EXISTS response "
-            "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
-        )
-        self._db.commit()
+        self._path = path
         self._lm: Any = None
+        try:
+            self._db = sqlite3.connect(path)
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS response "
+                "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
+            )
+            self._db.commit()
+        except sqlite3.Error as error:
+            raise self._damaged(error) from None
         self.reused: set[tuple[str, Any]] = set()
         self.requested: set[tuple[str, Any]] = set()
+
+    def _damaged(self, error: Exception) -> UserError:
+        return UserError(f"{self._path}: no readable store of responses ({error!r}): delete it, or the run folder")
 
     def close(self) -> None:
         """Close the file and detach the model."""
@@ -65,8 +74,13 @@ class Responses:
 
     def find(self, request: str) -> list[Any]:
         """All responses stored under a request key, oldest first."""
-        rows = self._db.execute("SELECT value FROM response WHERE request = ? ORDER BY place", (request,))
-        return [_decode(value) for (value,) in rows]
+        try:
+            rows = self._db.execute(
+                "SELECT value FROM response WHERE request = ? ORDER BY place", (request,)
+            ).fetchall()
+            return [_decode(value) for (value,) in rows]
+        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from None
 
     def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any], **options: Any) -> list[Any]:
         """Responses to `requests`: from the file where stored, else from the model's method `original`."""
@@ -103,16 +117,18 @@ class Responses:
 
 def _key(method: str, args: Iterable[Any]) -> str:
     text = json.dumps([method, *args], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _encode(response: Any) -> str:
-    return json.dumps({"value": response, "meta": getattr(response, "meta", None)}, ensure_ascii=False)
+    return json.dumps({"value": response, "meta": getattr(response, "meta", None)})
 
 
 def _decode(text: str) -> Any:
-    stored = json.loads(text)
+    stored = decode(text)
     value, meta = stored["value"], stored["meta"]
+    if not isinstance(value, str | float | int | list) or not isinstance(meta, dict | None):
+        raise ValueError("a response of another type")
     if isinstance(value, list):
         return tuple(value) if meta is None else Score(value, meta)
     return value if meta is None else Text(value, meta)

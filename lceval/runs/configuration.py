@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import lceval
 from lceval.core.errors import UserError
@@ -28,6 +30,11 @@ UNSUPPORTED = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see lceval run --help)")
+
+
 def configure(argv: Sequence[str]) -> Any:
     """lm-eval's configuration from its flags and its `--config` file, with lceval's defaults and checks.
 
@@ -42,9 +49,13 @@ def configure(argv: Sequence[str]) -> Any:
     from lm_eval.api.registry import model_registry
     from lm_eval.config.evaluate_config import EvaluatorConfig
 
-    parser = argparse.ArgumentParser(prog="lceval")
+    parser = _Parser(prog="lceval")
     Run(parser.add_subparsers())
-    flags = {k: v for k, v in vars(parser.parse_args(["run", *argv])).items() if k not in ("command", "func")}
+    try:
+        parsed = vars(parser.parse_args(["run", *argv]))
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:  # of values that lm-eval evaluates as Python
+        raise UserError(f"bad value of an option ({error!r}); see lceval run --help") from None
+    flags = {k: v for k, v in parsed.items() if k not in ("command", "func")}
     given = {**_config_file(flags.get("config")), **{k: v for k, v in flags.items() if v is not None}}
     template = given.get("apply_chat_template")
     if template in ("false", "none"):
@@ -60,8 +71,9 @@ def configure(argv: Sequence[str]) -> Any:
         with _without_warnings():
             config = EvaluatorConfig(**{**asdict(EvaluatorConfig()), **given, "log_samples": True})
             config._configure()
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    except (ValueError, TypeError, OSError, RecursionError) as error:
+        raise UserError(error) from None
+    _check_values(config)
     if isinstance(config.tasks, str):
         config.tasks = config.tasks.split(",")
     if config.model not in model_registry:
@@ -76,6 +88,22 @@ def configure(argv: Sequence[str]) -> Any:
         config.apply_chat_template = True
         config.fewshot_as_multiturn = given.get("fewshot_as_multiturn", True)
     return config
+
+
+def _check_values(config: Any) -> None:
+    """Check what lm-eval does not, and would fail on while it runs."""
+    from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+    if config.limit is not None and not 0 < config.limit < math.inf:
+        raise UserError(f"--limit {config.limit}: expected a number of samples, or a share of them below 1")
+    if any(seed is not None and not 0 <= seed < 2**32 for seed in config.seed or ()):
+        raise UserError(f"--seed {config.seed}: expected numbers from 0 to 2**32 - 1, or None")
+    try:
+        TypeAdapter(dict[str, list[NonNegativeInt]] | None).validate_python(config.samples, strict=True)
+    except ValidationError:
+        raise UserError(
+            f'--samples {reprlib.repr(config.samples)}: expected {{"TASK": [INDEX, ...], ...}} in JSON, or its file'
+        ) from None
 
 
 @contextmanager
@@ -99,8 +127,8 @@ def _config_file(name: str | None) -> dict[str, Any]:
 
     try:
         values: dict[str, Any] = EvaluatorConfig.load_yaml_config(name)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    except Exception as error:  # also RecursionError, and whatever the value of a YAML tag raises
+        raise UserError(f"cannot read --config {name} ({error})") from None
     types = get_type_hints(EvaluatorConfig)
     for key, value in values.items():
         if key not in types:
@@ -110,7 +138,7 @@ def _config_file(name: str | None) -> dict[str, Any]:
             TypeAdapter(expected | None).validate_python(value, strict=True)
         except ValidationError:
             kind = getattr(expected, "__name__", str(expected)).replace("NoneType", "null")
-            raise UserError(f"{name}: bad {key}={value!r}: expected {kind}") from None
+            raise UserError(f"{name}: bad {key}={reprlib.repr(value)}: expected {kind}") from None
     return values
 
 
@@ -125,8 +153,8 @@ def _has_template(model_args: dict[str, Any]) -> bool:
         return False
     try:
         tokenizer = AutoTokenizer.from_pretrained(packaged.resolve(str(name)))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged tokenizer.json raises Exception itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"cannot load the tokenizer of {name!r}: {reason}") from None
     return tokenizer.chat_template is not None
 

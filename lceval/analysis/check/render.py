@@ -110,7 +110,9 @@ def junit(report: CheckReport) -> str:
     suite.set("failures", str(len(failed)))
     suite.set("skipped", str(sum(t.verdict == "inconclusive" for t in tasks) if report.warn else 0))
     for task in tasks:
-        case = ElementTree.SubElement(suite, "testcase", classname=f"lceval.check.{task.metric}", name=task.task)
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=_printable(f"lceval.check.{task.metric}"), name=_printable(task.task)
+        )
         if task in failed:
             ElementTree.SubElement(case, "failure", type=task.verdict, message=task.reason)
         elif task.verdict == "inconclusive":
