@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from lceval.core.errors import UserError
 
-# Half of a surrogate pair, as a truncated answer may end with, becomes \\ud83d: the same text in JSON.
+# Half of a surrogate pair, as a truncated answer may end with, becomes \ud83d: the same text in JSON.
 _HALF_PAIRS = "backslashreplace"
 MOST_LEVELS = 100
 """Maximum nesting of JSON that is read: Python's stack ends at about 1,000, in what is called with the value."""
