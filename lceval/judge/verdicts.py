@@ -47,8 +47,8 @@ def parse_rating(text: str) -> float | None:
 
 
 def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    decoder, place = json.JSONDecoder(), text.find("{")
-    while place >= 0:
+    decoder, place, last = json.JSONDecoder(), text.find("{"), text.rfind("}")
+    while 0 <= place < last:
         try:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):

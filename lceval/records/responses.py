@@ -127,8 +127,9 @@ def _encode(response: Any) -> str:
 def _decode(text: str) -> Any:
     stored = decode(text)
     value, meta = stored["value"], stored["meta"]
-    if not isinstance(value, str | float | int | list) or not isinstance(meta, dict | None):
-        raise ValueError("a response of another type")
+    kinds = (str, list, float, int) if meta is None else (str, list)
+    if not isinstance(value, kinds) or not isinstance(meta, dict | None):
+        raise TypeError("a response of another type")
     if isinstance(value, list):
         return tuple(value) if meta is None else Score(value, meta)
-    return value if meta is None else Text(value, meta)
+    return value if meta is None else Text(str(value), meta)

@@ -71,7 +71,7 @@ def configure(argv: Sequence[str]) -> Any:
         with _without_warnings():
             config = EvaluatorConfig(**{**asdict(EvaluatorConfig()), **given, "log_samples": True})
             config._configure()
-    except (ValueError, TypeError, OSError, RecursionError) as error:
+    except (ArithmeticError, ValueError, TypeError, OSError, RecursionError) as error:
         raise UserError(error) from None
     _check_values(config)
     if isinstance(config.tasks, str):

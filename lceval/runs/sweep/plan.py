@@ -103,7 +103,8 @@ def plan(grid: Grid) -> SweepPlan:
 
     recipes = [str(recipe.parse(text)) for text in grid.recipes]
     names, na = _tasks(grid)
-    count = math.prod(map(len, (grid.models, grid.adapters, names, grid.contexts, grid.seeds, recipes)))
+    axes = (grid.models, grid.adapters, names, grid.contexts, grid.seeds, recipes)
+    count = math.prod(len(axis) for axis in axes)
     if count > MOST_CELLS:
         raise UserError(f"the grid has {count:,} cells, more than {MOST_CELLS:,}: split it into several grids")
     cells = []
