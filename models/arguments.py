@@ -1,14 +1,19 @@
-"""The checks of lcft's own model arguments, before anything is loaded."""
+"""The checks of lcft's own model arguments, before anything is loaded, and the errors of what cannot be loaded."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Any
 
-from lceval.core.errors import UserError
+import torch
+
+from lceval.core.errors import LcevalError, UserError
 from lceval.models import attention
 from lceval.models.diagnosis import Diagnosis
 
@@ -45,6 +50,34 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise bad("batch_size", "a number of questions")
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")
+
+
+@contextmanager
+def loaded_whole(pretrained: object, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within the block, a model or adapter that cannot be loaded, or not with all of its weights, is a UserError.
+
+    Args:
+        arguments: further arguments, as `peft`; an unknown one among them raises its TypeError.
+    """
+    try:
+        with warnings.catch_warnings():
+            # PEFT would leave such weights at their initial values, which is the base model.
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")
+            yield
+    except (LcevalError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # of transformers, PEFT or safetensors: no common base class
+        if unknown_keyword(error) in arguments:
+            raise
+        name = pretrained if isinstance(pretrained, str) else type(pretrained).__name__
+        adapter = f" with peft={arguments['peft']}" if arguments.get("peft") else ""
+        raise UserError(f"cannot load pretrained={name}{adapter}: {error!r}") from error
+
+
+def unknown_keyword(error: Exception) -> str | None:
+    """The name in a TypeError about an unexpected keyword argument; None for other errors."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    return unknown[1] if unknown else None
 
 
 def unknown_argument(name: str, *models: type) -> UserError:

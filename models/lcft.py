@@ -7,9 +7,7 @@ fork. With `kv=full` the results are those of `--model hf`.
 from __future__ import annotations
 
 import logging
-import re
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +27,7 @@ from lceval import packaged
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import attention, recipe
-from lceval.models.arguments import check_arguments, unknown_argument
+from lceval.models.arguments import check_arguments, loaded_whole, unknown_argument, unknown_keyword
 from lceval.models.cache import QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
@@ -40,7 +38,6 @@ from lceval.models.telemetry import skipped
 
 logger = logging.getLogger(__name__)
 
-_UNKNOWN_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 # Choices scored in one forward pass.
 CHOICE_ROWS = 32
 REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
@@ -94,10 +91,11 @@ class LCFT(HFLM):  # type: ignore[misc]
         self.prefill_chunk = prefill_chunk
         self.context_field = context_field
         try:
-            super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
+            with loaded_whole(pretrained, kwargs):
+                super().__init__(packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
         except TypeError as error:
-            if unknown := _UNKNOWN_ARGUMENT.search(str(error)):
-                raise unknown_argument(unknown[1], LCFT, HFLM) from None
+            if name := unknown_keyword(error):
+                raise unknown_argument(name, LCFT, HFLM) from None
             raise
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
             raise UserError(f"peft={self.peft}: prompt-learning adapters add tokens to the cache: use LoRA instead")
@@ -125,21 +123,6 @@ class LCFT(HFLM):  # type: ignore[misc]
             totals=self.totals,
         )
         base.set_attn_implementation(attention.register())
-
-    def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs: Any) -> None:
-        """As HFLM's; a model or adapter that cannot be loaded whole is a UserError."""
-        with warnings.catch_warnings():
-            # PEFT would leave such weights at their initial values, which is the base model.
-            warnings.filterwarnings("error", message=".*Found missing adapter keys")
-            try:
-                super()._create_model(pretrained, peft=peft, **kwargs)
-            except (UserError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # of transformers, PEFT or safetensors: no common base class
-                if (unknown := _UNKNOWN_ARGUMENT.search(str(error))) and unknown[1] in kwargs:
-                    raise
-                adapter = f" with peft={peft}" if peft else ""
-                raise UserError(f"cannot load pretrained={pretrained}{adapter}: {error!r}") from error
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -15,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lceval.core.errors import UserError
-from lceval.core.io import read_text
+from lceval.core.io import MOST_LEVELS, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 _INTEGER_BITS = 63
@@ -52,7 +54,7 @@ def read(
         text = (files(package) / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(f"no {what} {str(source)!r}: expected a YAML file or one of {', '.join(shipped(package))}")
-    values = _yaml(text, str(source)) or {}
+    values = load(text, str(source)) or {}
     if isinstance(values, dict):
         values = {**(defaults or {}), **values}
         for override in overrides:
@@ -90,7 +92,16 @@ def parse(model: type[Model], values: Any, source: str, overridden: Sequence[str
         raise UserError(f"{place}: {message} (got {reprlib.repr(first['input']):.60})") from None
 
 
-def _yaml(text: str, source: str) -> Any:
+def load(text: str, source: str) -> Any:
+    """The value of a YAML text, of plain types.
+
+    Raises:
+        UserError: invalid YAML, or a value that is too large.
+    """
+    # Also in quotes, where nobody leaves a hundred open. The parser needs a minute for 100 kB of them.
+    brackets = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(brackets, default=0) > MOST_LEVELS:
+        raise UserError(f"{source}: invalid YAML (nested deeper than {MOST_LEVELS} levels)")
     try:
         value = yaml.safe_load(text)
     except Exception as error:  # also RecursionError, and whatever the value of a tag such as !!int raises
@@ -120,7 +131,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values = values[section]
-    value = _yaml(text, f"--set {override}")
+    value = load(text, f"--set {override}")
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
             value = float(value)

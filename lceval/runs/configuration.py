@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 import lceval
+from lceval.core import yaml_config
 from lceval.core.errors import UserError
+from lceval.core.io import read_text
 
 # Options of lm-eval's `run` that a run folder has no use for, with the reason. Ignoring them would mislead.
 UNSUPPORTED = {
@@ -125,10 +127,11 @@ def _config_file(name: str | None) -> dict[str, Any]:
     from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        values: dict[str, Any] = EvaluatorConfig.load_yaml_config(name)
-    except Exception as error:  # also RecursionError, and whatever the value of a YAML tag raises
-        raise UserError(f"cannot read --config {name} ({error})") from None
+    if not os.path.isfile(name):
+        raise UserError(f"--config {name}: no such file")
+    values = yaml_config.load(read_text(Path(name)), name)
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected keys such as model and tasks, got {type(values).__name__}")
     types = get_type_hints(EvaluatorConfig)
     for key, value in values.items():
         if key not in types:

@@ -411,8 +411,8 @@ def words(folder: Path) -> str:
 
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
-    made.save_pretrained(folder / "words")
+    with_words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>")
+    with_words.save_pretrained(folder / "words")
     return str(folder / "words")
 
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from lceval.analysis.pairs import unique_names
 from lceval.core.answers import DIAGNOSES
@@ -44,7 +44,7 @@ class Item(_Strict):
     cluster: str
     prompt: str
     answer: str
-    values: dict[str, Annotated[float, Field(ge=-LARGEST, le=LARGEST)]]
+    values: dict[str, Annotated[FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]]
 
 
 class BaselineTask(_Strict):

@@ -61,7 +61,7 @@ def plan(gate: float, discordance: float, base: Baseline | None = None) -> Sampl
     """
     if not SMALLEST <= gate < 1:
         raise UserError(
-            f"--gate {gate}: a plan assumes scores of 0 or 1; expected a number from {SMALLEST:f} to below 1"
+            f"--gate {gate}: a plan assumes scores of 0 or 1; expected a number between 0 and 1, at least {SMALLEST:g}"
         )
     if not gate <= discordance <= 1:
         raise UserError(
