@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from lceval.core.errors import LcevalError, UserError
 from lceval.models import attention
 from lceval.models.diagnosis import Diagnosis
 
+_GIB = 1e6  # more than any machine has
 CHOICES = {
     "overlong": ("error", "middle", "end", "skip"),
     "attn": attention.CHOICES,
@@ -41,12 +41,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise bad("query_aware", "true or false")
     if not isinstance(arguments["prefill_chunk"], int) or arguments["prefill_chunk"] < 0:
         raise bad("prefill_chunk", "a number of tokens, or 0")
-    if not isinstance(arguments["prefix_cache_gib"], int | float) or not 0 <= arguments["prefix_cache_gib"] < math.inf:
+    if not isinstance(arguments["prefix_cache_gib"], int | float) or not 0 <= arguments["prefix_cache_gib"] < _GIB:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
     size = str(arguments.get("batch_size") or 1)
     if size.startswith("auto"):
         raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
-    if not (size.isdecimal() and int(size[:9]) > 0):
+    if not (size.isdecimal() and len(size) < 10 and int(size) > 0):
         raise bad("batch_size", "a number of questions")
     if "attn_implementation" in arguments:
         raise UserError("lcft sets attn_implementation itself: remove it from --model_args")

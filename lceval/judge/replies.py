@@ -86,7 +86,7 @@ class Store:
                 "PRIMARY KEY (judge, revision, rubric, prompt, repeat))"
             )
             self._db.commit()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, ValueError) as error:  # a name in a damaged file is not UTF-8
             raise _unusable(path, error) from None
         self._path, self._lock = path, threading.Lock()
 
@@ -114,7 +114,7 @@ class Store:
         try:
             with self._lock:
                 yield
-        except sqlite3.Error as error:  # a damaged file, or a full disk
+        except (sqlite3.Error, ValueError) as error:  # a damaged file, or a full disk
             raise _unusable(self._path, error) from None
 
     def __enter__(self) -> Store:

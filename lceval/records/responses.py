@@ -40,7 +40,7 @@ class Responses:
                 "(request TEXT, place INTEGER, value TEXT NOT NULL, PRIMARY KEY (request, place))"
             )
             self._db.commit()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, ValueError) as error:  # a name in a damaged file is not UTF-8
             raise self._damaged(error) from None
         self.reused: set[tuple[str, Any]] = set()
         self.requested: set[tuple[str, Any]] = set()

@@ -383,8 +383,9 @@ ARGUMENTS |= {"prefix_cache_gib": 1.0, "batch_size": 1}
 @examples(200)
 @given(st.sampled_from(sorted(ARGUMENTS)), VALUES)
 @example("prefix_cache_gib", float("nan"))
-@example("prefix_cache_gib", float("inf"))
+@example("prefix_cache_gib", 1.7e299)
 @example("batch_size", "x")
+@example("batch_size", DIGITS)
 @example("batch_size", -1)
 @example("overlong", LONG)
 def test_a_model_argument_is_usable_or_rejected(name: str, value: Any) -> None:
@@ -755,6 +756,7 @@ def test_a_gate_has_a_plan_or_is_rejected(gate: float, discordance: float) -> No
 @example("x", None, b"-")
 @example('{"value": 1}', None, b"-")
 @example("{}", 0, b"no database")
+@example('{"value": 1}', 3920, b"\x80")
 def test_a_damaged_store_of_responses_is_read_or_rejected(
     folder: Path, value: str, at: int | None, bytes_: bytes
 ) -> None:
@@ -770,14 +772,18 @@ def test_a_damaged_store_of_responses_is_read_or_rejected(
         database.execute("INSERT INTO response VALUES ('key', 0, ?)", (text,))
         database.commit()
     if at is not None:
-        content = file.read_bytes()
-        file.write_bytes(content[:at] + bytes_ + content[at + len(bytes_) :])
+        overwrite(file, at, bytes_)
 
     def find() -> list[Any]:
         with closing(Responses(file)) as store:
             return store.find("key")
 
     outcome(find)
+
+
+def overwrite(file: Path, at: int, bytes_: bytes) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:at] + bytes_ + content[at + len(bytes_) :])
 
 
 # Judges
@@ -809,6 +815,26 @@ def test_a_reply_has_valid_grades_or_none(reply: str) -> None:
         elif grades is not None:
             assert {*grades} == {*rubric.labels}
             assert all(grades[field] in labels for field, labels in rubric.labels.items())
+
+
+@examples(40)
+@given(st.integers(0, 12_287), st.binary(min_size=1, max_size=40))
+@example(0, b"no database")
+@example(3900, b"\x80" * 40)
+def test_a_damaged_store_of_replies_is_read_or_rejected(folder: Path, at: int, bytes_: bytes) -> None:
+    from lceval.judge.replies import Key, Reply, Store
+
+    file, key = fresh(folder / "store") / "replies.sqlite", Key("judge", "", "rj@1", "p", 0)
+    with Store(file) as store:
+        store.put(key, Reply("a reply"))
+    overwrite(file, at, bytes_)
+
+    def reopened() -> Reply | None:
+        with Store(file) as store:
+            store.put(Key("judge", "", "rj@1", "q", 0), Reply("another"))
+            return store.get(key)
+
+    outcome(reopened)
 
 
 COMPLETION: dict[str, Any] = {
