@@ -8,6 +8,7 @@ Each package has the commands of its own; each command imports its heavy depende
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from lceval.analysis.commands import app as analysis
 from lceval.bench.commands import app as bench
 from lceval.core import interrupt
 from lceval.core.credentials import without_secrets
-from lceval.core.errors import LcevalError
+from lceval.core.errors import LcevalError, one_line
 from lceval.core.safe_text import echo, printable
 from lceval.data.commands import app as data
 from lceval.judge.commands import app as judge
@@ -52,6 +53,9 @@ def main() -> None:
 def invoke(argv: list[str]) -> int:
     """Run one command line; returns its exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            # Texts of runs may contain half of a surrogate pair, which no encoding has.
+            sys.stdout.reconfigure(errors="backslashreplace")
         command = typer.main.get_command(app)
         result = command.main(argv or ["--help"], prog_name="lceval", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -79,5 +83,5 @@ def _unexpected(error: Exception) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    echo(printable(f"lceval: error: {without_secrets(message)}"), err=True)
+    echo(printable(f"lceval: error: {one_line(without_secrets(message))}"), err=True)
     return code

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -16,6 +15,7 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.loading import check_folders
 from lceval.models.recipe import Recipe
 
+_GIB = 1e6  # more than any machine has
 CHOICES = {
     "overlong": ("error", "middle", "end", "skip"),
     "attn": attention.CHOICES,
@@ -43,12 +43,12 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     if chunk != "auto" and not _is_count(chunk, least=0):
         raise bad("prefill_chunk", "auto, a number of tokens, or 0")
     gib = arguments.get("prefix_cache_gib", 0)
-    if not isinstance(gib, int | float) or not 0 <= gib < math.inf:
+    if not isinstance(gib, int | float) or not 0 <= gib < _GIB:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
     batch_size = str(arguments.get("batch_size", 1))
     if batch_size.startswith("auto"):
         raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
-    if not batch_size.isdecimal() or int(batch_size) < 1:
+    if not (batch_size.isdecimal() and len(batch_size) < 10 and int(batch_size) > 0):
         raise bad("batch_size", "a number of questions, at least 1")
     if arguments.get("max_length") is not None and not _is_count(arguments["max_length"], least=1):
         raise bad("max_length", "a number of tokens, at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -49,7 +50,10 @@ def loading(part: str = "", **arguments: Any) -> Iterator[None]:
         InfrastructureError: it does not fit into the memory.
     """
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT would leave such weights at their initial values: the base model under the adapter's label.
+            warnings.filterwarnings("error", message=".*Found missing adapter keys")
+            yield
     except LcevalError:
         raise
     except Exception as error:  # transformers, peft and the hub have no common base class

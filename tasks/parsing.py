@@ -11,10 +11,7 @@ from typing import NamedTuple
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _DROP_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-_CLOSED_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL | re.IGNORECASE)
-# A chat template may open the block in the prompt, and a truncated output may never close it.
-_DANGLING_CLOSE = re.compile(r"\A.*</think>", re.DOTALL | re.IGNORECASE)
-_DANGLING_OPEN = re.compile(r"<think>.*\Z", re.DOTALL | re.IGNORECASE)
+_THINK = re.compile(r"(</?think>)", re.IGNORECASE)
 _MARKER = re.compile(r"(?<![A-Za-z0-9])(?:the answer is|answer)[ \t]*[*_]*[ \t]*:", re.IGNORECASE)
 _WRAPPING = " \t\r*_`"
 
@@ -66,9 +63,22 @@ def normalize(text: str) -> str:
 
 
 def without_thinking(text: str) -> str:
-    """Remove `<think>` blocks, including unopened and unclosed ones."""
-    text = _CLOSED_THOUGHT.sub("", text)
-    return _DANGLING_OPEN.sub("", _DANGLING_CLOSE.sub("", text)).strip()
+    """Remove `<think>` blocks, including unopened and unclosed ones.
+
+    A chat template may open the block in the prompt, and a truncated output may never close it.
+    """
+    kept: list[str] = []
+    thinking = False
+    for part in _THINK.split(text):  # texts and tags in turn
+        if part.lower() == "<think>":
+            thinking = True
+        elif part.lower() == "</think>":
+            if not thinking:
+                kept.clear()
+            thinking = False
+        elif not thinking:
+            kept.append(part)
+    return "".join(kept).strip()
 
 
 def extract(text: str) -> Extraction:

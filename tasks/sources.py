@@ -6,6 +6,7 @@ takes precedence, so that they can be used offline.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lceval.tasks.catalogue import Dataset, Hub
 
 DATA_VARIABLE = "LCEVAL_DATA"
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,12 @@ def read_sources(task: str, schemas: Mapping[str, Mapping[str, type]]) -> list[S
 def _read(path: Path, name: str, fields: Mapping[str, type]) -> SourceFile:
     content = path.read_bytes()
     records = [_checked(record, where, fields) for where, record in objects_of(content.split(b"\n"), name)]
+    if _ESCAPED_SURROGATE.search(content):
+        for number, record in enumerate(records, start=1):
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{name} record {number}: a text has half of a surrogate pair.") from None
     if not records:
         raise UserError(f"{name} in {DATA_VARIABLE} is empty: expected one JSON object per line.")
     return SourceFile(name, records, hashlib.sha256(content).hexdigest())

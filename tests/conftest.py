@@ -11,6 +11,7 @@ from typing import Any
 
 import interpreter
 import pytest
+from hypothesis import settings
 
 import lceval.plugin
 from lceval import packaged
@@ -19,6 +20,12 @@ from lceval import packaged
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The installed package does this by its .pth line; a run from the source tree needs it too.
 lceval.plugin.install()
+
+# The same few examples in every run; `pytest tests/unit/test_fuzz.py --hypothesis-profile=many` draws thousands of new
+# ones for each surface.
+settings.register_profile("few", derandomize=True)
+settings.register_profile("many")
+settings.load_profile("few")
 
 # A test that requests one of these loads the packaged model's weights or tokenizer.
 MODEL_FIXTURES = {"smollm2", "lcft_model", "hf", "lcft", "instances"}

@@ -19,7 +19,7 @@ from lceval.training.texts import Texts
 class Section(BaseModel):
     """A section of a recipe; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Model(Section):

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from lceval import packaged
 from lceval.core.errors import UserError
-from lceval.core.io import objects_of, write_text
+from lceval.core.io import decode, objects_of, write_text
 from lceval.tasks import catalogue, contexts
 from lceval.tasks.build import rows_of
 from lceval.tasks.catalogue import Task
@@ -41,7 +41,7 @@ class TrainingRow(Row):
     target: str
 
 
-class Spec(BaseModel, extra="forbid", frozen=True):
+class Spec(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Specification of training rows. Every field changes them.
 
     Attributes:
@@ -61,7 +61,7 @@ class Spec(BaseModel, extra="forbid", frozen=True):
 
     datasets: Annotated[tuple[str, ...], Field(min_length=1)]
     modes: Annotated[tuple[str, ...], Field(min_length=1)] = ("ao",)
-    length_k: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
+    length_k: Annotated[float, Field(gt=0)] = 1
     split: str = "train"
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (1234,)
     questions: int | None = None
@@ -226,7 +226,7 @@ def read(path: Path) -> tuple[dict[str, Any], list[TrainingRow]]:
     """
     try:
         first, _, body = path.read_text(encoding="utf-8").partition("\n")
-        header = json.loads(first)
+        header = decode(first)
         known = isinstance(header, dict) and header.get("format") == FORMAT
     except OSError as error:
         raise UserError(f"cannot read {path} ({error.strerror}): create it with `lceval train data {path}`.") from error

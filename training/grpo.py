@@ -32,7 +32,7 @@ _SAME_NAMES |= {"max_grad_norm", "beta", "epsilon", "epsilon_high", "loss_type",
 """Fields of a recipe that TRL's configuration has under the same name."""
 
 
-class Grpo(BaseModel, extra="forbid", frozen=True):
+class Grpo(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The section `grpo` of a recipe; defaults are the paper's where it states them and one machine allows it.
 
     Attributes:

@@ -26,7 +26,7 @@ FULLY_TRAINED = {"embeddings": "embed", "norms": "norm"}
 """The modules of an option: those with weights of their own and this substring in their name."""
 
 
-class LongLora(BaseModel, extra="forbid", frozen=True):
+class LongLora(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """The section `longlora` of a recipe.
 
     Attributes:

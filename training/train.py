@@ -7,7 +7,6 @@ Rerunning the same recipe resumes from the last checkpoint; a different recipe i
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.core.io import write_json
+from lceval.core.io import read_object, write_json
 from lceval.training import compression_aware, data, precision, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
@@ -128,7 +127,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
     file, values = recipe.output / RECORD, recipe.model_dump(mode="json", exclude={"output", "report_to"})
-    before: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+    before = read_object(file, "choose another folder (--output FOLDER)") if file.is_file() else None
     if before is not None and before["recipe"] != values:
         changed = sorted(key for key, value in values.items() if before["recipe"].get(key) != value)
         raise UserError(

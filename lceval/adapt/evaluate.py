@@ -15,6 +15,7 @@ from typing import Any
 
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.io import read_object
 from lceval.core.safe_text import echo
 from lceval.core.text_tables import pipe
 from lceval.records.results import read_runs
@@ -71,7 +72,7 @@ def _record(adapter: Path) -> dict[str, Any]:
         raise UserError(
             f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train"
         )
-    record: dict[str, Any] = json.loads(file.read_text())
+    record = read_object(file, "pass the output folder of lceval train")
     if record["status"] != "finished":
         raise UserError(f"{adapter} is not finished: rerun the same `lceval train` command to resume it")
     return record

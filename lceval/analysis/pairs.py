@@ -99,12 +99,14 @@ def _settings(run: Run) -> Mapping[str, Any]:
 def unique_names(ids: Iterable[str]) -> list[str]:
     """A unique name per sample: its id, or `id#2` for the second with that id."""
     names: dict[str, None] = {}
+    occurrences: dict[str, int] = {}
     for id_ in ids:
-        name, occurrence = id_, 1
+        name, occurrence = id_, occurrences.get(id_, 1)
         while name in names:
             occurrence += 1
             name = f"{id_}#{occurrence}"
         names[name] = None
+        occurrences[id_] = occurrence
     return list(names)
 
 

@@ -11,6 +11,66 @@ from typing import IO, Any
 
 from lceval.core.errors import UserError
 
+# Half of a surrogate pair, as a truncated answer may end with, becomes \ud83d: the same text in JSON.
+_HALF_PAIRS = "backslashreplace"
+MOST_LEVELS = 100
+"""Maximum nesting of JSON that is read: Python's stack ends at about 1,000, in what is called with the value."""
+
+
+def decode(text: str | bytes) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: not JSON, or nested deeper than `MOST_LEVELS`.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MOST_LEVELS} levels") from None
+    level, levels = [value], 0
+    while level := [
+        child
+        for node in level
+        if isinstance(node, dict | list)
+        for child in (node.values() if isinstance(node, dict) else node)
+    ]:
+        levels += 1
+        if levels > MOST_LEVELS:
+            raise ValueError(f"nested deeper than {MOST_LEVELS} levels")
+    return value
+
+
+def read_text(file: Path) -> str:
+    """The text of a file, without a byte order mark.
+
+    Raises:
+        UserError: an unreadable file, or one that is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not a text in UTF-8 ({error})") from None
+
+
+def read_object(file: Path, advice: str) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Args:
+        advice: what to do about a damaged file, for the error.
+
+    Raises:
+        UserError: an unreadable file, or one that is not a JSON object.
+    """
+    try:
+        value = decode(read_text(file))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); {advice}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}; {advice}")
+    return value
+
 
 def read_objects(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON Lines file, one in memory at a time, each with its place (`FILE line N`).
@@ -44,7 +104,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
     import jsonlines
 
     try:
-        value: dict[str, Any] = jsonlines.Reader([line], loads=json.loads).read(type=dict)
+        value: dict[str, Any] = jsonlines.Reader([line], loads=decode).read(type=dict)
     except jsonlines.InvalidLineError as error:
         reason = error.__cause__ or "another type"
         raise UserError(f"{where} is not a JSON object ({reason!s:.80}): expected one per line") from error
@@ -54,7 +114,7 @@ def parse_object(line: bytes, where: str) -> dict[str, Any]:
 def write_text(file: Path, text: str) -> None:
     """Write a file atomically; its folder exists."""
     with replacing(file) as out:
-        out.write(text.encode())
+        out.write(text.encode(errors=_HALF_PAIRS))
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -70,10 +130,7 @@ def write_objects(file: Path, objects: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _encoded(value: Mapping[str, Any], indent: int | None = None) -> bytes:
-    try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as a truncated answer may end with
-        return json.dumps(value, indent=indent, default=str).encode()
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=str).encode(errors=_HALF_PAIRS)
 
 
 @contextmanager

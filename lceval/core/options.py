@@ -26,7 +26,8 @@ def key_values(texts: list[str]) -> dict[str, str | int]:
         key, separator, value = text.partition("=")
         if not (key and separator):
             raise UserError(f"--metadata {text!r}: expected KEY=VALUE")
-        metadata[key] = int(value) if value.isdecimal() else value
+        # Python refuses to parse thousands of digits.
+        metadata[key] = int(value) if value.isdecimal() and len(value) < 20 else value
     return metadata
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from importlib.resources import files
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -13,8 +17,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from lceval.core.errors import UserError
+from lceval.core.io import MOST_LEVELS, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
+_INTEGER_BITS = 63
 
 
 def shipped(package: str) -> list[str]:
@@ -42,13 +48,13 @@ def read(
     Raises:
         UserError: no such file or name, invalid YAML, or the first invalid key.
     """
-    if Path(source).is_file():
-        text = Path(source).read_text(encoding="utf-8")
+    if os.path.isfile(source):
+        text = read_text(Path(source))
     elif str(source) in shipped(package):
         text = (files(package) / f"{source}.yaml").read_text(encoding="utf-8")
     else:
         raise UserError(f"no {what} {str(source)!r}: expected a YAML file or one of {', '.join(shipped(package))}")
-    values = _yaml(text, str(source)) or {}
+    values = load(text, str(source)) or {}
     if isinstance(values, dict):
         values = {**(defaults or {}), **values}
         for override in overrides:
@@ -82,14 +88,38 @@ def parse(model: type[Model], values: Any, source: str, overridden: Sequence[str
             hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
             raise UserError(f"{place}: unknown key; {hint}") from None
         message = first["msg"].lower().removeprefix("value error, ")
-        raise UserError(f"{place}: {message} (got {first['input']!r:.60})") from None
+        # reprlib, because the aliases of a short text can describe a value without end.
+        raise UserError(f"{place}: {message} (got {reprlib.repr(first['input']):.60})") from None
 
 
-def _yaml(text: str, source: str) -> Any:
+def load(text: str, source: str) -> Any:
+    """The value of a YAML text, of plain types.
+
+    Raises:
+        UserError: invalid YAML, or a value that is too large.
+    """
+    # Also in quotes, where nobody leaves a hundred open. The parser needs a minute for 100 kB of them.
+    brackets = accumulate(1 if bracket in "[{" else -1 for bracket in re.findall(r"[\[\]{}]", text))
+    if max(brackets, default=0) > MOST_LEVELS:
+        raise UserError(f"{source}: invalid YAML (nested deeper than {MOST_LEVELS} levels)")
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{source}: invalid YAML ({' '.join(str(error).split())})") from None
+        value = yaml.safe_load(text)
+    except Exception as error:  # also RecursionError, and whatever the value of a tag such as !!int raises
+        raise UserError(f"{source}: invalid YAML ({error})") from None
+    if any(isinstance(one, int) and one.bit_length() > _INTEGER_BITS for one in _values(value)):
+        raise UserError(f"{source}: invalid YAML (an integer has more than {_INTEGER_BITS} bits)")
+    return value
+
+
+def _values(value: Any) -> Iterator[Any]:
+    """A value and all inside of it, each object once: aliases may repeat it, or contain itself."""
+    waiting, seen = [value], set[int]()
+    while waiting:
+        one = waiting.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            waiting += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -101,7 +131,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values.get(section), dict):
             values[section] = {}
         values = values[section]
-    value = _yaml(text, f"--set {override}")
+    value = load(text, f"--set {override}")
     if isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
         with suppress(ValueError):
             value = float(value)

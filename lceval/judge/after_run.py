@@ -63,7 +63,7 @@ def _samples(file: Path, rubric: str) -> Iterator[scores.JudgedSample]:
             continue
         try:
             yield scores.sample_of(row, rubric)
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: not a sample of an lceval task ({error!r:.80})") from None
 
 

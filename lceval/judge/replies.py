@@ -54,14 +54,22 @@ def alone(path: Path, judge: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process has the lock, and `wait` is not set.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
-    with lock.open("w") as opened:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opened = lock.open("w")
+    except OSError as error:
+        raise _unusable(path, error) from None
+    with opened:
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(f"another process uses {judge}: wait for it, or pass another file with --replies") from None
         yield
+
+
+def _unusable(path: Path, error: Exception) -> InfrastructureError:
+    return InfrastructureError(f"cannot store replies in {path}: {error}; set LCEVAL_CACHE to another folder")
 
 
 class Store:
@@ -78,15 +86,13 @@ class Store:
                 "PRIMARY KEY (judge, revision, rubric, prompt, repeat))"
             )
             self._db.commit()
-        except (OSError, sqlite3.Error) as error:
-            raise InfrastructureError(
-                f"cannot store replies in {path}: {error}; set LCEVAL_CACHE to another folder"
-            ) from None
-        self._lock = threading.Lock()
+        except (OSError, sqlite3.Error, ValueError) as error:  # a name in a damaged file is not UTF-8
+            raise _unusable(path, error) from None
+        self._path, self._lock = path, threading.Lock()
 
     def get(self, key: Key) -> Reply | None:
         """The reply stored under a key, or None."""
-        with self._lock:
+        with self._locked():
             row = self._db.execute(
                 "SELECT text, tokens_in, tokens_out, served, cut FROM reply "
                 "WHERE judge = ? AND revision = ? AND rubric = ? AND prompt = ? AND repeat = ?",
@@ -96,12 +102,20 @@ class Store:
 
     def put(self, key: Key, reply: Reply) -> None:
         """Store a reply, unless its key exists."""
-        with self._lock:
+        with self._locked():
             self._db.execute(
                 "INSERT OR IGNORE INTO reply VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (*astuple(key), *astuple(reply)),
             )
             self._db.commit()
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except (sqlite3.Error, ValueError) as error:  # a damaged file, or a full disk
+            raise _unusable(self._path, error) from None
 
     def __enter__(self) -> Store:
         return self

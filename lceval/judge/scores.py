@@ -15,6 +15,7 @@ from typing import Any
 from lceval.judge.client import Verdict
 from lceval.judge.rubrics import Case, Label, Rubric
 from lceval.judge.verdicts import RATING
+from lceval.records.results import number
 from lceval.stats.estimates import mean_of
 from lceval.tasks import catalogue
 from lceval.tasks.mc.letters import gold_letters
@@ -169,13 +170,12 @@ def sample_of(row: Mapping[str, Any], rubric: str) -> JudgedSample:
     """The sample of a samples-file line, or of an lm-eval sample."""
     doc = row["doc"]
     kv = row.get("kv")
-    subem = row.get("subem")
     return JudgedSample(
         doc_id=row.get("doc_id"),
         id=str(doc["id"]),
         cluster=str(doc["cluster"]),
         case=case(doc, str(row["filtered_resps"][0]), documents=rubric == RUBRIC),
-        subem=float(subem) if isinstance(subem, int | float) else None,
+        subem=number(row.get("subem")),
         letters=tuple(gold_letters(doc)) if rubric == "choice" else (),
         failed=isinstance(kv, dict) and kv.get("status") == "error",
         strata={name: str(doc[name]) for name in ("level", "set") if name in doc} if rubric == "loong" else {},
@@ -189,6 +189,9 @@ def case(row: Mapping[str, Any], output: str, *, documents: bool = True) -> Case
         documents: whether to include the gold documents, with their numbers in the prompt.
     """
     golds = tuple(sorted(gold_places(row))) if documents else ()
+    for text in (row["question"], *row["answers"], *(row.get("choices") or ())):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r:.40} is not a text")
     return Case(
         question=row["question"],
         gold=tuple(row["answers"]),

@@ -11,7 +11,7 @@ from lceval.judge.rubrics import Label, Rubric
 from lceval.tasks.parsing import without_thinking
 
 RATING = "rating"
-_NUMBER = r"(\d*\.?\d+)"
+_NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 _AFTER_WORD = re.compile(rf"rating[\s:*_]*\[{{1,2}}{_NUMBER}\]{{1,2}}", re.IGNORECASE)
 _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
 
@@ -47,8 +47,8 @@ def parse_rating(text: str) -> float | None:
 
 
 def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    decoder, place = json.JSONDecoder(), text.find("{")
-    while place >= 0:
+    decoder, place, last = json.JSONDecoder(), text.find("{"), text.rfind("}")
+    while 0 <= place < last:
         try:
             value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):

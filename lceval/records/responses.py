@@ -18,6 +18,7 @@ from typing import Any
 
 from lceval.core.answers import Score, Text
 from lceval.core.errors import InfrastructureError
+from lceval.core.io import decode
 
 METHODS = ("generate_until", "loglikelihood", "loglikelihood_rolling")
 
@@ -83,7 +84,7 @@ class Responses:
             raise InfrastructureError(
                 f"cannot store answers in {self._path} ({error}): those so far are kept; free the disk and rerun"
             ) from error
-        except (sqlite3.DatabaseError, ValueError) as error:
+        except (sqlite3.Error, ValueError, KeyError, TypeError) as error:  # of its bytes, or of a stored value
             raise InfrastructureError(f"{self._path} is damaged ({error}): delete it to answer again") from error
 
     def serve(self, method: str, original: Callable[..., list[Any]], requests: list[Any], **options: Any) -> list[Any]:
@@ -121,16 +122,19 @@ class Responses:
 
 def _key(method: str, args: Iterable[Any]) -> str:
     text = json.dumps([method, *args], sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def _encode(response: Any) -> str:
-    return json.dumps({"value": response, "meta": getattr(response, "meta", None)}, ensure_ascii=False)
+    return json.dumps({"value": response, "meta": getattr(response, "meta", None)})
 
 
 def _decode(text: str) -> Any:
-    stored = json.loads(text)
+    stored = decode(text)
     value, meta = stored["value"], stored["meta"]
+    kinds = (str, list, float, int) if meta is None else (str, list)
+    if not isinstance(value, kinds) or not isinstance(meta, dict | None):
+        raise TypeError("a response of another type")
     if isinstance(value, list):
         return tuple(value) if meta is None else Score(value, meta)
-    return value if meta is None else Text(value, meta)
+    return value if meta is None else Text(str(value), meta)

@@ -8,7 +8,7 @@ interval needs every sample with its cluster.
 """
 
 import json
-import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +18,13 @@ from typing import Any
 
 from lceval.core.answers import DIAGNOSES
 from lceval.core.errors import UserError
-from lceval.core.io import read_objects
+from lceval.core.io import read_object, read_objects
 from lceval.core.paths import not_a_link, plain_name
 
 # lm-eval logs these among the metrics; none of them is a score. `bypass` is that of --predict_only.
 TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", "bypass", *DIAGNOSES})
+LARGEST = 1e100
+"""Largest size of a number that counts: the sums of squares of those below it are finite."""
 LEVELS = 2
 """Maximum depth of runs in a folder of runs: `sweep/run` or `sweep/group/run`."""
 
@@ -133,8 +135,8 @@ def read_folder(path: Path) -> tuple[Run, ...]:
     Raises:
         UserError: No such folder, no results, no samples, or a malformed file.
     """
-    if not path.is_dir():
-        problem = "not a folder" if path.exists() else "no such folder"
+    if not os.path.isdir(path):
+        problem = "not a folder" if os.path.exists(path) else "no such folder"
         raise UserError(f"{path}: {problem}; pass a run folder or the --output_path of an evaluation")
     if _is_one(path):
         return _read_one(path, path.resolve().name)
@@ -227,7 +229,7 @@ def _read_tasks(results_file: Path, results: Mapping[str, Any], finished: bool) 
     for task in dict.fromkeys((*_mapping(results.get("n-samples")), *configs)):
         name = f"samples_{plain_name(task, f'{results_file}: task')}_{_date(results_file)}.jsonl"
         file = not_a_link(results_file.parent / name)
-        if file.is_file():
+        if os.path.isfile(file):  # Path.is_file raises for a name that is too long
             yield _read_task(task, file, results)
         elif finished:
             raise UserError(f"{results_file}: no samples of task {task} beside it; run with --log_samples")
@@ -268,16 +270,16 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
 
 def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:
     """The headline metric: the declared one, else the first numeric per-sample metric."""
-    logged = [metric for row in rows for metric in row.get("metrics") or []]
-    if logged and set(logged) == {"bypass"}:
+    logged = [metric for row in rows for metric in _list(row.get("metrics"))]
+    if logged and all(metric == "bypass" for metric in logged):
         return None
     declared = _mapping(config.get("metadata")).get("headline")
     if isinstance(declared, str):
         return declared
-    listed = [entry.get("metric") for entry in config.get("metric_list") or [] if isinstance(entry, dict)]
-    for metric in dict.fromkeys([*listed, *logged]):
+    listed = [entry.get("metric") for entry in _list(config.get("metric_list")) if isinstance(entry, dict)]
+    for metric in dict.fromkeys(metric for metric in [*listed, *logged] if isinstance(metric, str)):
         if metric not in TELEMETRY and any(isinstance(row.get(metric), int | float) for row in rows):
-            return str(metric)
+            return metric
     return None
 
 
@@ -286,7 +288,7 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
     doc = _mapping(row.get("doc"))
     kv = _mapping(row.get("kv"))
     name, cluster = doc.get("id"), doc.get("cluster")
-    score = _number(row.get(headline)) if headline else None
+    score = number(row.get(headline)) if headline else None
     status = str(kv.get("status", "ok"))
     if status == "error" or (headline and score is None):
         score, status = None, "error"
@@ -312,19 +314,18 @@ def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
 
 
 def _logged(row: Mapping[str, Any]) -> list[str]:
-    names = row.get("metrics")
-    return [str(name) for name in names if name not in TELEMETRY] if isinstance(names, list) else []
+    return [name for name in _list(row.get("metrics")) if isinstance(name, str) and name not in TELEMETRY]
 
 
 def _numbers(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, float]:
-    return {name: value for name in names if (value := _number(row.get(name))) is not None}
+    return {name: value for name in names if (value := number(row.get(name))) is not None}
 
 
 def _unjudged(row: Mapping[str, Any], status: str) -> bool | None:
     if verdict := _mapping(row.get("verdict")):
         return verdict.get("status") == "unjudged"
     judged = [name for name in _logged(row) if name == "judged" or name.startswith("judge_")]
-    return (status != "error" and any(_number(row.get(name)) is None for name in judged)) if judged else None
+    return (status != "error" and any(number(row.get(name)) is None for name in judged)) if judged else None
 
 
 def _answer(responses: object) -> str:
@@ -363,27 +364,26 @@ def _date(results_file: Path) -> str:
 
 
 def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        value = json.loads(not_a_link(file).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); run the evaluation again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(not_a_link(file), "run the evaluation again")
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(value: object) -> float | None:
-    """A finite number, or None."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def number(value: object) -> float | None:
+    """A number up to `LARGEST` in size; None for anything else."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None
 
 
 def _count(value: object) -> int | None:
-    number = _number(value)
-    return None if number is None else int(number)
+    """A whole number from 0, or None."""
+    size = number(value)
+    return None if size is None or size < 0 else int(size)
 
 
 def _text(value: object) -> str | None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import lceval
+from lceval.core import yaml_config
 from lceval.core.credentials import refuse_secrets
 from lceval.core.errors import UserError
+from lceval.core.io import read_text
 from lceval.core.paths import plain_name
 from lceval.runs import foreign_code
 
@@ -29,6 +33,11 @@ UNSUPPORTED = {
     "trackio_args": "use lm_eval to log to it",
     "hf_hub_log_args": "use lm_eval to log to it",
 }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see lceval run --help)")
 
 
 def configure(argv: Sequence[str]) -> Any:
@@ -47,10 +56,14 @@ def configure(argv: Sequence[str]) -> Any:
     from lm_eval.config.evaluate_config import EvaluatorConfig
     from lm_eval.utils import setup_logging
 
-    parser = argparse.ArgumentParser(prog="lceval")
+    parser = _Parser(prog="lceval")
     Run(parser.add_subparsers())
     lm_eval_flags = [flag for flag in argv if flag not in foreign_code.FLAGS]
-    flags = {k: v for k, v in vars(parser.parse_args(["run", *lm_eval_flags])).items() if k not in ("command", "func")}
+    try:
+        parsed = vars(parser.parse_args(["run", *lm_eval_flags]))
+    except (TypeError, ValueError, RecursionError, MemoryError) as error:  # of values that lm-eval evaluates as Python
+        raise UserError(f"bad value of an option ({error!r}); see lceval run --help") from None
+    flags = {k: v for k, v in parsed.items() if k not in ("command", "func")}
     given = {**_config_file(flags.get("config")), **{k: v for k, v in flags.items() if v is not None}}
     template = given.get("apply_chat_template")
     if template in ("false", "none"):
@@ -66,8 +79,9 @@ def configure(argv: Sequence[str]) -> Any:
         with _without_warnings():
             config = EvaluatorConfig(**{**asdict(EvaluatorConfig()), **given, "log_samples": True})
             config._configure()
-    except (ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
+    except (ArithmeticError, ValueError, TypeError, OSError, RecursionError) as error:
+        raise UserError(error) from None
+    _check_values(config)
     for option in ("model_args", "gen_kwargs", "metadata"):
         refuse_secrets(option, getattr(config, option))
     if isinstance(config.tasks, str):
@@ -104,6 +118,22 @@ def _check_lcft(config: Any, given: Mapping[str, Any]) -> None:
     arguments.check_mode(kv, bool(config.model_args.get("query_aware", False)))
 
 
+def _check_values(config: Any) -> None:
+    """Check what lm-eval does not, and would fail on while it runs."""
+    from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+
+    if config.limit is not None and not 0 < config.limit < math.inf:
+        raise UserError(f"--limit {config.limit}: expected a number of samples, or a share of them below 1")
+    if any(seed is not None and not 0 <= seed < 2**32 for seed in config.seed or ()):
+        raise UserError(f"--seed {config.seed}: expected numbers from 0 to 2**32 - 1, or None")
+    try:
+        TypeAdapter(dict[str, list[NonNegativeInt]] | None).validate_python(config.samples, strict=True)
+    except ValidationError:
+        raise UserError(
+            f'--samples {reprlib.repr(config.samples)}: expected {{"TASK": [INDEX, ...], ...}} in JSON, or its file'
+        ) from None
+
+
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Without lm-eval's warning that --limit is for testing: it precedes every error of such a run."""
@@ -123,10 +153,11 @@ def _config_file(name: str | None) -> dict[str, Any]:
     from lm_eval.config.evaluate_config import DICT_KEYS, EvaluatorConfig
     from pydantic import TypeAdapter, ValidationError
 
-    try:
-        values: dict[str, Any] = EvaluatorConfig.load_yaml_config(name)
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(" ".join(str(error).split())) from None
+    if not os.path.isfile(name):
+        raise UserError(f"--config {name}: no such file")
+    values = yaml_config.load(read_text(Path(name)), name)
+    if not isinstance(values, dict):
+        raise UserError(f"{name}: expected keys such as model and tasks, got {type(values).__name__}")
     types = get_type_hints(EvaluatorConfig)
     for key, value in values.items():
         if key not in types:
@@ -138,7 +169,7 @@ def _config_file(name: str | None) -> dict[str, Any]:
             TypeAdapter(expected | None).validate_python(value, strict=True)
         except ValidationError:
             kind = getattr(expected, "__name__", str(expected)).replace("None", "null")
-            raise UserError(f"{name}: bad {key}={value!r}: expected {kind}") from None
+            raise UserError(f"{name}: bad {key}={reprlib.repr(value)}: expected {kind}") from None
     return values
 
 

@@ -7,7 +7,6 @@ lm-eval's results_*.json and samples_*.jsonl.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.core.io import write_json
+from lceval.core.io import read_object, write_json
 from lceval.core.safe_text import echo
 from lceval.records import identity
 from lceval.runs import foreign_code, inputs
@@ -172,7 +171,14 @@ def _sources(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     file = folder / RUN
-    return json.loads(file.read_text()) if file.is_file() else None
+    if not file.is_file():
+        return None
+    advice = "choose another --output_path"
+    record = read_object(file, advice)
+    expected = {"status": str, "identity": dict, **({"samples": int} if record.get("status") == FINISHED else {})}
+    if wrong := [key for key, kind in expected.items() if not isinstance(record.get(key), kind)]:
+        raise UserError(f"{file}: damaged or of another program ({wrong[0]}={record.get(wrong[0])!r:.60}): {advice}")
+    return record
 
 
 @contextmanager

@@ -169,6 +169,8 @@ def _ratio(strata: Sequence[Stratum], draws: NDArray[Any] | None) -> Estimate:
     if reference == 0 or any(min(*s.ours, *s.theirs) < 0 for s in strata):
         return Estimate(None)
     value = math.fsum(s.weight * math.fsum(s.ours) / len(s.ours) for s in strata) / reference
+    if not math.isfinite(value):
+        return Estimate(None)
     if draws is None:
         return Estimate(value)
     ours, theirs = draws.T

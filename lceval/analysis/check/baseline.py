@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
 from lceval.analysis.pairs import unique_names
 from lceval.core.answers import DIAGNOSES
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.core.io import write_text
-from lceval.records.results import TELEMETRY, Run, Sample, read_runs
+from lceval.core.io import read_object, write_text
+from lceval.records.results import LARGEST, TELEMETRY, Run, Sample, read_runs
 
 # Diagnoses available as gate metrics: whether higher is better.
 GATED = {"gold_nll": False, "gold_kept": True, "ndcg10": True}
@@ -26,7 +27,7 @@ assert set(GATED) == set(DIAGNOSES)
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 NO_ANSWER = _digest("")
@@ -43,7 +44,7 @@ class Item(_Strict):
     cluster: str
     prompt: str
     answer: str
-    values: dict[str, FiniteFloat]
+    values: dict[str, Annotated[FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]]
 
 
 class BaselineTask(_Strict):
@@ -55,7 +56,7 @@ class BaselineTask(_Strict):
     filter: str | None
     lower_is_better: list[str]
     sources: list[str]
-    samples: list[Item]
+    samples: list[Item] = Field(min_length=1)
 
 
 class Baseline(_Strict):
@@ -73,7 +74,7 @@ class Baseline(_Strict):
     recipe: str
     fingerprint: str | None
     template: str
-    tasks: list[BaselineTask]
+    tasks: list[BaselineTask] = Field(min_length=1)
 
 
 def read(path: Path) -> tuple[Baseline, Run | None]:
@@ -83,7 +84,7 @@ def read(path: Path) -> tuple[Baseline, Run | None]:
         UserError: no such path, not a baseline, or a folder without exactly one run.
         InfrastructureError: an unfinished run.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return _read_file(path), None
     runs = read_runs([path])
     if len(runs) != 1:
@@ -160,13 +161,8 @@ def write(path: Path, run: Path) -> Baseline:
 
 
 def _read_file(path: Path) -> Baseline:
-    try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(
-            f"{path}: not valid JSON ({error}); pass a run folder, or create it with --write-baseline"
-        ) from None
-    if not isinstance(data, dict) or data.get("format") != "lceval-baseline":
+    data = read_object(path, "pass a run folder, or create it with --write-baseline")
+    if data.get("format") != "lceval-baseline":
         raise UserError(f"{path}: not a baseline; pass a run folder, or a file created with --write-baseline")
     if data.get("format_version") != 1:
         raise UserError(

@@ -74,6 +74,6 @@ def _count(runs: Sequence[Path], allowed: tuple[int, ...], message: str) -> Sequ
 
 def _write(file: Path, text: str) -> None:
     try:
-        file.write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write {file}: {error.strerror}") from None

@@ -20,6 +20,8 @@ from lceval.core.errors import UserError
 from lceval.stats.paired import LEVEL
 
 POWER = 0.80
+SMALLEST = 1e-6
+"""Smallest gate with a plan: it takes a million clusters."""
 _Z = NormalDist().inv_cdf(LEVEL) + NormalDist().inv_cdf(POWER)
 
 
@@ -57,8 +59,10 @@ def plan(gate: float, discordance: float, base: Baseline | None = None) -> Sampl
         UserError: a gate outside (0, 1), a discordance below the gate, or a gate below the drop that BASE detects
             with independent samples.
     """
-    if not 0 < gate < 1:
-        raise UserError(f"--gate {gate}: a plan assumes scores of 0 or 1; expected a number between 0 and 1")
+    if not SMALLEST <= gate < 1:
+        raise UserError(
+            f"--gate {gate}: a plan assumes scores of 0 or 1; expected a number between 0 and 1, at least {SMALLEST:g}"
+        )
     if not gate <= discordance <= 1:
         raise UserError(
             f"--discordance {discordance}: the share of samples whose score changes; expected from --gate {gate} to 1"

@@ -82,11 +82,12 @@ def _hash(script: str) -> str:
 
 
 def _check_writable(html: Path) -> None:
-    if html.is_dir():
+    # os.path, because the methods of Path raise for a name that is too long.
+    if os.path.isdir(html):
         raise UserError(f"--output {html}: is a folder; pass a file, for example {html / 'report.html'}")
-    if not html.parent.is_dir():
+    if not os.path.isdir(html.parent):
         raise UserError(f"--output {html}: no folder {html.parent}; create it first")
-    if html.exists():
+    if os.path.exists(html):
         with html.open("rb") as file:
             if file.readline().strip() != MARKER.encode():
                 raise UserError(f"--output {html}: not an lceval report; choose another name")

@@ -102,7 +102,7 @@ def _lines(task: TaskResult) -> Iterator[Mapping[str, Any]]:
     """The lines of the samples file in the order of `task.samples`, one in memory at a time."""
     if task.file is None:
         return
-    yield from (row for _, row in read_objects(task.file) if row.get("filter", "none") == task.filters[0])
+    yield from (row for _, row in read_objects(task.file) if str(row.get("filter", "none")) == task.filters[0])
 
 
 def _prompt(line: Mapping[str, Any]) -> str:
@@ -134,11 +134,11 @@ def _telemetry(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def _kept_tokens(layers: object) -> str | None:
-    if not isinstance(layers, list) or not all(
-        isinstance(layer, dict) and {"min", "max"} <= {*layer} for layer in layers
-    ):
+    if not isinstance(layers, list) or not layers:
         return None
-    if not layers:
+    if not all(
+        isinstance(layer, dict) and isinstance(layer.get(key), int) for layer in layers for key in ("min", "max")
+    ):
         return None
     least, most = min(layer["min"] for layer in layers), max(layer["max"] for layer in layers)
     span = f"{least}" if least == most else f"{least} to {most}"

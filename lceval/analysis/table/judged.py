@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lceval.core.io import read_objects
 from lceval.core.paths import not_a_link
-from lceval.records.results import TaskResult
+from lceval.records.results import TaskResult, number
 
 # Output formats whose tasks need a judge for a complete score.
 _JUDGED_FORMATS = ("rj", "judged")
@@ -42,9 +43,8 @@ def judged(task: TaskResult) -> Judged:
     values: dict[str, list[float]] = {}
     for line in lines:
         for name, value in line.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if number and name not in _NO_METRIC:
-                values.setdefault(name, []).append(float(value))
+            if name not in _NO_METRIC and not isinstance(value, bool) and (known := number(value)) is not None:
+                values.setdefault(name, []).append(known)
     return Judged(
         unjudged=sum(line.get("status") == "unjudged" for line in lines),
         judge=_name(lines),
@@ -75,7 +75,7 @@ def _verdict_file(task: TaskResult) -> list[dict[str, Any]] | None:
     if task.file is None:
         return None
     file = not_a_link(task.file.parent / f"judged_{task.task}.jsonl")
-    if not file.is_file():
+    if not os.path.isfile(file):
         return None
     lines = [line for _, line in read_objects(file)]
     if [str(line.get("id")) for line in lines] != [sample.id for sample in task.samples]:

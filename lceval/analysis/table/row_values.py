@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lceval.analysis.pairs import FULL, Result, counted, diagnosis_stratum, score_stratum
 from lceval.analysis.table.judged import is_judges, judged
 from lceval.core.answers import DIAGNOSES
-from lceval.records.results import Run, Sample, TaskResult, model_args
+from lceval.records.results import Run, Sample, TaskResult, model_args, number
 from lceval.stats.estimates import Estimate, against, difference, mean
 
 By = Literal["task", "suite", "length"]
@@ -156,7 +156,7 @@ def place(task: str) -> Row:
         if known := catalogue.tasks().get(task):
             of = known.dataset
             return {"suite": of.suite, "dataset": of.dataset, "mode": known.mode, "length_k": known.length_k}
-    length = re.search(r"(?:^|_)(\d+)k(?:_|$)", task)
+    length = re.search(r"(?:^|_)(\d{1,6})k(?:_|$)", task)
     return {"length_k": int(length[1]) if length else None}
 
 
@@ -242,13 +242,12 @@ def _rate(samples: Sequence[Sample], tokens_key: str, seconds_key: str) -> float
     """Total tokens / total seconds, over samples where both are measured and nonzero."""
     pairs = [(_measured(sample, tokens_key), _measured(sample, seconds_key)) for sample in samples]
     pairs = [(tokens, seconds) for tokens, seconds in pairs if tokens and seconds]
-    return math.fsum(t for t, _ in pairs) / math.fsum(s for _, s in pairs) if pairs else None
+    return _defined(math.fsum(t for t, _ in pairs) / math.fsum(s for _, s in pairs)) if pairs else None
 
 
 def _measured(sample: Sample, key: str) -> float:
     """A positive finite number from the telemetry, or 0."""
-    value = sample.kv.get(key)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) and value > 0 else 0.0
+    return max(number(sample.kv.get(key)) or 0.0, 0.0)
 
 
 def _truncated(samples: Sequence[Sample]) -> int | None:

@@ -83,8 +83,11 @@ class EndpointJudge:
         try:
             completion = self._client.chat.completions.create(**arguments)
             choice, usage = completion.choices[0], completion.usage
-            text, model = choice.message.content or "", completion.model or ""
-            fingerprint = getattr(completion, "system_fingerprint", None) or ""
+            text = _text(choice.message.content)
+            served = " ".join(
+                filter(None, map(_text, (completion.model, getattr(completion, "system_fingerprint", None))))
+            )
+            counted = (_count(usage.prompt_tokens), _count(usage.completion_tokens)) if usage else (0, 0)
             cut = choice.finish_reason == "length"
         except errors.BadRequestError:
             raise
@@ -103,8 +106,6 @@ class EndpointJudge:
             raise TryAgainError("no connection") from None
         except Exception as error:  # a truncated body, invalid JSON, or a different schema
             raise TryAgainError(f"not a chat completion ({type(error).__name__})") from None
-        served = " ".join(filter(None, (model, fingerprint)))
-        counted = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
         return Reply(self._clean(text), *counted, served=self._clean(served), cut=cut)
 
     def _reason(self, error: Exception) -> str:
@@ -114,6 +115,22 @@ class EndpointJudge:
 
     def _clean(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
+
+
+def _text(value: object) -> str:
+    """A text of a completion, which the client does not validate; half of a surrogate pair becomes "?".
+
+    Raises:
+        TypeError: neither a text nor null.
+    """
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"a {type(value).__name__} instead of a text")
+    return (value or "").encode(errors="replace").decode()
+
+
+def _count(value: object) -> int:
+    """A number of tokens; 0 if it is unknown."""
+    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
 
 
 def _seconds(headers: Any) -> float | None:

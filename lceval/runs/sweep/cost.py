@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lceval.core.io import read_objects
+from lceval.records.results import number
 from lceval.runs.sweep.plan import Cell, SweepPlan
 
 # Seconds per token of the packaged model: 135M parameters in float32 on two cores, with `diagnose=gold`.
@@ -115,7 +116,7 @@ def _telemetry(folder: Path) -> list[dict[str, Any]]:
 
 
 def _total(samples: Sequence[dict[str, Any]], key: str) -> float:
-    return float(sum(kv.get(key, 0) for kv in samples))
+    return sum(max(number(kv.get(key)) or 0.0, 0.0) for kv in samples)
 
 
 def _questions(cell: Cell) -> int:

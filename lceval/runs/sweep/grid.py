@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Grid(BaseModel):
         gen_kwargs: generation arguments that override the tasks', e.g. `max_gen_toks: 16`.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     models: list[str] = Field(min_length=1)
     adapters: list[str | None] = [None]
@@ -57,7 +58,7 @@ def read(file: Path | None, preset: str | None, overrides: Sequence[str] = ()) -
     """
     if (file is None) == (preset is None):
         raise UserError(f"expected either a grid file or --preset ({', '.join(presets())})")
-    if file is not None and not file.is_file():
+    if file is not None and not os.path.isfile(file):
         raise UserError(f"{file}: no such file; docs/sweep.md has an example")
     if preset is not None and preset not in presets():
         raise UserError(f"no preset {preset!r}: one of {', '.join(presets())}")

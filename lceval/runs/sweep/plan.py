@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from itertools import product
 from pathlib import Path
 
 from lceval.core.errors import UserError
+from lceval.core.io import read_object
 from lceval.runs.sweep.grid import Grid
+
+MOST_CELLS = 10_000
+_NAME_CHARACTERS = 200  # of a folder's name, which file systems limit to 255 bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Cell:
         parts = [self.model.rstrip("/").rsplit("/", 1)[-1], *([Path(self.adapter).name] if self.adapter else [])]
         readable = "_".join([*parts, self.task, *values, self.recipe])
         digest = hashlib.sha256(json.dumps(self.argv(Path()), sort_keys=True).encode()).hexdigest()[:6]
-        return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', readable)}_{digest}"
+        return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', readable)[:_NAME_CHARACTERS]}_{digest}"
 
     def argv(self, folder: Path) -> list[str]:
         """The arguments of `lceval run` for the same run."""
@@ -98,6 +103,10 @@ def plan(grid: Grid) -> SweepPlan:
 
     recipes = [str(recipe.parse(text)) for text in grid.recipes]
     names, na = _tasks(grid)
+    axes = (grid.models, grid.adapters, names, grid.contexts, grid.seeds, recipes)
+    count = math.prod(len(axis) for axis in axes)
+    if count > MOST_CELLS:
+        raise UserError(f"the grid has {count:,} cells, more than {MOST_CELLS:,}: split it into several grids")
     cells = []
     for model, adapter, name, context, seed in product(grid.models, grid.adapters, names, grid.contexts, grid.seeds):
         metadata: Mapping[str, str | int] = {"context": context} if isinstance(context, str) else context
@@ -151,4 +160,5 @@ def _tasks(grid: Grid) -> tuple[list[str], list[tuple[str, str]]]:
 def is_finished(folder: Path) -> bool:
     """Whether a run folder is finished, according to its run.json."""
     file = folder / "run.json"
-    return file.is_file() and json.loads(file.read_text()).get("status") == "finished"
+    advice = "delete the folder to run the cell again"
+    return file.is_file() and read_object(file, advice).get("status") == "finished"
