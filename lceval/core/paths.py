@@ -36,6 +36,6 @@ def not_a_link(file: Path) -> Path:
     Raises:
         UserError: it is one.
     """
-    if file.is_symlink():
+    if os.path.islink(file):  # Path.is_symlink raises for a name that is too long
         raise UserError(f"{file}: a symbolic link is not followed; replace it with a copy of the file")
     return file
