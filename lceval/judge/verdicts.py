@@ -11,6 +11,7 @@ from lceval.judge.rubrics import Label, Rubric
 from lceval.tasks.parsing import without_thinking
 
 RATING = "rating"
+_MOST_BRACES = 1000
 _NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 _AFTER_WORD = re.compile(rf"rating[\s:*_]*\[{{1,2}}{_NUMBER}\]{{1,2}}", re.IGNORECASE)
 _DOUBLE, _SINGLE = re.compile(rf"\[\[{_NUMBER}\]\]"), re.compile(rf"\[{_NUMBER}\]")
@@ -47,7 +48,9 @@ def parse_rating(text: str) -> float | None:
 
 
 def _objects(text: str) -> Iterator[Mapping[str, Any]]:
-    decoder, place, last = json.JSONDecoder(), text.find("{"), text.rfind("}")
+    # Of the last braces only, since nested objects that do not end are parsed once for each of theirs.
+    place = len(text.rsplit("{", _MOST_BRACES)[0])
+    decoder, last = json.JSONDecoder(), text.rfind("}")
     while 0 <= place < last:
         try:
             value, end = decoder.raw_decode(text, place)

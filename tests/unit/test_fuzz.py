@@ -803,7 +803,7 @@ REPLIES = (
 @example("[[" + "1" * 100_000)
 @example("rating: [" + "1" * 100_000)
 @example("<think>" * 14_000)
-@example('{"a":' * 3_000)
+@example('{"a":' * 20_000 + "}")
 def test_a_reply_has_valid_grades_or_none(reply: str) -> None:
     from lceval.judge import rubrics, verdicts
 
