@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,7 @@ def opened(argv: Sequence[str]) -> Iterator[OpenRun]:
         during_run.ready()
     folder = Path(config.output_path)
     with _locked(folder):
+        _remove_partial(folder)
         current = identity.of(config, inputs.digests(config))
         previous = _read(folder)
         if previous is None and any(not f.name.startswith(".") for f in folder.iterdir()):
@@ -197,6 +199,14 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another process is running in {folder}: wait for it, or choose another folder") from None
         yield
+
+
+def _remove_partial(folder: Path) -> None:
+    """Remove what a start that was killed was writing; nobody else writes here, because the folder is locked."""
+    for file in folder.glob(".*.part"):
+        file.unlink()
+    for saving in folder.glob(".saving-*"):
+        shutil.rmtree(saving, ignore_errors=True)
 
 
 def _require_space(folder: Path) -> None:

@@ -36,6 +36,15 @@ def results(score: float) -> dict[str, object]:
     }
 
 
+def test_what_a_killed_start_was_writing_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".run.json.17.part").write_text("{")
+    (tmp_path / ".saving-17").mkdir()
+    (tmp_path / ".saving-17" / "results_1.json").write_text("{")
+    with folder._locked(tmp_path):
+        folder._remove_partial(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
+
+
 def test_results_replace_those_of_a_killed_finish_even_if_the_clock_went_back(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"status": "running", "tasks": ["qa"], "model": "lcft"}))
     (tmp_path / "results_2999-01-01T00-00-00.000000.json").write_text("{}")
