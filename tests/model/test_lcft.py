@@ -177,8 +177,8 @@ def test_bad_arguments_are_refused_in_one_line(smollm2: str, arguments: dict[str
 def test_a_prefill_is_in_chunks_on_cuda_and_whole_elsewhere_and_the_number_is_recorded(lcft: Any) -> None:
     model = lcft()
     recorded = model.get_model_info()["lcft"]["prefill_chunk"]
-    assert model.engine._chunk == model.identity["prefill_chunk"] == recorded == 0
-    assert lcft(prefill_chunk=300).identity["prefill_chunk"] == 300
+    assert model.engine._chunk == model.output_settings["prefill_chunk"] == recorded == 0
+    assert lcft(prefill_chunk=300).output_settings["prefill_chunk"] == 300
     assert attention.prefill_chunk("auto", torch.device("cuda")) == 8192
 
 
