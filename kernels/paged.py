@@ -235,12 +235,12 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v and the log-sum-exp, in one pass over scores [..., M, N], overwritten; v [..., N, D]."""
+    """softmax(scores) v and the float32 log-sum-exp, in one pass over scores [..., M, N], overwritten; v [..., N, D]."""
     maximum = scores.amax(-1, keepdim=True)
     weights = scores.sub_(maximum).exp_()
     total = weights.sum(-1, keepdim=True)
     o = torch.matmul(weights.to(v.dtype), v).div_(total)
-    return o, total.log_().add_(maximum).squeeze(-1)
+    return o, total.log_().add_(maximum).squeeze(-1).float()
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, pads: Tensor | None = None) -> tuple[Tensor, Tensor]:
