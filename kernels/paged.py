@@ -235,7 +235,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(scores) v and the float32 log-sum-exp, in one pass over scores [..., M, N], overwritten; v [..., N, D]."""
+    """softmax(scores) v and the log-sum-exp in float32, in one pass over scores [..., M, N], overwritten."""
     maximum = scores.amax(-1, keepdim=True)
     weights = scores.sub_(maximum).exp_()
     total = weights.sum(-1, keepdim=True)
