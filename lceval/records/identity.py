@@ -61,7 +61,7 @@ _UNUSED_FILES = re.compile(
     r"\..*|.*\.md|LICENSE.*|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin",
     re.DOTALL,
 )
-_UNUSED_FOLDERS = re.compile(r"\..*|checkpoint-.*|__pycache__", re.DOTALL)
+_UNUSED_FOLDERS = re.compile(r"\..*|checkpoints?(-.*)?|__pycache__", re.DOTALL)
 
 
 def of(config: Any, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -98,12 +98,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 def content_hash(path: Path) -> str:
     """Hex digest of a file, or of a model or adapter folder: names and contents of all files that change outputs.
 
-    Left out are hidden files, texts (`*.md`), checkpoints (`checkpoint-*/`) and the state of training.
+    Left out are hidden files, texts (`*.md`), checkpoints, the state of training, and runs and sweeps in sub-folders.
     """
     if path.is_file():
         return _hash_of(path)
     digest = hashlib.sha256()
     for folder, below, files in os.walk(path):
+        if Path(folder) != path and {"run.json", "sweep.json"} & {*files}:  # `lceval train eval` has its runs there
+            below.clear()
+            continue
         below[:] = sorted(name for name in below if not _UNUSED_FOLDERS.fullmatch(name))
         for name in sorted(name for name in files if not _UNUSED_FILES.fullmatch(name)):
             file = Path(folder, name)

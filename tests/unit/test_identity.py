@@ -33,7 +33,8 @@ CHANGES = [
 ]  # fmt: skip
 DOES_NOT = [
     "README.md", ".cache/lock", "LICENSE", "optimizer.pt", "rng_state_0.pth", "trainer_state.json",
-    "training_args.bin", "checkpoint-8/model.safetensors",
+    "training_args.bin", "checkpoint-8/model.safetensors", "checkpoints/adapter_model.safetensors", "eval/sweep.json",
+    "base/run.json",
 ]  # fmt: skip
 
 

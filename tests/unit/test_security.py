@@ -462,7 +462,8 @@ def test_all_output_passes_through_echo() -> None:
     calls = {
         f"{file.relative_to(package)} {ast.unparse(call.func)}"
         for file in package.rglob("*.py")
-        if file.resolve().is_relative_to(package)
+        # The installed package has the four top-level folders in itself; they print no text of others.
+        if file.relative_to(package).parts[0] not in ("kernels", "models", "tasks", "training")
         for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
         if isinstance(call, ast.Call) and ast.unparse(call.func) in ("print", "typer.echo", "click.echo")
     }

@@ -269,7 +269,7 @@ def through_lceval(lm: Recorder, tokenizer: PreTrainedTokenizerFast, chat: bool)
     line = ["--model", "dummy", "--model_args", f"pretrained={tokenizer.name_or_path}", "--output_path", "x"]
     config = configure([*line, "--tasks", "lc_filings_ao_1k", "--limit", "8", "--system_instruction", SYSTEM])
     contexts = contexts_of(
-        tasks_of(config)[1]["tasks"].values(),
+        tasks_of(config, allow_code=False)[1]["tasks"].values(),
         lm,
         template=chat,
         limit=config.limit,
