@@ -24,7 +24,9 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(self, pretrained: Any, device: str | None = None, **kwargs: Any) -> None:
-        super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
+        # The parts below name what they load; this is for the rest, such as tying weights.
+        with loading(pretrained=pretrained, peft=kwargs.get("peft"), delta=kwargs.get("delta")):
+            super().__init__(pretrained, device=device or ("cuda" if torch.cuda.is_available() else "cpu"), **kwargs)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
