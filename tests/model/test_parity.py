@@ -34,21 +34,21 @@ def assert_same_scores(lcft: Any, hf: Any, requests: list[Any]) -> None:
 
 
 def test_answers_are_token_for_token_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
-    requests = instances("lc_filings_ao_1k", 8)
+    requests = instances("lc_filings_ao_1k", 5)  # the last one is on another context
     for request in requests:
         request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 12})
     assert_same_texts(lcft, hf, requests)
 
 
 def test_scores_are_those_of_hf(lcft: Any, hf: Any, instances: Any) -> None:
-    assert_same_scores(lcft, hf, choices(instances("lc_filings_ao_1k", 4)))
+    assert_same_scores(lcft, hf, choices(instances("lc_filings_ao_1k", 2)))
 
 
 @pytest.mark.slow
 def test_real_passages_give_the_answers_and_scores_of_hf(data_folder: Path, lcft: Any, hf: Any, instances: Any) -> None:
-    requests = instances("lc_nqopen_ao_2k", 2)
+    requests = instances("lc_nqopen_ao_2k", 1)
     assert_same_texts(lcft, hf, requests)
-    assert_same_scores(lcft, hf, choices(requests[:1]))
+    assert_same_scores(lcft, hf, choices(requests))
 
 
 def test_a_chunked_prefill_changes_nothing(lcft: Any, instances: Any) -> None:
@@ -75,11 +75,12 @@ def test_an_adapter_gives_the_answers_and_scores_of_hf(smollm2: str, instances: 
     requests = instances("lc_filings_ao_1k", 2)
     assert_same_texts(lambda: ours, theirs, requests)
     assert_same_scores(lambda: ours, theirs, choices(requests))
-    plain = HFLM(pretrained=smollm2, device="cpu").loglikelihood(choices(requests), disable_tqdm=True)
-    assert ours.loglikelihood(choices(requests)) != plain
+    few = choices(requests[:1])
+    plain = HFLM(pretrained=smollm2, device="cpu").loglikelihood(few, disable_tqdm=True)
+    assert ours.loglikelihood(few) != plain
     merged = LCFT(pretrained=smollm2, peft=str(tmp_path), device="cpu", merge=True)
     assert not hasattr(merged.model, "peft_config")
-    assert_same_scores(lambda: merged, theirs, choices(requests))
+    assert_same_scores(lambda: merged, theirs, few)
     # The frozen head is not copied for every row.
     with torch.inference_mode(), torch.profiler.profile(record_shapes=True) as profile:
         merged.model(torch.tensor([[1, 2, 3], [4, 5, 6]]), logits_to_keep=1)
