@@ -502,6 +502,7 @@ def test_benchmark_files_give_rows_or_an_error(folder: Path, words: str, source:
 @given(
     damaged({"format": "", "rows": 1, "sha256": "", "inputs": {}}), damaged([{"id": "a", "target": "b"}]), st.booleans()
 )
+@example(DEEP, [], True)
 @example({"format": LEVELS}, [], True)
 @example({}, [LEVELS], True)
 def test_a_file_of_training_rows_is_read_or_rejected(folder: Path, header: Any, rows: Any, matching: bool) -> None:
@@ -512,7 +513,8 @@ def test_a_file_of_training_rows_is_read_or_rejected(folder: Path, header: Any, 
         header = header | {"format": header.get("format") or data.FORMAT}
         if matching:
             header["sha256"] = hashlib.sha256(body.encode()).hexdigest()
-    outcome(data.read, put(folder / "rows.jsonl", f"{as_json(header)}\n{body}"))
+    first = header if isinstance(header, str) else as_json(header)
+    outcome(data.read, put(folder / "rows.jsonl", f"{first}\n{body}"))
 
 
 # Run folders
