@@ -77,10 +77,12 @@ def outcome(call: Callable[..., T], *arguments: Any, **options: Any) -> T | None
 
 
 def edited(*valid: str) -> st.SearchStrategy[str]:
-    """One of the valid texts with up to four edits, or free text."""
+    """One of the valid texts with up to four edits; free text one time in eight."""
 
     @st.composite
     def edit(draw: st.DrawFn) -> str:
+        if draw(st.integers(0, 7)) == 7:
+            return draw(JUNK)
         text = draw(st.sampled_from(valid))
         for _ in range(draw(st.integers(0, 4))):
             start = draw(st.integers(0, len(text)))
@@ -92,14 +94,16 @@ def edited(*valid: str) -> st.SearchStrategy[str]:
             text = text[:start] + piece + text[end:]
         return text
 
-    return edit() | JUNK
+    return edit()
 
 
 def damaged(valid: Any, values: st.SearchStrategy[Any] = VALUES) -> st.SearchStrategy[Any]:
-    """A JSON value of which up to three members are deleted, repeated, renamed or replaced."""
+    """A JSON value of which up to three members are deleted, repeated, renamed or replaced; any one time in eight."""
 
     @st.composite
     def edit(draw: st.DrawFn) -> Any:
+        if draw(st.integers(0, 7)) == 7:
+            return draw(values)
         value = copy.deepcopy(valid)
         for _ in range(draw(st.integers(0, 3))):
             parents = [node for node in nodes(value) if isinstance(node, dict | list) and node]
@@ -118,7 +122,7 @@ def damaged(valid: Any, values: st.SearchStrategy[Any] = VALUES) -> st.SearchStr
                     parent[draw(JUNK)] = parent.pop(key)
         return value
 
-    return edit() | values
+    return edit()
 
 
 def nodes(value: Any) -> Iterator[Any]:
