@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from short_contexts import short_contexts
 
 from lceval import packaged
 from lceval.bench.comparison import requests_of
@@ -18,7 +19,8 @@ pytestmark = pytest.mark.model
 @pytest.fixture
 def lceval(capsys: pytest.CaptureFixture[str]) -> Any:
     def run(*argv: str) -> tuple[int, str, str]:
-        code = invoke(list(argv))
+        with short_contexts():
+            code = invoke(list(argv))
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -29,22 +29,18 @@ TEXTS = [
     "The harbour of Rena was dredged in 1954 by a firm from Turku.",
     "Ole Vinter built the Lindmark bridge over the river Orne.",
 ]
-FILLER = (
-    " In the years that followed the town grew along the railway, and its market moved to the square by the church."
-)
 
 
-def row(output_format: str, fillers: int = 0) -> dict[str, Any]:
-    texts = [text + FILLER * fillers for text in TEXTS]
+def row(output_format: str) -> dict[str, Any]:
     question = "Who built the Lindmark bridge?"
     return {
         "id": output_format,
         "question": question,
         "answers": ["Ole Vinter"],
-        "docs": [{"pid": str(place), "title": "", "text": text} for place, text in enumerate(texts)],
+        "docs": [{"pid": str(place), "title": "", "text": text} for place, text in enumerate(TEXTS)],
         "gold_pids": ["1"],
         "instruction": prompts.instruction("documents", output_format),
-        "context": prompts.block("documents", texts),
+        "context": prompts.block("documents", TEXTS),
         "ask": prompts.ask(output_format, question),
     }
 
@@ -96,7 +92,7 @@ def test_a_step_with_each_reward(name: Any, lcft_model: Any, smollm2: str, tmp_p
 
 
 def test_three_steps_give_an_adapter_that_lcft_loads(lcft_model: Any, smollm2: str, tmp_path: Path) -> None:
-    result = run(lcft_model, smollm2, tmp_path, 3, row("ao", fillers=5))
+    result = run(lcft_model, smollm2, tmp_path, 3, row("ao"))
     losses = [line["loss"] for line in result.history if "loss" in line]
     assert len(losses) == 3
     assert all(map(math.isfinite, losses))

@@ -15,20 +15,14 @@ from lceval.models.prefix import Job
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(scope="module")
-def requests(instances: Any) -> list[Any]:
-    """Eight questions on two contexts of about 1k tokens."""
-    built: list[Any] = instances("lc_filings_ao_1k", 8)
-    assert len({r.doc["cluster"] for r in built}) == 2
-    return built
-
-
 @pytest.mark.parametrize("recipe", ["snapkv:0.25", "streaming:0.25"])
 def test_a_quarter_is_a_quarter_of_the_bytes(lcft: Any, requests: list[Any], recipe: str) -> None:
     for text in lcft(recipe).generate_until(requests[:4]):
         assert text.meta["kv_bytes"] == pytest.approx(0.25 * text.meta["kv_bytes_full"], rel=0.02)
         assert text.meta["kv"]["kept_share"] == text.meta["kv_bytes"] / text.meta["kv_bytes_full"]
-        assert text.meta["kv"]["bytes_allocated"] < 0.3 * text.meta["kv_bytes_full"]
+        # Rounded up to a page of 64 slots for each layer and head.
+        page = 64 * 30 * 3 * (2 * 64 * 4 + 4)
+        assert text.meta["kv"]["bytes_allocated"] <= text.meta["kv_bytes"] + page
 
 
 def test_the_context_setting_determines_what_is_compressed(lcft: Any, instances: Any) -> None:
@@ -40,7 +34,9 @@ def test_the_context_setting_determines_what_is_compressed(lcft: Any, instances:
         "rag": {"context": "rag", "retriever": "bm25", "chunk": 64, "budget": 128},
         "none": {"context": "none"},
     }.items():
-        (texts[name],) = model.generate_until(instances("lc_filings_ao_1k", 1, **metadata))
+        (request,) = instances("lc_filings_ao_1k", 1, **metadata)
+        request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 8})
+        (texts[name],) = model.generate_until([request])
     sizes = {name: text.meta["kv_bytes_full"] for name, text in texts.items()}
     assert sizes["none"] < sizes["rag"] < sizes["full"]
     assert sizes["none"] < sizes["gold"] < sizes["full"]
@@ -125,14 +121,14 @@ def test_a_prompt_of_one_token_has_no_context(lcft: Any, hf: Any) -> None:
 
 
 def test_an_overlong_prompt_stops_the_run_before_the_first_prefill(lcft: Any, requests: list[Any]) -> None:
-    model = lcft(max_length=512)
-    with pytest.raises(UserError, match=r"8 of 8 prompts do not fit the model's 512 tokens: lc_filings_ao_1k \(8x"):
+    model = lcft(max_length=256)
+    with pytest.raises(UserError, match=r"8 of 8 prompts do not fit the model's 256 tokens: lc_filings_ao_1k \(8x"):
         model.generate_until(requests)
     assert model.totals["contexts"] == 0
 
 
 def test_skip_records_the_overlong_as_errors_and_runs_the_rest(lcft: Any, requests: list[Any]) -> None:
-    model = lcft(max_length=512, overlong="skip")
+    model = lcft(max_length=256, overlong="skip")
     short = Instance("generate_until", {}, ("Say yes.", {"max_gen_toks": 3}), 0)
     long, ran = model.generate_until([requests[0], short])
     assert long == ""
@@ -146,7 +142,7 @@ def test_skip_records_the_overlong_as_errors_and_runs_the_rest(lcft: Any, reques
 
 @pytest.mark.parametrize("where", ["middle", "end"])
 def test_truncation_is_recorded_and_leaves_the_question_whole(lcft: Any, requests: list[Any], where: str) -> None:
-    (text,) = lcft(max_length=512, overlong=where).generate_until(requests[:1])
+    (text,) = lcft(max_length=256, overlong=where).generate_until(requests[:1])
     assert text.meta["kv"]["truncated"]
     assert text.meta["kv"]["context_tokens"] < 512
 

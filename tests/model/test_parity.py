@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
+from short_contexts import short_contexts
 
 pytestmark = pytest.mark.model
+
+
+@pytest.fixture(autouse=True)
+def _short_contexts() -> Iterator[None]:
+    with short_contexts():
+        yield
 
 
 def choices(requests: list[Any]) -> list[Instance]:

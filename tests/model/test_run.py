@@ -55,6 +55,13 @@ def scores(out: str) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in timings}
 
 
+def digests(folder: Path) -> list[list[str]]:
+    """lm-eval's hashes of each sample's row, prompt and target, and the answer."""
+    (file,) = folder.glob("samples_*.jsonl")
+    samples = map(json.loads, file.read_text().splitlines())
+    return [[s["doc_hash"], s["prompt_hash"], s["target_hash"], json.dumps(s["resps"])] for s in samples]
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("runs") / "whole"
@@ -87,6 +94,9 @@ def test_a_stopped_run_resumes_with_its_finished_samples_and_gives_the_same_tabl
     assert code == 0, err
     assert f"8 samples, {done} reused, {8 - done} run" in err
     assert scores(out) == scores(uninterrupted[1])
+    assert digests(folder) == digests(uninterrupted[0])
+    identities = [json.loads((f / "run.json").read_text())["identity"] for f in (folder, uninterrupted[0])]
+    assert identities[0] == identities[1]
     assert answered(folder) == 8
 
 

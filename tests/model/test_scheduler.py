@@ -14,15 +14,6 @@ from lceval.models.recipe import parse
 pytestmark = pytest.mark.model
 
 
-@pytest.fixture(scope="module")
-def requests(instances: Any) -> list[Any]:
-    """Eight questions on two contexts of about 1k tokens, with at most eight new tokens."""
-    built: list[Any] = instances("lc_filings_ao_1k", 8)
-    for request in built:
-        request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 8})
-    return built
-
-
 def pairs(requests: list[Any]) -> list[Instance]:
     """Each question with an answer of its context and one that is longer."""
     return [

@@ -28,7 +28,7 @@ adapters: [null, "no-such-adapter"]
 recipes: ["full", "snapkv:0.5"]
 tasks: ["lc_filings_ao_1k"]
 limit: 5
-gen_kwargs: {max_gen_toks: 8}
+gen_kwargs: {max_gen_toks: 4}
 """
 TIMINGS = ("prefill_s", "prefill_tok_s", "decode_tok_s")
 
