@@ -13,6 +13,7 @@ from lceval.core.errors import UserError
 from lceval.models import attention
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.loading import check_folders
+from lceval.models.policies import Threshold
 from lceval.models.recipe import Recipe
 
 _GIB = 1e6  # more than any machine has
@@ -20,6 +21,7 @@ CHOICES = {
     "overlong": ("error", "middle", "end", "skip"),
     "attn": attention.CHOICES,
     "diagnose": Diagnosis.KINDS,
+    "budget": ("context", "total"),
 }
 
 
@@ -39,6 +41,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name in ("query_aware", "allow_pickle"):
         if not isinstance(arguments.get(name, False), bool):
             raise bad(name, "true or false")
+    if not isinstance(arguments.get("scorer") or "", str):
+        raise bad("scorer", "a folder or a hub name")
     chunk = arguments.get("prefill_chunk", "auto")
     if chunk != "auto" and not _is_count(chunk, least=0):
         raise bad("prefill_chunk", "auto, a number of tokens, or 0")
@@ -94,12 +98,16 @@ def check_flags(arguments: Mapping[str, Any], flags: Iterable[str]) -> None:
             raise UserError(f"{name} is no model argument: pass it as --{name} {arguments[name]}")
 
 
-def check_mode(kv: Recipe, query_aware: bool) -> None:
+def check_mode(kv: Recipe, query_aware: bool, budget: str = "context") -> None:
     """Check that a recipe supports the mode.
 
     Raises:
         UserError: it does not.
     """
+    if budget == "total" and not query_aware:
+        raise UserError("budget=total counts a question's tokens in the budget: it requires query_aware=true")
+    if budget == "total" and kv.evictor is not None and isinstance(kv.evictor.amount, Threshold):
+        raise UserError(f"kv={kv} has a threshold, not a budget: use budget=context")
     if query_aware and getattr(kv.evictor, "when", "") == "always":
         raise UserError(f"kv={kv} evicts during decoding: use query_aware=false")
 

@@ -124,7 +124,7 @@ class Prefill(Cache):  # type: ignore[misc]
     ) -> Sequence[Tensor | None]:
         """The kept slots of each full-attention layer as a mask [B, Hkv, S]; None where nothing is evicted."""
         evictor = recipe.evictor
-        if evictor is None or evictor.amount.tokens(self.tokens) >= self.tokens:
+        if evictor is None or evictor.keeps_all(self.tokens):
             return [None] * len(full_attention)
         scores = []
         for place, index in enumerate(full_attention):
@@ -169,7 +169,8 @@ class Prefill(Cache):  # type: ignore[misc]
             if sums is None:
                 sums = torch.zeros(kv.lens.shape[0], kv.lens.shape[1], self.tokens, device=kv.k.device)
             kept = torch.stack([kv.kept_positions(0, head) for head in range(kv.lens.shape[1])])[None]
-            budget = evictor.amount.tokens(self.tokens) if evictor.amount.is_share else int(evictor.amount.value)
+            amount = evictor.budgeted
+            budget = amount.tokens(self.tokens) if amount.is_share else int(amount.value)
             return BoundedKV(kv, evictor, sums.gather(2, kept), budget, place, layers, self.tokens)
         return kv if recipe.sparse_attention is None else recipe.sparse_attention.wrap(kv, place, self.tokens)
 

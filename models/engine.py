@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lceval.models.policies import StatsSpec
 from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
+from lceval.models.scorer import Scorer, attention_inputs, attention_modules
 
 # Context tokens per reconstruction pass (KVzip, section 3.3).
 RECONSTRUCTION_CHUNK = 2048
@@ -25,6 +26,9 @@ RECONSTRUCTION_LEAD = 8
 
 class Engine:
     """A causal LM that attends through lceval's attention function.
+
+    Attributes:
+        scorers: those that prefills can apply, by digest.
 
     Args:
         model: the model that generates: a transformers model, or a PEFT model around it.
@@ -48,6 +52,8 @@ class Engine:
         self.model = model
         self.geometry = Geometry.of(base)
         self.kernels = kernels
+        self.scorers: dict[str, Scorer] = {}
+        self._base = base
         self._decoder = base.get_decoder()
         _make_input_contiguous(base.get_output_embeddings())
         self._chunk = chunk
@@ -62,13 +68,42 @@ class Engine:
         start_s = time.perf_counter()
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
         step = self._chunk or len(ids)
-        for start in range(0, len(ids), step):
-            self._decode(prefill, [ids[start : start + step]])
+        with self._scored(prefill):
+            for start in range(0, len(ids), step):
+                self._decode(prefill, [ids[start : start + step]])
         if stats_spec.reconstruction:
             prefill.reconstruction_attention = self._reconstruct(prefill, ids)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
+
+    def _scored(self, prefill: Prefill) -> AbstractContextManager[None]:
+        """Within the block, every layer's attention input is scored by the scorers that the prefill requires."""
+        digests = sorted(prefill.stats_spec.scorers)
+        if not digests:
+            return nullcontext()
+        places = [index for index, window in enumerate(self.geometry.windows) if window is None]
+
+        def receive(index: int, hidden: Tensor) -> None:
+            for digest in digests:
+                scores = self.scorers[digest].score(places.index(index), hidden)
+                prefill.layers[index].stats.add_scores(digest, scores)
+
+        return attention_inputs(self._base, self.geometry.windows, receive)
+
+    def add_scorer(self, scorer: Scorer) -> None:
+        """Let prefills compute its scores, on the devices of the model's layers.
+
+        Raises:
+            UserError: it is of another model.
+        """
+        digest = scorer.digest  # of the stored weights, before they are converted
+        scorer.check(self.geometry, self._base.config.get_text_config())
+        places = [index for index, window in enumerate(self.geometry.windows) if window is None]
+        modules = attention_modules(self._base)
+        for module, index in zip(scorer.layers, places, strict=True):
+            module.to(device=next(modules[index].parameters()).device, dtype=self._dtype)
+        self.scorers[digest] = scorer
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
 from operator import or_
@@ -24,6 +24,7 @@ from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
 from lceval.models import adapter, attention, recipe, weights
+from lceval.models import scorer as scorers
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
@@ -31,6 +32,7 @@ from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit
 from lceval.models.scheduler import ContextScheduler, Question
+from lceval.models.scorer import Scorer
 from lceval.models.telemetry import failed
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,10 @@ class LCFT(AnsweringLM):
         kv: KV recipe (`lceval.models.recipe`).
         query_aware: whether a question is processed before its context is compressed, so that its tokens join the
             eviction scores (query-aware). By default a context is compressed first (query-agnostic).
+        budget: under `query_aware`, whether question tokens come on top of the budget (`context`) or are inside it
+            (`total`, as in kvpress and most papers).
+        scorer: folder or hub name of the scorer of learned evictors (kvzap); by default the model's own, if there is
+            one.
         overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
             and `end` truncate the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass; `auto` is 8192 on CUDA,
@@ -71,6 +77,8 @@ class LCFT(AnsweringLM):
         pretrained: str | PreTrainedModel,
         kv: str = recipe.FULL,
         query_aware: bool = False,
+        budget: str = "context",
+        scorer: str | None = None,
         overlong: str = "error",
         prefill_chunk: int | str = "auto",
         attn: str = "auto",
@@ -83,11 +91,13 @@ class LCFT(AnsweringLM):
     ) -> None:
         pretrained = packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
+        own |= {"budget": budget, "scorer": scorer}
         own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
         check_arguments({"pretrained": pretrained, **own, **kwargs})
         self.query_aware = query_aware
+        self.budget = budget
         self.totals: Counter[str] = Counter()
-        self.use(kv)
+        self.recipe = self._checked(kv)
         self.overlong = overlong
         self.context_field = context_field
         with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
@@ -111,40 +121,74 @@ class LCFT(AnsweringLM):
             autocast=self._autocast,
             repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
         )
-        self.engine.geometry.check(self.recipe.stats_spec)
+        self._scorers: dict[str, Scorer] = {}
+        self.scorer: Scorer | None = None
+        self._default_scorer = scorer or ""
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
             self.engine,
             self.diagnosis,
             query_aware=query_aware,
+            total_budget=budget == "total",
             context_cache_bytes=int(prefix_cache_gib * 2**30),
             totals=self.totals,
         )
         attention.install(base)
+        self.use(kv)
 
-    def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None) -> None:
+    def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.
 
+        Args:
+            scorer: folder or hub name, if not the model argument `scorer`.
+
         Raises:
-            UserError: a bad recipe, or one that the model or query-aware compression excludes.
+            UserError: a bad recipe, one that the model or query-aware compression excludes, or no scorer for it.
         """
-        parsed = recipe.parse(kv) if isinstance(kv, str) else kv
-        check_mode(parsed, self.query_aware)
-        if hasattr(self, "engine"):  # not yet, before the model is loaded
-            self.engine.geometry.check(parsed.stats_spec)
-        self.recipe = parsed
+        self.recipe, self.scorer = self._bound(kv, scorer)
         self.totals.clear()
         self.totals.update(totals or {})
 
     @contextmanager
-    def sharing_prefills(self, recipes: Iterable[recipe.Recipe]) -> Iterator[None]:
-        """Within the block, a context that these recipes answer one after another is prefilled once for all."""
-        self.scheduler.share(reduce(or_, (kv.stats_spec for kv in recipes), StatsSpec()))
+    def sharing_prefills(
+        self, recipes: Iterable[str | recipe.Recipe], scorers: Collection[str] = ("",)
+    ) -> Iterator[None]:
+        """Within the block, a context that these recipes answer one after another is prefilled once for all.
+
+        Args:
+            scorers: those of the recipes that require one, as for `use`.
+        """
+        specs = [self._bound(kv, scorer)[0].stats_spec for kv in recipes for scorer in scorers]
+        self.scheduler.share(reduce(or_, specs, StatsSpec()))
         try:
             yield
         finally:
             self.scheduler.share(None)
+
+    def _checked(self, kv: str | recipe.Recipe) -> recipe.Recipe:
+        parsed = recipe.parse(kv) if isinstance(kv, str) else kv
+        check_mode(parsed, self.query_aware, self.budget)
+        return parsed
+
+    def _bound(self, kv: str | recipe.Recipe, scorer: str) -> tuple[recipe.Recipe, Scorer | None]:
+        """A recipe with its scorer, which is loaded if it is not already."""
+        parsed = self._checked(kv)
+        self.engine.geometry.check(parsed.stats_spec)
+        if not parsed.needs_scorer:
+            return parsed, None
+        pretrained = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
+        name = scorer or self._default_scorer or scorers.default(pretrained)
+        if name is None:
+            raise UserError(
+                f"kv={parsed} requires a scorer of {pretrained}: train one with `lceval train scorer` and pass it as "
+                f"scorer=FOLDER; published ones: {', '.join(scorers.PUBLISHED.values())}"
+            )
+        if name not in self._scorers:
+            loaded = scorers.load(name)
+            self.engine.add_scorer(loaded)
+            self._scorers[name] = loaded
+        return parsed.bound(self._scorers[name].digest), self._scorers[name]
 
     @property
     def prefill_s(self) -> float:
@@ -262,7 +306,9 @@ class LCFT(AnsweringLM):
             "delta": self.delta,
             **({"merge": True} if self.merge else {}),
             "kv": str(self.recipe),
+            **({"scorer": str(self.scorer)} if self.scorer else {}),
             "query_aware": self.query_aware,
+            **({"budget": self.budget} if self.budget != "context" else {}),
             "overlong": self.overlong,
             "context_field": self.context_field,
             "prefill_chunk": self.prefill_chunk,
@@ -289,6 +335,7 @@ class LCFT(AnsweringLM):
         """HFLM's record, with recipe, backend and totals under `lcft`."""
         lcft = {
             "recipe": str(self.recipe),
+            **({"scorer": str(self.scorer)} if self.scorer else {}),
             "attn": self.output_settings["attn"],
             "prefill_chunk": self.prefill_chunk,
             "expanded": self.recipe.expanded(),

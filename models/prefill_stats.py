@@ -32,6 +32,7 @@ class PrefillStats:
         self._received = window.received if kernels else window.reference
         self.queries: Tensor | None = None
         self.column_sums: Tensor | None = None
+        self.learned: dict[str, Tensor] = {}
         self._count = 0
         self._mean: Tensor | None = None
         self._scatter: Tensor | None = None
@@ -56,6 +57,11 @@ class PrefillStats:
         if self.stats_spec.query_moments:
             self._add_moments(q, start=k.shape[2] - q.shape[2])
 
+    def add_scores(self, scorer: str, scores: Tensor) -> None:
+        """Add the scores [B, Hkv, T] float32 of T new tokens by the scorer of this digest."""
+        before = [self.learned[scorer]] if scorer in self.learned else []
+        self.learned = {**self.learned, scorer: torch.cat([*before, scores], 2)}
+
     def view(self, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int, **more: Any) -> LayerView:
         """The statistics as a LayerView. keys, values: [B, Hkv, S, D]; `more`: other fields of LayerView."""
         return LayerView(
@@ -69,6 +75,7 @@ class PrefillStats:
             query_mean=self.query_mean,
             query_cov=self.query_cov,
             rotary=self.rotary,
+            learned=self.learned,
             **more,
         )
 

@@ -1,19 +1,22 @@
 """The KV recipe: a short string that defines how a context's cache is compressed and labels every table row.
 
-    recipe = part { "+" part }          part = name [ ":" amount ] { ":" key "=" value }
+    recipe = "full" | part { "+" part }          part = name [ ":" amount ] { ":" key "=" value }
 
 A part is an evictor, a quantization or a sparse attention, at most one of each; `full` is the uncompressed cache. An
-amount with a decimal point is a share of the context's tokens, an integer a number of tokens.
+amount with a decimal point is a share of the context's tokens, an integer a number of tokens. An evictor whose scores
+have a scale of their own takes `threshold=FLOAT` instead of an amount. The canonical form leaves defaults out and has
+the order name, amount or threshold, `when`, other keys, `of`, keys of the evictor that `of` names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from lceval.core.errors import UserError
 from lceval.models.policies import (
@@ -27,13 +30,23 @@ from lceval.models.policies import (
     SparseAttention,
     StatsSpec,
     StepEvictor,
+    Threshold,
 )
+from lceval.models.policies.base import shortest
 
 FULL = "full"
 ADAKV_OF = "snapkv"
 # Evictors with the same budget for every head of a layer, which AdaKV can redistribute.
 INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
+THRESHOLD = "threshold"
+# What a value of each type looks like, and its name in errors.
+VALUES: dict[type, tuple[str, str]] = {
+    bool: (r"true|false", "true or false"),
+    int: (r"[+-]?[0-9]{1,18}", "of type int"),
+    float: (r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", "of type float"),
+    str: (r".*", "of type str"),
+}
 NAMES = [FULL, *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
 
 
@@ -55,6 +68,27 @@ class Recipe:
         """The policies by axis, absent axes left out."""
         axes = {"evict": self.evictor, "store": self.quantizer, "read": self.sparse_attention}
         return {axis: policy for axis, policy in axes.items() if policy is not None}
+
+    @property
+    def needs_scorer(self) -> bool:
+        """Whether the evictor requires a scorer, and has none yet."""
+        return "" in self.stats_spec.scorers
+
+    def bound(self, scorer: str) -> Recipe:
+        """The recipe with the scorer of this digest, where it needs one; its canonical form is the same."""
+        if not self.needs_scorer:
+            return self
+        return dataclasses.replace(self, evictor=dataclasses.replace(self.evictor, scorer=scorer))  # type: ignore[type-var]
+
+    def within(self, context: int, question: int) -> Recipe:
+        """The recipe with the tokens of a question inside its budget, which is of context and question together.
+
+        All question tokens are kept, so the context gets what they leave, and at least one token.
+        """
+        if self.evictor is None:
+            return self
+        tokens = self.evictor.budgeted.tokens(context + question) - question
+        return dataclasses.replace(self, evictor=self.evictor.with_amount(Amount(max(1, tokens))))
 
     def expanded(self) -> dict[str, Any]:
         """Every parameter with its value, including defaults, for run.json."""
@@ -91,21 +125,36 @@ def parse(text: str) -> Recipe:
 
 
 def _build(name: str, arguments: list[str], text: str) -> Any:
-    keys = dict(_key_values(arguments[name not in QUANTIZERS :], text))
+    amounts = int(name not in QUANTIZERS and bool(arguments) and "=" not in arguments[0])
+    keys = dict(_key_values(arguments[amounts:], text))
     if name in QUANTIZERS:
         k_bits, v_bits = QUANTIZERS[name]
         return _make(Quantizer, name, keys, text, k_bits=k_bits, v_bits=v_bits)
-    if not arguments or "=" in arguments[0]:
-        raise _bad(text, f"{name} requires an amount, as in {name}:0.25 or {name}:2048")
-    amount = _amount(arguments[0], text)
-    if name != "adakv":
-        return _make(EVICTORS.get(name) or SPARSE_ATTENTION[name], name, keys, text, amount=amount)
+    cls: Any = EVICTORS.get(name) or SPARSE_ATTENTION[name]
+    if arguments and "=" not in arguments[0]:
+        amount: Amount | Threshold = _amount(arguments[0], text)
+        if THRESHOLD in keys and has_scale(cls):
+            raise _bad(text, f"{name} takes an amount or a threshold, not both")
+    elif THRESHOLD in keys and has_scale(cls):
+        amount = _threshold(keys.pop(THRESHOLD), text)
+    else:
+        instead = f", or a threshold, as in {name}:{THRESHOLD}=-4" if has_scale(cls) else ""
+        raise _bad(text, f"{name} requires an amount, as in {name}:0.25 or {name}:2048{instead}")
+    if THRESHOLD in keys:
+        raise _bad(text, f"{name} has no threshold, since its scores have no scale of their own: use an amount")
+    if cls is not AdaKV:
+        return _make(cls, name, keys, text, amount=amount)
     of = keys.pop("of", ADAKV_OF)
     if of not in INSIDE_ADAKV:
         raise _unknown("evictor of adakv", of, INSIDE_ADAKV, text)
     adakv_keys = {key: keys.pop(key) for key in list(keys) if key in key_types(AdaKV)}
     inner = _make(EVICTORS[of], f"adakv or {of}", keys, text, also=["of", *key_types(AdaKV)], amount=amount)
     return _make(AdaKV, name, adakv_keys, text, amount=amount, inner=inner)
+
+
+def has_scale(cls: Any) -> bool:
+    """Whether a method takes a threshold instead of an amount."""
+    return bool(getattr(cls, "has_scale", False))
 
 
 def _key_values(arguments: list[str], text: str) -> list[tuple[str, str]]:
@@ -140,11 +189,18 @@ def _amount(value: str, text: str) -> Amount:
         ) from None
 
 
-def _value(key: str, value: str, kind: type, text: str) -> Any:
+def _threshold(value: str, text: str) -> Threshold:
     try:
-        return kind(value)
-    except ValueError:
-        raise _bad(text, f"{key}={value!r} is not of type {kind.__name__}") from None
+        return Threshold(_value(THRESHOLD, value, float, text))
+    except ValueError as error:
+        raise _bad(text, str(error)) from None
+
+
+def _value(key: str, value: str, kind: type, text: str) -> Any:
+    pattern, expected = VALUES[kind]
+    if not re.fullmatch(pattern, value):
+        raise _bad(text, f"{key}={value!r} is not {expected}")
+    return value == "true" if kind is bool else kind(value)
 
 
 def _unknown(what: str, got: str, known: Sequence[str], text: str) -> UserError:
@@ -159,7 +215,11 @@ def _bad(text: str, reason: str) -> UserError:
 
 def key_types(cls: Any) -> dict[str, type]:
     """The keys of a policy in a recipe and their types: the dataclass fields that have a default."""
-    return {f.name: type(f.default) for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}
+    hints = get_type_hints(cls)
+    keys = [
+        f.name for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING and f.metadata.get("key", True)
+    ]
+    return {key: next(kind for kind in (hints[key], *get_args(hints[key])) if kind in VALUES) for key in keys}
 
 
 def defaults(name: str) -> dict[str, Any]:
@@ -178,21 +238,33 @@ def _name(policy: Any) -> str:
 
 
 def _parameters(policy: Any) -> dict[str, Any]:
-    """Amount and keys as in the recipe; those of adakv include the keys of its inner evictor."""
-    values = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
-    if "amount" in values:
-        values["amount"] = values["amount"].value
-    inner = values.pop("inner", None)
+    """Amount or threshold, and keys as in the recipe; those of adakv include the keys of its inner evictor."""
+    values = {key: getattr(policy, key) for key in key_types(type(policy))}
+    amount, inner = getattr(policy, "amount", None), getattr(policy, "inner", None)
+    if isinstance(policy, Quantizer):
+        values = {"k_bits": policy.k_bits, "v_bits": policy.v_bits, **values}
+    elif isinstance(amount, Threshold):
+        values = {"amount": None, THRESHOLD: amount.value, **values}
+    elif amount is not None:
+        values = {"amount": amount.value, **values}
     return values | ({"of": _name(inner), **_parameters(inner)} if inner else {})
 
 
 def _spell(policy: Any) -> str:
-    values = {key: getattr(policy, key) for key in key_types(type(policy))}
     defaults = {f.name: f.default for f in dataclasses.fields(policy)}
-    keys = [f"{key}={value}" for key, value in values.items() if value != defaults[key]]
-    inner = getattr(policy, "inner", None)
+    values = {key: getattr(policy, key) for key in key_types(type(policy))}
+    keys = [f"{key}={spelled(value)}" for key, value in values.items() if value != defaults[key]]
+    inner, amount = getattr(policy, "inner", None), getattr(policy, "amount", None)
     if inner is not None:
         name, _, *inner_keys = _spell(inner).split(":")
         keys = [*keys, *([f"of={name}"] if name != ADAKV_OF else []), *inner_keys]
-    amount = [str(policy.amount)] if hasattr(policy, "amount") else []
-    return ":".join([_name(policy), *amount, *keys])
+    if isinstance(amount, Threshold):
+        keys = [f"{THRESHOLD}={shortest(amount.value)}", *keys]
+    return ":".join([_name(policy), *([str(amount)] if isinstance(amount, Amount) else []), *keys])
+
+
+def spelled(value: Any) -> str:
+    """A value as recipes spell it."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return shortest(value) if isinstance(value, float) else str(value)

@@ -44,6 +44,7 @@ class ContextScheduler:
 
     Args:
         query_aware: whether a question is processed before its context is compressed.
+        total_budget: whether a question's tokens are then inside the budget.
         context_cache_bytes: capacity of the cache of compressed contexts.
         totals: counters of prefilled `contexts` and yielded `samples`, updated in place.
 
@@ -54,11 +55,19 @@ class ContextScheduler:
     """
 
     def __init__(
-        self, engine: Engine, diagnosis: Diagnosis, *, query_aware: bool, context_cache_bytes: int, totals: Counter[str]
+        self,
+        engine: Engine,
+        diagnosis: Diagnosis,
+        *,
+        query_aware: bool,
+        total_budget: bool = False,
+        context_cache_bytes: int,
+        totals: Counter[str],
     ) -> None:
         self.engine = engine
         self.diagnosis = diagnosis
         self.query_aware = query_aware
+        self.total_budget = total_budget
         self.keep_for: StatsSpec | None = None
         self.prefill_s = 0.0
         self.totals = totals
@@ -170,7 +179,8 @@ class ContextScheduler:
         prefill = self._prefill(group[0].context, recipe.stats_spec | self.diagnosis.stats_spec)
         for place, job in enumerate(group):
             cache = self._prefill_question(prefill, job)
-            context = prefill.compress(recipe, consume=False, question_cache=cache)
+            applied = recipe.within(prefill.tokens, len(job.question)) if self.total_budget else recipe
+            context = prefill.compress(applied, consume=False, question_cache=cache)
             meta = telemetry(job, context, shared=place > 0, prefill_s=0.0 if place else prefill.prefill_s)
             meta |= self.diagnosis.of_context(job, context, prefill, cache)
             # The last token is fed again, so that the whole answer depends on the compressed cache.

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lceval import packaged
 from lceval.core.errors import UserError
 from lceval.core.io import read_object
 from lceval.models.geometry import Geometry, unsupported
@@ -74,14 +76,18 @@ class Scorer(nn.Module):
         """The entries of its `config.json`."""
         return {name: getattr(self, name) for name in (*DIMENSIONS, "hidden_dim")}
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Hex digest of dimensions, dtype and weights."""
+        """Hex digest of dimensions, dtype and weights, as they were when it was first read."""
         digest = hashlib.sha256(json.dumps(self.dimensions).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def __str__(self) -> str:
+        """Name and hash, the label of table rows."""
+        return f"{Path(self.name).name}@{self.digest[:8]}"
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and the weights, in their dtype, into a folder, which is made if necessary."""
@@ -104,6 +110,13 @@ class Scorer(nn.Module):
                     f"scorer={self.name}: {name} is {getattr(self, name)}, but {geometry.model_type} has {value}: "
                     "use the scorer of this model"
                 )
+
+
+def default(pretrained: str) -> str | None:
+    """The scorer of a model where none is named: a folder, or a hub name; None if there is none."""
+    if packaged.is_packaged(pretrained):
+        return str(packaged.scorer_folder())
+    return PUBLISHED.get(pretrained)
 
 
 def load(name: str) -> Scorer:
@@ -165,7 +178,7 @@ def attention_inputs(
     Raises:
         UserError: attention layers that cannot be told from the model's modules.
     """
-    modules = {module.layer_idx: module for module in _attention_modules(base)}
+    modules = attention_modules(base)
     layers = [index for index, window in enumerate(windows) if window is None]
     if not {*layers} <= {*modules}:
         raise unsupported(base.config.model_type, "has attention modules without a layer index")
@@ -179,8 +192,9 @@ def attention_inputs(
         yield
 
 
-def _attention_modules(base: Any) -> list[Any]:
-    """The innermost modules that are an attention with a layer index."""
+def attention_modules(base: Any) -> dict[int, Any]:
+    """The attention modules of a causal LM by the index of their layer."""
     indexed = [m for m in base.get_decoder().modules() if isinstance(getattr(m, "layer_idx", None), int)]
     attentions = [m for m in indexed if "Attention" in type(m).__name__]
-    return [m for m in attentions if not any(inner is not m and inner in attentions for inner in m.modules())]
+    innermost = [m for m in attentions if not any(inner is not m and inner in attentions for inner in m.modules())]
+    return {module.layer_idx: module for module in innermost}

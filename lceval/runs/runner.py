@@ -20,6 +20,8 @@ from lceval.records.responses import Responses
 from lceval.runs.configuration import Context, contexts_of, tasks_of
 from lceval.runs.folder import OpenRun, RunOutcome, begin, finish, opened
 
+# Model arguments that may differ between runs of one loaded model.
+RECIPE_ARGUMENTS = ("kv", "scorer")
 _SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
@@ -116,7 +118,7 @@ class RecipeSide:
         import torch
 
         config = self.open_run.config
-        self.model.use(config.model_args["kv"])
+        self.model.use(config.model_args["kv"], scorer=config.model_args.get("scorer") or "")
         self.model.set_cache_hook(self.store)
         # Seeded per context, so that answers do not depend on other runs or on the number of workers.
         torch.manual_seed(config.seed[2] if config.seed else 0)
@@ -135,7 +137,7 @@ class Runner:
         self._key: object = None
 
     def evaluate(self, runs: Sequence[OpenRun]) -> list[RunOutcome | Exception]:
-        """The outcome of each run; runs that differ only in their KV recipe share every prefill.
+        """The outcome of each run; runs that differ only in KV recipe and scorer share every prefill.
 
         A failed run does not stop the others.
         """
@@ -168,7 +170,7 @@ class Runner:
 
     def _load(self, config: Any) -> Any:
         """The model of a configuration, whatever its recipe; loaded if it is not already."""
-        arguments = {key: value for key, value in config.model_args.items() if key != "kv"}
+        arguments = {key: value for key, value in config.model_args.items() if key not in RECIPE_ARGUMENTS}
         key = (config.model, arguments, config.batch_size, config.max_batch_size, config.device)
         if self._key != key:
             self._model = None
@@ -181,8 +183,6 @@ class Runner:
         model: Any, loaded: Mapping[str, Any], runs: Mapping[int, OpenRun], outcomes: dict[int, RunOutcome | Exception]
     ) -> dict[int, RecipeSide]:
         """Answer all questions, context by context, and charge the prefills to all recipes in equal parts."""
-        from lceval.models.recipe import parse
-
         config = next(iter(runs.values())).config
         for task in loaded["tasks"].values():
             # As lm-eval's evaluator does: the configuration overrides the task.
@@ -207,7 +207,9 @@ class Runner:
                 begin(open_run)
                 store = stores.enter_context(closing(Responses(open_run.folder / "responses.sqlite")))
                 sides[place] = RecipeSide(model, open_run, store)
-            stores.enter_context(model.sharing_prefills([parse(run.config.model_args["kv"]) for run in runs.values()]))
+            args = [run.config.model_args for run in runs.values()]
+            scorers = {arguments.get("scorer") or "" for arguments in args}
+            stores.enter_context(model.sharing_prefills([arguments["kv"] for arguments in args], scorers))
 
             def failed(side: RecipeSide, error: Exception) -> None:
                 (place,) = (place for place, other in sides.items() if other is side)
@@ -224,10 +226,11 @@ class Runner:
 
 
 def load_model(config: Any) -> Any:
-    """Load the model of a configuration; lcft without its recipe, which may suit the model less than other runs'."""
+    """Load the model of a configuration; lcft without recipe and scorer, since other runs may use others."""
     from lm_eval.api.registry import get_model
 
-    arguments = {k: v for k, v in config.model_args.items() if k != "kv" or config.model != "lcft"}
+    ours = config.model == "lcft"
+    arguments = {k: v for k, v in config.model_args.items() if not (ours and k in RECIPE_ARGUMENTS)}
     flags = {"batch_size": config.batch_size, "max_batch_size": config.max_batch_size, "device": config.device}
     return get_model(config.model).create_from_arg_obj(arguments, flags)
 
@@ -242,7 +245,7 @@ def _finished(open_run: OpenRun, lm: Any, side: RecipeSide | None) -> RunOutcome
     started = time.monotonic()
     begin(open_run)
     if config.model == "lcft":
-        lm.use(config.model_args["kv"], side.totals if side else None)
+        lm.use(config.model_args["kv"], side.totals if side else None, config.model_args.get("scorer") or "")
     store = Responses(folder / "responses.sqlite")
     _collect_environment_once()
     seeds = dict(zip(_SEEDS, config.seed, strict=True)) if config.seed else {}

@@ -9,12 +9,14 @@ from lceval.models.policies.base import (
     StatsSpec,
     StepEvictor,
     StepView,
+    Threshold,
 )
 from lceval.models.policies.expected_attention import ExpectedAttention
 from lceval.models.policies.fier import Fier
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.keydiff import KeyDiff
 from lceval.models.policies.knorm import KNorm
+from lceval.models.policies.kvzap import KVzap
 from lceval.models.policies.kvzip import KVzip
 from lceval.models.policies.lacache import LaCache
 from lceval.models.policies.pyramidkv import PyramidKV
@@ -38,6 +40,7 @@ EVICTORS: dict[str, type[Evictor]] = {
     "keydiff": KeyDiff,
     "expected_attention": ExpectedAttention,
     "kvzip": KVzip,
+    "kvzap": KVzap,
     "random": Random,
 }
 QUANTIZERS: dict[str, tuple[int, int]] = NAMES
@@ -56,4 +59,5 @@ __all__ = [
     "StatsSpec",
     "StepEvictor",
     "StepView",
+    "Threshold",
 ]

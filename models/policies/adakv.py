@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lceval.kernels.select import top
-from lceval.models.policies.base import Evictor, LayerView, StatsSpec, StepEvictor
+from lceval.models.policies.base import Amount, Evictor, LayerView, StatsSpec, StepEvictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,9 @@ class AdaKV(Evictor):
     @property
     def stats_spec(self) -> StatsSpec:
         return self.inner.stats_spec
+
+    def with_amount(self, amount: Amount) -> AdaKV:
+        return replace(self, amount=amount, inner=self.inner.with_amount(amount))
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: the scores of `inner`, which must be comparable across heads."""

@@ -8,10 +8,11 @@ applies them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ class Amount:
     @classmethod
     def parse(cls, text: str) -> Amount:
         """Parse `0.25` (a share, marked by its decimal point) or `2048` (tokens)."""
+        if not re.fullmatch(r"[0-9]{0,18}\.?[0-9]*", text):
+            raise ValueError("an amount has digits and at most one decimal point")
         return cls(float(text) if "." in text else int(text))
 
     @property
@@ -57,6 +60,22 @@ class Amount:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Instead of a budget: the slots whose score is at least `value` are kept, so their share follows the text."""
+
+    value: float
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.value):
+            raise ValueError("threshold must be a finite number")
+
+
+def shortest(value: float) -> str:
+    """The shortest decimal of a float, without exponent: `0.5`, `-4`."""
+    return format(Decimal(repr(value + 0.0)).normalize(), "f")
+
+
+@dataclass(frozen=True)
 class StatsSpec:
     """The prefill statistics that a policy requires, beyond keys and values. `a | b` covers both.
 
@@ -65,12 +84,14 @@ class StatsSpec:
         column_sums: attention that every token receives, summed over all queries.
         query_moments: mean and covariance of the queries before RoPE.
         reconstruction: attention of a second pass in which the model repeats the context (KVzip).
+        scorers: digests of the scorers whose scores of every token are required (KVzap).
     """
 
     queries: int = 0
     column_sums: bool = False
     query_moments: bool = False
     reconstruction: bool = False
+    scorers: frozenset[str] = frozenset()
 
     def __or__(self, other: StatsSpec) -> StatsSpec:
         return StatsSpec(
@@ -78,6 +99,7 @@ class StatsSpec:
             self.column_sums or other.column_sums,
             self.query_moments or other.query_moments,
             self.reconstruction or other.reconstruction,
+            self.scorers | other.scorers,
         )
 
 
@@ -97,6 +119,7 @@ class LayerView:
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
         reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context.
+        learned: digest of a scorer -> [B, Hkv, S] float32, its scores of the context's tokens.
         kernels: whether `window_scores` uses the Triton kernels.
     """
 
@@ -111,6 +134,7 @@ class LayerView:
     query_cov: Tensor | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     reconstruction: Tensor | None = None
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
     kernels: bool = False
 
     def window_attention(self, window: int) -> Tensor:
@@ -131,9 +155,15 @@ class LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class Evictor:
-    """Selects the kept slots at the end of prefill. Most subclasses define only `scores`."""
+    """Selects the kept slots at the end of prefill. Most subclasses define only `scores`.
 
-    amount: Amount
+    Attributes:
+        amount: budget, or a threshold where `has_scale`.
+        has_scale: whether a score means the same in every context, so that a threshold makes sense.
+    """
+
+    amount: Amount | Threshold
+    has_scale: ClassVar[bool] = False
 
     @property
     def stats_spec(self) -> StatsSpec:
@@ -144,12 +174,29 @@ class Evictor:
         """[B, Hkv, S] float32; the highest are kept. Ties keep the earlier token."""
         raise NotImplementedError
 
+    @property
+    def budgeted(self) -> Amount:
+        """The budget of an evictor that has one."""
+        assert isinstance(self.amount, Amount), "a threshold has no budget"
+        return self.amount
+
+    def with_amount(self, amount: Amount) -> Self:
+        """The same evictor with another budget."""
+        return replace(self, amount=amount)
+
+    def keeps_all(self, tokens: int) -> bool:
+        """Whether nothing of a context of `tokens` tokens is evicted, whatever its scores."""
+        return isinstance(self.amount, Amount) and self.amount.tokens(tokens) >= tokens
+
     def budget(self, layer: int, layers: int, tokens: int) -> int:
         """Kept slots per KV head of a layer for a context of `tokens` tokens."""
-        return self.amount.tokens(tokens)
+        return self.budgeted.tokens(tokens)
 
     def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
-        """The mask [B, Hkv, S] of kept slots of one layer: the `budget` highest scores of each head."""
+        """The mask [B, Hkv, S] of kept slots of one layer: the `budget` highest scores of each head, or those at least
+        as high as the threshold."""
+        if isinstance(self.amount, Threshold):
+            return scores >= self.amount.value
         return top(scores, self.budget(layer, layers, scores.shape[-1]))
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:

@@ -40,7 +40,7 @@ class H2O(StepEvictor):
         """[B, Hkv, S] float32: attention sums; the recent tokens score highest, the latest first."""
         assert layer.column_sums is not None
         length = layer.keys.shape[2]
-        return self._protect_recent(layer.column_sums, length, self.amount.tokens(length))
+        return self._protect_recent(layer.column_sums, length, self.budgeted.tokens(length))
 
     def step_scores(self, view: StepView) -> Tensor:
         """[B, Hkv, N] float32: as `scores`."""

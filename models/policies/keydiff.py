@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
@@ -18,6 +19,8 @@ class KeyDiff(Evictor):
 
     Differs from the paper: the mean is over the whole context; the paper evicts block by block during prefill.
     """
+
+    has_scale: ClassVar[bool] = True
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: negative cosine similarity to the mean of the normalised keys."""

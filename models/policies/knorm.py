@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class KNorm(Evictor):
 
     Differs from the paper: every layer is compressed; the paper skips the first two.
     """
+
+    has_scale: ClassVar[bool] = True
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: negative key norm, computed in float32 because most 16-bit norms would tie."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lceval.kernels.select import top
-from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
+from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec, Threshold
+from lceval.models.policies.pooled import top_pooled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class KVzip(Evictor):
     Cost: a second forward pass over the context during prefill.
     """
 
+    has_scale: ClassVar[bool] = True
+
     @property
     def stats_spec(self) -> StatsSpec:
         return StatsSpec(reconstruction=True)
@@ -37,14 +40,10 @@ class KVzip(Evictor):
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """The masks [B, Hkv, S] of kept slots; ties keep the earlier token, then the lower layer and head."""
-        heads = [s.shape[1] for s in scores]
-        slots = sum(s.shape[1] * self.budget(layer, len(scores), s.shape[-1]) for layer, s in enumerate(scores))
-        # Under `parallelize=True` layers are on several devices.
-        pooled = torch.cat([s.to(scores[0].device) for s in scores], 1)
-        pooled[..., :SINKS] = torch.inf
-        # [B, S, layers * Hkv], so that ties keep the earlier token.
-        pooled = pooled.transpose(1, 2)
-        keep = top(pooled.flatten(1), slots).view(pooled.shape).transpose(1, 2)
-        # The kernels that gather slots read a head's mask as contiguous bytes.
-        masks = torch.split(keep.contiguous(), heads, 1)
-        return [mask.to(s.device) for mask, s in zip(masks, scores, strict=True)]
+        protected = [s.clone() for s in scores]
+        for s in protected:
+            s[..., :SINKS] = torch.inf
+        if isinstance(self.amount, Threshold):
+            return super().select(protected)
+        slots = (s.shape[1] * self.budget(layer, len(scores), s.shape[-1]) for layer, s in enumerate(scores))
+        return top_pooled(protected, sum(slots))

@@ -99,7 +99,7 @@ class LaCache(StepEvictor):
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32, equal for all heads: the position; the ladder's tokens score highest."""
         batch, heads, length, _ = layer.keys.shape
-        ladder = self._ladder(length, self.amount.tokens(length), layer.layer, layer.layers)
+        ladder = self._ladder(length, self.budgeted.tokens(length), layer.layer, layer.layers)
         positions = torch.arange(length, device=layer.keys.device)
         return _with_ladder_first(positions, ladder).expand(batch, heads, length)
 

@@ -27,7 +27,7 @@ class PyramidKV(SnapKV):
 
     def budget(self, layer: int, layers: int, tokens: int) -> int:
         """Slots per KV head of layer `layer`: round(first - layer * (first - last) / (layers - 1))."""
-        value = self.amount.value
+        value = self.budgeted.value
         mean = value * tokens if isinstance(value, float) else min(value, tokens)
         last = mean / self.beta
         first = 2 * mean - last
@@ -35,6 +35,6 @@ class PyramidKV(SnapKV):
             first = tokens - self.window
             last = 2 * mean - first
         if not tokens >= first >= last >= self.window:
-            return self.amount.tokens(tokens)
+            return self.budgeted.tokens(tokens)
         step = (first - last) / (layers - 1) if layers > 1 else 0.0
         return round(first - layer * step)

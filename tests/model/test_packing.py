@@ -16,7 +16,7 @@ from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, Packing, QAPair, check_trainable, pack
 
 pytestmark = pytest.mark.model
-RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name != "kvzip"), "adakv:0.3:of=knorm"]
+RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name not in ("kvzip", "kvzap")), "adakv:0.3:of=knorm"]
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from scorers import random_scorer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -24,6 +25,7 @@ from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
 from lceval.models.question import QuestionLayer
 from lceval.models.recipe import Recipe, parse
+from lceval.models.scorer import Scorer
 
 LAYERS, HEADS, KV_HEADS = 3, 6, 2
 EVICTING = [
@@ -36,11 +38,17 @@ EVICTING = [
     "adakv:0.5:of=knorm:floor=0.0",
     "pyramidkv:0.5:window=4:beta=3",
     *(f"{name}:0.3" for name in EVICTORS if name not in ("snapkv", "streaming")),
+    "kvzap:0.3:scope=layer:recent=9",
+    "kvzap:0.3:scope=head",
+    "kvzap:threshold=0.2:recent=3",
+    "kvzip:threshold=0.05",
+    "knorm:threshold=-1.2",
+    "keydiff:threshold=0",
     "ragged",
 ]
 QUANTIZING = [
     f"{evict}{quantization}"
-    for evict in ("", "ragged+", "knorm:0.6+")
+    for evict in ("", "ragged+", "kvzap:threshold=0.1:recent=70+")
     for quantization in ("int8", "int4:residual=10", "kv8v2")
 ]
 LENGTHS = [1, 2, 63, 64, 65, 130]
@@ -79,13 +87,19 @@ class Ragged(Evictor):
 def parse_recipe(text: str) -> Recipe:
     """As `parse`, with `ragged` as an additional evictor."""
     if not text.startswith("ragged"):
-        return parse(text)
+        return parse(text).bound(scorer().digest)
     rest = parse(text.removeprefix("ragged").removeprefix("+") or "full")
     return Recipe(Ragged(amount=Amount(1)), rest.quantizer, rest.sparse_attention)
 
 
+def scorer() -> Scorer:
+    return random_scorer(96, KV_HEADS, LAYERS)
+
+
 def engine(model: Any, chunk: int = 0) -> Engine:
-    return Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    built = Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    built.add_scorer(scorer())
+    return built
 
 
 def compressed(model: Any, ids: Tensor, recipe: Recipe, chunk: int = 0) -> CompressedContext:
@@ -134,6 +148,7 @@ def test_the_answer_is_full_attention_with_evicted_positions_masked(tiny: Any, r
 
 KINDS = ["int8", "int4", "int2:residual=64", "kv8v4", "streaming:0.6+int4:residual=64", "ragged+int4:residual=64"]
 KINDS += ["fier:0.3:skip=0", "quest:0.3", "quest:0.3:page=4", "snapkv:0.6:window=16+fier:0.3:skip=0"]
+KINDS += ["kvzap:threshold=0:recent=20+int4:residual=10", "kvzap:0.6+quest:0.3:skip=0"]
 STEPS = ["full", "ragged", *KINDS]
 
 
@@ -233,10 +248,12 @@ def test_decoding_through_the_kernels_gives_the_same_results() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 50, 64, 100])
-@pytest.mark.parametrize("recipe", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5"])
+@pytest.mark.parametrize(
+    "recipe", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5", "kvzap:0.5"]
+)
 def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, recipe: str, chunk: int) -> None:
     ids = torch.randint(0, 99, (1, 130), generator=torch.Generator().manual_seed(5))
-    whole, chunked = compressed(tiny, ids, parse(recipe)), compressed(tiny, ids, parse(recipe), chunk)
+    whole, chunked = (compressed(tiny, ids, parse_recipe(recipe), size) for size in (0, chunk))
     for a, b in zip(whole.layers, chunked.layers, strict=True):
         for head in range(KV_HEADS):
             assert torch.equal(a.kept_positions(0, head), b.kept_positions(0, head))

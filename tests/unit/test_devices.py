@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from fake_devices import FIRST, SECOND, DeviceError, FakeDevices, spread
+from fake_devices import FIRST, SECOND, DeviceError, FakeDevices, place, spread
+from scorers import random_scorer
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -28,12 +29,14 @@ from lceval.models.policies import EVICTORS, SPARSE_ATTENTION, Evictor, retrieva
 from lceval.models.prefix import Job
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows
 from lceval.models.recipe import parse
+from lceval.models.scorer import Scorer
 
 STEPPING = [f"{name}:40:when=always" for name in ("streaming", "lacache", "h2o", "tova")]
 SPARSE = [f"{name}:0.2:skip=0" for name in SPARSE_ATTENTION]
 RECIPES = [
     "full",
     *(f"{name}:0.4" + (":window=16" if name in ("snapkv", "pyramidkv", "adakv") else "") for name in EVICTORS),
+    "kvzap:threshold=0.1:recent=5",
     *(f"{name}:residual=10" for name in ("int8", "int4", "int2", "kv8v4")),
     *("snapkv:0.9:window=16+int4:residual=10", "adakv:0.9:of=knorm+int2:residual=10"),
     *SPARSE,
@@ -64,7 +67,17 @@ def build() -> Any:
 
 
 def engine_of(model: Any, *, kernels: bool = False) -> Engine:
-    return Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    engine = Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    engine.add_scorer(scorer())
+    # `Module.to` moves parameters where FakeDevices does not see it.
+    for module, layer in zip(engine.scorers[scorer().digest].layers, (0, 2), strict=True):
+        for x in module.parameters():
+            x._fake_device = place(next(model.model.layers[layer].parameters()))
+    return engine
+
+
+def scorer() -> Scorer:
+    return random_scorer(96, 2, 2)
 
 
 def context_ids(tokens: int) -> list[int]:
@@ -80,7 +93,7 @@ def padded(engine: Engine, rows: Any) -> Tensor:
 def everything(engine: Engine, text: str) -> list[Tensor]:
     """What lcft computes under a recipe, on the CPU: logits of padded questions over two contexts and of steps, the
     gold answer's likelihood, gold slots kept, the question's attention, and a query-aware question's logits."""
-    recipe = parse(text)
+    recipe = parse(text).bound(scorer().digest)
     spec = recipe.stats_spec | Diagnosis("attention", None, str.encode, "context").stats_spec
     prefills = [engine.prefill(context_ids(tokens), spec) for tokens in CONTEXTS]
     one, two = (prefill.compress(recipe, consume=False) for prefill in prefills)
@@ -137,7 +150,7 @@ def test_everything_stays_on_its_device_and_equals_the_cpu(recipe: str, monkeypa
 def test_a_step_moves_nothing_between_host_and_device(recipe: str) -> None:
     """Rows of two contexts, questions of three lengths, sliding layers. (faiss searches on the CPU: left out.)"""
     with FakeDevices() as devices:
-        engine, kv = engine_of(spread(build(), (FIRST,))), parse(recipe)
+        engine, kv = engine_of(spread(build(), (FIRST,))), parse(recipe).bound(scorer().digest)
         one, two = (engine.prefill(context_ids(n), kv.stats_spec).compress(kv, consume=True) for n in CONTEXTS)
         cache = engine.batch([one, one, two], QUESTIONS, 4)
         inputs = [padded(engine, QUESTIONS), *(padded(engine, [[token] for token in step]) for step in STEPS)]

@@ -164,10 +164,12 @@ def recipe_texts() -> list[str]:
         "snapkv:0.25+int4+quest:0.1:page=32",
         " streaming:2048:sinks=4:when=always",
         "adakv:0.5:of=knorm:floor=0.1",
+        "kvzap:threshold=-4:recent=128+int8",
     ]
     for name in recipe.NAMES[1:]:
         amount = [] if name in recipe.QUANTIZERS else ["0.25"]
-        texts.append(":".join([name, *amount, *(f"{key}={value}" for key, value in recipe.defaults(name).items())]))
+        keys = (f"{key}={recipe.spelled(value)}" for key, value in recipe.defaults(name).items() if value is not None)
+        texts.append(":".join([name, *amount, *keys]))
     return texts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any
 
 import pytest
@@ -26,8 +27,8 @@ AXES = {
 
 def test_all_methods_are_listed_with_their_axis() -> None:
     assert {record["method"]: record["axis"] for record in methods.records()} == AXES
-    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-3]]
-    mixed = [name for name in NAMES if name.startswith("kv") and name != "kvzip"]
+    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-4]]
+    mixed = [name for name in NAMES if re.fullmatch("kv.*v.*", name)]
     assert first_words == list(dict.fromkeys("kvAvB" if name in mixed else name for name in NAMES))
 
 
@@ -35,9 +36,9 @@ def test_all_methods_are_listed_with_their_axis() -> None:
 def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
     cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
     expected = {
-        f.name: {"default": f.default, "type": type(f.default).__name__}
+        f.name: {"default": f.default, "type": "int" if f.default is None else type(f.default).__name__}
         for f in dataclasses.fields(cls)
-        if f.default is not dataclasses.MISSING
+        if f.default is not dataclasses.MISSING and f.name != "scorer"
     }
     if cls is AdaKV:
         expected["of"] = {"default": "snapkv", "type": "str"}
@@ -45,7 +46,9 @@ def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
     assert record["keys"] == expected
     assert record["when"] == (["prefill", "always"] if "when" in expected else [])
     text = methods.text(name)
-    assert all(f"{key}={value['default']}" in text for key, value in expected.items())
+    spelled = {key: "INT" if v["default"] is None else str(v["default"]).lower() for key, v in expected.items()}
+    assert all(f"{key}={value}" in text for key, value in spelled.items())
+    assert record["threshold"] == ("threshold=FLOAT" in text) == (name in ("kvzap", "kvzip", "knorm", "keydiff"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -93,6 +96,7 @@ def test_source_details_differences_and_cost_are_parts_of_the_docstring(monkeypa
         "method": "new",
         "axis": "evict",
         "amount": True,
+        "threshold": False,
         "keys": {"width": {"default": 3, "type": "int"}},
         "when": [],
         "description": "Keep the best tokens.",

@@ -2,29 +2,93 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
+from random import Random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lceval.core.errors import UserError
-from lceval.models.policies import Amount, SnapKV, Streaming
+from lceval.models import recipe
+from lceval.models.policies import AdaKV, Amount, Evictor, Threshold
+from lceval.models.policies.h2o import H2O
+from lceval.models.policies.knorm import KNorm
+from lceval.models.policies.kvzap import SCOPES, KVzap
+from lceval.models.policies.snapkv import SnapKV
+from lceval.models.policies.streaming import Streaming
 from lceval.models.recipe import Recipe, parse
 
 amounts = st.one_of(
     st.floats(min_value=0, max_value=1.0, exclude_min=True).map(Amount),
     st.integers(min_value=1, max_value=10**6).map(Amount),
 )
-evictors = st.one_of(
+thresholds = st.floats(allow_nan=False, allow_infinity=False).map(Threshold)
+shares = st.floats(min_value=0, max_value=1)
+
+
+def with_inner(inner: Evictor) -> st.SearchStrategy[Evictor]:
+    return st.builds(AdaKV, amount=st.just(inner.amount), inner=st.just(inner), floor=shares)
+
+
+even = st.one_of(
     st.builds(SnapKV, amount=amounts, window=st.integers(1, 512), pool=st.integers(0, 20).map(lambda n: 2 * n + 1)),
     st.builds(Streaming, amount=amounts, sinks=st.integers(0, 64)),
+    st.builds(H2O, amount=amounts, recent=shares),
+)
+evictors = st.one_of(
+    even,
+    even.flatmap(with_inner),
+    st.builds(H2O, amount=amounts, recent=shares, when=st.just("always")),
+    st.builds(KNorm, amount=thresholds),
+    st.builds(KVzap, amount=amounts, scope=st.sampled_from(SCOPES), recent=st.none() | st.integers(0, 200)),
+    st.builds(KVzap, amount=thresholds, recent=st.none() | st.integers(0, 200)),
 )
 
 
 @given(st.one_of(st.none(), evictors))
-def test_canonical_form_parses_back_to_the_same_recipe(evictor: SnapKV | Streaming | None) -> None:
+def test_canonical_form_parses_back_to_the_same_recipe(evictor: Evictor | None) -> None:
     recipe = Recipe(evictor)
-    assert parse(str(recipe)) == recipe
-    assert str(parse(str(recipe))) == str(recipe)
+    text = str(recipe)
+    assert parse(text) == recipe
+    assert str(parse(text)) == text
+    assert not re.search(r"\de|None|True|False", text)
+
+
+@given(evictors, st.randoms(use_true_random=False))
+def test_the_order_of_keys_does_not_matter_and_the_canonical_order_is_fixed(evictor: Evictor, rng: Random) -> None:
+    text = str(Recipe(evictor))
+    name, *rest = text.split(":")
+    amount = rest[:1] if rest and "=" not in rest[0] else []
+    keys = rest[len(amount) :]
+    order = [key.partition("=")[0] for key in keys]
+    ranks = [["threshold", "when"].index(key) if key in ("threshold", "when") else 2 for key in order]
+    assert ranks == sorted(ranks)
+    inner = order.index("of") + 1 if "of" in order else len(order)
+    assert not {"floor", "threshold"} & {*order[inner:]}
+    rng.shuffle(keys)
+    assert str(parse(":".join([name, *amount, *keys]))) == text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switched(Evictor):
+    """A test policy with a key of each type."""
+
+    plus: bool = False
+    share: float = 0.5
+    count: int = 3
+    word: str = "a"
+
+
+def test_booleans_are_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(recipe.EVICTORS, "switched", Switched)
+    monkeypatch.setattr(recipe, "NAMES", [*recipe.NAMES, "switched"])
+    assert parse("switched:0.5:plus=false") == parse("switched:0.5") == Recipe(Switched(amount=Amount(0.5)))
+    assert str(parse("switched:0.5:word=b:share=1e-7:plus=true")) == "switched:0.5:plus=true:share=0.0000001:word=b"
+    for value in ("True", "1", "yes", ""):
+        with pytest.raises(UserError, match=f"plus={value!r} is not true or false"):
+            parse(f"switched:0.5:plus={value}")
 
 
 @pytest.mark.parametrize(
@@ -36,6 +100,11 @@ def test_canonical_form_parses_back_to_the_same_recipe(evictor: SnapKV | Streami
         ("snapkv:0.25:window=32", "snapkv:0.25:window=32"),
         ("streaming:4096", "streaming:4096"),
         ("full+streaming:1.0:sinks=8", "streaming:1.0:sinks=8"),
+        ("kvzap:threshold=-4.0", "kvzap:threshold=-4"),
+        ("kvzap:recent=64:threshold=-45e-1", "kvzap:threshold=-4.5:recent=64"),
+        ("kvzap:1.0:scope=model", "kvzap:1.0"),
+        ("h2o:0.5:recent=1.0:when=always", "h2o:0.5:when=always:recent=1"),
+        ("adakv:0.5:sinks=8:of=streaming:floor=0.0", "adakv:0.5:floor=0:of=streaming:sinks=8"),
     ],
 )
 def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) -> None:
@@ -54,6 +123,18 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
         ("snapkv:0.5:window=a", "window='a' is not of type int"),
         ("snapkv:0.5:pool=4", "pool an odd number"),
         ("snapkv:0.5:64", "'64' is not key=value"),
+        ("snapkv:0.5:window=1_0", "window='1_0' is not of type int"),
+        ("snapkv:threshold=-4", "snapkv requires an amount"),
+        ("snapkv:0.5:threshold=-4", "snapkv has no threshold, since its scores have no scale of their own"),
+        ("adakv:0.5:of=knorm:threshold=-4", "adakv has no threshold"),
+        ("kvzap", "or a threshold, as in kvzap:threshold=-4"),
+        ("kvzap:0.5:threshold=-4", "kvzap takes an amount or a threshold, not both"),
+        ("kvzap:threshold=low", "threshold='low' is not of type float"),
+        ("kvzap:threshold=inf", "threshold='inf' is not of type float"),
+        ("kvzap:threshold=1e999", "threshold must be a finite number"),
+        ("kvzap:threshold=-4:scope=head", "leave scope out"),
+        ("kvzap:0.5:scope=row", "scope must be one of model, layer, head"),
+        ("kvzap:0.5:scorer=abc", "unknown key of kvzap 'scorer'"),
         ("snapkv:0.5+streaming:0.5", "at most one evictor"),
         ("full:0.5", "full takes no argument"),
         ("", "unknown KV method ''"),

@@ -60,12 +60,14 @@ def test_datasets_are_crossed_with_modes_and_lengths_and_missing_tasks_are_liste
 
 def test_cells_that_differ_in_any_setting_have_different_folders() -> None:
     grid = Grid(
-        models=["a/m", "b/m"], adapters=[None, "x/ao", "y/ao"], recipes=["full", "snapkv:0.5"],
+        models=["a/m", "b/m"], adapters=[None, "x/ao", "y/ao"], recipes=["full", "kvzap:0.5"],
+        scorers=[None, "x/sc", "y/sc"],
         tasks=["lc_filings_ao_1k"], contexts=["full", {"context": "rag", "retriever": "bm25"}],
         seeds=[None, 1], limit=3,
     )  # fmt: skip
     cells = plan(grid).cells
-    assert len(cells) == 2 * 3 * 2 * 2 * 2
+    assert len(cells) == 2 * 3 * (1 + 3) * 2 * 2  # full has no scorer
+    assert len({cell.group for cell in cells}) == 2 * 3 * 2 * 2
     assert len({cell.name for cell in cells}) == len(cells)
     assert all(
         set(cell.name) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.+=-_") for cell in cells
@@ -73,10 +75,10 @@ def test_cells_that_differ_in_any_setting_have_different_folders() -> None:
 
 
 def test_a_cell_has_the_arguments_of_lceval_run() -> None:
-    cell = Cell("m", "ad", "int4", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),))
+    cell = Cell("m", "ad", "kvzap:0.5", "runs/sc", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),))
     assert cell.argv(Path("out")) == [
         "--model=lcft",
-        "--model_args=pretrained=m,peft=ad,kv=int4,diagnose=gold",
+        "--model_args=pretrained=m,peft=ad,kv=kvzap:0.5,scorer=runs/sc,diagnose=gold",
         "--tasks=lc_nqopen_ao_2k",
         "--batch_size=2",
         "--output_path=out",

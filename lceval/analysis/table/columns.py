@@ -111,6 +111,7 @@ _COLUMNS = (
     Column("run", _run, text=True, show="always"),
     Column("model", model, text=True, show="differs"),
     Column("recipe", lambda row: row["recipe"], text=True, show="always"),
+    Column("scorer", lambda row: row.get("scorer") or "-", text=True),
     Column("query", _query),
     Column("context", lambda row: row["context"] or "-", text=True, show="differs"),
     Column("tasks", lambda row: "-" if row["over"] is None else str(len(row["over"].split()))),

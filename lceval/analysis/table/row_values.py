@@ -24,6 +24,7 @@ KEYS = {
     "pretrained": "model weights, as in model_args",
     "peft": "adapter, as in model_args",
     "recipe": "canonical KV recipe; '-' for models without one",
+    "scorer": "scorer of a learned evictor as name@hash; None without one",
     "query_aware": "whether eviction scores include the question; None without a recipe and for full",
     "task": "task name; None in a mean over tasks",
     "suite": "suite of an lceval task",
@@ -114,6 +115,7 @@ def row(result: Result, *, bounds: bool = True) -> Row:
         "pretrained": run.pretrained,
         "peft": run.peft,
         "recipe": run.recipe,
+        "scorer": _scorer(run),
         "query_aware": _query_aware(run),
         "task": task.task,
         **place(task.task),
@@ -139,6 +141,11 @@ def row(result: Result, *, bounds: bool = True) -> Row:
         "unjudged": verdicts.unjudged,
         "unfinished": not run.finished or len(task.samples) < (task.expected or 0),
     }
+
+
+def _scorer(run: Run) -> str | None:
+    recorded = run.config.get("lcft")
+    return recorded.get("scorer") if isinstance(recorded, Mapping) else None
 
 
 def _query_aware(run: Run) -> bool | None:

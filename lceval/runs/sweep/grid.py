@@ -18,6 +18,7 @@ class Grid(BaseModel):
     Attributes:
         models, adapters: `pretrained` and `peft`; None is no adapter.
         recipes: KV recipes.
+        scorers: `scorer` of the recipes that require one (kvzap); None is the model's default.
         contexts: context settings as in lm_eval's `--metadata`: `full`, `gold`, `none`, or `{context: rag, …}`.
         tasks: tasks, groups, or datasets, which are crossed with `modes` and `lengths` (K tokens).
         seeds: `data_seed` of the rows; None is the task's default.
@@ -31,6 +32,7 @@ class Grid(BaseModel):
     models: list[str] = Field(min_length=1)
     adapters: list[str | None] = [None]
     recipes: list[str] = Field(default=["full"], min_length=1)
+    scorers: list[str | None] = Field(default=[None], min_length=1)
     contexts: list[str | dict[str, str | int]] = Field(default=["full"], min_length=1)
     tasks: list[str] = Field(min_length=1)
     modes: list[str] = ["ao"]

@@ -26,6 +26,7 @@ class Cell:
     model: str
     adapter: str | None
     recipe: str
+    scorer: str | None
     task: str
     metadata: tuple[tuple[str, str | int], ...]
     limit: int | None
@@ -36,7 +37,7 @@ class Cell:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Cells of one group differ only in their recipe."""
+        """Cells of one group differ only in recipe and scorer."""
         settings = self.task, self.metadata, self.limit, self.gen_kwargs
         return self.model, self.adapter, self.batch_size, self.model_args, *settings
 
@@ -50,13 +51,15 @@ class Cell:
         """The folder's name: readable parts, and a digest because these alone are not unique."""
         values = [str(value) for _, value in self.metadata]
         parts = [self.model.rstrip("/").rsplit("/", 1)[-1], *([Path(self.adapter).name] if self.adapter else [])]
-        readable = "_".join([*parts, self.task, *values, self.recipe])
+        parts += [self.task, *values, self.recipe, *([Path(self.scorer).name] if self.scorer else [])]
+        readable = "_".join(parts)
         digest = hashlib.sha256(json.dumps(self.argv(Path()), sort_keys=True).encode()).hexdigest()[:6]
         return f"{re.sub(r'[^A-Za-z0-9.+=-]+', '-', readable)[:_NAME_CHARACTERS]}_{digest}"
 
     def argv(self, folder: Path) -> list[str]:
         """The arguments of `lceval run` for the same run."""
         args = {"pretrained": self.model, **({"peft": self.adapter} if self.adapter else {}), "kv": self.recipe}
+        args |= {"scorer": self.scorer} if self.scorer else {}
         args |= {key: str(value) for key, value in self.model_args}
         flags = [
             "--model=lcft",
@@ -101,7 +104,11 @@ def plan(grid: Grid) -> SweepPlan:
     from lceval.models import recipe
     from lceval.tasks import catalogue, contexts
 
-    recipes = [str(recipe.parse(text)) for text in grid.recipes]
+    recipes = [
+        (str(parsed), scorer)
+        for parsed in map(recipe.parse, grid.recipes)
+        for scorer in (grid.scorers if parsed.needs_scorer else [None])
+    ]
     names, na = _tasks(grid)
     axes = (grid.models, grid.adapters, names, grid.contexts, grid.seeds, recipes)
     count = math.prod(len(axis) for axis in axes)
@@ -120,11 +127,11 @@ def plan(grid: Grid) -> SweepPlan:
             metadata |= {"data_seed": seed}
         cells += [
             Cell(
-                model, adapter, kv, name, tuple(sorted(metadata.items())), grid.limit, grid.batch_size,
+                model, adapter, kv, scorer, name, tuple(sorted(metadata.items())), grid.limit, grid.batch_size,
                 tuple(sorted(grid.model_args.items())),
                 json.dumps(grid.gen_kwargs, sort_keys=True) if grid.gen_kwargs else "",
             )
-            for kv in recipes
+            for kv, scorer in recipes
         ]  # fmt: skip
     if not cells:
         raise UserError(f"no cell of the grid can be run: {na[0][0]}: {na[0][1]}" if na else "the grid has no cell")
