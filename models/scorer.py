@@ -148,6 +148,9 @@ def _load(name: str) -> Scorer:
     weights: dict[str, Tensor] = {}
     for file in files:
         weights |= load_file(file)
+    tensors = sizes["n_modules"] * (2 if sizes["hidden_dim"] is None else 4)
+    if len(weights) != tensors:
+        raise UserError(f"scorer={name}: the folder has {len(weights)} tensors, and {CONFIG} implies {tensors}")
     with torch.device("meta"):
         scorer = Scorer(**sizes)
     expected = {key: tuple(tensor.shape) for key, tensor in scorer.state_dict().items()}
@@ -157,6 +160,8 @@ def _load(name: str) -> Scorer:
         raise UserError(
             f"scorer={name}: {wrong} has shape {stored.get(wrong)}, and {CONFIG} implies {expected.get(wrong)}"
         )
+    if not all(tensor.is_floating_point() and bool(tensor.isfinite().all()) for tensor in weights.values()):
+        raise UserError(f"scorer={name}: its weights must be finite floating-point numbers")
     scorer.load_state_dict(weights, assign=True)
     scorer.requires_grad_(False)
     scorer.name = name

@@ -25,6 +25,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from scorers import random_scorer
 
 from lceval.cli import invoke
 from lceval.core import yaml_config
@@ -1037,6 +1038,37 @@ def test_an_adapter_without_all_of_its_weights_is_not_the_base_model(
     base, config, weights = adapter
     assert load_adapter(folder, base, as_json(config), weights, ("none", 0, b"")) is not None
     assert load_adapter(folder, base, as_json(config), weights, (kind, 77, b"")) is None
+
+
+# Scorers
+
+
+@pytest.fixture(scope="module")
+def scorer_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes]:
+    """The configuration and the weights of a small scorer."""
+    folder = tmp_path_factory.mktemp("scorer")
+    random_scorer(8, 2, 3, 4).save(folder)
+    return json.loads((folder / "config.json").read_text()), (folder / "model.safetensors").read_bytes()
+
+
+@examples(40)
+@given(st.data(), weight_edits())
+def test_a_damaged_scorer_is_loaded_or_rejected(
+    folder: Path, scorer_weights: tuple[dict[str, Any], bytes], data: st.DataObject, edit: tuple[str, int, bytes]
+) -> None:
+    import torch
+
+    from lceval.models import scorer
+
+    (config, weights), broken = scorer_weights, fresh(folder / "scorer")
+    text = as_json(config)
+    if data.draw(st.booleans()):
+        text = data.draw(damaged(config, SIZES | JUNK | st.none() | st.booleans()).map(as_json) | edited(text))
+    put(broken / "config.json", text)
+    damaged_weights(broken / "model.safetensors", weights, edit)
+    loaded = outcome(scorer.load, str(broken))
+    if loaded is not None:
+        assert loaded.score(2, torch.ones(1, 5, loaded.input_dim)).shape == (1, loaded.output_dim, 5)
 
 
 # Predictions

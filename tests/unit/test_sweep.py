@@ -75,7 +75,9 @@ def test_cells_that_differ_in_any_setting_have_different_folders() -> None:
 
 
 def test_a_cell_has_the_arguments_of_lceval_run() -> None:
-    cell = Cell("m", "ad", "kvzap:0.5", "runs/sc", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),))
+    cell = Cell(
+        "m", "ad", "kvzap:0.5", "runs/sc", "lc_nqopen_ao_2k", (("context", "gold"),), 8, 2, (("diagnose", "gold"),)
+    )
     assert cell.argv(Path("out")) == [
         "--model=lcft",
         "--model_args=pretrained=m,peft=ad,kv=kvzap:0.5,scorer=runs/sc,diagnose=gold",
