@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
@@ -30,12 +30,11 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit
+from lceval.models.reconstruction import Repetition
 from lceval.models.scheduler import ContextScheduler, Question
 from lceval.models.telemetry import failed
 
 logger = logging.getLogger(__name__)
-
-REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
 
 
 class LCFT(AnsweringLM):
@@ -109,9 +108,9 @@ class LCFT(AnsweringLM):
             chunk=self.prefill_chunk,
             kernels=attention.use_kernels(attn, self.device),
             autocast=self._autocast,
-            repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
+            repetition=Repetition.of(self.tokenizer, partial(self.tok_encode, add_special_tokens=False)),
         )
-        self.engine.geometry.check(self.recipe.stats_spec)
+        self.engine.check(self.recipe.stats_spec)
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
@@ -132,7 +131,7 @@ class LCFT(AnsweringLM):
         parsed = recipe.parse(kv) if isinstance(kv, str) else kv
         check_mode(parsed, self.query_aware)
         if hasattr(self, "engine"):  # not yet, before the model is loaded
-            self.engine.geometry.check(parsed.stats_spec)
+            self.engine.check(parsed.stats_spec)
         self.recipe = parsed
         self.totals.clear()
         self.totals.update(totals or {})

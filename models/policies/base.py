@@ -65,12 +65,14 @@ class StatsSpec:
         column_sums: attention that every token receives, summed over all queries.
         query_moments: mean and covariance of the queries before RoPE.
         reconstruction: attention of a second pass in which the model repeats the context (KVzip).
+        reconstruction_plus: the same, normalized (KVzip+); implies `reconstruction`.
     """
 
     queries: int = 0
     column_sums: bool = False
     query_moments: bool = False
     reconstruction: bool = False
+    reconstruction_plus: bool = False
 
     def __or__(self, other: StatsSpec) -> StatsSpec:
         return StatsSpec(
@@ -78,6 +80,7 @@ class StatsSpec:
             self.column_sums or other.column_sums,
             self.query_moments or other.query_moments,
             self.reconstruction or other.reconstruction,
+            self.reconstruction_plus or other.reconstruction_plus,
         )
 
 
@@ -96,7 +99,12 @@ class LayerView:
         column_sums: [B, Hkv, S] float32, causal attention received, summed over all queries, mean over G query heads.
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
-        reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context.
+        reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context; 0 for the
+            `protected` tokens.
+        reconstruction_plus: the same, with the attention divided by the norm of the query token's attention input and
+            multiplied by the norm of W_O v, before the maximum over queries and query heads.
+        protected: number of first tokens that a method may have to keep: those of the chat template before the user's
+            message, system prompt included; 0 in a prompt without template.
         kernels: whether `window_scores` uses the Triton kernels.
     """
 
@@ -111,6 +119,8 @@ class LayerView:
     query_cov: Tensor | None = None
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     reconstruction: Tensor | None = None
+    reconstruction_plus: Tensor | None = None
+    protected: int = 0
     kernels: bool = False
 
     def window_attention(self, window: int) -> Tensor:

@@ -24,6 +24,7 @@ from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
 from lceval.models.question import QuestionLayer
 from lceval.models.recipe import Recipe, parse
+from lceval.models.reconstruction import Repetition
 
 LAYERS, HEADS, KV_HEADS = 3, 6, 2
 EVICTING = [
@@ -85,7 +86,9 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def engine(model: Any, chunk: int = 0) -> Engine:
-    return Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    return Engine(
+        model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repetition=Repetition((5,), (7,))
+    )
 
 
 def compressed(model: Any, ids: Tensor, recipe: Recipe, chunk: int = 0) -> CompressedContext:

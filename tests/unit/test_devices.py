@@ -28,6 +28,7 @@ from lceval.models.policies import EVICTORS, SPARSE_ATTENTION, Evictor, retrieva
 from lceval.models.prefix import Job
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows
 from lceval.models.recipe import parse
+from lceval.models.reconstruction import Repetition
 
 STEPPING = [f"{name}:40:when=always" for name in ("streaming", "lacache", "h2o", "tova")]
 SPARSE = [f"{name}:0.2:skip=0" for name in SPARSE_ATTENTION]
@@ -64,7 +65,7 @@ def build() -> Any:
 
 
 def engine_of(model: Any, *, kernels: bool = False) -> Engine:
-    return Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    return Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repetition=Repetition((5,), (7,)))
 
 
 def context_ids(tokens: int) -> list[int]:
