@@ -38,8 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
         f"pyramidkv:{keep}:beta=2": {"name": "pyramidkv", "keep": keep, "beta": 2},
     }.items()
 }
-# kvzip on the same text as a user's message in the chat template; chunks of 512, so that both requests occur. `n_sink` is
-# set to the length of the template's prefix, which lceval protects.
+# kvzip on the same text as a user's message in the chat template; chunks of 512, so that both requests occur. `n_sink`
+# is the length of the template's prefix, which lceval protects.
 ZIPPED: dict[str, dict[str, Any]] = {
     f"kvzip:{keep}{key}": {"name": "kvzip", "keep": keep, "kvzip_plus_normalization": bool(key), "chunk_size": 512}
     for keep in (0.5, 0.25)

@@ -37,6 +37,7 @@ EVICTING = [
     "adakv:0.5:of=knorm:floor=0.0",
     "pyramidkv:0.5:window=4:beta=3",
     *(f"{name}:0.3" for name in EVICTORS if name not in ("snapkv", "streaming")),
+    "kvzip:0.3:plus=true",
     "ragged",
 ]
 QUANTIZING = [
@@ -236,7 +237,10 @@ def test_decoding_through_the_kernels_gives_the_same_results() -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 50, 64, 100])
-@pytest.mark.parametrize("recipe", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5", "kvzip:0.5:plus=true"],
+)
 def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, recipe: str, chunk: int) -> None:
     ids = torch.randint(0, 99, (1, 130), generator=torch.Generator().manual_seed(5))
     whole, chunked = compressed(tiny, ids, parse(recipe)), compressed(tiny, ids, parse(recipe), chunk)

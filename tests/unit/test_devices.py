@@ -35,6 +35,7 @@ SPARSE = [f"{name}:0.2:skip=0" for name in SPARSE_ATTENTION]
 RECIPES = [
     "full",
     *(f"{name}:0.4" + (":window=16" if name in ("snapkv", "pyramidkv", "adakv") else "") for name in EVICTORS),
+    "kvzip:0.4:plus=true",
     *(f"{name}:residual=10" for name in ("int8", "int4", "int2", "kv8v4")),
     *("snapkv:0.9:window=16+int4:residual=10", "adakv:0.9:of=knorm+int2:residual=10"),
     *SPARSE,
