@@ -23,9 +23,10 @@ from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
-from lceval.models.prefill_stats import PrefillStats, QueryAwareStats, ReconstructionStats
+from lceval.models.prefill_stats import PrefillStats, QueryAwareStats
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
+from lceval.models.reconstruction import ReconstructionStats
 
 
 class Prefill(Cache):  # type: ignore[misc]
@@ -34,8 +35,10 @@ class Prefill(Cache):  # type: ignore[misc]
     Attributes:
         kernels: whether scores and compaction use the Triton kernels.
         prefill_s: seconds of the prefill; set by the engine.
+        protected: number of first tokens before the user's message (chat template, system prompt); set by the engine.
         reconstruction_attention: per full-attention layer the attention [B, Hkv, S] that the context received during
             reconstruction (`StatsSpec.reconstruction`); set by the engine, None without.
+        reconstruction_plus: the same, normalized (`StatsSpec.reconstruction_plus`).
     """
 
     def __init__(self, geometry: Geometry, tokens: int, stats_spec: StatsSpec, *, kernels: bool = False) -> None:
@@ -51,7 +54,9 @@ class Prefill(Cache):  # type: ignore[misc]
         self.stats_spec = stats_spec
         self.kernels = kernels
         self.prefill_s = 0.0
+        self.protected = 0
         self.reconstruction_attention: list[Tensor] | None = None
+        self.reconstruction_plus: list[Tensor] | None = None
 
     @classmethod
     def for_model(cls, model: Any, tokens: int, stats_spec: StatsSpec) -> Prefill:
@@ -133,7 +138,10 @@ class Prefill(Cache):  # type: ignore[misc]
             if question_cache is not None:
                 tail, stats = question_cache.layers[index].tail, question_cache.layers[index].collector.stats
                 keys, values = (torch.cat(x, 2) for x in zip((keys, values), tail, strict=True))
-            reconstruction = None if self.reconstruction_attention is None else self.reconstruction_attention[place]
+            attention, plus = (
+                None if received is None else received[place]
+                for received in (self.reconstruction_attention, self.reconstruction_plus)
+            )
             view = stats.view(
                 keys,
                 values,
@@ -141,7 +149,9 @@ class Prefill(Cache):  # type: ignore[misc]
                 place,
                 len(full_attention),
                 kernels=self.kernels,
-                reconstruction=reconstruction,
+                reconstruction=attention,
+                reconstruction_plus=plus,
+                protected=self.protected,
             )
             scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)

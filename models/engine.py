@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,11 @@ from torch import Tensor
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache, synchronize
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
-from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
+from lceval.models.prefill_stats import QueryAwareStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
-from lceval.models.scorer import Scorer, attention_inputs, attention_modules
-
-# Context tokens per reconstruction pass (KVzip, section 3.3).
-RECONSTRUCTION_CHUNK = 2048
-# Tokens before the chunk that precede it in the reconstruction input.
-RECONSTRUCTION_LEAD = 8
+from lceval.models.reconstruction import ReconstructionStats, Repetition, output_norms, output_weight
+from lceval.models.scorer import Scorer, attention_inputs, attention_modules, output_projections
 
 
 class Engine:
@@ -36,7 +33,7 @@ class Engine:
         chunk: tokens per forward pass during prefill; 0 prefills a context in one pass.
         kernels: score, compact and decode with the Triton kernels.
         autocast: returns the context manager for forward passes.
-        repeat_ids: tokens of the request to repeat the context (`StatsSpec.reconstruction`).
+        repetition: how the model is asked to repeat a context (`StatsSpec.reconstruction`).
     """
 
     def __init__(
@@ -47,7 +44,7 @@ class Engine:
         chunk: int,
         kernels: bool,
         autocast: Callable[[], AbstractContextManager[Any]],
-        repeat_ids: Sequence[int],
+        repetition: Repetition,
     ) -> None:
         self.model = model
         self.geometry = Geometry.of(base)
@@ -58,21 +55,32 @@ class Engine:
         _make_input_contiguous(base.get_output_embeddings())
         self._chunk = chunk
         self._autocast = autocast
-        self._repeat_ids = tuple(repeat_ids)
+        self._repetition = repetition
         self.device = base.device
         self._dtype = base.dtype
+
+    def check(self, stats_spec: StatsSpec) -> None:
+        """Check that the model has what these prefill statistics require.
+
+        Raises:
+            UserError: it has not.
+        """
+        self.geometry.check(stats_spec)
+        if stats_spec.reconstruction_plus:
+            output_projections(self._base, self.geometry.windows)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], stats_spec: StatsSpec) -> Prefill:
         """Prefill a context of at least one token and collect the statistics of `stats_spec`."""
         start_s = time.perf_counter()
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
+        prefill.protected = self._repetition.chat.prefix_tokens(ids)
         step = self._chunk or len(ids)
         with self._scored(prefill):
             for start in range(0, len(ids), step):
                 self._decode(prefill, [ids[start : start + step]])
         if stats_spec.reconstruction:
-            prefill.reconstruction_attention = self._reconstruct(prefill, ids)
+            self._reconstruct(prefill, ids)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
@@ -113,25 +121,34 @@ class Engine:
         with self._autocast():
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
-    def _reconstruct(self, prefill: Prefill, ids: Sequence[int]) -> list[Tensor]:
-        """Per layer [B, Hkv, S] float32, the maximum attention that each token receives in the reconstruction.
-
-        The model repeats the context chunk by chunk.
-        """
+    def _reconstruct(self, prefill: Prefill, ids: Sequence[int]) -> None:
+        """Let the model repeat the context chunk by chunk, and store the scores of each token in `prefill`."""
         whole = prefill.compress(Recipe(), consume=False)
-        received = []
-        for start in range(0, len(ids), RECONSTRUCTION_CHUNK):
-            chunk = ids[start : start + RECONSTRUCTION_CHUNK]
-            input_ids = [*self._repeat_ids, *ids[max(0, start - RECONSTRUCTION_LEAD) : start], *chunk]
+        windows, plus = self.geometry.windows, prefill.stats_spec.reconstruction_plus
+        projections = output_projections(self._base, windows) if plus else {}
+        received = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in prefill.keys if k is not None]
+        prefill.reconstruction_attention = received
+        prefill.reconstruction_plus = [torch.zeros_like(x) for x in received] if plus else None
+        for chunk, input_ids in self._repetition.passes(ids, prefill.protected):
             cache = whole.fork(len(input_ids))
-            collectors = [
-                ReconstructionStats(k, slice(start, start + len(chunk))) if k is not None else None
-                for k in prefill.keys
-            ]
-            cache.collect(collectors)
-            self._decode(cache, [input_ids])
-            received.append([c.received for c in collectors if c is not None])
-        return [torch.cat(parts, -1) for parts in zip(*received, strict=True)]
+            collectors = {
+                index: ReconstructionStats(k, chunk, prefill.protected)
+                for index, k in enumerate(prefill.keys)
+                if k is not None
+            }
+            cache.collect([collectors.get(index) for index in range(len(windows))])
+            with attention_inputs(self._base, windows, partial(_norms, collectors)) if plus else nullcontext():
+                self._decode(cache, [input_ids])
+            for place, (index, collector) in enumerate(collectors.items()):
+                prefill.reconstruction_attention[place][..., chunk] = collector.attention
+                if prefill.reconstruction_plus is not None:
+                    assert collector.relative is not None
+                    values = prefill.layers[index].values[:, :, chunk]
+                    heads = collector.relative.shape[1] * collector.relative.shape[2]
+                    with self._autocast():
+                        weight = output_weight(projections[index], values, heads)
+                    scores = (collector.relative * output_norms(values, weight)).amax(2)
+                    prefill.reconstruction_plus[place][..., chunk] = scores
 
     @torch.inference_mode()
     def prefill_question(self, prefill: Prefill, question: Sequence[int], capacity: int) -> QuestionCache:
@@ -174,6 +191,11 @@ class Engine:
             )
         logits: Tensor = out.logits
         return logits
+
+
+def _norms(collectors: Mapping[int, ReconstructionStats], layer: int, hidden: Tensor) -> None:
+    """Give a layer's collector the norms of its attention input [1, T, d]."""
+    collectors[layer].hidden_norms = hidden.float().norm(dim=-1)
 
 
 def _make_input_contiguous(head: torch.nn.Module | None) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from typing import Any
 
@@ -31,13 +31,12 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit
+from lceval.models.reconstruction import Repetition
 from lceval.models.scheduler import ContextScheduler, Question
 from lceval.models.scorer import Scorer
 from lceval.models.telemetry import failed
 
 logger = logging.getLogger(__name__)
-
-REPEAT = "\n\nNow write out the text above again, word for word:\n\n"
 
 
 class LCFT(AnsweringLM):
@@ -119,7 +118,7 @@ class LCFT(AnsweringLM):
             chunk=self.prefill_chunk,
             kernels=attention.use_kernels(attn, self.device),
             autocast=self._autocast,
-            repeat_ids=self.tok_encode(REPEAT, add_special_tokens=False),
+            repetition=Repetition.of(self.tokenizer, partial(self.tok_encode, add_special_tokens=False)),
         )
         self._scorers: dict[str, Scorer] = {}
         self.scorer: Scorer | None = None
@@ -174,7 +173,7 @@ class LCFT(AnsweringLM):
     def _bound(self, kv: str | recipe.Recipe, scorer: str) -> tuple[recipe.Recipe, Scorer | None]:
         """A recipe with its scorer, which is loaded if it is not already."""
         parsed = self._checked(kv)
-        self.engine.geometry.check(parsed.stats_spec)
+        self.engine.check(parsed.stats_spec)
         if not parsed.needs_scorer:
             return parsed, None
         pretrained = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path

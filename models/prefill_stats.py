@@ -6,7 +6,6 @@ No T x S matrix outlives a block of rows: sums and moments are accumulated, and 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +15,6 @@ from torch import Tensor
 from lceval.kernels import window
 from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS
-
-# Attention weights materialized at once, in elements: small enough for a CPU cache; larger blocks took twice as long.
-MAX_WEIGHTS = 1 << 21
 
 
 class PrefillStats:
@@ -120,42 +116,6 @@ class QueryAwareStats:
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """Add T tokens. q: [1, H, T, D]; k: [1, Hkv, L, D], all keys of the question so far."""
         self.stats.update(q, torch.cat([self._context_keys, k], 2), scaling)
-
-
-class ReconstructionStats:
-    """The maximum attention that each token of a chunk receives while the model repeats the chunk (KVzip, eq. 2).
-
-    The softmax is over the sinks, the chunk and the repetition only, as in KVzip's chunked scoring.
-    """
-
-    def __init__(self, context_keys: Tensor, chunk: slice) -> None:
-        self.received = torch.zeros(*context_keys.shape[:2], chunk.stop - chunk.start, device=context_keys.device)
-        self._sinks = min(SINKS, chunk.start)
-        self._keys = torch.cat([context_keys[:, :, : self._sinks], context_keys[:, :, chunk]], 2)
-
-    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
-        """Add the whole repetition in one call. q: [1, H, T, D]; k: [1, Hkv, T, D]."""
-        batch, heads, tokens, dim = q.shape
-        kv_heads = k.shape[1]
-        past = self._keys.shape[2]
-        q = q.reshape(batch, kv_heads, -1, tokens, dim).float()
-        keys = torch.cat([self._keys, k], 2)[:, :, None].transpose(3, 4).float()
-        step = max(1, MAX_WEIGHTS // (heads * keys.shape[-1]))
-        for start in range(0, tokens, step):
-            block = q[..., start : start + step, :] * scaling
-            rows = block.shape[3]
-            weights = _causal_weights(block, keys[..., : past + start + rows])
-            self.received = torch.maximum(self.received, weights[..., self._sinks : past].amax((2, 3)))
-
-
-def _causal_weights(q: Tensor, keys: Tensor) -> Tensor:
-    """Causal softmax(q keys); the last query attends to the last key. q: [B, Hkv, G, R, D]; keys: [B, Hkv, 1, D, S]."""
-    rows = q.shape[3]
-    logits = torch.matmul(q, keys)
-    future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
-    logits[..., -rows:].masked_fill_(future, -math.inf)
-    weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
-    return weights.div_(weights.sum(-1, keepdim=True))
 
 
 def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from lceval.kernels.paged import KV, PagedKV, attention_logits
 from lceval.kernels.select import top
 from lceval.models.layers import AttendingLayer
 from lceval.models.policies import StepEvictor, StepView
-from lceval.models.prefill_stats import QueryAwareStats, ReconstructionStats
+from lceval.models.prefill_stats import QueryAwareStats
+from lceval.models.reconstruction import ReconstructionStats
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ from lceval.models.loading import loading
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DIMENSIONS = ("input_dim", "output_dim", "n_modules")
+# What transformers calls the projection of the heads' outputs in an attention module.
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense", "c_proj")
 # Models with published scorers; of the two kinds the MLP is the default.
 PUBLISHED = {
     "Qwen/Qwen3-8B": "nvidia/KVzap-mlp-Qwen3-8B",
@@ -195,6 +197,28 @@ def attention_inputs(
         for index in layers:
             stack.callback(modules[index].register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
+
+
+def output_projections(base: Any, windows: Sequence[int | None]) -> dict[int, nn.Module]:
+    """The module that maps the heads' outputs to hidden states, of each full-attention layer by its index in a model.
+
+    Raises:
+        UserError: attention layers with no such module, or with one of an unknown name.
+    """
+    modules = attention_modules(base)
+    layers = [index for index, window in enumerate(windows) if window is None]
+    projections = {
+        index: module
+        for index in layers
+        for name, module in (modules[index].named_children() if index in modules else ())
+        if name in OUTPUT_PROJECTIONS
+    }
+    if len(projections) < len(layers):
+        raise UserError(
+            f"kvzip with plus=true requires an output projection ({', '.join(OUTPUT_PROJECTIONS)}) in every attention "
+            f"layer, which {base.config.model_type} does not have: use kvzip without plus"
+        )
+    return projections
 
 
 def attention_modules(base: Any) -> dict[int, Any]:

@@ -28,6 +28,7 @@ from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec
 from lceval.models.policies.quantizer import BITS
+from lceval.models.reconstruction import Repetition
 from lceval.runs.sweep.grid import read as read_grid
 
 ROOT = Path(__file__).parent.parent
@@ -240,7 +241,7 @@ def definition(model: Any, ids: Tensor, layer: int) -> list[list[float]]:
 
 def compressed(model: Any, ids: Tensor, kv: Any, chunk: int = 0) -> CompressedContext:
     model.set_attn_implementation(attention.register())
-    engine = Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    engine = Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repetition=Repetition((5,), (7,)))
     return engine.prefill(ids[0].tolist(), kv.stats_spec).compress(kv, consume=True)
 
 

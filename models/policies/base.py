@@ -85,6 +85,7 @@ class StatsSpec:
         query_moments: mean and covariance of the queries before RoPE.
         reconstruction: attention of a second pass in which the model repeats the context (KVzip).
         scorers: digests of the scorers whose scores of every token are required (KVzap).
+        reconstruction_plus: the same, normalized (KVzip+); implies `reconstruction`.
     """
 
     queries: int = 0
@@ -92,6 +93,7 @@ class StatsSpec:
     query_moments: bool = False
     reconstruction: bool = False
     scorers: frozenset[str] = frozenset()
+    reconstruction_plus: bool = False
 
     def __or__(self, other: StatsSpec) -> StatsSpec:
         return StatsSpec(
@@ -100,6 +102,7 @@ class StatsSpec:
             self.query_moments or other.query_moments,
             self.reconstruction or other.reconstruction,
             self.scorers | other.scorers,
+            self.reconstruction_plus or other.reconstruction_plus,
         )
 
 
@@ -118,8 +121,13 @@ class LayerView:
         column_sums: [B, Hkv, S] float32, causal attention received, summed over all queries, mean over G query heads.
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
         rotary: cos and sin [n, R], R <= D, of RoPE at integer positions [n].
-        reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context.
         learned: digest of a scorer -> [B, Hkv, S] float32, its scores of the context's tokens.
+        reconstruction: [B, Hkv, S] float32, maximum attention received while the model repeats the context; 0 for the
+            `protected` tokens.
+        reconstruction_plus: the same, with the attention divided by the norm of the query token's attention input and
+            multiplied by the norm of W_O v, before the maximum over queries and query heads.
+        protected: number of first tokens that a method may have to keep: those of the chat template before the user's
+            message, system prompt included; 0 in a prompt without template.
         kernels: whether `window_scores` uses the Triton kernels.
     """
 
@@ -135,6 +143,8 @@ class LayerView:
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     reconstruction: Tensor | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
+    reconstruction_plus: Tensor | None = None
+    protected: int = 0
     kernels: bool = False
 
     def window_attention(self, window: int) -> Tensor:

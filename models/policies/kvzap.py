@@ -24,11 +24,12 @@ class KVzap(Evictor):
     A scorer maps the attention input of each layer to the log of the score that KVzip gives the slot of each KV head,
     token by token while the context is read. It is set by the model argument `scorer`, and trained by
     `lceval train scorer`. `scope` says which slots compete for one budget: those of the whole model, of a layer, or of
-    a head. With `threshold` every slot that scores at least as high is kept, and the share follows the text. The first
-    4 tokens are always kept, and the last `recent` (by default 128 with a threshold, none with an amount).
+    a head. With `threshold` every slot that scores at least as high is kept, and the share follows the text. What
+    the chat template puts before the user's message and the first 4 tokens are always kept, and the last `recent` (by
+    default 128 with a threshold, none with an amount).
 
-    Differs from the paper: evicted slots are freed, not masked; the paper keeps no first tokens, and evicts while
-    decoding too.
+    Differs from the paper: evicted slots are freed, not masked; the paper protects no first tokens, and evicts
+    while decoding too.
 
     Cost: one small matrix product per layer and token.
     """
@@ -61,7 +62,7 @@ class KVzap(Evictor):
         default = RECENT if isinstance(self.amount, Threshold) else 0
         recent = default if self.recent is None else self.recent
         scores[..., max(0, scores.shape[-1] - recent) :] = torch.finfo(scores.dtype).max
-        scores[..., :SINKS] = torch.inf
+        scores[..., : max(SINKS, layer.protected)] = torch.inf
         return scores
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:

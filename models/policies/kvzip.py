@@ -19,31 +19,36 @@ class KVzip(Evictor):
     arXiv 2505.23416).
 
     A slot's score is the maximum attention from any query of the reconstruction, and the slots of all layers and heads
-    compete for one budget. The first 4 tokens (sinks) are kept in every head, since they receive attention whatever is
-    repeated.
+    compete for one budget. What the chat template puts before the user's message (system prompt, user header) and the
+    first 4 tokens (sinks) are kept in every head.
 
-    Differs from the paper: the request to repeat the context is worded differently.
+    `plus=true` is KVzip+ (arXiv 2601.07891): before the maximum, the attention is divided by the norm of the query
+    token's hidden state (the layer's attention input) and multiplied by the norm of W_O v of the slot.
+
+    Differs from the paper: the protected tokens count towards the budget; chunks have 2,048 tokens, not 2,000.
 
     Cost: a second forward pass over the context during prefill.
     """
 
     has_scale: ClassVar[bool] = True
 
+    plus: bool = False
+
     @property
     def stats_spec(self) -> StatsSpec:
-        return StatsSpec(reconstruction=True)
+        return StatsSpec(reconstruction=True, reconstruction_plus=self.plus)
 
     def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: maximum attention received during reconstruction."""
-        assert layer.reconstruction is not None
-        return layer.reconstruction
+        """[B, Hkv, S] float32: maximum attention received during reconstruction; infinite for protected tokens."""
+        received = layer.reconstruction_plus if self.plus else layer.reconstruction
+        assert received is not None
+        scores = received.clone()
+        scores[..., : max(SINKS, layer.protected)] = torch.inf
+        return scores
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """The masks [B, Hkv, S] of kept slots; ties keep the earlier token, then the lower layer and head."""
-        protected = [s.clone() for s in scores]
-        for s in protected:
-            s[..., :SINKS] = torch.inf
         if isinstance(self.amount, Threshold):
-            return super().select(protected)
+            return super().select(scores)
         slots = (s.shape[1] * self.budget(layer, len(scores), s.shape[-1]) for layer, s in enumerate(scores))
-        return top_pooled(protected, sum(slots))
+        return top_pooled(scores, sum(slots))

@@ -89,9 +89,12 @@ class EngineChecks:
     def engine(self, *, chunk_tokens: int = 0, kernels: bool = True, wide: bool = False) -> Any:
         """An engine over the model."""
         from lceval.models.engine import Engine
+        from lceval.models.reconstruction import Repetition
 
         model = self.wide_model if wide else self.model
-        return Engine(model, model, chunk=chunk_tokens, kernels=kernels, autocast=nullcontext, repeat_ids=(5, 6, 7))
+        return Engine(
+            model, model, chunk=chunk_tokens, kernels=kernels, autocast=nullcontext, repetition=Repetition((5,), (7,))
+        )
 
     def forget_wide(self) -> None:
         """Free the wide model: 28 GiB on CUDA."""

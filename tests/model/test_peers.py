@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from functools import cache, reduce
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import cache, partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from typing import Any
 import pytest
 import torch
 
-from lceval.models import attention
+from lceval.models import attention, reconstruction
 from lceval.models.cache import CompressedContext, Prefill
+from lceval.models.engine import Engine
 from lceval.models.recipe import parse
+from lceval.models.reconstruction import Repetition
 
 pytestmark = pytest.mark.model
 
 PEERS = Path(__file__).parent.parent / "peers"
+TEXT = (PEERS / "text.txt").read_text()
 FIXTURE = json.loads((PEERS / "kvpress-0.5.5.json").read_text())
 CASES = FIXTURE["cases"]
 # Tokens whose scores are within this relative distance of the threshold may be kept or evicted. With float32 sums in
@@ -33,23 +37,42 @@ Compress = Callable[[str], CompressedContext]
 
 
 @pytest.fixture(scope="module")
-def compressed(lcft_model: Any) -> Compress:
-    """A function from a recipe to the fixture's context under it; the context is prefilled once for all recipes."""
-    ids = torch.tensor([FIXTURE["ids"]])
-    stats_spec = reduce(or_, (parse(recipe).stats_spec for recipe in CASES))
-    prefill = Prefill.for_model(lcft_model, ids.shape[1], stats_spec)
+def tokenizer(smollm2: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def chat_ids(tokenizer: Any) -> list[int]:
+    """The context of the cases of kvzip: the text as a user's message, to the length of the other cases' context."""
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": TEXT}], tokenize=False)
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False)
+    return ids[: len(FIXTURE["ids"])]
+
+
+@pytest.fixture(scope="module")
+def compressed(lcft_model: Any, tokenizer: Any) -> Iterator[Compress]:
+    """A function from a recipe to the fixture's context under it; each context is prefilled once for all recipes."""
+    repetition = Repetition.of(tokenizer, partial(tokenizer.encode, add_special_tokens=False))
+    engine = Engine(lcft_model, lcft_model, chunk=0, kernels=False, autocast=nullcontext, repetition=repetition)
     before = lcft_model.config._attn_implementation
     lcft_model.set_attn_implementation(attention.register())
-    with torch.inference_mode():
-        lcft_model.model(input_ids=ids, cache=prefill, use_cache=True)
-    lcft_model.set_attn_implementation(before)
+
+    @cache
+    def prefill(zipped: bool) -> Prefill:
+        spec = reduce(or_, (parse(recipe).stats_spec for recipe in CASES if recipe.startswith("kvzip") == zipped))
+        return engine.prefill(chat_ids(tokenizer) if zipped else FIXTURE["ids"], spec)
 
     @cache
     def compress(recipe: str) -> CompressedContext:
         with torch.inference_mode():
-            return prefill.compress(parse(recipe), consume=False)
+            return prefill(recipe.startswith("kvzip")).compress(parse(recipe), consume=False)
 
-    return compress
+    # The chunks of the fixture, so that both requests to repeat a chunk occur.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruction, "CHUNK", 512)
+        yield compress
+    lcft_model.set_attn_implementation(before)
 
 
 def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]:
@@ -90,18 +113,21 @@ def test_every_layer_keeps_as_many_tokens_as_in_kvpress(compressed: Compress, re
         ("streaming:0.5", "streaming:0.5:sinks=3"),
         ("pyramidkv:0.5", "snapkv:0.5"),
         ("adakv:0.25:of=knorm", "adakv:0.25:of=knorm:floor=0.21"),
+        ("kvzip:0.25", "kvzip:0.25:plus=true"),
+        ("kvzip:0.25:plus=true", "kvzip:0.25"),
     ],
 )
 def test_a_slightly_different_method_is_detected(compressed: Compress, recipe: str, other: str) -> None:
     assert disagreements(compressed(other), CASES[recipe]) != []
 
 
-def test_the_context_is_the_text_beside_the_fixture(smollm2: str) -> None:
-    from transformers import AutoTokenizer
+def test_the_contexts_are_the_text_beside_the_fixture(tokenizer: Any) -> None:
+    def digest(ids: list[int]) -> str:
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
-    text = (PEERS / "text.txt").read_text()
-    assert hashlib.sha256(text.encode()).hexdigest() == FIXTURE["text_sha256"]
-    ids = AutoTokenizer.from_pretrained(smollm2).encode(text, add_special_tokens=False)
+    assert hashlib.sha256(TEXT.encode()).hexdigest() == FIXTURE["text_sha256"]
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
     assert ids[: len(FIXTURE["ids"])] == FIXTURE["ids"]
-    assert hashlib.sha256(json.dumps(FIXTURE["ids"]).encode()).hexdigest() == FIXTURE["ids_sha256"]
+    assert digest(FIXTURE["ids"]) == FIXTURE["ids_sha256"]
+    assert digest(chat_ids(tokenizer)) == FIXTURE["chat_ids_sha256"]
     assert FIXTURE["near_within"] > TIE

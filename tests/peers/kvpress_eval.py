@@ -118,7 +118,12 @@ def main() -> None:
     parser.add_argument("jobs", type=Path, help="JSON file: a list of contexts with questions")
     parser.add_argument("--press", choices=NAMES, required=True)
     parser.add_argument("--keep", type=float, default=1.0, help="share of the context tokens to keep")
-    parser.add_argument("--of", choices=list(PRESSES), default="snapkv", help="the press whose scores adakv pools")
+    parser.add_argument(
+        "--of",
+        choices=[p for p in PRESSES if p != "kvzip"],
+        default="snapkv",
+        help="the press whose scores adakv pools",
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

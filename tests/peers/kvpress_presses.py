@@ -22,6 +22,10 @@ PRESSES: dict[str, tuple[type, dict[str, Any]]] = {
         kvpress.ExpectedAttentionPress,
         {"n_future_positions": 512, "n_sink": 4, "use_covariance": True, "use_vnorm": True, "epsilon": 0.0},
     ),
+    "kvzip": (
+        kvpress.KVzipPress,
+        {"layerwise": False, "n_sink": 4, "kvzip_plus_normalization": False, "chunk_size": 2048},
+    ),
 }
 ADAKV = {"alpha_safeguard": 0.2}
 NAMES = ["full", *PRESSES, "adakv"]

@@ -25,6 +25,7 @@ from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
 from lceval.models.question import QuestionLayer
 from lceval.models.recipe import Recipe, parse
+from lceval.models.reconstruction import Repetition
 from lceval.models.scorer import Scorer
 
 LAYERS, HEADS, KV_HEADS = 3, 6, 2
@@ -44,6 +45,7 @@ EVICTING = [
     "kvzip:threshold=0.05",
     "knorm:threshold=-1.2",
     "keydiff:threshold=0",
+    "kvzip:0.3:plus=true",
     "ragged",
 ]
 QUANTIZING = [
@@ -97,7 +99,9 @@ def scorer() -> Scorer:
 
 
 def engine(model: Any, chunk: int = 0) -> Engine:
-    built = Engine(model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    built = Engine(
+        model, model, chunk=chunk, kernels=launch.INTERPRETED, autocast=nullcontext, repetition=Repetition((5,), (7,))
+    )
     built.add_scorer(scorer())
     return built
 
@@ -249,7 +253,16 @@ def test_decoding_through_the_kernels_gives_the_same_results() -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("chunk", [1, 50, 64, 100])
 @pytest.mark.parametrize(
-    "recipe", ["full", "snapkv:0.25:window=16", "h2o:0.3", "expected_attention:0.4", "kvzip:0.5", "kvzap:0.5"]
+    "recipe",
+    [
+        "full",
+        "snapkv:0.25:window=16",
+        "h2o:0.3",
+        "expected_attention:0.4",
+        "kvzip:0.5",
+        "kvzap:0.5",
+        "kvzip:0.5:plus=true",
+    ],
 )
 def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, recipe: str, chunk: int) -> None:
     ids = torch.randint(0, 99, (1, 130), generator=torch.Generator().manual_seed(5))

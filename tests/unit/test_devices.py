@@ -29,6 +29,7 @@ from lceval.models.policies import EVICTORS, SPARSE_ATTENTION, Evictor, retrieva
 from lceval.models.prefix import Job
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows
 from lceval.models.recipe import parse
+from lceval.models.reconstruction import Repetition
 from lceval.models.scorer import Scorer
 
 STEPPING = [f"{name}:40:when=always" for name in ("streaming", "lacache", "h2o", "tova")]
@@ -37,6 +38,7 @@ RECIPES = [
     "full",
     *(f"{name}:0.4" + (":window=16" if name in ("snapkv", "pyramidkv", "adakv") else "") for name in EVICTORS),
     "kvzap:threshold=0.1:recent=5",
+    "kvzip:0.4:plus=true",
     *(f"{name}:residual=10" for name in ("int8", "int4", "int2", "kv8v4")),
     *("snapkv:0.9:window=16+int4:residual=10", "adakv:0.9:of=knorm+int2:residual=10"),
     *SPARSE,
@@ -67,7 +69,7 @@ def build() -> Any:
 
 
 def engine_of(model: Any, *, kernels: bool = False) -> Engine:
-    engine = Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repeat_ids=[5, 7, 11])
+    engine = Engine(model, model, chunk=60, kernels=kernels, autocast=nullcontext, repetition=Repetition((5,), (7,)))
     engine.add_scorer(scorer())
     # `Module.to` moves parameters where FakeDevices does not see it.
     for module, layer in zip(engine.scorers[scorer().digest].layers, (0, 2), strict=True):

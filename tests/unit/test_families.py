@@ -16,6 +16,7 @@ from lceval.models.engine import Engine
 from lceval.models.geometry import Geometry
 from lceval.models.policies import LayerView
 from lceval.models.recipe import parse
+from lceval.models.reconstruction import Repetition
 
 SHAPE = {
     "vocab_size": 99,
@@ -52,7 +53,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def engine(model: Any) -> Any:
     def make(chunk: int = 0) -> Engine:
         model.set_attn_implementation(attention.register())
-        return Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repeat_ids=[5, 7, 11])
+        return Engine(model, model, chunk=chunk, kernels=False, autocast=nullcontext, repetition=Repetition((5,), (7,)))
 
     return make
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lceval.models.policies.adakv import AdaKV
-from lceval.models.policies.base import Amount, Evictor, LayerView, StepEvictor, StepView
+from lceval.models.policies.base import Amount, Evictor, LayerView, StatsSpec, StepEvictor, StepView
 from lceval.models.policies.expected_attention import ExpectedAttention
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.keydiff import KeyDiff
@@ -288,6 +288,7 @@ def test_the_prefill_statistics_that_each_policy_requires() -> None:
     assert required(H2O) == {"column_sums"}
     assert required(ExpectedAttention) == {"query_moments"}
     assert required(KVzip) == {"reconstruction"}
+    assert KVzip(amount=Amount(5), plus=True).stats_spec == StatsSpec(reconstruction=True, reconstruction_plus=True)
     for cls in (Streaming, KNorm, KeyDiff, LaCache, Random):
         assert not required(cls)
     assert TOVA(amount=Amount(5)).stats_spec.queries == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lceval.models.policies.adakv import AdaKV
-from lceval.models.policies.base import SINKS, Amount
+from lceval.models.policies.base import SINKS, Amount, LayerView
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.knorm import KNorm
 from lceval.models.policies.kvzip import KVzip
@@ -131,22 +131,37 @@ def test_adakv_refuses_what_it_cannot_pool() -> None:
 
 
 @settings(deadline=None)
-@given(**shapes, amount=amounts, layers=st.integers(1, 4))
-def test_kvzip_keeps_the_best_slots_of_all_layers_and_heads_and_the_sinks(
-    heads: int, length: int, seed: int, levels: int | None, amount: Amount, layers: int
+@given(**shapes, amount=amounts, layers=st.integers(1, 4), protected=st.integers(0, 12), plus=st.booleans())
+def test_kvzip_keeps_the_best_slots_of_all_layers_and_heads_after_the_protected_tokens(
+    heads: int,
+    length: int,
+    seed: int,
+    levels: int | None,
+    amount: Amount,
+    layers: int,
+    protected: int,
+    plus: bool,
 ) -> None:
-    scores = random_scores(layers, heads, length, seed, levels)
-    masks = KVzip(amount=amount).select(scores)
+    scores, policy = random_scores(layers, heads, length, seed, levels), KVzip(amount=amount, plus=plus)
+    first = max(SINKS, protected)
+    views = [
+        LayerView(
+            *3 * (torch.zeros(2, heads, length, 1),),
+            scaling=1.0,
+            layer=layer,
+            layers=layers,
+            reconstruction=-s if plus else s,
+            reconstruction_plus=s if plus else None,
+            protected=protected,
+        )
+        for layer, s in enumerate(scores)
+    ]
+    before = [s.clone() for s in scores]
+    masks = policy.select([policy.scores(view) for view in views])
+    assert all(map(torch.equal, scores, before))
     total = layers * heads * amount.tokens(length)
     for b in range(2):
         slots = [(t, layer, h) for t in range(length) for layer in range(layers) for h in range(heads)]
-        order = sorted(slots, key=lambda x: (x[0] >= SINKS, -float(scores[x[1]][b, x[2], x[0]]) * (x[0] >= SINKS), x))
+        order = sorted(slots, key=lambda x: (x[0] >= first, -float(scores[x[1]][b, x[2], x[0]]) * (x[0] >= first), x))
         kept = {(t, layer, h) for layer in range(layers) for h, t in masks[layer][b].nonzero().tolist()}
         assert kept == set(order[:total])
-
-
-def test_kvzip_leaves_the_scores_as_they_were() -> None:
-    scores = random_scores(1, 2, 20, seed=0)
-    before = scores[0].clone()
-    KVzip(amount=Amount(5)).select(scores)
-    assert torch.equal(scores[0], before)
