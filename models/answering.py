@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +21,7 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
 from lceval.models.prefix import GenerateJob, J, ScoreJob, padded, whole_rows
-from lceval.models.scheduler import ContextScheduler, Question
+from lceval.models.scheduler import ContextScheduler, Question, in_batches
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,13 @@ class AnsweringLM(CheckedHFLM):
         (question,) = batch
         question.meta["kv"] |= {"status": "error", "error": OUT_OF_MEMORY}
         return question.job.unanswered(question.meta)
+
+    def generate(self, questions: Iterable[Question[GenerateJob]], rows: int) -> list[Text]:
+        """The answers, ordered by the index of their jobs, in batches of up to `rows` questions."""
+        answers: dict[int, Text] = {}
+        for batch in in_batches(questions, rows):
+            answers |= self._in_memory(batch, self._generate)
+        return [answers[index] for index in sorted(answers)]
 
     def _autocast(self) -> torch.autocast:
         dtype = self.mixed_precision_dtype

@@ -235,6 +235,11 @@ class CompressedContext:
         return sum(layer.kept_bytes for layer in self.layers)
 
     @property
+    def kept_share(self) -> float:
+        """`kept_bytes` as a share of `full_bytes`; 1.0 of a context of no tokens."""
+        return self.kept_bytes / self.full_bytes if self.full_bytes else 1.0
+
+    @property
     def allocated_bytes(self) -> int:
         """Bytes of all tensors in all layers, including page slack and tables."""
         return sum(layer.allocated_bytes for layer in self.layers)

@@ -117,6 +117,13 @@ class Engine:
         """The context of a prompt that is a question only."""
         return CompressedContext.empty(len(self.geometry.windows), self._dtype, self.device)
 
+    @property
+    def layer_devices(self) -> list[torch.device]:
+        """The device of each layer; several under `parallelize=True`."""
+        indexed = [m for m in self._decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        devices = {m.layer_idx: p.device for m in indexed for p in m.parameters()}
+        return [devices.get(index, self.device) for index in range(len(self.geometry.windows))]
+
     def _decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
         with self._autocast():
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)

@@ -199,17 +199,21 @@ class LCFT(AnsweringLM):
 
         `max_gen_toks=0` generates nothing and returns telemetry and diagnosis only.
         """
-        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         jobs = []
         for index, request in enumerate(requests):
             prompt, gen_kwargs = request.args
-            sampling = dict(normalize_gen_kwargs(gen_kwargs, self.max_gen_toks))
-            sampling.pop("max_length", None)
-            until = tuple(handle_stop_sequences(sampling.pop("until", None), eos=eos))
-            new_tokens = sampling.pop("max_gen_toks")
             split = self._split(index, request, self.tok_batch_encode([prompt])[0][0].tolist())
-            jobs.append(GenerateJob(**split, until=until, max_new_tokens=new_tokens, sampling=sampling))
+            jobs.append(self.generate_job(gen_kwargs, **split))
         return self._answers("generate_until", self._generate, jobs, requests, disable_tqdm)
+
+    def generate_job(self, gen_kwargs: Mapping[str, Any], **split: Any) -> GenerateJob:
+        """A prompt to continue under lm-eval's generation arguments. split: the fields that every job has."""
+        sampling = dict(normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks))
+        sampling.pop("max_length", None)
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        until = tuple(handle_stop_sequences(sampling.pop("until", None), eos=eos))
+        new_tokens = sampling.pop("max_gen_toks")
+        return GenerateJob(**split, until=until, max_new_tokens=new_tokens, sampling=sampling)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score each continuation, as lm-eval specifies. The choices of a question are scored together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -91,31 +91,9 @@ class ContextScheduler:
         Args:
             on_failure: receives each job for whose context or question memory does not suffice, with the reason.
         """
-        batch: list[Question[J]] = []
-        for question in self._questions(jobs, recipe, on_failure):
-            if question is None:  # memory is short: answer what is waiting first
-                if batch:
-                    yield batch
-                    batch.clear()
-                continue
-            if batch and not self._can_share_batch(batch[0], question):
-                yield batch
-                batch.clear()
-            batch.append(question)
-            del question
-            self.totals["samples"] += 1
-            if len(batch) == rows:
-                yield batch
-                batch.clear()
-        if batch:
+        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows):
+            self.totals["samples"] += len(batch)
             yield batch
-            batch.clear()
-
-    @staticmethod
-    def _can_share_batch(a: Question[Any], b: Question[Any]) -> bool:
-        if (a.cache is None) != (b.cache is None) or not a.job.context or not b.job.context:
-            return False
-        return bool(a.job.can_share_batch(b.job))
 
     def _questions(
         self, jobs: Sequence[J], recipe: Recipe, on_failure: Callable[[J, str], None]
@@ -214,3 +192,31 @@ class ContextScheduler:
         if self.keep_for is not None:
             self._last_prefill = ids, prefill
         return prefill
+
+
+def in_batches(questions: Iterable[Question[J] | None], rows: int) -> Iterator[list[Question[J]]]:
+    """Questions in batches of up to `rows`, each cleared when the next one is requested; None ends a batch."""
+    batch: list[Question[J]] = []
+    for question in questions:
+        if question is None:  # memory is short: answer what is waiting first
+            if batch:
+                yield batch
+                batch.clear()
+            continue
+        if batch and not _can_share_batch(batch[0], question):
+            yield batch
+            batch.clear()
+        batch.append(question)
+        del question
+        if len(batch) == rows:
+            yield batch
+            batch.clear()
+    if batch:
+        yield batch
+        batch.clear()
+
+
+def _can_share_batch(a: Question[Any], b: Question[Any]) -> bool:
+    if (a.cache is None) != (b.cache is None) or not a.job.context or not b.job.context:
+        return False
+    return bool(a.job.can_share_batch(b.job))

@@ -20,7 +20,7 @@ def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: 
         "kv_bytes_full": context.full_bytes,
         "kv": {
             "status": "ok",
-            "kept_share": context.kept_bytes / context.full_bytes if context.full_bytes else 1.0,
+            "kept_share": context.kept_share,
             "kv_dtype": str(context.dtype).removeprefix("torch."),
             "bytes_allocated": context.allocated_bytes,
             "bytes_read_per_step": context.read_bytes,

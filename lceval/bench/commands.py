@@ -39,6 +39,21 @@ def decode(
     echo(json.dumps(report, indent=2) if as_json else render.decode(report))
 
 
+@app.command("context")
+def context(
+    kv: Annotated[str, typer.Option("--kv", metavar="RECIPE", help="KV recipe of the context.")] = "snapkv:0.25",
+    pretrained: Pretrained = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Context length in tokens.")] = 8000,
+    as_json: Json = False,
+) -> None:
+    """Measure opening a saved context against its prefill."""
+    from lceval.bench import render
+    from lceval.bench.opening import bench
+
+    report = bench(pretrained, kv, tokens=tokens)
+    echo(json.dumps(report, indent=2) if as_json else render.context(report))
+
+
 @app.command("eval")
 def evaluate(
     task: Annotated[str, typer.Option("--tasks", "--task", metavar="TASK", help="Name of one task.")],

@@ -26,6 +26,22 @@ def decode(report: dict[str, Any]) -> str:
     return f"{head}, {report['machine']['threads']} threads\n{aligned(rows)}"
 
 
+def context(report: dict[str, Any]) -> str:
+    """The steps of `bench context`, one per line."""
+    steps = {
+        "prefill": "prefill and compression",
+        "save": "save",
+        "identify": "hash of the model, once",
+        "open": "open",
+    }
+    rows = [["step", "seconds"], *([label, f"{report[f'{step}_s']:.3f}"] for step, label in steps.items())]
+    head = (
+        f"{report['model']}, {report['recipe']}, {report['context_tokens']} tokens, {report['file_bytes'] / 1e6:.1f} MB"
+    )
+    same = "the same answer" if report["same_answer"] else "ANOTHER ANSWER"
+    return f"{head}\n{aligned(rows)}\nprefill / (hash + open) = {report['speedup']:.1f}, {same}"
+
+
 def evaluation(report: dict[str, Any]) -> str:
     """The sides of `bench eval`, one per line; metrics that were not measured have no column."""
     metrics = [m for m in METRICS if any(m in side for side in report["sides"])]

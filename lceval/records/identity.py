@@ -9,11 +9,8 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Mapping
-from functools import cache
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 # The fields of lm-eval's EvaluatorConfig. A test fails on a field in neither list.
@@ -56,12 +53,6 @@ DOES_NOT = (
 PACKAGES = ("lceval", "lm-eval", "torch", "transformers", "peft", "accelerate", "tokenizers", "triton")
 # Arguments of lcft that change no output; all others do.
 MEMORY_ONLY = ("prefix_cache_gib",)
-# Files in a model or adapter folder that do not change outputs: texts about it, and the state of its training.
-_UNUSED_FILES = re.compile(
-    r"\..*|.*\.md|LICENSE.*|optimizer\.pt|scheduler\.pt|scaler\.pt|rng_state.*\.pth|trainer_state\.json|training_args\.bin",
-    re.DOTALL,
-)
-_UNUSED_FOLDERS = re.compile(r"\..*|checkpoints?(-.*)?|__pycache__", re.DOTALL)
 
 
 def of(config: Any, digests: Mapping[str, str]) -> dict[str, Any]:
@@ -93,38 +84,6 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif a != b:
             changes.append(f"{prefix}{key}: {a!r} -> {b!r}")
     return changes
-
-
-def content_hash(path: Path) -> str:
-    """Hex digest of a file, or of a model or adapter folder: names and contents of all files that change outputs.
-
-    Left out are hidden files, texts (`*.md`), checkpoints, the state of training, and runs and sweeps in sub-folders.
-    """
-    if path.is_file():
-        return _hash_of(path)
-    digest = hashlib.sha256()
-    for folder, below, files in os.walk(path):
-        if Path(folder) != path and {"run.json", "sweep.json"} & {*files}:  # `lceval train eval` has its runs there
-            below.clear()
-            continue
-        below[:] = sorted(name for name in below if not _UNUSED_FOLDERS.fullmatch(name))
-        for name in sorted(name for name in files if not _UNUSED_FILES.fullmatch(name)):
-            file = Path(folder, name)
-            if file.is_file():  # no socket, no dangling link
-                digest.update(f"{file.relative_to(path).as_posix()} {_hash_of(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def _hash_of(file: Path) -> str:
-    stat = file.stat()
-    return _file_hash(file, stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@cache
-def _file_hash(file: Path, *_: int) -> str:
-    """Hex digest of a file; cached by size, time and inode, since a sweep needs it for every cell."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def versions() -> dict[str, str]:

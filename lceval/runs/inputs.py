@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lceval import packaged
+from lceval.core.digests import content_hash, hub_commit
 from lceval.data.listing import hub_folder
-from lceval.records.identity import content_hash
 from lceval.tasks import catalogue, sources
 
 MODELS = ("pretrained", "peft", "tokenizer", "delta", "scorer")
-_CONFIGURATIONS = ("config.json", "adapter_config.json", "tokenizer_config.json")
 
 
 def digests(config: Any) -> dict[str, str]:
@@ -27,7 +26,7 @@ def digests(config: Any) -> dict[str, str]:
     revision = config.model_args.get("revision", "main")
     for key in MODELS:
         name = config.model_args.get(key)
-        if isinstance(name, str) and name and key not in named and (commit := _commit(name, str(revision))):
+        if isinstance(name, str) and name and key not in named and (commit := hub_commit(name, str(revision))):
             named[key] = commit
     return named
 
@@ -69,15 +68,3 @@ def _datasets(names: list[str]) -> list[catalogue.Dataset]:
         elif set(name) & set("*?["):
             remaining += [known for known in (*tasks, *groups) if fnmatchcase(known, name)]
     return [datasets[name] for name in sorted(datasets)]
-
-
-def _commit(name: str, revision: str) -> str | None:
-    """The commit of a hub repository; None if neither the hub nor its local cache has it."""
-    from huggingface_hub import hf_hub_download
-
-    for file in _CONFIGURATIONS:
-        try:
-            return Path(hf_hub_download(name, file, revision=revision)).parent.name
-        except Exception:  # from the hub or its HTTP client: no common base class
-            continue
-    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -75,13 +75,21 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
+class Centroids:
+    """What determines a head's inverted file beside its keys: the centres of the lists [n, D], and lists to search."""
+
+    centres: Tensor
+    nprobe: int
+
+
+@dataclass(frozen=True)
 class Nearest:
     """A search index over the keys between the slots that are always selected.
 
     Attributes:
         keys: [sum of n, D], concatenated keys of the heads that are searched exhaustively.
         starts: first key of each head in `keys`.
-        files: inverted file (faiss.IndexIVFFlat) of each head, or None.
+        files: inverted file (faiss.IndexIVFFlat) of each head, or None; Centroids in a saved index.
         sinks, recent: slots before and after the indexed ones, always selected.
         count: slots to retrieve for every query head.
     """
@@ -106,6 +114,19 @@ class Nearest:
             exhaustive.append(k[:0] if file or not count else k)
         starts = accumulate((len(k) for k in exhaustive[:-1]), initial=0)
         return cls(torch.cat(exhaustive), tuple(starts), tuple(files), sinks, recent, count)
+
+    def saved(self) -> Nearest:
+        """This index as tensors only: Centroids in place of the inverted files."""
+        centroids = (
+            f and Centroids(torch.from_numpy(f.quantizer.reconstruct_n(0, f.nlist)), f.nprobe) for f in self.files
+        )
+        return replace(self, files=tuple(centroids))
+
+    def opened(self, keys: Iterable[Tensor]) -> Nearest:
+        """The index of which this is the saved form, given the keys [n, D] that `select.indexed_keys` returns."""
+        between = (k[self.sinks : len(k) - self.recent] for k in keys)
+        files = (c and _inverted_file(k, c.centres, c.nprobe) for k, c in zip(between, self.files, strict=True))
+        return replace(self, files=tuple(files))
 
     @property
     def stored_bytes(self) -> int:
@@ -159,15 +180,26 @@ def inverted_file(k: Tensor, count: int, nprobe: int) -> Any:
     A graph (HNSW, 16 links) over 6000 anisotropic keys took 7 times as long to build and twice as long to search, with
     a recall of 62% of the best tenth, where probing 40% of the lists had 85%.
     """
+    n = len(k)
+    lists = round(math.sqrt(n))
+    nprobe = nprobe or math.ceil(max(LEAST_PROBED, OVERSAMPLE * count / n) * lists)
+    return _inverted_file(k, lists, min(lists, nprobe))
+
+
+def _inverted_file(k: Tensor, lists: int | Tensor, nprobe: int) -> Any:
+    """An inverted file over keys [n, D] with so many lists, or with lists of these centres [lists, D]."""
     import faiss
 
-    n, dim = k.shape
-    lists = round(math.sqrt(n))
-    file = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
+    rows, dim = k.float().cpu().numpy(), k.shape[1]
+    quantizer = faiss.IndexFlatIP(dim)
+    if isinstance(lists, Tensor):
+        quantizer.add(lists.cpu().numpy())
+        lists = len(lists)
+    file = faiss.IndexIVFFlat(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
     # faiss warns below 39 vectors per list; lists here have sqrt(n).
     file.cp.min_points_per_centroid = 1
-    rows = k.float().cpu().numpy()
+    # Clusters only if the quantizer has no centres yet.
     file.train(rows)
     file.add(rows)
-    file.nprobe = min(lists, nprobe or math.ceil(max(LEAST_PROBED, OVERSAMPLE * count / n) * lists))
+    file.nprobe = nprobe
     return file

@@ -22,7 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lceval.kernels import launch
 from lceval.kernels.paged import PAGE, PagedKV
-from lceval.models import attention
+from lceval.models import attention, context_file
 from lceval.models.diagnosis import Diagnosis, question_attention
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, SPARSE_ATTENTION, Evictor, retrieval
@@ -92,13 +92,18 @@ def padded(engine: Engine, rows: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def everything(engine: Engine, text: str) -> list[Tensor]:
+def everything(engine: Engine, text: str, file: Path | None = None) -> list[Tensor]:
     """What lcft computes under a recipe, on the CPU: logits of padded questions over two contexts and of steps, the
-    gold answer's likelihood, gold slots kept, the question's attention, and a query-aware question's logits."""
+    gold answer's likelihood, gold slots kept, the question's attention, and a query-aware question's logits.
+
+    file: where the first context is saved and opened before it is used."""
     recipe = parse(text).bound(scorer().digest)
     spec = recipe.stats_spec | Diagnosis("attention", None, str.encode, "context").stats_spec
     prefills = [engine.prefill(context_ids(tokens), spec) for tokens in CONTEXTS]
     one, two = (prefill.compress(recipe, consume=False) for prefill in prefills)
+    if file is not None:
+        context_file.write(file, one, context_ids(CONTEXTS[0]), {})
+        one, _ = context_file.read(file, {}, recipe.evictor, engine.layer_devices)
     cache = engine.batch([one, one, two], QUESTIONS, 4)
     results = [engine.forward(cache, padded(engine, QUESTIONS), keep=1)]
     probe = cache.fork()
@@ -138,11 +143,14 @@ def test_a_tensor_of_another_device_is_refused_and_traffic_is_seen() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_everything_stays_on_its_device_and_equals_the_cpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_stays_on_its_device_and_equals_the_cpu(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(retrieval, "SMALL", 50)  # so that faiss takes part
     expected = everything(engine_of(build()), recipe)
     with FakeDevices():
-        actual = everything(engine_of(spread(build(), (FIRST, SECOND)), kernels=launch.INTERPRETED), recipe)
+        engine = engine_of(spread(build(), (FIRST, SECOND)), kernels=launch.INTERPRETED)
+        actual = everything(engine, recipe, tmp_path / "context.safetensors")
     # Equal but for the kernels, which sum in another order.
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
+from lceval.core.digests import content_hash
 from lceval.records import identity
 from lceval.runs import inputs
 
@@ -42,11 +43,11 @@ DOES_NOT = [
 def test_every_file_that_changes_outputs_changes_the_hash_of_its_folder(tmp_path: Path, name: str) -> None:
     (tmp_path / "config.json").write_text("{}")
     file = tmp_path / name
-    hashes = [identity.content_hash(tmp_path)]
+    hashes = [content_hash(tmp_path)]
     for text in ("a", "b"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
-        hashes.append(identity.content_hash(tmp_path))
+        hashes.append(content_hash(tmp_path))
     assert len(set(hashes)) == (3 if name in CHANGES else 1)
 
 
