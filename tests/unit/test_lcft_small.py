@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from lm_eval.api.instance import Instance
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from tiny_model import SHAPE, save_tiny
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.models import checked_hflm
@@ -19,16 +19,6 @@ from lceval.models.lcft import LCFT
 from lceval.runs.configuration import configure
 from lceval.runs.runner import load_model
 
-SHAPE = {
-    "vocab_size": 99,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
 CONTEXT = " ".join(f"w{2 + n * n % 97}" for n in range(150))
 QUESTION = "w7 w8 w9"
 
@@ -37,12 +27,7 @@ QUESTION = "w7 w8 w9"
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with one token per word."""
     path = tmp_path_factory.mktemp("models") / "tiny"
-    torch.manual_seed(1)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE)).save_pretrained(path)
-    words = {"[UNK]": 0, "</s>": 1, **{f"w{n}": n for n in range(2, 99)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="</s>").save_pretrained(path)
+    save_tiny(path)
     return path
 
 

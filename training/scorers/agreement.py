@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lceval.kernels.select import top
 from lceval.models.scorer import Scorer
-from lceval.training.scorers.scored_contexts import Slots
+from lceval.training.scorers.scored_contexts import ScoredSlots
 
 BUDGETS = (0.5, 0.25, 0.1)
 ROUNDING = 1e-12
@@ -25,7 +25,7 @@ class Agreement:
         self._moments: list[Tensor] = []
         self._shares: dict[float, list[float]] = {budget: [] for budget in BUDGETS}
 
-    def add(self, slots: Slots) -> None:
+    def add(self, slots: ScoredSlots) -> None:
         """Add a held-out context."""
         predicted = torch.cat(
             [self._scorer.score(place, inputs[None])[0].cpu() for place, inputs in enumerate(slots.inputs)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lceval.core.io import replacing
 from lceval.models.scorer import Scorer
-from lceval.training.scorers.scored_contexts import Slots
+from lceval.training.scorers.scored_contexts import ScoredSlots
 from lceval.training.scorers.spec import Linear
 
 SUMS = "sums.safetensors"
@@ -44,7 +44,7 @@ class RidgeFit:
             with safe_open(self._file, framework="pt") as stored:
                 self._sums, self.contexts = stored.get_tensor("sums"), int(stored.metadata()["contexts"])
 
-    def add(self, slots: Slots) -> None:
+    def add(self, slots: ScoredSlots) -> None:
         """Add a context."""
         for place, (inputs, targets) in enumerate(zip(slots.inputs, slots.targets, strict=True)):
             x, y = inputs.double(), targets.double()

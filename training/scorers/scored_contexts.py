@@ -97,14 +97,12 @@ def build(recipe: ScorerRecipe, lm: Any) -> ContextSet:
     return ContextSet(tuple(fitted), tuple(held_out))
 
 
-def message_header(lm: Any, *, chat_template: bool) -> tuple[int, ...]:
-    """The tokens before a user message: what the prompts of different messages begin with."""
-    prompts = [
-        lm.apply_chat_template([{"role": "user", "content": message}]) if chat_template else message
-        for message in ("a", "b")
-    ]
-    first, second = (lm.tok_batch_encode([prompt])[0][0].tolist() for prompt in prompts)
-    return tuple(first[: _shared(first, second)])
+def message_header(lm: Any, *, chat_template: bool) -> list[int]:
+    """The tokens of a prompt before the user message."""
+    text, message = "", "[message]"
+    if chat_template:
+        text = lm.apply_chat_template([{"role": "user", "content": message}]).partition(message)[0]
+    return list(lm.tok_encode(text))
 
 
 def _shared(first: Sequence[int], second: Sequence[int]) -> int:
@@ -129,7 +127,7 @@ def _of_rows(recipe: ScorerRecipe, encoder: Encoder, header: Sequence[int]) -> l
 
 
 @dataclass(frozen=True)
-class Slots:
+class ScoredSlots:
     """What the slots of a context have, by full-attention layer: inputs [T, d] and targets [T, Hkv] float32, of the
     tokens that count.
     """
@@ -138,7 +136,7 @@ class Slots:
     targets: list[Tensor]
 
 
-def observe(lm: Any, context: ScoredContext, recipe: ScorerRecipe) -> Slots:
+def observe(lm: Any, context: ScoredContext, recipe: ScorerRecipe) -> ScoredSlots:
     """Prefill a context and measure the targets of its slots.
 
     Args:
@@ -158,7 +156,7 @@ def observe(lm: Any, context: ScoredContext, recipe: ScorerRecipe) -> Slots:
         paid = lm.engine.attention_paid(prefill, [[*pair.question, *pair.answer[:-1]] for pair in context.pairs])
     else:
         paid = prefill.reconstruction_attention
-    return Slots(
+    return ScoredSlots(
         [torch.cat(parts, 1)[0, context.first :] for parts in received.values()],
         [part[0, :, context.first :].T.clamp_min(recipe.floor).log() for part in paid],
     )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lceval.core.io import read_object, replacing, write_json
 from lceval.models.scorer import Scorer
-from lceval.training.scorers.scored_contexts import Slots
+from lceval.training.scorers.scored_contexts import ScoredSlots
 from lceval.training.scorers.spec import Mlp
 
 STATE = "sample.json"
@@ -51,7 +51,7 @@ class MlpFit:
             return np.lib.format.open_memmap(file, mode="r+")
         return np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=(self._starts[-1], width))
 
-    def add(self, slots: Slots) -> None:
+    def add(self, slots: ScoredSlots) -> None:
         """Add a context."""
         start, end = self._starts[self.contexts : self.contexts + 2]
         order = torch.randperm(len(slots.inputs[0]), generator=_generator(self._seed, self.contexts))
