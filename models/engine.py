@@ -158,6 +158,26 @@ class Engine:
                     prefill.reconstruction_plus[place][..., chunk] = scores
 
     @torch.inference_mode()
+    def attention_paid(self, prefill: Prefill, continuations: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Per full-attention layer [B, Hkv, S] float32, the most attention that each token of a context receives from
+        continuations of it, over their tokens and the query heads of a KV head.
+
+        Args:
+            continuations: token ids, each after the context alone; at least one.
+        """
+        whole, paid = prefill.compress(Recipe(), consume=False), None
+        for ids in continuations:
+            cache = whole.fork(len(ids))
+            every = slice(0, prefill.tokens)
+            collectors = [None if k is None else ReconstructionStats(k, every, 0) for k in prefill.keys]
+            cache.collect(collectors)
+            self._decode(cache, [ids])
+            received = [c.attention for c in collectors if c is not None]
+            paid = received if paid is None else [torch.maximum(*pair) for pair in zip(paid, received, strict=True)]
+        assert paid is not None, "at least one continuation"
+        return paid
+
+    @torch.inference_mode()
     def prefill_question(self, prefill: Prefill, question: Sequence[int], capacity: int) -> QuestionCache:
         """A question prefilled over the uncompressed context, with the same statistics collected as for the context."""
         cache = prefill.compress(Recipe(), consume=False).fork(capacity, kernels=self.kernels)

@@ -32,7 +32,7 @@ NOT_RUN = (
     (r"predictions\.jsonl|preds\.jsonl|baseline\.json runs/new", "needs a file of yours"),
     (r"^python studies/\S+ (?!table)|^lceval bench|^pytest ", "takes long"),
 )
-DATA = r"nqopen|quality|kvlookup|squad|musique|calibrate|infinitebench|preset mini|require-kappa|runs/two"
+DATA = r"nqopen|quality|kvlookup|squad|musique|calibrate|infinitebench|preset mini|require-kappa|runs/two|kvzip_linear"
 # 1 is a gate that did not hold, which depends on the data; any other code but 0 is a failure.
 GATED = r"--require-kappa|--gate"
 # The run folders that the documentation's commands name, from two small evaluations.

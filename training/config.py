@@ -22,21 +22,33 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Model(Section):
+class Pretrained(Section):
     """The base model; `pretrained` is a name or folder, as for lm_eval.
 
     Attributes:
         dtype: dtype of the weights. `auto` is bfloat16 where the device computes fast in it
             (`lceval.training.precision`), else float32; the model card and `train.json` record the choice.
         chat_template: whether to apply the tokenizer's chat template; None: if it has one.
-        shape: fields of the model's configuration, including `model_type`, for `--dry-run` where the model is not
-            available locally.
     """
 
     pretrained: str = "smollm2-135m"
     revision: str = "main"
     dtype: Literal["auto", "bfloat16", "float32", "float16"] = "auto"
     chat_template: bool | None = None
+
+    def applies_template(self, tokenizer: Any) -> bool:
+        """Whether prompts have the chat template."""
+        return tokenizer.chat_template is not None if self.chat_template is None else self.chat_template
+
+
+class Model(Pretrained):
+    """The model to train.
+
+    Attributes:
+        shape: fields of the model's configuration, including `model_type`, for `--dry-run` where the model is not
+            available locally.
+    """
+
     shape: dict[str, str | int | float | bool] | None = None
 
 

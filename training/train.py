@@ -16,14 +16,13 @@ from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.core.io import read_object, write_json
+from lceval.core.io import write_json
 from lceval.training import compression_aware, data, precision, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
 from lceval.training.rewards import Grader
+from lceval.training.run_record import RECORD, check_data, recorded
 from lceval.training.trainers import is_lead, last_checkpoint
-
-RECORD = "train.json"
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,7 @@ def build(recipe: Config, lm: Any) -> TrainingSet:
     """
     if recipe.texts is not None:
         return TrainingSet((), (), (), (), tuple(texts.sequences(recipe.texts, lm.tok_encode)))
-    template = lm.tokenizer.chat_template is not None
-    chat = template if recipe.model.chat_template is None else recipe.model.chat_template
-    encoder = Encoder(lm, chat_template=chat)
+    encoder = Encoder(lm, chat_template=recipe.model.applies_template(lm.tokenizer))
     spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
     rows: Sequence[Any]
     if recipe.neighbourhoods is not None:
@@ -127,13 +124,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         compression_aware.check(recipe.compression_aware)
     recipe = precision.resolve(recipe)
     file, values = recipe.output / RECORD, recipe.model_dump(mode="json", exclude={"output", "report_to"})
-    before = read_object(file, "choose another folder (--output FOLDER)") if file.is_file() else None
-    if before is not None and before["recipe"] != values:
-        changed = sorted(key for key, value in values.items() if before["recipe"].get(key) != value)
-        raise UserError(
-            f"{recipe.output} contains a run with different {', '.join(changed)}: "
-            "choose another folder (--output FOLDER)"
-        )
+    before = recorded(recipe.output, values)
     if before is not None and before["status"] == "finished":
         return before
     from transformers import set_seed
@@ -151,10 +142,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
             "tokens_a_context": fmean(training_set.lengths),
         },
     }
-    if before is not None and before["data"] != record["data"]:
-        raise UserError(
-            f"{recipe.output}: the data has changed since the run was started: choose another folder (--output FOLDER)"
-        )
+    check_data(recipe.output, before, record)
     lead = is_lead()
     if lead:
         recipe.output.mkdir(parents=True, exist_ok=True)

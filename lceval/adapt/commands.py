@@ -1,4 +1,4 @@
-"""The commands `lceval train RECIPE`, `lceval train eval` and `lceval train data`."""
+"""The commands `lceval train RECIPE`, `lceval train eval`, `lceval train data` and `lceval train scorer`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,28 @@ from lceval.core.safe_text import echo
 
 app = typer.Typer(
     cls=group_or("recipe"),
-    help="Train an adapter from a recipe (lceval train RECIPE) and evaluate it against its base model (eval).",
+    help="Train an adapter from a recipe (lceval train RECIPE), evaluate it against its base model (eval), or train a "
+    "scorer of KV slots (scorer).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. model.dtype=float32 (repeatable)."),
+]
+Output = Annotated[Path | None, typer.Option(help="Output folder (default runs/RECIPE).")]
 
 
 # Extra arguments are rejected below, by an error that names --set.
 @app.command("recipe", hidden=True, context_settings={"allow_extra_args": True})
 def recipe(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or name of a shipped recipe.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe key, e.g. optim.max_steps=50 (repeatable)."),
-    ] = None,
-    output: Annotated[Path | None, typer.Option(help="Output folder (default runs/RECIPE).")] = None,
+    name: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print tokens, steps and memory without training.")
     ] = False,
@@ -39,10 +45,30 @@ def recipe(
     """Train from a recipe. Rerun the same command to resume from the last checkpoint."""
     from lceval.adapt import tune
 
-    if context.args:
-        raise UserError(f"unexpected argument {context.args[0]!r}: override recipe keys with --set KEY=VALUE")
+    _only_options(context)
     if text := tune.run(name, overrides or [], output, dry_run=dry_run, as_json=as_json):
         echo(text)
+
+
+@app.command("scorer", context_settings={"allow_extra_args": True})
+def scorer(
+    context: typer.Context,
+    name: Recipe,
+    overrides: Overrides = None,
+    output: Output = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print tokens and bytes without training.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a scorer of KV slots, for kv=kvzap. Rerun the same command to resume from the last checkpoint."""
+    from lceval.adapt import tune_scorer
+
+    _only_options(context)
+    echo(tune_scorer.run(name, overrides or [], output, dry_run=dry_run, as_json=as_json))
+
+
+def _only_options(context: typer.Context) -> None:
+    if context.args:
+        raise UserError(f"unexpected argument {context.args[0]!r}: override recipe keys with --set KEY=VALUE")
 
 
 @app.command("eval")

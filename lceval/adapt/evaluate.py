@@ -65,7 +65,7 @@ def run(
 
 
 def _record(adapter: Path) -> dict[str, Any]:
-    from lceval.training.train import RECORD
+    from lceval.training.run_record import RECORD
 
     file = adapter / RECORD
     if not file.is_file():
@@ -73,6 +73,8 @@ def _record(adapter: Path) -> dict[str, Any]:
             f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train"
         )
     record = read_object(file, "pass the output folder of lceval train")
+    if "lora" not in record["recipe"]:
+        raise UserError(f"{adapter} is a scorer, not an adapter: pass it to lcft as scorer={adapter}")
     if record["status"] != "finished":
         raise UserError(f"{adapter} is not finished: rerun the same `lceval train` command to resume it")
     return record

@@ -218,6 +218,16 @@ RECIPE: dict[str, Any] = {
     "grpo": {"max_steps": 2, "temperature": 1.0},
     "report_to": ["tensorboard"],
 }
+SCORER: dict[str, Any] = {
+    "output": "runs/x",
+    "model": {"pretrained": "smollm2-135m", "dtype": "float32", "peft": "runs/a"},
+    "data": {"datasets": ["squad"], "length_k": 1.5, "promote": None},
+    "texts": {"files": ["a.txt"], "tokens": 64},
+    "contexts": 8,
+    "target": "kvzip+",
+    "floor": 1e-6,
+    "mlp": {"hidden": 64, "tokens": 1000, "learning_rate": 1e-3},
+}
 VALID_RECIPE = {
     key: RECIPE[key] for key in ("output", "model", "data", "lora", "optim", "report_to", "compression_aware")
 }
@@ -296,13 +306,29 @@ def test_a_training_recipe_is_valid_or_rejected(folder: Path, text: str, overrid
 
 
 @examples(60)
-@given(JUNK | edited("ao_sft"))
+@given(yaml_texts(SCORER), settings_of("mlp=null", "linear.ridge=1e-2", "target=attention", "texts=null"))
+@example(as_json(SCORER), ["floor=.nan"])
+@example(as_json(SCORER), ["mlp=null", "linear.ridge=.inf"])
+@example(as_json(SCORER), [f"seed=0x{'f' * 6000}"])
+@example(LAUGHS, [])
+def test_a_recipe_of_a_scorer_is_valid_or_rejected(folder: Path, text: str, overrides: list[str]) -> None:
+    from lceval.training.scorers import spec
+
+    recipe = outcome(spec.read, str(put(folder / "scorer.yaml", text)), overrides)
+    if recipe is not None:
+        assert spec.parse(recipe.model_dump(), "again") == recipe
+
+
+@examples(60)
+@given(JUNK | edited("ao_sft", "kvzip_mlp"))
 @example("a" * 300)
 def test_the_name_of_a_configuration_exists_or_is_rejected(folder: Path, name: str) -> None:
     from lceval.runs.sweep import grid
     from lceval.training import config
+    from lceval.training.scorers import spec
 
     outcome(config.read, name)
+    outcome(spec.read, name)
     outcome(grid.read, None, name)
     outcome(grid.read, Path(name), None)
 

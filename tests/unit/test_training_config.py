@@ -17,6 +17,7 @@ from lceval.cli import invoke
 from lceval.core.errors import UserError
 from lceval.training import compression_aware, config, precision
 from lceval.training.config import CompressionAware, parse, read
+from lceval.training.scorers import spec as scorers
 
 
 @pytest.mark.parametrize("name", config.shipped())
@@ -193,7 +194,11 @@ def test_the_recipes_and_overrides_of_the_page_are_valid() -> None:
     lines = [line.split()[2:] for line in re.findall(r"^lceval train [^e].*", DOC, re.MULTILINE)]
     assert lines
     for name, *options in lines:
-        read(name, [value for option, value in pairwise(options) if option == "--set"])
+        overrides = [value for option, value in pairwise(options) if option == "--set"]
+        if name == "scorer":
+            scorers.read(options[0], overrides)
+        else:
+            read(name, overrides)
     assert any("--set" in options for _, *options in lines)
 
 
