@@ -39,6 +39,22 @@ def decode(
     echo(json.dumps(report, indent=2) if as_json else render.decode(report))
 
 
+@app.command("prefill")
+def prefill(
+    kv: Recipes = ["kvzap:0.25", "snapkv:0.25", "kvzip:0.25"],  # noqa: B006
+    pretrained: Pretrained = "smollm2-135m",
+    tokens: Annotated[int, typer.Option(help="Context length in tokens.")] = 2000,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; the recipes alternate in each.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure what eviction adds to the prefill of a context."""
+    from lceval.bench import render
+    from lceval.bench.prefilling import bench
+
+    report = bench(pretrained, kv, tokens=tokens, rounds=rounds)
+    echo(json.dumps(report, indent=2) if as_json else render.prefill(report))
+
+
 @app.command("context")
 def context(
     kv: Annotated[str, typer.Option("--kv", metavar="RECIPE", help="KV recipe of the context.")] = "snapkv:0.25",

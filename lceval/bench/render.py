@@ -26,6 +26,17 @@ def decode(report: dict[str, Any]) -> str:
     return f"{head}, {report['machine']['threads']} threads\n{aligned(rows)}"
 
 
+def prefill(report: dict[str, Any]) -> str:
+    """The recipes of `bench prefill`, one per line."""
+    rows = [["recipe", "prefill s", "compress s", "reading vs full", "total vs full"]]
+    for side in report["sides"]:
+        seconds = [f"{side[name]:.3f}" for name in ("prefill_s", "compress_s")]
+        rows.append(
+            [side["name"], *seconds, *(f"{100 * side[name]:+.1f}%" for name in ("reading_overhead", "overhead"))]
+        )
+    return f"{report['model']}, {report['context_tokens']} tokens, {report['rounds']} rounds\n{aligned(rows)}"
+
+
 def context(report: dict[str, Any]) -> str:
     """The steps of `bench context`, one per line."""
     steps = {

@@ -42,12 +42,12 @@ def run(context: typer.Context, as_json: Json = False) -> None:
 def demo(
     output_path: Annotated[
         Path,
-        typer.Option("--output_path", "--output-path", metavar="FOLDER", help="Folder for the four run folders."),
+        typer.Option("--output_path", "--output-path", metavar="FOLDER", help="Folder for the run folders."),
     ] = Path("runs/demo"),
     limit: Annotated[int, typer.Option(help="Number of samples per recipe.")] = 32,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a small packaged model under four KV recipes.
+    """Evaluate a small packaged model under five KV recipes.
 
     Needs no network, GPU or data.
     """

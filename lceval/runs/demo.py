@@ -9,7 +9,7 @@ from lceval.runs.folder import opened, report
 from lceval.runs.runner import Runner
 
 TASK = "lc_filings_ao_1k"
-RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
+RECIPES = ("full", "snapkv:0.25", "kvzap:0.5", "kvzap:0.25", "kvzap:0.1")
 
 
 def demo(output_path: Path, limit: int) -> list[Path]:

@@ -45,6 +45,19 @@ def test_decode_compares_every_side_with_hf_and_full(lceval: Any) -> None:
     assert report["machine"]["threads"] >= 1
 
 
+def test_prefill_compares_every_recipe_with_full(lceval: Any) -> None:
+    code, out, _ = lceval(
+        "bench", "prefill", "--kv", "kvzap:0.5", "--kv", "kvzip:0.5", "--tokens", "150", "--rounds", "1", "--json"
+    )
+    assert code == 0
+    sides = {side["name"]: side for side in json.loads(out)["sides"]}
+    assert list(sides) == ["full", "kvzap:0.5", "kvzip:0.5"]
+    assert sides["full"]["overhead"] == sides["full"]["reading_overhead"] == 0
+    for side in sides.values():
+        assert side["reading_overhead"] == pytest.approx(side["prefill_s"] / sides["full"]["prefill_s"] - 1)
+    assert sides["kvzip:0.5"]["reading_overhead"] > sides["kvzap:0.5"]["reading_overhead"]
+
+
 def test_eval_answers_under_each_recipe_and_resumes_from_its_file(lceval: Any, tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     line = ("bench", "eval", "--task", "lc_filings_ao_1k", "--contexts", "1", "--kv", "knorm:0.5", "--kv", "int8")

@@ -317,7 +317,7 @@ def test_lm_eval_collects_its_description_of_the_environment_once_per_process(mo
     assert calls == ["pip list"]
 
 
-def test_the_demo_prefills_each_context_once_for_its_four_recipes(
+def test_the_demo_prefills_each_context_once_for_all_recipes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert invoke(["demo", "--limit", "2", "--output_path", str(tmp_path), "--json"]) == 0
