@@ -1,6 +1,6 @@
 """The cost of eviction before the first token: prefill, statistics, scoring and compaction, against a plain prefill.
 
-The recipes alternate within one run. The overhead of a recipe is the median over rounds of its time beside that of `full`
+The recipes alternate within one run. A recipe's overhead is the median over rounds of its time beside that of `full`
 in the same round. The context is random tokens, because speed does not depend on their content.
 """
 
