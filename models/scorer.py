@@ -189,18 +189,18 @@ def output_projections(base: Any, windows: Sequence[int | None]) -> dict[int, nn
     """
     modules = {module.layer_idx: module for module in _attention_modules(base)}
     layers = [index for index, window in enumerate(windows) if window is None]
-    found = {
+    projections = {
         index: module
         for index in layers
         for name, module in (modules[index].named_children() if index in modules else ())
         if name in OUTPUT_PROJECTIONS
     }
-    if len(found) < len(layers):
+    if len(projections) < len(layers):
         raise UserError(
             f"kvzip with plus=true requires an output projection ({', '.join(OUTPUT_PROJECTIONS)}) in every attention "
             f"layer, which {base.config.model_type} does not have: use kvzip without plus"
         )
-    return found
+    return projections
 
 
 def _attention_modules(base: Any) -> list[Any]:

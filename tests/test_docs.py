@@ -67,7 +67,7 @@ def wrong(text: str) -> list[str]:
             differences.append(f"{name}: missing")
             continue
         documented = dict(re.findall(r"`(\w+)` \(([^)]*)\)", rows[name].split(" | ")[1]))
-        defaults = {key: str(value) for key, value in keys(cls).items()}
+        defaults = {key: str(value).lower() for key, value in keys(cls).items()}
         differences += [f"{name}: {key}" for key, _ in documented.items() ^ defaults.items()]
     return differences + [f"{name}: no such method" for name in rows if name not in methods]
 
