@@ -151,11 +151,10 @@ class Engine:
                 if prefill.reconstruction_plus is not None:
                     assert collector.relative is not None
                     values = prefill.layers[index].values[:, :, chunk]
-                    heads = collector.relative.shape[1] * collector.relative.shape[2]
                     with self._autocast():
-                        weight = output_weight(projections[index], values, heads)
-                    scores = (collector.relative * output_norms(values, weight)).amax(2)
-                    prefill.reconstruction_plus[place][..., chunk] = scores
+                        weight = output_weight(projections[index], values)
+                    relative = collector.relative * output_norms(values, weight)
+                    prefill.reconstruction_plus[place][..., chunk] = relative.amax(2)
 
     @torch.inference_mode()
     def attention_paid(self, prefill: Prefill, continuations: Sequence[Sequence[int]]) -> list[Tensor]:

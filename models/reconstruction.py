@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lceval.models.chat import ChatTokens
 from lceval.models.policies.base import SINKS
@@ -95,15 +96,16 @@ class ReconstructionStats:
                 self.relative = relative if self.relative is None else torch.maximum(self.relative, relative)
 
 
-def output_weight(projection: nn.Module, values: Tensor, heads: int) -> Tensor:
+def output_weight(projection: Any, like: Tensor) -> Tensor:
     """The matrix [H * D, d] float32 of an attention's output projection, with the update of an adapter.
 
-    values: [B, Hkv, C, D], whose dtype and device the projection's input has; heads: H.
+    like: a tensor with the dtype and device of the projection's input.
     """
     if type(projection) is nn.Linear:
-        return projection.weight.T.to(values.device, torch.float32)
+        return projection.weight.T.to(like.device, torch.float32)
     # A layer of an adapter, quantized or transposed: what it does to unit vectors, without its bias.
-    unit = torch.eye(heads * values.shape[3], dtype=values.dtype, device=values.device)
+    width = projection.nx if isinstance(projection, Conv1D) else projection.in_features
+    unit = torch.eye(width, dtype=like.dtype, device=like.device)
     weight: Tensor = projection(unit).float() - projection(torch.zeros_like(unit[:1])).float()
     return weight
 

@@ -19,13 +19,14 @@ class KVzip(Evictor):
     arXiv 2505.23416).
 
     A slot's score is the maximum attention from any query of the reconstruction, and the slots of all layers and heads
-    compete for one budget. What the chat template puts before the user's message (system prompt, user header) and the
-    first 4 tokens (sinks) are kept in every head.
+    compete for one budget. Every head keeps the first 4 tokens (sinks) and whatever the chat template puts before the
+    user's message: system prompt and user header.
 
-    `plus=true` is KVzip+ (arXiv 2601.07891): before the maximum, the attention is divided by the norm of the query
-    token's hidden state (the layer's attention input) and multiplied by the norm of W_O v of the slot.
+    `plus=true` is KVzip+ (arXiv 2601.07891): before the maximum is taken, the attention is divided by the norm of the
+    query token's attention input and multiplied by the norm of W_O v of the slot.
 
-    Differs from the paper: the protected tokens count towards the budget; chunks have 2,048 tokens, not 2,000.
+    Differs from the paper: as in kvpress, the budget includes the tokens that are always kept, and the context is
+    repeated in chunks of 2,048 tokens (the authors' code: 2,000).
 
     Cost: a second forward pass over the context during prefill.
     """
