@@ -1,0 +1,54 @@
+"""Contexts from Python with the packaged model: answers are those of lcft, and the documentation is true."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lm_eval.api.instance import Instance
+
+from lceval.cli import invoke
+from lceval.models.asking import LoadedModel
+
+pytestmark = pytest.mark.model
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "python.md"
+
+
+def test_an_answer_is_that_of_lcft_for_the_same_prompt(lcft: Any, lcft_model: Any, smollm2: str) -> None:
+    text = "The mayor of Tilsen is Mara Ellison, a lawyer from Lyon. The harbour was rebuilt in 1951." * 2
+    question = "\n\nWho is the mayor of Tilsen?"
+    kv = "snapkv:0.5+int8"
+    model = lcft(kv)
+    prompt = model.apply_chat_template([{"role": "user", "content": text + question}]) + "The mayor"
+    request = Instance("generate_until", {"context": text}, (prompt, {"max_gen_toks": 12}), 0, ("t", 0, 1))
+    (expected,) = model.generate_until([request], disable_tqdm=True)
+    context = LoadedModel(lcft_model, kv, tokenizer=smollm2).compress(text)
+    answer = context.ask(question, max_new_tokens=12, answer_prefix="The mayor")
+    assert answer == expected
+    assert "Mara Ellison" in answer
+    assert answer.meta["kv"]["kept_tokens"] == expected.meta["kv"]["kept_tokens"]
+    assert answer.meta["kv_bytes"] == context.kv_bytes == expected.meta["kv_bytes"]
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    exec(compile(code, PAGE.name, "exec"), {})
+    expected = re.findall(r"(?:^|  )# (.*)$", code, flags=re.MULTILINE)
+    assert capsys.readouterr().out.splitlines() == expected
+    assert len(expected) == 5
+
+
+def test_bench_context_compares_opening_with_the_prefill(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert invoke(["bench", "context", "--tokens", "100", "--kv", "int8:residual=0", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["same_answer"]
+    assert report["speedup"] == pytest.approx(report["prefill_s"] / (report["identify_s"] + report["open_s"]))
+    assert report["recipe"] == "int8:residual=0"
+    assert report["kv_bytes"] < report["file_bytes"]
