@@ -8,8 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from operator import or_
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,10 @@ from typing import Any
 import pytest
 import torch
 
-from lceval.models import attention, reconstruction
+from lceval.models import reconstruction
 from lceval.models.cache import CompressedContext, Prefill
-from lceval.models.engine import Engine
+from lceval.models.lcft import LCFT
 from lceval.models.recipe import parse
-from lceval.models.reconstruction import Repetition
 
 pytestmark = pytest.mark.model
 
@@ -51,12 +49,10 @@ def chat_ids(tokenizer: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def compressed(lcft_model: Any, tokenizer: Any) -> Iterator[Compress]:
+def compressed(lcft_model: Any, smollm2: str, tokenizer: Any) -> Iterator[Compress]:
     """A function from a recipe to the fixture's context under it; each context is prefilled once for all recipes."""
-    repetition = Repetition.of(tokenizer, partial(tokenizer.encode, add_special_tokens=False))
-    engine = Engine(lcft_model, lcft_model, chunk=0, kernels=False, autocast=nullcontext, repetition=repetition)
     before = lcft_model.config._attn_implementation
-    lcft_model.set_attn_implementation(attention.register())
+    engine = LCFT(lcft_model, tokenizer=smollm2).engine
 
     @cache
     def prefill(zipped: bool) -> Prefill:
