@@ -174,20 +174,24 @@ class LCFT(AnsweringLM):
         """A recipe with its scorer, which is loaded if it is not already."""
         parsed = self._checked(kv)
         self.engine.check(parsed.stats_spec)
-        if not parsed.needs_scorer:
-            return parsed, None
+        if parsed.needs_scorer:
+            parsed = parsed.bound(self._scorer_of(str(parsed), scorer).digest)
+        return parsed, next((self.engine.scorers[digest] for digest in parsed.stats_spec.scorers), None)
+
+    def _scorer_of(self, kv: str, name: str) -> Scorer:
+        """The scorer of that name, or the default one, for a recipe that requires one."""
         pretrained = self.pretrained if isinstance(self.pretrained, str) else self.config._name_or_path
-        name = scorer or self._default_scorer or scorers.default(pretrained)
-        if name is None:
+        resolved = name or self._default_scorer or scorers.default(pretrained)
+        if resolved is None:
             raise UserError(
-                f"kv={parsed} requires a scorer of {pretrained}: train one with `lceval train scorer` and pass it as "
+                f"kv={kv} requires a scorer of {pretrained}: train one with `lceval train scorer` and pass it as "
                 f"scorer=FOLDER; published ones: {', '.join(scorers.PUBLISHED.values())}"
             )
-        if name not in self._scorers:
-            loaded = scorers.load(name)
+        if resolved not in self._scorers:
+            loaded = scorers.load(resolved)
             self.engine.add_scorer(loaded)
-            self._scorers[name] = loaded
-        return parsed.bound(self._scorers[name].digest), self._scorers[name]
+            self._scorers[resolved] = loaded
+        return self._scorers[resolved]
 
     @property
     def prefill_s(self) -> float:

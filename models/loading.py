@@ -15,7 +15,13 @@ from safetensors import SafetensorError, safe_open
 from lceval.core.errors import InfrastructureError, LcevalError, UserError
 
 # Model argument -> the file that a folder must contain.
-REQUIRED = {"pretrained": "config.json", "delta": "config.json", "peft": "adapter_config.json", "tokenizer": None}
+REQUIRED = {
+    "pretrained": "config.json",
+    "delta": "config.json",
+    "peft": "adapter_config.json",
+    "scorer": "config.json",
+    "tokenizer": None,
+}
 _MAX_REASON = 300
 
 
@@ -32,10 +38,10 @@ def check_folders(arguments: Mapping[str, Any]) -> None:
         path = Path(value)
         if not path.exists() and value.startswith(("/", "./", "../", "~")):
             raise UserError(f"{name}={value}: no such folder")
-        elsewhere = name != "peft" and (arguments.get("subfolder") or arguments.get("gguf_file"))
+        elsewhere = name not in ("peft", "scorer") and (arguments.get("subfolder") or arguments.get("gguf_file"))
         if path.is_dir() and required and not elsewhere and not (path / required).is_file():
-            what = "an adapter" if name == "peft" else "a model"
-            raise UserError(f"{name}={value}: the folder has no {required}, so it is not {what} of save_pretrained")
+            what = {"peft": "an adapter", "scorer": "a scorer"}.get(name, "a model")
+            raise UserError(f"{name}={value}: the folder has no {required}, so it is not {what}")
 
 
 @contextmanager
