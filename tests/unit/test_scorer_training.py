@@ -25,7 +25,7 @@ from lceval.training.scorers import learn, scored_contexts, spec, two_layers
 from lceval.training.scorers.agreement import Agreement
 from lceval.training.scorers.ridge import RidgeFit
 from lceval.training.scorers.scored_contexts import ScoredContext, ScoredSlots, observe
-from lceval.training.scorers.spec import Linear, Mlp, ScorerRecipe
+from lceval.training.scorers.spec import AdaptedModel, Linear, Mlp, ScorerRecipe
 
 LAYERS, WIDTH, KV_HEADS = 4, 96, 2  # tiny_model.SHAPE
 TOKENS = 64
@@ -306,6 +306,13 @@ def test_a_shipped_recipe_is_valid_and_of_the_training_side(name: str) -> None:
     assert recipe.output == Path("runs") / name
     assert recipe.data is not None
     assert recipe.data.split == "train"
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    section = text.partition("## Training a scorer\n")[2].partition("\n## ")[0]
+    for model in (ScorerRecipe, AdaptedModel, Linear, Mlp):
+        assert [key for key in model.model_fields if f"`{key}`" not in section] == []
 
 
 @pytest.mark.parametrize(
