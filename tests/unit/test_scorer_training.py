@@ -91,18 +91,18 @@ def test_inputs_are_the_normed_hidden_states_and_targets_the_logarithm_of_kvzips
     scores = model.engine.prefill(ids, StatsSpec(reconstruction=True)).reconstruction_attention
     assert scores is not None
     floor = float(torch.stack(scores).median())
-    found = observe(model, ScoredContext(ids, first), recipe(floor=floor))
+    observed = observe(model, ScoredContext(ids, first), recipe(floor=floor))
     for place, layer in enumerate(model.base.model.layers):
-        torch.testing.assert_close(found.inputs[place], layer.input_layernorm(states[place])[0, first:])
+        torch.testing.assert_close(observed.inputs[place], layer.input_layernorm(states[place])[0, first:])
         targets = np.log(np.maximum(scores[place][0, :, first:].numpy(), floor)).T
-        np.testing.assert_allclose(found.targets[place].numpy(), targets, rtol=1e-5)
+        np.testing.assert_allclose(observed.targets[place].numpy(), targets, rtol=1e-5)
 
 
 def test_the_target_attention_is_the_most_that_questions_and_answers_pay(lm: LCFT, recipe: ChangedRecipe) -> None:
     ids = tuple(range(2, 52))
     pairs = (QAPair((60, 61, 62), (70, 71, 1)), QAPair((63,), (72, 1)))
     spec_values = recipe().model_dump(mode="json") | {"texts": None, "data": {"datasets": ["squad"]}}
-    found = observe(lm, ScoredContext(ids, 4, pairs), spec.parse(spec_values | {"target": "attention"}, "test"))
+    observed = observe(lm, ScoredContext(ids, 4, pairs), spec.parse(spec_values | {"target": "attention"}, "test"))
     whole = LCFT(lm.base.name_or_path, dtype="float32").base
     whole.set_attn_implementation("eager")
     paid = []
@@ -111,7 +111,7 @@ def test_the_target_attention_is_the_most_that_questions_and_answers_pay(lm: LCF
         weights = torch.cat(whole(continued, output_attentions=True).attentions)[..., len(ids) :, 4 : len(ids)]
         paid.append(weights.unflatten(1, (KV_HEADS, -1)).amax((2, 3)))
     expected = torch.stack(paid).amax(0).clamp_min(1e-6).log().transpose(1, 2)
-    torch.testing.assert_close(torch.stack(found.targets), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(observed.targets), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_template_before_the_message_and_the_sinks_do_not_count(lm: LCFT, recipe: ChangedRecipe) -> None:
