@@ -25,7 +25,7 @@ from lceval.training.scorers import learn, scored_contexts, spec, two_layers
 from lceval.training.scorers.agreement import Agreement
 from lceval.training.scorers.ridge import RidgeFit
 from lceval.training.scorers.scored_contexts import ScoredContext, ScoredSlots, observe
-from lceval.training.scorers.spec import Linear, Mlp, ScorerRecipe
+from lceval.training.scorers.spec import AdaptedModel, Linear, Mlp, ScorerRecipe
 
 LAYERS, WIDTH, KV_HEADS = 4, 96, 2  # tiny_models.SHAPE
 TOKENS = 64
@@ -93,18 +93,18 @@ def test_inputs_are_the_normed_hidden_states_and_targets_the_logarithm_of_kvzips
     scores = prefill.reconstruction_attention if target == "kvzip" else prefill.reconstruction_plus
     assert scores is not None
     floor = float(torch.stack(scores).median())
-    slots = observe(model, ScoredContext(ids, first), recipe(floor=floor, target=target))
+    observed = observe(model, ScoredContext(ids, first), recipe(floor=floor, target=target))
     for place, layer in enumerate(model.base.model.layers):
-        torch.testing.assert_close(slots.inputs[place], layer.input_layernorm(states[place])[0, first:])
+        torch.testing.assert_close(observed.inputs[place], layer.input_layernorm(states[place])[0, first:])
         targets = np.log(np.maximum(scores[place][0, :, first:].numpy(), floor)).T
-        np.testing.assert_allclose(slots.targets[place].numpy(), targets, rtol=1e-5)
+        np.testing.assert_allclose(observed.targets[place].numpy(), targets, rtol=1e-5)
 
 
 def test_the_target_attention_is_the_most_that_questions_and_answers_pay(lm: LCFT, recipe: ChangedRecipe) -> None:
     ids = tuple(range(2, 52))
     pairs = (QAPair((60, 61, 62), (70, 71, 1)), QAPair((63,), (72, 1)))
     spec_values = recipe().model_dump(mode="json") | {"texts": None, "data": {"datasets": ["squad"]}}
-    slots = observe(lm, ScoredContext(ids, 4, pairs), spec.parse(spec_values | {"target": "attention"}, "test"))
+    observed = observe(lm, ScoredContext(ids, 4, pairs), spec.parse(spec_values | {"target": "attention"}, "test"))
     whole = LCFT(lm.base.name_or_path, dtype="float32").base
     whole.set_attn_implementation("eager")
     paid = []
@@ -113,7 +113,7 @@ def test_the_target_attention_is_the_most_that_questions_and_answers_pay(lm: LCF
         weights = torch.cat(whole(continued, output_attentions=True).attentions)[..., len(ids) :, 4 : len(ids)]
         paid.append(weights.unflatten(1, (KV_HEADS, -1)).amax((2, 3)))
     expected = torch.stack(paid).amax(0).clamp_min(1e-6).log().transpose(1, 2)
-    torch.testing.assert_close(torch.stack(slots.targets), expected.detach(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(observed.targets), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_template_before_the_message_and_the_sinks_do_not_count(lm: LCFT, recipe: ChangedRecipe) -> None:
@@ -308,6 +308,13 @@ def test_a_shipped_recipe_is_valid_and_of_the_training_side(name: str) -> None:
     assert recipe.output == Path("runs") / name
     assert recipe.data is not None
     assert recipe.data.split == "train"
+
+
+def test_every_key_is_documented() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    section = text.partition("## Training a scorer\n")[2].partition("\n## ")[0]
+    for model in (ScorerRecipe, AdaptedModel, Linear, Mlp):
+        assert [key for key in model.model_fields if f"`{key}`" not in section] == []
 
 
 @pytest.mark.parametrize(
