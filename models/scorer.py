@@ -89,7 +89,8 @@ class Scorer(nn.Module):
 
     def __str__(self) -> str:
         """Name and hash, the label of table rows."""
-        return f"{Path(self.name).name}@{self.digest[:8]}"
+        packaged_one = self.name == str(packaged.scorer_folder())
+        return f"{packaged.NAME if packaged_one else Path(self.name).name}@{self.digest[:6]}"
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and the weights, in their dtype, into a folder, which is made if necessary."""

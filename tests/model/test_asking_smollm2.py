@@ -15,7 +15,8 @@ from lceval.models.asking import LoadedModel
 
 pytestmark = pytest.mark.model
 
-PAGE = Path(__file__).parent.parent.parent / "docs" / "python.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "python.md"
 
 
 def test_an_answer_is_that_of_lcft_for_the_same_prompt(lcft: Any, lcft_model: Any, smollm2: str) -> None:
@@ -43,6 +44,18 @@ def test_the_example_of_the_page_prints_what_the_page_says(
     expected = re.findall(r"(?:^|  )# (.*)$", code, flags=re.MULTILINE)
     assert capsys.readouterr().out.splitlines() == expected
     assert len(expected) == 5
+
+
+def test_the_example_of_the_readme_runs(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "README.md").write_text(text[:1500])  # its prefill takes a second
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(0.5, abs=0.01)
+    assert (tmp_path / "readme.safetensors").is_file()
 
 
 def test_bench_context_compares_opening_with_the_prefill(smollm2: str, capsys: pytest.CaptureFixture[str]) -> None:
