@@ -45,13 +45,16 @@ def prefill(
     pretrained: Pretrained = "smollm2-135m",
     tokens: Annotated[int, typer.Option(help="Context length in tokens.")] = 2000,
     rounds: Annotated[int, typer.Option(help="Number of rounds; the recipes alternate in each.")] = 5,
+    scorer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Scorer of kvzap: folder or hub name (default the model's own).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure what eviction adds to the prefill of a context."""
     from lceval.bench import render
     from lceval.bench.prefilling import bench
 
-    report = bench(pretrained, kv, tokens=tokens, rounds=rounds)
+    report = bench(pretrained, kv, tokens=tokens, rounds=rounds, scorer=scorer)
     echo(json.dumps(report, indent=2) if as_json else render.prefill(report))
 
 

@@ -38,3 +38,16 @@ def test_a_scorer_of_two_contexts_is_trained_and_the_packaged_one_agrees_with_kv
     assert agreement.figures["overlap"]["0.1"] > record["held_out"]["overlap"]["0.1"]
     assert agreement.figures["overlap"]["0.25"] > 0.6
     assert (packaged.scorer_folder() / scorer.WEIGHTS).stat().st_size <= 1_000_000
+
+
+def test_a_tenth_that_the_scorer_keeps_answers_better_than_the_half_that_snapkv_keeps(
+    lcft: Any, requests: list[Any]
+) -> None:
+    """On annual reports, which the scorer was not trained on."""
+    for request in requests:
+        request.arguments = (request.args[0], {**request.args[1], "max_gen_toks": 0})
+    nll = {}
+    for recipe in ("kvzap:0.1", "snapkv:0.5"):
+        model = lcft(recipe, diagnose="gold", batch_size=4)
+        nll[recipe] = sum(text.meta["gold_nll"] for text in model.generate_until(requests, disable_tqdm=True))
+    assert nll["kvzap:0.1"] < nll["snapkv:0.5"]

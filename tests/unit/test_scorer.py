@@ -91,6 +91,15 @@ def test_a_published_scorer_gives_the_scores_of_a_direct_computation(
     assert all(WIDTH not in shape for shape in sizes)
 
 
+@pytest.mark.parametrize("hidden", [None, 16])
+def test_a_batch_is_scored_as_its_rows(hidden: int | None) -> None:
+    maps = random_scorer(WIDTH, KV_HEADS, LAYERS, hidden)
+    x = torch.randn(3, 7, WIDTH, generator=torch.Generator().manual_seed(0))
+    together = maps.score(1, x)
+    assert together.shape == (3, KV_HEADS, 7)
+    torch.testing.assert_close(together, torch.cat([maps.score(1, row[None]) for row in x]))
+
+
 def test_a_saved_scorer_is_the_one_that_is_loaded(tmp_path: Path) -> None:
     saved = random_scorer(WIDTH, KV_HEADS, LAYERS, 8).half()
     saved.save(tmp_path / "scorer")

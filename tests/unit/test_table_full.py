@@ -91,6 +91,16 @@ def test_a_full_run_that_differs_in_more_than_the_recipe_is_not_used(other: dict
     assert [row["delta"] for row in rows] == [None, None]
 
 
+def test_a_run_with_a_scorer_is_compared_with_full_and_its_scorer_is_a_column() -> None:
+    settings = {"model_args": "pretrained=org/m,scorer=runs/sc", "lcft": {"scorer": "sc@123456"}}
+    full, other = (run(samples_of(FULL), config={"model_args": f"dtype={name}"}) for name in ("auto", "float32"))
+    learned = run(samples_of(LESS), "kvzap:0.5", config=settings)
+    row = last(full, other, learned)
+    assert (row["scorer"], row["retention"]) == ("sc@123456", pytest.approx(3 / 4.5))
+    assert "| recipe | scorer |" in to_markdown(build([full, learned]))
+    assert "scorer" not in to_markdown(build([full, run(samples_of(LESS), "snapkv:0.5")]))
+
+
 def test_full_and_a_run_without_full_have_no_retention() -> None:
     assert last(run(samples_of(FULL)))["retention"] is None
     assert last(run(samples_of(LESS), "snapkv:0.5"))["delta"] is None

@@ -1,0 +1,224 @@
+"""The pilot of docs/studies/learned.md: learned eviction, with scorers of three targets, for the base and an adapter.
+
+python studies/learned.py scorers          train the scorers (about 12 minutes each on one core)
+python studies/learned.py adapter          train the answer-only adapter
+python studies/learned.py choose           gold_nll of every scorer on the contexts for the choice
+python studies/learned.py measure [MODEL]  gold_nll of all methods and answers of four, base and adapter
+python studies/learned.py table            rewrite docs/studies/learned-tables.md from the committed scores
+
+Scorers are fitted on training splits, chosen on four of the twelve annual reports, and reported on the test split of
+SQuAD, the other reports and lists of UUIDs. Rerun the same command to resume. Everything trained and all samples are in
+runs/studies/learned. Needs LCEVAL_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from lceval.stats.estimates import cluster_bootstrap
+
+SAMPLES = Path(__file__).parent / "learned"
+TABLES = Path(__file__).parents[1] / "docs" / "studies" / "learned-tables.md"
+RUNS = Path("runs/studies/learned")
+MARK = "<!-- tables of the committed samples -->\n"
+# Scorer -> changes of the shipped recipe kvzip_mlp; `adapter` is trained with the adapter in place.
+SCORERS: dict[str, dict[str, Any]] = {
+    "kvzip": {},
+    "kvzip-plus": {"target": "kvzip+"},
+    "attention": {"target": "attention"},
+    "adapter": {"model": {"peft": str(RUNS / "ao")}},
+}
+MODELS: dict[str, dict[str, Any]] = {"base": {}, "ao": {"peft": str(RUNS / "ao"), "merge": True}}
+ADAPTER: dict[str, Any] = {
+    "model": {"pretrained": "smollm2-135m", "dtype": "float32"},
+    "data": {"datasets": ["squad"], "length_k": 1, "split": "train", "questions": 8, "seeds": [1, 2, 3]},
+    "optim": {"learning_rate": 5e-4, "max_steps": 40, "contexts_per_step": 2},
+}
+# Task -> metadata and number of contexts; None is all of them.
+TASKS: dict[str, tuple[dict[str, Any], int | None]] = {
+    "lc_squad_ao_1k": ({"split": "test", "questions": 4}, 80),
+    "lc_filings_ao_1k": ({}, None),
+    "lc_kvlookup_ao_4k": ({}, 10),
+}
+CHOICE, CHOSEN_ON = "lc_filings_ao_1k", 4
+BUDGETS = (0.5, 0.25, 0.1)
+LEARNED = [f"kvzap:{budget}" for budget in BUDGETS]
+OTHERS = [f"{name}:{budget}" for name in ("kvzip", "expected_attention", "snapkv") for budget in BUDGETS]
+OTHERS += [f"random:{budget}:sinks=4:recent=64" for budget in BUDGETS]
+ANSWERED = ["full", "kvzap:0.25", "kvzip:0.25", "snapkv:0.25"]
+METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
+
+
+def train_scorers() -> None:
+    """Train every scorer; that of the adapter after `adapter`."""
+    from lceval.training.scorers import spec
+    from lceval.training.scorers.learn import learn
+
+    shipped = spec.read("kvzip_mlp")
+    for name, changes in SCORERS.items():
+        values = shipped.model_dump(mode="json")
+        values |= {**changes, "model": {**values["model"], **changes.get("model", {})}, "output": str(RUNS / name)}
+        record = learn(spec.parse(values, name))
+        committed = {key: record[key] for key in ("recipe", "data", "wall_s", "scorer", "held_out")}
+        SAMPLES.mkdir(exist_ok=True)
+        (SAMPLES / f"{name}-scorer.json").write_text(json.dumps(committed) + "\n")
+
+
+def train_adapter() -> None:
+    """Train the answer-only adapter."""
+    from lceval.training.config import parse
+    from lceval.training.train import train
+
+    train(parse({**ADAPTER, "output": str(RUNS / "ao")}, "ao"))
+
+
+def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
+    """Run the missing samples of a part, and write METRICS by recipe and question to the folder that is committed."""
+    from lceval.bench import comparison
+
+    file = RUNS / "samples" / f"{name}-{task}.jsonl"
+    settings: dict[str, Any] = {"contexts": TASKS[task][1], "metadata": TASKS[task][0], **options}
+    comparison.bench(
+        task,
+        recipes,
+        pretrained="smollm2-135m",
+        against_hf=False,
+        diagnose="gold",
+        batch_size=4,
+        output=file,
+        **settings,
+    )
+    _, *rows = map(json.loads, file.read_text().splitlines())
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in METRICS]
+    clusters = {row["id"]: row["cluster"] for row in rows}
+    committed = {"metrics": METRICS, "clusters": clusters, "scores": scores}
+    SAMPLES.mkdir(exist_ok=True)
+    (SAMPLES / f"{name}-{task}.json").write_text(json.dumps(committed, separators=(",", ":")) + "\n")
+
+
+def choose() -> None:
+    """gold_nll of every scorer on the contexts for the choice: base and adapter."""
+    for model, arguments in MODELS.items():
+        for scorer in SCORERS:
+            options = {**arguments, "scorer": str(RUNS / scorer), "contexts": CHOSEN_ON, "nll_only": True}
+            bench(f"choice-{model}-{scorer}", CHOICE, LEARNED, **options)
+
+
+def chosen(model: str) -> str:
+    """The scorer with the lowest mean gold_nll over the budgets on the contexts for the choice."""
+    nll = {}
+    for scorer in SCORERS:
+        scores = samples(f"choice-{model}-{scorer}", CHOICE)
+        nll[scorer] = mean(row["gold_nll"] for kv in LEARNED for row in scores[kv].values())
+    return min(nll, key=lambda scorer: nll[scorer])
+
+
+def measure(models: Sequence[str]) -> None:
+    """gold_nll of all methods, answers of four of them, and both without a context."""
+    for model in models:
+        options = {**MODELS[model], "scorer": str(RUNS / chosen(model))}
+        for task in TASKS:
+            bench(f"nll-{model}", task, ["full", *LEARNED, *OTHERS], nll_only=True, **options)
+            metadata = {**TASKS[task][0], "context": "none"}
+            bench(f"none-{model}", task, ["full"], nll_only=True, **{**MODELS[model], "metadata": metadata})
+        for task in ("lc_squad_ao_1k", "lc_filings_ao_1k"):
+            bench(f"answers-{model}", task, ANSWERED, **options)
+
+
+def samples(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The committed scores of a part by recipe and question."""
+    committed = json.loads((SAMPLES / f"{name}-{task}.json").read_text())
+    return {
+        kv: {
+            key: {"cluster": committed["clusters"][key], **dict(zip(committed["metrics"], values, strict=True))}
+            for key, values in of_recipe.items()
+        }
+        for kv, of_recipe in committed["scores"].items()
+    }
+
+
+def reported(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """The samples without those on the contexts for the choice."""
+    every = samples(name, task)
+    if task != CHOICE:
+        return every
+    clusters = list(dict.fromkeys(row["cluster"] for row in every["full"].values()))[:CHOSEN_ON]
+    return {kv: {key: row for key, row in rows.items() if row["cluster"] not in clusters} for kv, rows in every.items()}
+
+
+def interval(rows: dict[str, dict[str, Any]], metric: str, scale: float = 1.0) -> str:
+    """Mean with its 95% interval over contexts."""
+    values = [scale * row[metric] for row in rows.values()]
+    middle, low, high = cluster_bootstrap(values, [row["cluster"] for row in rows.values()])
+    return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables() -> str:
+    """All tables of the tables page."""
+    parts = ["## Choice of the scorer", choices()]
+    for model in MODELS:
+        parts += [f"## gold_nll, model `{model}`, scorer `{chosen(model)}`", losses(model)]
+        parts += [f"## SubEM (%), model `{model}`", answers(model)]
+    return "\n\n".join(parts) + "\n"
+
+
+def choices() -> str:
+    """gold_nll of every scorer on the contexts for the choice, and its held-out figures."""
+    rows = []
+    for model in MODELS:
+        for scorer in SCORERS:
+            held_out = json.loads((SAMPLES / f"{scorer}-scorer.json").read_text())["held_out"]
+            scores = samples(f"choice-{model}-{scorer}", CHOICE)
+            losses_of = [f"{mean(row['gold_nll'] for row in scores[kv].values()):.3f}" for kv in LEARNED]
+            overlaps = [f"{held_out['overlap'][str(budget)]:.3f}" for budget in BUDGETS]
+            rows.append([f"`{model}`, `{scorer}`", *losses_of, f"{held_out['correlation']:.3f}", *overlaps])
+    losses_head = [f"gold_nll at {budget}" for budget in BUDGETS]
+    return table(["model, scorer", *losses_head, "correlation", *(f"overlap at {b}" for b in BUDGETS)], rows)
+
+
+def losses(model: str) -> str:
+    """gold_nll of all methods on all tasks."""
+    scores = {task: reported(f"nll-{model}", task) for task in TASKS}
+    none = {task: reported(f"none-{model}", task)["full"] for task in TASKS}
+    rows = [["context=none", *(interval(none[task], "gold_nll") for task in TASKS)]]
+    rows += [
+        [f"`{kv}`", *(interval(scores[task][kv], "gold_nll") for task in TASKS)] for kv in ("full", *LEARNED, *OTHERS)
+    ]
+    return table(["recipe", *(f"`{task}`" for task in TASKS)], rows)
+
+
+def answers(model: str) -> str:
+    """SubEM of four recipes."""
+    tasks = ("lc_squad_ao_1k", "lc_filings_ao_1k")
+    scores = {task: reported(f"answers-{model}", task) for task in tasks}
+    rows = [[f"`{kv}`", *(interval(scores[task][kv], "subem", 100) for task in tasks)] for kv in ANSWERED]
+    return table(["recipe", *(f"`{task}`" for task in tasks)], rows)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["scorers"]:
+            train_scorers()
+        case ["adapter"]:
+            train_adapter()
+        case ["choose"]:
+            choose()
+        case ["measure", *models] if {*models} <= {*MODELS}:
+            measure(models or list(MODELS))
+        case ["table"]:
+            TABLES.write_text(TABLES.read_text().partition(MARK)[0] + MARK + tables())
+        case _:
+            raise SystemExit(__doc__)
