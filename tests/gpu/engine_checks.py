@@ -92,9 +92,22 @@ class EngineChecks:
         from lceval.models.reconstruction import Repetition
 
         model = self.wide_model if wide else self.model
-        return Engine(
+        engine = Engine(
             model, model, chunk=chunk_tokens, kernels=kernels, autocast=nullcontext, repetition=Repetition((5,), (7,))
         )
+        engine.add_scorer(copy.deepcopy(self.scorer))
+        return engine
+
+    @cached_property
+    def scorer(self) -> Any:
+        """Random linear maps from the attention inputs to scores."""
+        from lceval.models.scorer import Scorer
+
+        config = self.model.config
+        torch.manual_seed(0)
+        scorer = Scorer(config.hidden_size, config.num_key_value_heads, config.num_hidden_layers)
+        assert scorer.digest  # computed before the copies are converted
+        return scorer.requires_grad_(False)
 
     def forget_wide(self) -> None:
         """Free the wide model: 28 GiB on CUDA."""
@@ -188,7 +201,7 @@ class EngineChecks:
         return bounded(values, error=max(FLOOR, EXACT_FACTOR * values["sdpa_error"]))
 
     def _recipe(self, text: str) -> dict[str, Any]:
-        recipe = parse(text)
+        recipe = parse(text).bound(self.scorer.digest)
         if getattr(recipe.sparse_attention, "index", None) == "ivf":
             try:
                 importlib.import_module("faiss")
