@@ -18,6 +18,9 @@ from pathlib import Path
 
 import pytest
 
+# Each test starts a Python of its own that imports lm_eval, or builds a package.
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("kernels", "models", "tasks", "training")
 
@@ -178,6 +181,7 @@ def test_the_sdist_contains_what_building_and_testing_require(unpacked: Path) ->
     assert {"Makefile", "constraints.txt", "lceval-autoload.pth", "CHANGELOG.md", "CITATION.cff", "LICENSE"} <= names
     for folder in ("tests", *FOLDERS):
         assert {str(f.relative_to(ROOT)) for f in (ROOT / folder).rglob("*.py")} <= names
+    assert "lceval/packaged/scorer/model.safetensors" in names
 
 
 def test_the_wheel_contains_the_package_and_nothing_under_a_generic_name(wheel: Path) -> None:
@@ -190,6 +194,7 @@ def test_the_wheel_contains_the_package_and_nothing_under_a_generic_name(wheel: 
     own = [f for f in (ROOT / "lceval").rglob("*") if f.relative_to(ROOT / "lceval").parts[0] not in FOLDERS]
     suffixes = (".py", ".yaml", ".html", ".css", ".js")
     expected |= {str(f.relative_to(ROOT)) for f in own if f.suffix in suffixes or f.name == "py.typed"}
+    expected |= {f"lceval/packaged/scorer/{name}" for name in ("README.md", "config.json", "model.safetensors")}
     assert {name for name in names if name.startswith("lceval/")} == expected
     for folder in ("judge/rubrics", "runs/sweep/presets", "tasks/modes", "training/recipes"):
         assert any(name.startswith(f"lceval/{folder}/") and name.endswith(".yaml") for name in names), folder

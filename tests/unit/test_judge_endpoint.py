@@ -230,6 +230,7 @@ def until(condition: Callable[[], bool], process: subprocess.Popen[str] | None =
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_every_verdict_is_paid_once_despite_faults_a_server_crash_and_a_killed_process(tmp_path: Path) -> None:
     run = made_run(tmp_path / "run", SAMPLES)
     replies = tmp_path / "replies.sqlite"

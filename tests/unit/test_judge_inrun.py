@@ -217,6 +217,7 @@ def test_an_invalid_judge_is_refused_before_any_model_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_plain_lm_eval_refuses_an_invalid_judge_in_one_line(tmp_path: Path) -> None:
     ran = plain("nonsense", tmp_path)
     assert ran.returncode == 2

@@ -552,7 +552,7 @@ def test_a_link_in_a_run_folder_is_not_followed(tmp_path: Path, name: str, capsy
 
 
 def test_names_of_sweep_folders_and_of_the_catalogue_stay_in_their_folder() -> None:
-    cell = Cell("../../etc/..", "/root/..", "../..", "../x", (("context", "../y"),), None, 1, ())
+    cell = Cell("../../etc/..", "/root/..", "../..", "../s", "../x", (("context", "../y"),), None, 1, ())
     assert PurePosixPath(cell.name).name == cell.name
     for dataset in catalogue.datasets().values():
         for name in (*dataset.files, *(dataset.hub.files.values() if dataset.hub else ())):

@@ -17,6 +17,7 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
     return study_of("training")
 
 
+@pytest.mark.slow
 def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:
     text = (ROOT / "docs" / "studies" / "training-tables.md").read_text()
     assert text.endswith(study.MARK + study.tables())
