@@ -74,7 +74,7 @@ class Engine:
         """Prefill a context of at least one token and collect the statistics of `stats_spec`."""
         start_s = time.perf_counter()
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
-        prefill.protected = self._repetition.chat.prefix_tokens(ids)
+        prefill.protected = self.protected_tokens(ids)
         step = self._chunk or len(ids)
         with self._scored(prefill):
             for start in range(0, len(ids), step):
@@ -84,6 +84,10 @@ class Engine:
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
+
+    def protected_tokens(self, ids: Sequence[int]) -> int:
+        """How many tokens of a context the chat template puts before the user's message."""
+        return self._repetition.chat.prefix_tokens(ids)
 
     def _scored(self, prefill: Prefill) -> AbstractContextManager[None]:
         """Within the block, every layer's attention input is scored by the scorers that the prefill requires."""

@@ -38,7 +38,7 @@ GATED = r"--require-kappa|--gate"
 # The run folders that the documentation's commands name, from two small evaluations.
 FOLDERS = {
     "demo/full": ("full", "base", "new"),
-    "demo/snapkv-0.5": ("snapkv",),
+    "demo/snapkv-0.25": ("snapkv",),
     "demo": ("sweep", "grid"),
     "rj": ("a", "b"),
 }

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -80,7 +78,7 @@ def build(recipe: ScorerRecipe, lm: Any) -> ContextSet:
     """
     chat = recipe.model.applies_template(lm.tokenizer)
     header = message_header(lm, chat_template=chat)
-    contexts = [] if recipe.data is None else _of_rows(recipe, Encoder(lm, chat_template=chat), header)
+    contexts = [] if recipe.data is None else _of_rows(recipe, lm, Encoder(lm, chat_template=chat))
     if recipe.texts is not None:
         pieces = texts.sequences(recipe.texts, partial(lm.tok_encode, add_special_tokens=False))
         contexts += [ScoredContext((*header, *piece), max(SINKS, len(header))) for piece in pieces]
@@ -105,12 +103,7 @@ def message_header(lm: Any, *, chat_template: bool) -> list[int]:
     return list(lm.tok_encode(text))
 
 
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """The number of tokens that both begin with."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-
-
-def _of_rows(recipe: ScorerRecipe, encoder: Encoder, header: Sequence[int]) -> list[ScoredContext]:
+def _of_rows(recipe: ScorerRecipe, lm: Any, encoder: Encoder) -> list[ScoredContext]:
     assert recipe.data is not None
     spec = recipe.data.model_copy(update={"tokenizer": recipe.model.pretrained})
     known = catalogue.datasets()
@@ -121,7 +114,7 @@ def _of_rows(recipe: ScorerRecipe, encoder: Encoder, header: Sequence[int]) -> l
     for rows in by_context(data.rows(spec)[0]).values():
         documents = frozenset((rows[0]["dataset"], document["pid"]) for document in rows[0]["docs"])
         for packed in encoder.encode(rows):
-            first = max(SINKS, _shared(packed.context, header))
+            first = max(SINKS, lm.engine.protected_tokens(packed.context))
             contexts.append(ScoredContext(packed.context, first, packed.pairs, documents))
     return contexts
 
