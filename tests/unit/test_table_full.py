@@ -259,6 +259,9 @@ def test_query_aware_runs_are_marked_in_a_column_that_appears_only_with_them() -
     rows = build([full, query_agnostic, query_aware]).rows
     assert [row["query_aware"] for row in rows] == [None, False, True]
     assert last(run(samples_of(LESS), "-", model="hf"))["query_aware"] is None
+    inside = run(samples_of(LESS), "snapkv:0.5", config={"model_args": "query_aware=True,budget=total"})
+    assert [row["budget"] for row in build([query_agnostic, query_aware, inside]).rows] == [None, "context", "total"]
+    assert "| query-aware, in budget |" in to_markdown(build([query_aware, inside]))
     text = to_markdown(build([full, query_agnostic, query_aware]))
     assert "| run | recipe | query | n |" in text
     assert "| full | full | - | 6 |" in text

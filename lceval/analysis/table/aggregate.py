@@ -1,7 +1,8 @@
 """Rows over several tasks: a suite's mean at one length, and its mean over lengths as HELMET takes it.
 
 The score of a suite at one length is the mean of its tasks' mean scores; the score of a suite is the mean over its
-lengths. Runs of the same model, adapter, recipe, scorer, query-aware setting and context form one row, across folders.
+lengths. Runs of the same model, adapter, recipe, scorer, query-aware setting, budget and context form one row, across
+folders.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MEANS = (
 _SUMS = ("n", "clusters", "errors", "truncated", "uncompressed", "wrong_format", "unjudged")
 _AGREEMENT = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")
 
-_CONFIGURATION = ("model", "pretrained", "peft", "recipe", "scorer", "query_aware")
+_CONFIGURATION = ("model", "pretrained", "peft", "recipe", "scorer", "query_aware", "budget")
 
 Pair = tuple[Result, Row]
 Group = tuple[str | None, str | None, int | None]  # suite, mode, length

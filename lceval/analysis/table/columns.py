@@ -92,7 +92,10 @@ def kappa(row: Row) -> str:
 
 def _query(row: Row) -> str:
     query_aware = row.get("query_aware")  # absent in rows stored before 0.2
-    return "-" if query_aware is None else "query-aware" if query_aware else "query-agnostic"
+    if query_aware is None:
+        return "-"
+    total = row.get("budget") == "total"
+    return ("query-aware, in budget" if total else "query-aware") if query_aware else "query-agnostic"
 
 
 def _run(row: Row) -> str:
