@@ -73,10 +73,10 @@ def _record(adapter: Path) -> dict[str, Any]:
             f"{adapter} is not a training run (it has no {RECORD}): expected the output folder of lceval train"
         )
     record = read_object(file, "pass the output folder of lceval train")
-    if "lora" not in record["recipe"]:
-        raise UserError(f"{adapter} is a scorer, not an adapter: pass it to lcft as scorer={adapter}")
     if record["status"] != "finished":
         raise UserError(f"{adapter} is not finished: rerun the same `lceval train` command to resume it")
+    if "lora" not in record["recipe"]:
+        raise UserError(f"{adapter} is a scorer, not an adapter: pass it to lcft as scorer={adapter}")
     return record
 
 
