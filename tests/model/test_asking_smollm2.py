@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from lm_eval.api.instance import Instance
 
+from lceval.bench import render
 from lceval.cli import invoke
 from lceval.models.asking import LoadedModel
 
@@ -67,6 +68,7 @@ def test_bench_context_compares_opening_with_the_prefill(smollm2: str, capsys: p
     assert invoke(["bench", "context", "--tokens", "100", "--kv", "int8:residual=0", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["same_answer"]
+    assert render.context(report).endswith(f"= {report['speedup']:.1f}, the same answer")
     assert report["speedup"] == pytest.approx(report["prefill_s"] / (report["identify_s"] + report["open_s"]))
     assert report["recipe"] == "int8:residual=0"
     assert report["kv_bytes"] < report["file_bytes"]

@@ -10,6 +10,7 @@ import pytest
 from short_contexts import short_contexts
 
 from lceval import packaged
+from lceval.bench import render
 from lceval.bench.comparison import requests_of
 from lceval.cli import invoke
 
@@ -32,7 +33,9 @@ def test_decode_compares_every_side_with_hf_and_full(lceval: Any) -> None:
     code, out, _ = lceval("bench", "decode", "--kv", "snapkv:100", "--kv", "int4", *small)
     assert code == 0
     report = json.loads(out)
-    assert [side["name"] for side in report["sides"]] == ["hf", "full", "snapkv:100", "int4"]
+    names = ["hf", "full", "snapkv:100", "int4"]
+    assert [side["name"] for side in report["sides"]] == names
+    assert all(f"\n{name} " in render.decode(report) for name in names)
     by_name = {side["name"]: side for side in report["sides"]}
     for side in report["sides"]:
         assert side["speedup_vs_hf"] == pytest.approx(by_name["hf"]["ms_per_token"] / side["ms_per_token"])
@@ -50,8 +53,10 @@ def test_prefill_compares_every_recipe_with_full(lceval: Any) -> None:
         "bench", "prefill", "--kv", "kvzap:0.5", "--kv", "kvzip:0.5", "--tokens", "150", "--rounds", "1", "--json"
     )
     assert code == 0
-    sides = {side["name"]: side for side in json.loads(out)["sides"]}
+    report = json.loads(out)
+    sides = {side["name"]: side for side in report["sides"]}
     assert list(sides) == ["full", "kvzap:0.5", "kvzip:0.5"]
+    assert [line.split()[0] for line in render.prefill(report).splitlines()[2:]] == list(sides)
     assert sides["full"]["overhead"] == sides["full"]["reading_overhead"] == 0
     for side in sides.values():
         assert side["reading_overhead"] == pytest.approx(side["prefill_s"] / sides["full"]["prefill_s"] - 1)
@@ -67,6 +72,7 @@ def test_eval_answers_under_each_recipe_and_resumes_from_its_file(lceval: Any, t
     report = json.loads(out)
     sides = {side["kv"]: side for side in report["sides"]}
     assert list(sides) == ["full", "knorm:0.5", "int8"]
+    assert all(f"\n{name} " in render.evaluation(report) for name in sides)
     assert sides["full"]["gold_kept"]["mean"] == sides["int8"]["gold_kept"]["mean"] == 1.0
     assert 0 < sides["knorm:0.5"]["gold_kept"]["mean"] < 1
     assert sides["int8"]["gold_nll"]["mean"] == pytest.approx(sides["full"]["gold_nll"]["mean"], rel=0.05)
