@@ -134,7 +134,7 @@ class LCFT(AnsweringLM):
             totals=self.totals,
         )
         attention.install(base)
-        self.use(kv)
+        self.use(self.recipe)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:
         """Answer under another KV recipe from now on; the counts of `totals` restart, or continue those given.

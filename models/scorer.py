@@ -104,15 +104,19 @@ class Scorer(nn.Module):
         Raises:
             UserError: another number of layers, KV heads or channels.
         """
-        layers = sum(window is None for window in geometry.windows)
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        theirs = {"input_dim": config.hidden_size, "output_dim": kv_heads, "n_modules": layers}
-        for name, value in theirs.items():
+        for name, value in dimensions_of(geometry, config).items():
             if getattr(self, name) != value:
                 raise UserError(
                     f"scorer={self.name}: {name} is {getattr(self, name)}, but {geometry.model_type} has {value}: "
                     "use the scorer of this model"
                 )
+
+
+def dimensions_of(geometry: Geometry, config: Any) -> dict[str, int]:
+    """The DIMENSIONS of a model's scorer, given the configuration of its text decoder."""
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    layers = sum(window is None for window in geometry.windows)
+    return {"input_dim": config.hidden_size, "output_dim": kv_heads, "n_modules": layers}
 
 
 def default(pretrained: str) -> str | None:

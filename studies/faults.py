@@ -235,8 +235,9 @@ def table() -> str:
             f"{len(rows)} sweeps of {len(RECIPES)} recipes and {SAMPLES} samples, killed {kills} times: "
             f"{sum(row['exit_code'] == 0 for row in rows)} finished, "
             f"{sum(row['table_equal'] for row in rows)} tables and {sum(row['answers_equal'] for row in rows)} sets of "
-            f"answers equal to those of an unbroken sweep, {sum(bool(row['faults']) for row in rows)} with a damaged, "
-            f"missing or repeated stored answer, {sum(row['generated_twice'] for row in rows)} answers generated twice."
+            f"answers equal to those of an unbroken sweep, {sum(bool(row['faults']) for row in rows)} with a "
+            f"fault in its folder (an answer damaged, missing or repeated, or a file left over), "
+            f"{sum(row['generated_twice'] for row in rows)} answers generated twice."
         ]
     if SOAKED.exists():
         *rows, end = (row for _, row in read_objects(SOAKED))

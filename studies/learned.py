@@ -1,10 +1,10 @@
-"""The pilot of docs/studies/learned.md: learned eviction, with scorers of three targets, for the base and an adapter.
+"""A pilot of learned eviction: scorers of three targets, for the base and an adapter.
 
 python studies/learned.py scorers          train the scorers (about 12 minutes each on one core)
 python studies/learned.py adapter          train the answer-only adapter
 python studies/learned.py choose           gold_nll of every scorer on the contexts for the choice
 python studies/learned.py measure [MODEL]  gold_nll of all methods and answers of four, base and adapter
-python studies/learned.py table            rewrite docs/studies/learned-tables.md from the committed scores
+python studies/learned.py table            write docs/studies/learned-tables.md from the saved scores
 
 Scorers are fitted on training splits, chosen on four of the twelve annual reports, and reported on the test split of
 SQuAD, the other reports and lists of UUIDs. Rerun the same command to resume. Everything trained and all samples are in
@@ -25,7 +25,6 @@ from lceval.stats.estimates import cluster_bootstrap
 SAMPLES = Path(__file__).parent / "learned"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "learned-tables.md"
 RUNS = Path("runs/studies/learned")
-MARK = "<!-- tables of the committed samples -->\n"
 # Scorer -> changes of the shipped recipe kvzip_mlp; `adapter` is trained with the adapter in place.
 SCORERS: dict[str, dict[str, Any]] = {
     "kvzip": {},
@@ -219,6 +218,6 @@ if __name__ == "__main__":
         case ["measure", *models] if {*models} <= {*MODELS}:
             measure(models or list(MODELS))
         case ["table"]:
-            TABLES.write_text(TABLES.read_text().partition(MARK)[0] + MARK + tables())
+            TABLES.write_text("# Learned eviction: all tables\n\n" + tables())
         case _:
             raise SystemExit(__doc__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,33 @@ def digests(config: Any) -> dict[str, str]:
     A local file or folder has a digest of its contents, a hub name the commit that the hub or its local cache gives.
     A name that cannot be resolved has none: loading it fails later, or it is no file.
     """
-    named = {name: content_hash(path) for name, path in _paths(config)}
+    arguments = {**config.model_args, **_default_scorer(config)}
+    named = {name: content_hash(path) for name, path in _paths(config, arguments)}
     revision = config.model_args.get("revision", "main")
     for key in MODELS:
-        name = config.model_args.get(key)
-        if isinstance(name, str) and name and key not in named and (commit := hub_commit(name, str(revision))):
+        name = arguments.get(key)
+        if (
+            isinstance(name, str)
+            and name
+            and key not in named
+            and (commit := hub_commit(name, "main" if key == "scorer" else str(revision)))
+        ):
             named[key] = commit
     return named
 
 
-def _paths(config: Any) -> Iterator[tuple[str, Path]]:
-    for key, value in config.model_args.items():
+def _default_scorer(config: Any) -> dict[str, str]:
+    """`scorer` of a recipe that requires one where none is named: what lcft will load."""
+    if config.model != "lcft" or config.model_args.get("scorer"):
+        return {}
+    from lceval.models import recipe, scorer
+
+    name = scorer.default(str(config.model_args.get("pretrained")))
+    return {"scorer": name} if name and recipe.parse(config.model_args.get("kv", recipe.FULL)).needs_scorer else {}
+
+
+def _paths(config: Any, arguments: Mapping[str, Any]) -> Iterator[tuple[str, Path]]:
+    for key, value in arguments.items():
         if isinstance(value, str) and (key in MODELS or os.sep in value):
             path = Path(packaged.resolve(value))
             if value and path.exists():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import SHAPE
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lceval.core.errors import UserError
@@ -18,16 +19,6 @@ from lceval.models.policies import LayerView
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 
-SHAPE = {
-    "vocab_size": 99,
-    "hidden_size": 96,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 512,
-}
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},

@@ -10,6 +10,7 @@ import pytest
 from lm_eval.config.evaluate_config import EvaluatorConfig
 
 from lceval.core.digests import content_hash
+from lceval.models import scorer
 from lceval.records import identity
 from lceval.runs import inputs
 
@@ -64,6 +65,18 @@ def test_whatever_a_model_argument_loads_is_in_the_identity(tmp_path: Path, key:
     (tmp_path / "weights.bin").write_bytes(b"other")
     (change,) = identity.differences(before, identity.of(config, inputs.digests(config)))
     assert change.startswith(f"hashes.{key}: ")
+
+
+def test_the_default_scorer_is_in_the_identity_of_the_recipes_that_require_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scorer, "default", lambda _: str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    learned, other = (config_of(model_args={"kv": kv}) for kv in ("kvzap:0.5", "snapkv:0.5"))
+    before = inputs.digests(learned)["scorer"]
+    (tmp_path / "model.safetensors").write_bytes(b"other")
+    assert inputs.digests(learned)["scorer"] != before
+    assert "scorer" not in inputs.digests(other)
 
 
 def test_a_run_that_ran_out_of_memory_resumes_with_a_smaller_cache() -> None:

@@ -22,7 +22,7 @@ from lceval.core.errors import UserError
 from lceval.core.io import write_json
 from lceval.models.lcft import LCFT
 from lceval.models.loading import loading
-from lceval.models.scorer import Scorer
+from lceval.models.scorer import Scorer, dimensions_of
 from lceval.models.scorer import load as load_scorer
 from lceval.training import precision
 from lceval.training.run_record import RECORD, check_data, recorded
@@ -107,11 +107,9 @@ def estimate(recipe: ScorerRecipe) -> dict[str, Any]:
 
 def empty(recipe: ScorerRecipe, lm: LCFT) -> Scorer:
     """A scorer of the model's shape; its numbers are arbitrary."""
-    config = lm.base.config.get_text_config()
-    layers = sum(window is None for window in lm.engine.geometry.windows)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     hidden = None if recipe.mlp is None else recipe.mlp.hidden
-    return Scorer(config.hidden_size, kv_heads, layers, hidden).requires_grad_(False)
+    shape = dimensions_of(lm.engine.geometry, lm.base.config.get_text_config())
+    return Scorer(**shape, hidden_dim=hidden).requires_grad_(False)
 
 
 def size(recipe: ScorerRecipe, contexts: ContextSet) -> dict[str, Any]:
