@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from transformers.cache_utils import Cache
 
 from lceval.kernels import compact
@@ -23,7 +24,7 @@ from lceval.kernels.quant import QuantKV
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
-from lceval.models.prefill_stats import PrefillStats, QueryAwareStats
+from lceval.models.prefill_stats import SCORING, PrefillStats, QueryAwareStats
 from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats
@@ -153,7 +154,8 @@ class Prefill(Cache):  # type: ignore[misc]
                 reconstruction_plus=plus,
                 protected=self.protected,
             )
-            scores.append(evictor.scores(view)[..., : self.tokens])
+            with record_function(SCORING):
+                scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)
 
     def _kept(self, layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int]) -> PagedKV:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache, synchronize
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
-from lceval.models.prefill_stats import QueryAwareStats
+from lceval.models.prefill_stats import SCORING, QueryAwareStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats, Repetition, output_norms, output_weight
@@ -80,7 +81,8 @@ class Engine:
             for start in range(0, len(ids), step):
                 self._decode(prefill, [ids[start : start + step]])
         if stats_spec.reconstruction:
-            self._reconstruct(prefill, ids)
+            with record_function(SCORING):
+                self._reconstruct(prefill, ids)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
@@ -97,9 +99,10 @@ class Engine:
         places = [index for index, window in enumerate(self.geometry.windows) if window is None]
 
         def receive(index: int, hidden: Tensor) -> None:
-            for digest in digests:
-                scores = self.scorers[digest].score(places.index(index), hidden)
-                prefill.layers[index].stats.add_scores(digest, scores)
+            with record_function(SCORING):
+                for digest in digests:
+                    scores = self.scorers[digest].score(places.index(index), hidden)
+                    prefill.layers[index].stats.add_scores(digest, scores)
 
         return attention_inputs(self._base, self.geometry.windows, receive)
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from lceval.kernels import window
 from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS
+
+# Label, in a profile, of the work that only eviction scores need.
+SCORING = "lceval.scoring"
 
 
 class PrefillStats:
@@ -39,6 +43,10 @@ class PrefillStats:
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """Add T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], whose last T are the keys of the new tokens."""
+        with record_function(SCORING):
+            self._update(q, k, scaling)
+
+    def _update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         if self.stats_spec.queries:
             # A clone: a view would keep the queries of the whole context alive.
             last = q[:, :, -self.stats_spec.queries :].clone()

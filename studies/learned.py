@@ -1,6 +1,6 @@
 """A pilot of learned eviction: scorers of three targets, for the base and an adapter.
 
-python studies/learned.py scorers          train the scorers (about 12 minutes each on one core)
+python studies/learned.py scorers [NAME]   train the scorers (about 12 minutes each on one core)
 python studies/learned.py adapter          train the answer-only adapter
 python studies/learned.py choose           gold_nll of every scorer on the contexts for the choice
 python studies/learned.py measure [MODEL]  gold_nll of all methods and answers of four, base and adapter
@@ -53,13 +53,14 @@ ANSWERED = ["full", "kvzap:0.25", "kvzip:0.25", "snapkv:0.25"]
 METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
 
 
-def train_scorers() -> None:
-    """Train every scorer; that of the adapter after `adapter`."""
+def train_scorers(names: Sequence[str]) -> None:
+    """Train these scorers; that of the adapter after `adapter`."""
     from lceval.training.scorers import spec
     from lceval.training.scorers.learn import learn
 
     shipped = spec.read("kvzip_mlp")
-    for name, changes in SCORERS.items():
+    for name in names:
+        changes = SCORERS[name]
         values = shipped.model_dump(mode="json")
         values |= {**changes, "model": {**values["model"], **changes.get("model", {})}, "output": str(RUNS / name)}
         record = learn(spec.parse(values, name))
@@ -209,8 +210,8 @@ def answers(model: str) -> str:
 
 if __name__ == "__main__":
     match sys.argv[1:]:
-        case ["scorers"]:
-            train_scorers()
+        case ["scorers", *names] if {*names} <= {*SCORERS}:
+            train_scorers(names or list(SCORERS))
         case ["adapter"]:
             train_adapter()
         case ["choose"]:

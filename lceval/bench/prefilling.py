@@ -1,7 +1,9 @@
 """The cost of eviction before the first token: prefill, statistics, scoring and compaction, against a plain prefill.
 
 The recipes alternate within one run. A recipe's overhead is the median over rounds of its time beside that of `full`
-in the same round. The context is random tokens, because speed does not depend on their content.
+in the same round, which another program on the machine disturbs by more than a cheap recipe costs. So PyTorch's
+profiler also times the work that only the scores need, within the same prefill. The context is random tokens, because
+speed does not depend on their content.
 """
 
 from __future__ import annotations
@@ -11,19 +13,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.profiler import profile
 
 from lceval.bench.decoding import SEED
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
 from lceval.models.lcft import LCFT
+from lceval.models.prefill_stats import SCORING
 from lceval.models.recipe import FULL
 
 
 def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, **model_args: Any) -> dict[str, Any]:
     """Seconds of each recipe, and its overhead as a share of the time of `full`.
 
-    `prefill_s` includes what the recipe records while it reads (kvzip: its second pass; kvzap: its scores), and
-    `compress_s` is selection and compaction.
+    `prefill_s` includes what the recipe records while it reads (kvzip: its second pass; kvzap: its scores),
+    `compress_s` is scores that need the whole context, selection and compaction, and `scoring_s` is the scores' part of
+    both. `scoring_overhead` is `scoring_s` as a share of `prefill_s` without its part of it.
 
     Args:
         tokens: context length.
@@ -39,21 +44,29 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
     prefill_s: dict[str, list[float]] = {}
     compress_s: dict[str, list[float]] = {}
+    scoring_s: dict[str, list[float]] = {}
+    scoring_shares: dict[str, list[float]] = {}
     for number in range(rounds + 1):
         for recipe in (FULL, *recipes):
             model.use(recipe)
-            prefill = model.engine.prefill(ids, model.recipe.stats_spec)
-            context = prefill.compress(model.recipe, consume=True)
+            with profile() as reading:
+                prefill = model.engine.prefill(ids, model.recipe.stats_spec)
+            with profile() as compressing:
+                context = prefill.compress(model.recipe, consume=True)
             if number:  # the first round is a warm-up
-                prefill_s.setdefault(str(model.recipe), []).append(prefill.prefill_s)
-                compress_s.setdefault(str(model.recipe), []).append(context.compress_s)
+                name, while_reading = str(model.recipe), _scoring_s(reading)
+                prefill_s.setdefault(name, []).append(prefill.prefill_s)
+                compress_s.setdefault(name, []).append(context.compress_s)
+                scoring_s.setdefault(name, []).append(while_reading + _scoring_s(compressing))
+                scoring_shares.setdefault(name, []).append(scoring_s[name][-1] / (prefill.prefill_s - while_reading))
     totals = {name: [a + b for a, b in zip(prefill_s[name], compress_s[name], strict=True)] for name in prefill_s}
     sides = [
         {
             "name": name,
             "prefill_s": statistics.median(prefill_s[name]),
             "compress_s": statistics.median(compress_s[name]),
-            "reading_overhead": _overhead(prefill_s[name], prefill_s[FULL]),
+            "scoring_s": statistics.median(scoring_s[name]),
+            "scoring_overhead": statistics.median(scoring_shares[name]),
             "overhead": _overhead(totals[name], totals[FULL]),
         }
         for name in prefill_s
@@ -66,6 +79,13 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
         "sides": sides,
         "machine": machine(),
     }
+
+
+def _scoring_s(run: profile) -> float:
+    """Seconds of the work labelled SCORING: of its kernels on a GPU, of its operators on a CPU."""
+    events: Any = run.events()  # type: ignore[no-untyped-call]
+    labelled = [event for event in events if event.name == SCORING and event.device_type.name == "CPU"]
+    return sum(float(event.device_time_total or event.cpu_time_total) for event in labelled) / 1e6
 
 
 def _overhead(seconds: Sequence[float], of_full: Sequence[float]) -> float:

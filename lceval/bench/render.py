@@ -28,12 +28,17 @@ def decode(report: dict[str, Any]) -> str:
 
 def prefill(report: dict[str, Any]) -> str:
     """The recipes of `bench prefill`, one per line."""
-    rows = [["recipe", "prefill s", "compress s", "reading vs full", "total vs full"]]
-    for side in report["sides"]:
-        seconds = [f"{side[name]:.3f}" for name in ("prefill_s", "compress_s")]
-        rows.append(
-            [side["name"], *seconds, *(f"{100 * side[name]:+.1f}%" for name in ("reading_overhead", "overhead"))]
-        )
+    rows = [["recipe", "prefill s", "compress s", "total vs full", "scoring s", "scoring vs prefill"]]
+    rows += [
+        [
+            side["name"],
+            *(f"{side[name]:.3f}" for name in ("prefill_s", "compress_s")),
+            f"{100 * side['overhead']:+.1f}%",
+            f"{side['scoring_s']:.3f}",
+            f"{100 * side['scoring_overhead']:.1f}%",
+        ]
+        for side in report["sides"]
+    ]
     return f"{report['model']}, {report['context_tokens']} tokens, {report['rounds']} rounds\n{aligned(rows)}"
 
 
