@@ -11,6 +11,7 @@ import torch
 
 from lceval.core.errors import UserError
 from lceval.models import attention
+from lceval.models.boundary import AUTO, check_context_from
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.loading import check_folders
 from lceval.models.policies import Threshold
@@ -43,6 +44,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise bad(name, "true or false")
     if not isinstance(arguments.get("scorer") or "", str):
         raise bad("scorer", "a folder or a hub name")
+    if problem := check_context_from(arguments.get("context_from", AUTO)):
+        raise bad("context_from", problem)
     chunk = arguments.get("prefill_chunk", "auto")
     if chunk != "auto" and not _is_count(chunk, least=0):
         raise bad("prefill_chunk", "auto, a number of tokens, or 0")

@@ -36,7 +36,7 @@ REFUSED = {
     "query_aware": "compresses a context for one question, and here a context is compressed before its questions",
     "overlong": "a text is never truncated",
     "diagnose": "measures the samples of a task",
-    "context_field": "is about the rows of a task",
+    "context_from": "is about the prompts of a task",
     "prefix_cache_gib": "a context stays in memory as long as you keep it",
     "batch_size": "pass it to ask_many",
 }

@@ -31,7 +31,6 @@ class Diagnosis:
         kind: `none`, `gold` or `attention`.
         tokenizer: a fast tokenizer, whose offsets locate the documents; a slow one disables both measurements.
         encode: tokenizes a text as prompts are tokenized.
-        context_field: the field of a row with its context.
     """
 
     KINDS = ("none", "gold", "attention")
@@ -41,12 +40,10 @@ class Diagnosis:
         kind: str,
         tokenizer: Any,
         encode: Callable[[str], Sequence[int]],
-        context_field: str,
     ) -> None:
         self.kind = kind
         self._tokenizer = tokenizer
         self._encode = encode
-        self._context_field = context_field
 
     @property
     def stats_spec(self) -> StatsSpec:
@@ -131,7 +128,7 @@ class Diagnosis:
             # The prompt's last token may have merged with a continuation; tokens of the context never do.
             if tuple(encoding["input_ids"][: job.boundary]) == job.context:
                 offsets = encoding["offset_mapping"][: job.boundary]
-                return document_tokens(job.prompt, offsets, job.doc, job.doc[self._context_field])
+                return document_tokens(job.prompt, offsets, job.doc)
         return []
 
 
@@ -153,17 +150,19 @@ def question_attention(prefill: Prefill, question_cache: QuestionCache, window: 
 
 
 def document_tokens(
-    prompt: str, offsets: Sequence[tuple[int, int]], doc: Mapping[str, Any], context: str
+    prompt: str, offsets: Sequence[tuple[int, int]], doc: Mapping[str, Any]
 ) -> list[tuple[bool, Tensor]]:
     """For each document of a row whether it is gold, and the mask of its tokens in the prompt (bool [n]).
 
     Args:
         offsets: character span of each token, as fast tokenizers return them.
-        doc: a row with `docs` in the order of the prompt, each with `pid` and `text`, and `gold_pids`.
+        doc: a row with its `context`, its `docs` in the order of the prompt (each with `pid` and `text`), and
+            `gold_pids`.
 
     Returns:
         An empty list where the row has no documents, or one of them is not in the context verbatim.
     """
+    context = str(doc.get("context", ""))
     at = prompt.rfind(context)
     end, documents = at + len(context), []
     starts, ends = (torch.tensor(x) for x in zip(*offsets, strict=True))

@@ -6,7 +6,6 @@ fork. With `kv=full` the results are those of `--model hf`.
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,20 +22,18 @@ from lceval import packaged
 from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import adapter, attention, recipe, weights
+from lceval.models import adapter, attention, boundary, recipe, weights
 from lceval.models import scorer as scorers
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
-from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, find_boundary, fit
+from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, fit
 from lceval.models.reconstruction import Repetition
 from lceval.models.scheduler import ContextScheduler, Question
 from lceval.models.scorer import Scorer
 from lceval.models.telemetry import failed
-
-logger = logging.getLogger(__name__)
 
 
 class LCFT(AnsweringLM):
@@ -61,7 +58,9 @@ class LCFT(AnsweringLM):
         prefix_cache_gib: capacity in GiB of the LRU cache of compressed contexts.
         merge: merge the adapter into the weights (recommended): faster, but rounded to their dtype. An unmerged adapter
             runs in the model's dtype.
-        context_field: field of a task's docs with the context exactly as it appears in the prompt.
+        context_from: where the context of a prompt ends: the name of a field of the task's rows with the context, a
+            regular expression whose last match is where the question begins, `auto` (known for lm-eval's long-context
+            tasks, else the field `context`), or `none` to compress nothing.
         allow_pickle: read weights that are not in safetensors; they can run code.
         kwargs: all arguments of HFLM, including `peft`.
 
@@ -84,13 +83,13 @@ class LCFT(AnsweringLM):
         diagnose: str = "none",
         prefix_cache_gib: float = 1.0,
         merge: bool = False,
-        context_field: str = "context",
+        context_from: str = boundary.AUTO,
         allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:
         pretrained = packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-        own |= {"budget": budget, "scorer": scorer}
+        own |= {"budget": budget, "scorer": scorer, "context_from": context_from}
         own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
         check_arguments({"pretrained": pretrained, **own, **kwargs})
         self.query_aware = query_aware
@@ -98,7 +97,7 @@ class LCFT(AnsweringLM):
         self.totals: Counter[str] = Counter()
         self.recipe = self._checked(kv)
         self.overlong = overlong
-        self.context_field = context_field
+        self.context_end = boundary.ContextEnd(context_from)
         with nullcontext() if allow_pickle else weights.only_safetensors(pretrained, kwargs):
             super().__init__(pretrained, **kwargs)
         if self.peft and any(config.is_prompt_learning for config in self.model.peft_config.values()):
@@ -123,7 +122,7 @@ class LCFT(AnsweringLM):
         self._scorers: dict[str, Scorer] = {}
         self.scorer: Scorer | None = None
         self._default_scorer = scorer or ""
-        self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode, context_field)
+        self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
             self.engine,
@@ -247,17 +246,21 @@ class LCFT(AnsweringLM):
 
     def _split(self, index: int, request: Instance, ids: Sequence[int]) -> dict[str, Any]:
         """The fields that every job has."""
-        prompt, doc = request.args[0], request.doc if isinstance(request.doc, dict) else {}
-        context = doc.get(self.context_field)
-        boundary = find_boundary(prompt, ids, context, self.tok_encode)
-        has_context = boundary is not None
-        if boundary is None:
-            self.totals["no_boundary"] += context != ""  # rows with context=none have no context to find
-            boundary = len(ids) - 1
+        task, prompt = str(request.task_name), request.args[0]
+        doc = request.doc if isinstance(request.doc, dict) else {}
+        end = self.context_end.find(task, prompt, doc)
+        if end is None and self.context_end.is_expected(task, prompt, doc):
+            if self.recipe != recipe.Recipe():
+                raise self.context_end.not_found(task, doc, self.recipe)
+            self.totals["no_boundary"] += 1
         return {
-            "index": index, "ids": tuple(ids), "boundary": boundary, "has_context": has_context,
-            "prompt": prompt, "doc": doc,
-        }  # fmt: skip
+            "index": index,
+            "ids": tuple(ids),
+            "boundary": len(ids) - 1 if end is None else boundary.boundary_of(prompt[:end], ids, self.tok_encode),
+            "has_context": end is not None,
+            "prompt": prompt,
+            "doc": doc,
+        }
 
     def _answers(
         self, method: str, answer: Answer[J, A], jobs: list[J], requests: list[Instance], disable_tqdm: bool
@@ -286,12 +289,6 @@ class LCFT(AnsweringLM):
     ) -> Iterator[list[Question[J]]]:
         """Jobs with their compressed contexts, in batches. Between batches the run can be stopped."""
         interrupt.check()
-        if self.totals["no_boundary"] and self.recipe != recipe.Recipe():
-            logger.warning(
-                "%d prompts have no context field %r: they run uncompressed (kept share 1.0)",
-                self.totals["no_boundary"],
-                self.context_field,
-            )
         disable = disable_tqdm or self.rank != 0
         with tqdm(total=total, initial=total - len(jobs), disable=disable, desc=what) as bar:
             for batch in self.scheduler.batches(jobs, self.recipe, int(self.batch_size), on_failure):
@@ -317,7 +314,7 @@ class LCFT(AnsweringLM):
             "query_aware": self.query_aware,
             **({"budget": self.budget} if self.budget != "context" else {}),
             "overlong": self.overlong,
-            "context_field": self.context_field,
+            "context_from": self.context_end.context_from,
             "prefill_chunk": self.prefill_chunk,
             "attn": "triton" if self.engine.kernels else "torch",
             "dtype": str(self.model.dtype),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ class Job:
         index: index of the request, and of its response.
         ids: tokens of the prompt.
         boundary: number of context tokens; the rest is the question.
-        has_context: whether the doc's context is part of the prompt. If not, the prompt runs uncompressed.
+        has_context: whether the end of a context was found. If not, the prompt runs uncompressed.
         truncated: whether context tokens were removed to fit the model's length.
         prompt, doc: the text, and the task's row it was rendered from.
     """
@@ -117,26 +117,6 @@ class ScoreJob(Job):
 
 
 J = TypeVar("J", bound=Job)
-
-
-def find_boundary(
-    prompt: str, ids: Sequence[int], context: str | None, encode: Callable[[str], Sequence[int]]
-) -> int | None:
-    """The number of prompt tokens up to the end of its context, including everything before the context.
-
-    Tokens may merge across the boundary, so it lies after the last token that the prompt shares with its own text up
-    to the end of the context. At least one token is left for the question. None if the prompt does not contain
-    `context`.
-    """
-    at = prompt.rfind(context) if context else -1
-    if at < 0 or context is None:
-        return None
-    shared = 0
-    for prefix_id, prompt_id in zip(encode(prompt[: at + len(context)]), ids, strict=False):
-        if prefix_id != prompt_id:
-            break
-        shared += 1
-    return min(shared, len(ids) - 1)
 
 
 def truncate(ids: Sequence[int], boundary: int, excess: int, where: str) -> tuple[tuple[int, ...], int]:

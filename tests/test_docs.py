@@ -121,7 +121,7 @@ def test_every_model_argument_is_in_the_reference_with_its_default_and_its_choic
         assert name in rows, name
         default = "" if argument.default is inspect.Parameter.empty else f"`{argument.default}`"
         assert rows[name].split("|")[2].strip() == default, name
-        if isinstance(argument.default, str) and name not in ("kv", "context_field", "prefill_chunk"):
+        if isinstance(argument.default, str) and name not in ("kv", "context_from", "prefill_chunk"):
             # Refused before anything is loaded, and the refusal says what is allowed.
             with pytest.raises(UserError, match=f"bad model argument {name}=.*one of") as refusal:
                 LCFT("no-such-model", **{name: "no-such-choice"})  # type: ignore[arg-type]

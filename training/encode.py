@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lceval.models.prefix import find_boundary
+from lceval.models.boundary import CONTEXT, ContextEnd, boundary_of
 from lceval.tasks import prompts
 from lceval.tasks.rows import Row
 from lceval.training.data import TrainingRow
@@ -68,8 +68,8 @@ class Encoder:
         if self._template:
             text = self._lm.apply_chat_template([{"role": "user", "content": text}])
         ids = self._lm.tok_batch_encode([text])[0][0].tolist()
-        boundary = find_boundary(text, ids, row["context"], self._lm.tok_encode)
-        boundary = len(ids) - 1 if boundary is None else boundary
+        end = ContextEnd(CONTEXT).find("", text, row)
+        boundary = len(ids) - 1 if end is None else boundary_of(text[:end], ids, self._lm.tok_encode)
         answer = [*self._after(text, ids, target), self._lm.eot_token_id]
         return tuple(ids[:boundary]), QAPair(tuple(ids[boundary:]), tuple(answer))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -235,7 +236,7 @@ def contexts_of(
     """The requests that lm-eval makes for loaded tasks, by context, in order of first appearance.
 
     Args:
-        model: an lm-eval model with lcft's `context_field`.
+        model: an lm-eval model with lcft's `context_end`.
         template: apply the model's chat template, or the one of this name.
         multiturn: few-shot examples as turns.
         limit: maximum number of documents of each task; below 1 their share, as in lm-eval.
@@ -257,7 +258,10 @@ def contexts_of(
         )
         for request in task.instances:
             name = str(request.doc.get("cluster", request.doc_id))
-            key = name, request.request_type, str(request.doc.get(model.context_field, request.doc_id))
+            prompt = request.args[0]
+            end = model.context_end.find(str(request.task_name), prompt, request.doc)
+            context = str(request.doc_id) if end is None else sha256(prompt[:end].encode()).hexdigest()
+            key = name, request.request_type, context
             contexts.setdefault(key, Context(name, request.request_type, [])).requests.append(request)
     return list(contexts.values())
 

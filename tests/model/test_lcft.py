@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 
 from lceval.core.errors import UserError
 from lceval.models import attention
+from lceval.models.boundary import ContextEnd
 from lceval.models.prefix import Job
 
 pytestmark = pytest.mark.model
@@ -104,13 +105,18 @@ def test_choices_of_one_question_equal_each_scored_alone(lcft: Any, requests: li
         assert greedy == alone_greedy
 
 
-def test_a_prompt_whose_context_is_not_found_runs_uncompressed_and_is_counted(lcft: Any, requests: list[Any]) -> None:
+def test_a_prompt_whose_context_is_not_found_is_refused_unless_that_is_intended(lcft: Any, requests: list[Any]) -> None:
+    foreign = Instance("generate_until", {"text": "no such field"}, requests[0].args, 0, metadata=("mine", 0, 1))
+    with pytest.raises(UserError, match=r"^mine: no context to compress under kv=snapkv:0.25: .*context_from=FIELD"):
+        lcft("snapkv:0.25").generate_until([foreign])
+    whole = lcft()
+    (expected,) = whole.generate_until([foreign])
+    assert whole.get_model_info()["lcft"]["no_boundary"] == 1
     model = lcft("snapkv:0.25")
-    foreign = Instance("generate_until", {"text": "no such field"}, requests[0].args, 0)
+    model.context_end = ContextEnd("none")
     (text,) = model.generate_until([foreign])
     assert not text.meta["kv"]["boundary"]
-    assert model.get_model_info()["lcft"]["no_boundary"] == 1
-    assert text == lcft().generate_until([foreign])[0]
+    assert text == expected
 
 
 def test_a_prompt_of_one_token_has_no_context(lcft: Any, hf: Any) -> None:

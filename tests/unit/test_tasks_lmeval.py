@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import lceval.tasks
 from lceval.core.errors import UserError
+from lceval.models.boundary import ContextEnd
 from lceval.runs.configuration import configure, contexts_of, tasks_of
 from lceval.tasks import build, catalogue, lm_eval_config, prompts
 
@@ -83,7 +84,7 @@ class Recorder(LM):
         super().__init__()
         self.tokenizer = tokenizer
         self.requests: list[Any] = []
-        self.context_field = "context"
+        self.context_end = ContextEnd()
 
     def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
         rendered: str = self.tokenizer.apply_chat_template(

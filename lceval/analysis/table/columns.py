@@ -258,8 +258,7 @@ def _statuses(rows: Sequence[Row]) -> list[str]:
         lines.append("truncated: samples whose prompt exceeded the context window.")
     if any(row.get("uncompressed") for row in rows):
         lines.append(
-            "not compressed: samples whose prompt does not contain the row's field `context` (see context_field); they "
-            "are answered from the full cache, whatever the recipe."
+            "not compressed: samples without a context to compress (see context_from), answered from the full cache."
         )
     if any(row["wrong_format"] for row in rows):
         lines.append("bad format: answers not in the requested format; scored as they are.")
