@@ -126,8 +126,22 @@ def _with_system(metadata: "dict[str, Any] | None", system_instruction: str | No
 
 
 def _wrap_evaluate(evaluator: "ModuleType") -> None:
-    """Let `simple_evaluate` count a system instruction, and add judged metrics if LCEVAL_JUDGE names a judge."""
-    original = evaluator.simple_evaluate
+    """Let `evaluate` log telemetry with every sample; let `simple_evaluate` count a system instruction, and add judged
+    metrics if LCEVAL_JUDGE names a judge."""
+    original, original_evaluate = evaluator.simple_evaluate, evaluator.evaluate
+
+    def evaluate(*args: object, **kwargs: "Any") -> object:
+        results = original_evaluate(*args, **kwargs)
+        if results is not None and "samples" in results:  # without --log_samples there are none
+            from lceval.tasks.scoring import add_telemetry
+
+            for samples in results["samples"].values():
+                add_telemetry(samples)
+        return results
+
+    evaluate.__wrapped__ = original_evaluate  # type: ignore[attr-defined]
+    evaluate.__doc__ = original_evaluate.__doc__
+    evaluator.evaluate = evaluate  # type: ignore[attr-defined]
 
     def simple_evaluate(*args: object, **kwargs: "Any") -> object:
         import os

@@ -2,8 +2,8 @@
 
 python studies/learned.py scorers [NAME]   train the scorers (about 12 minutes each on one core)
 python studies/learned.py adapter          train the answer-only adapter
-python studies/learned.py choose           gold_nll of every scorer on the contexts for the choice
-python studies/learned.py measure [MODEL]  gold_nll of all methods and answers of four, base and adapter
+python studies/learned.py choose [MODEL]   gold_nll of every scorer on the contexts for the choice
+python studies/learned.py measure [MODEL]  gold_nll of all methods and answers of four
 python studies/learned.py table            write docs/studies/learned-tables.md from the saved scores
 
 Scorers are fitted on training splits, chosen on four of the twelve annual reports, and reported on the test split of
@@ -42,7 +42,7 @@ ADAPTER: dict[str, Any] = {
 TASKS: dict[str, tuple[dict[str, Any], int | None]] = {
     "lc_squad_ao_1k": ({"split": "test", "questions": 4}, 80),
     "lc_filings_ao_1k": ({}, None),
-    "lc_kvlookup_ao_4k": ({}, 10),
+    "lc_kvlookup_ao_4k": ({}, 6),
 }
 CHOICE, CHOSEN_ON = "lc_filings_ao_1k", 4
 BUDGETS = (0.5, 0.25, 0.1)
@@ -50,6 +50,7 @@ LEARNED = [f"kvzap:{budget}" for budget in BUDGETS]
 OTHERS = [f"{name}:{budget}" for name in ("kvzip", "expected_attention", "snapkv") for budget in BUDGETS]
 OTHERS += [f"random:{budget}:sinks=4:recent=64" for budget in BUDGETS]
 ANSWERED = ["full", "kvzap:0.25", "kvzip:0.25", "snapkv:0.25"]
+ANSWERED_TASKS = ("lc_squad_ao_1k", "lc_filings_ao_1k")
 METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
 
 
@@ -103,11 +104,11 @@ def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
     (SAMPLES / f"{name}-{task}.json").write_text(json.dumps(committed, separators=(",", ":")) + "\n")
 
 
-def choose() -> None:
-    """gold_nll of every scorer on the contexts for the choice: base and adapter."""
-    for model, arguments in MODELS.items():
+def choose(models: Sequence[str]) -> None:
+    """gold_nll of every scorer on the contexts for the choice."""
+    for model in models:
         for scorer in SCORERS:
-            options = {**arguments, "scorer": str(RUNS / scorer), "contexts": CHOSEN_ON, "nll_only": True}
+            options = {**MODELS[model], "scorer": str(RUNS / scorer), "contexts": CHOSEN_ON, "nll_only": True}
             bench(f"choice-{model}-{scorer}", CHOICE, LEARNED, **options)
 
 
@@ -128,8 +129,8 @@ def measure(models: Sequence[str]) -> None:
             bench(f"nll-{model}", task, ["full", *LEARNED, *OTHERS], nll_only=True, **options)
             metadata = {**TASKS[task][0], "context": "none"}
             bench(f"none-{model}", task, ["full"], nll_only=True, **{**MODELS[model], "metadata": metadata})
-        for task in ("lc_squad_ao_1k", "lc_filings_ao_1k"):
-            bench(f"answers-{model}", task, ANSWERED, **options)
+            if task in ANSWERED_TASKS:
+                bench(f"answers-{model}", task, ANSWERED, **options)
 
 
 def samples(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -202,10 +203,9 @@ def losses(model: str) -> str:
 
 def answers(model: str) -> str:
     """SubEM of four recipes."""
-    tasks = ("lc_squad_ao_1k", "lc_filings_ao_1k")
-    scores = {task: reported(f"answers-{model}", task) for task in tasks}
-    rows = [[f"`{kv}`", *(interval(scores[task][kv], "subem", 100) for task in tasks)] for kv in ANSWERED]
-    return table(["recipe", *(f"`{task}`" for task in tasks)], rows)
+    scores = {task: reported(f"answers-{model}", task) for task in ANSWERED_TASKS}
+    rows = [[f"`{kv}`", *(interval(scores[task][kv], "subem", 100) for task in ANSWERED_TASKS)] for kv in ANSWERED]
+    return table(["recipe", *(f"`{task}`" for task in ANSWERED_TASKS)], rows)
 
 
 if __name__ == "__main__":
@@ -214,8 +214,8 @@ if __name__ == "__main__":
             train_scorers(names or list(SCORERS))
         case ["adapter"]:
             train_adapter()
-        case ["choose"]:
-            choose()
+        case ["choose", *models] if {*models} <= {*MODELS}:
+            choose(models or list(MODELS))
         case ["measure", *models] if {*models} <= {*MODELS}:
             measure(models or list(MODELS))
         case ["table"]:

@@ -210,28 +210,44 @@ def short_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, A
 
 
 def with_telemetry(metrics: dict[str, float], response: object, *, parsed: bool) -> dict[str, Any]:
-    """Add the telemetry of the response's `meta` to its metrics.
-
-    `kv["status"]` is the status of the sample: error, truncated (reported by the model), wrong_format or ok.
-    """
+    """Add the telemetry of the response's `meta` to its metrics; those of a sample that failed are 0."""
     meta = getattr(response, "meta", None)
     if not isinstance(meta, Mapping):
         return metrics
+    measured = telemetry(meta, parsed=parsed)
+    return {**(dict.fromkeys(metrics, 0.0) if measured["kv"]["status"] == "error" else metrics), **measured}
+
+
+def telemetry(meta: Mapping[str, Any], *, parsed: bool = True) -> dict[str, Any]:
+    """A sample's telemetry from the `meta` of its response.
+
+    `kv["status"]` is the status of the sample: error, truncated (reported by the model), wrong_format or ok.
+    """
     kv = dict(meta.get("kv") or {})
     status = meta.get("status", kv.get("status", "ok"))
     if status == "ok" and kv.get("truncated"):
         status = "truncated"
     elif status == "ok" and not parsed:
         status = "wrong_format"
-    if status == "error":
-        metrics = dict.fromkeys(metrics, 0.0)
     return {
-        **metrics,
         "kv_bytes": meta.get("kv_bytes", 0),
         "kv_bytes_full": meta.get("kv_bytes_full", 0),
         "kv": {**kv, "status": status},
         **{name: meta[name] for name in DIAGNOSES if name in meta},
     }
+
+
+def add_telemetry(samples: Iterable[dict[str, Any]]) -> None:
+    """Add the telemetry of their responses to logged samples that lack it: those of tasks that are not lceval's.
+
+    Of several responses (choices, repeats) the first counts, or the first that failed.
+    """
+    for sample in samples:
+        metas = [meta for of in sample["resps"] for response in of if (meta := getattr(response, "meta", None))]
+        if "kv" not in sample and metas:
+            measured = [telemetry(meta) for meta in metas]
+            failed = [one for one in measured if one["kv"]["status"] == "error"]
+            sample.update((failed or measured)[0])
 
 
 def mean_known(items: Iterable[float | None]) -> float:

@@ -1,7 +1,8 @@
 """Answers of a model with telemetry.
 
 lm-eval passes answers on as plain strings and pairs. These are strings and pairs with a `meta` dict for scoring:
-`kv_bytes`, `kv_bytes_full` and the dict `kv`.
+`kv_bytes`, `kv_bytes_full` and the dict `kv`. Without one they are plain: lm-eval converts gold answers to the type of
+an answer.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class Text(str):
 
     meta: dict[str, Any]
 
-    def __new__(cls, text: str, meta: dict[str, Any]) -> Text:
+    def __new__(cls, text: str = "", meta: dict[str, Any] | None = None) -> Text:
         self = super().__new__(cls, text)
-        self.meta = meta
+        self.meta = meta or {}
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -32,9 +33,9 @@ class Score(tuple[float, bool]):
 
     meta: dict[str, Any]
 
-    def __new__(cls, pair: Iterable[Any], meta: dict[str, Any]) -> Score:
+    def __new__(cls, pair: Iterable[Any] = (), meta: dict[str, Any] | None = None) -> Score:
         self = super().__new__(cls, pair)
-        self.meta = meta
+        self.meta = meta or {}
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:

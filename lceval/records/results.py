@@ -23,6 +23,8 @@ from lceval.core.paths import not_a_link, plain_name
 
 # lm-eval logs these among the metrics; none of them is a score. `bypass` is that of --predict_only.
 TELEMETRY = frozenset({"kv_bytes", "kv_bytes_full", "kv", "bypass", *DIAGNOSES})
+# What lm-eval's ruler counts: the share of the references that are in the output.
+RULER_METRIC = "string_match"
 LARGEST = 1e100
 """Largest size of a number that counts: the sums of squares of those below it are finite."""
 LEVELS = 2
@@ -246,7 +248,7 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
         name = str(row.get("filter", "none"))
         filters[name] = None
         if name == next(iter(filters)):
-            rows.append(row)
+            rows.append(_without_lengths(row))
     if not rows:
         raise UserError(f"{file}: no samples inside; run the task again with --log_samples")
     headline = _headline(config, rows)
@@ -266,6 +268,16 @@ def _read_task(task: str, file: Path, results: Mapping[str, Any]) -> TaskResult:
         lower_is_better=frozenset(metric for metric, higher in better.items() if higher is False),
         sources=tuple(sorted({str(source) for row in rows if (source := _mapping(row.get("doc")).get("source"))})),
     )
+
+
+def _without_lengths(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row of lm-eval's ruler with one metric: it has one for each length, -1 except for the row's own."""
+    lengths = [name for name in _list(row.get("metrics")) if isinstance(name, str) and name.isdecimal()]
+    if len(lengths) < 2:
+        return row
+    scores = [score for name in lengths if (score := row.get(name)) != -1]
+    rest = {name: value for name, value in row.items() if name not in lengths}
+    return {**rest, "metrics": [RULER_METRIC], RULER_METRIC: scores[0] if scores else None}
 
 
 def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from lm_eval._cli.harness import HarnessCLI
 from lm_eval.api.instance import Instance
 from tiny_models import SHAPE, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lceval.cli import invoke
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.models import checked_hflm
 from lceval.models.lcft import LCFT
+from lceval.records.results import read_runs
 from lceval.runs.configuration import configure
 from lceval.runs.runner import load_model
 
@@ -249,3 +253,65 @@ def test_lceval_run_refuses_it_before_data_or_models_are_loaded(folder: Path, fl
 def test_lm_eval_names_an_option_that_is_set_twice(folder: Path) -> None:
     with pytest.raises(UserError, match="device is no model argument: pass it as --device cpu"):
         LCFT.create_from_arg_obj({"pretrained": str(folder), "device": "cpu"}, {"device": "cuda:0"})
+
+
+# A task in a file of one's own ------------------------------------------------------------------------
+
+TASK = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+doc_to_text: "{{passage}} {{query}}"
+doc_to_target: "{{answer}}"
+output_type: generate_until
+generation_kwargs: {max_gen_toks: 4, until: []}
+metric_list: [{metric: exact_match}]
+"""
+
+
+def evaluate(program: str, output: Path, tasks: Path, model_args: str) -> int:
+    """Exit code of a run of the task with fields of its own."""
+    line = ["run", "--model", "lcft", "--model_args", model_args, "--tasks", "mine", "--include_path", str(tasks)]
+    line += ["--output_path", str(output)]
+    if program == "lceval":
+        return invoke(line)
+    cli = HarnessCLI()
+    try:
+        cli.execute(cli._parser.parse_args([*line, "--log_samples"]))
+    except SystemExit as end:
+        return int(str(end.code))
+    return 0
+
+
+@pytest.mark.parametrize("program", ["lm_eval", "lceval"])
+def test_a_task_with_fields_of_its_own_is_compressed_or_refused_in_one_line(
+    folder: Path, tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    rows = tasks / "rows.jsonl"
+    rows.write_text(
+        "".join(json.dumps({"passage": CONTEXT, "query": f"w{n} w8", "answer": "w5"}) + "\n" for n in (2, 3))
+    )
+    (tasks / "mine.yaml").write_text(TASK.replace("ROWS", str(rows)))
+    model_args = f"pretrained={folder},kv=snapkv:0.5"
+
+    assert evaluate(program, tmp_path / "refused", tasks, model_args) != 0
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "mine: no context to compress under kv=snapkv:0.5" in errors[0]
+    assert "context_from=FIELD (of answer, passage, query)" in errors[0]
+
+    for number, source in enumerate(("passage", r"w\d+ w8$")):
+        output = tmp_path / str(number)
+        assert evaluate(program, output, tasks, f"{model_args},context_from={source}") == 0
+        ((task,),) = (run.tasks for run in read_runs([output]))
+        assert [sample.kv["context_tokens"] for sample in task.samples] == [150, 150]
+        assert [sample.kv["kept_share"] for sample in task.samples] == pytest.approx([0.5, 0.5], abs=0.02)
+        assert [sample.kv["shared_prefix"] for sample in task.samples] == [False, True]
+        assert not any(sample.uncompressed for sample in task.samples)
+
+    assert evaluate(program, tmp_path / "none", tasks, f"{model_args},context_from=none") == 0
+    ((task,),) = (run.tasks for run in read_runs([tmp_path / "none"]))
+    assert all(sample.uncompressed and sample.kv["kept_share"] == 1 for sample in task.samples)
