@@ -89,11 +89,10 @@ def _build(request: Request, plan: RowPlan, setting: contexts.ContextSetting) ->
 def _measure(rows: list[Row], meter: TokenMeter, output_format: str) -> None:
     """Set missing `length_tokens`: tokens of the rendered prompt plus tokens reserved for the reply."""
     config = catalogue.output_format_config(output_format)
-    gen_prefix = config.get("gen_prefix", "")
     unmeasured = [row for row in rows if row["length_tokens"] is None]
     prompts_of = (prompts.prompt(row) for row in unmeasured)
     for row, text in zip(unmeasured, prompts_of, strict=True):
-        (total,) = meter.prompts([text], gen_prefix)
+        (total,) = meter.prompts([text], row.get("answer_prefix", config.get("gen_prefix", "")))
         choices = row.get("choices") if config["output_type"] == "multiple_choice" else None
         reply = (
             max(meter.pieces([f" {choice}" for choice in choices])) if choices else catalogue.new_tokens(output_format)

@@ -62,6 +62,7 @@ class Dataset:
         truncation: where the benchmark truncates prompts that do not fit (`overlong=`); empty if it does not.
         grouped: whether the suite's group includes it.
         splits: supported values of `split=`, by source document; empty if the dataset cannot be split.
+        by_length: metric whose mean over all modes is the score of a length; the dataset then has a group a length.
         per_context: default of `questions=`, the questions per context; 0 if it cannot be set.
         options: further keys of the builder.
     """
@@ -85,6 +86,7 @@ class Dataset:
     truncation: str = ""
     grouped: bool = True
     splits: tuple[str, ...] = ()
+    by_length: str = ""
     per_context: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -161,7 +163,7 @@ def find(name: str) -> Task:
 
 @cache
 def groups() -> dict[str, list[str]]:
-    """Members by group name: all lengths of a dataset in a mode, suites, and `lc_all`.
+    """Members by group name: all lengths of a dataset in a mode, all modes at a length, suites, and `lc_all`.
 
     A suite's group has the first mode of each grouped dataset, at lengths that fit an 8k model.
     """
@@ -172,11 +174,20 @@ def groups() -> dict[str, list[str]]:
             members = [task.name for task in tasks().values() if task.dataset is dataset and task.mode == mode]
             if dataset.lengths:
                 by_mode[group_name(dataset, mode)] = members
+        if dataset.by_length:
+            for k in dataset.lengths:
+                by_mode[f"lc_{dataset.dataset}_{k}k"] = [Task(dataset, mode, k).name for mode in dataset.modes]
         if dataset.grouped:
             first = next(iter(dataset.modes))
             short = [Task(dataset, first, k).name for k in dataset.lengths if k <= GROUPED_K]
             suites.setdefault(f"lc_{dataset.suite}", []).extend(short or [group_name(dataset, first)])
     return {**by_mode, **suites, "lc_all": sorted(suites)}
+
+
+@cache
+def group_metrics() -> dict[str, str]:
+    """Group name -> the metric that the group averages over its tasks."""
+    return {f"lc_{d.dataset}_{k}k": d.by_length for d in datasets().values() if d.by_length for k in d.lengths}
 
 
 @cache

@@ -36,4 +36,7 @@ def task_config(task: Task) -> dict[str, Any]:
 
 def group_config(name: str) -> dict[str, Any]:
     """Return lm-eval's configuration of a group."""
-    return {"group": name, "task": list(catalogue.groups()[name]), "metadata": {"version": "1"}}
+    metric = catalogue.group_metrics().get(name)
+    mean = {"aggregate_metric_list": [{"metric": metric, "aggregation": "mean", "weight_by_size": False}]}
+    config = {"group": name, "task": list(catalogue.groups()[name]), "metadata": {"version": "1"}}
+    return config | (mean if metric else {})

@@ -76,6 +76,9 @@ OUTPUT_FORMATS: dict[str, str] = {
 """By output format: its instruction."""
 
 _FOUR = "A question about it follows, with four options of which one is correct."
+VERBATIM = {"ruler_niah", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa"}
+"""Output formats whose prompts come from the rows."""
+
 _WHAT_FOLLOWS = {
     "options": "A question about it follows.",
     "letter": _FOUR,
@@ -97,6 +100,8 @@ LETTERS = "ABCD"
 
 def instruction(layout: str, output_format: str) -> str:
     """The part of the prompt before the context."""
+    if output_format in VERBATIM:
+        return ""
     if follows := _WHAT_FOLLOWS.get(output_format):
         return follows.replace(" about it", "") if layout == "none" else f"Read the text below. {follows}"
     return f"{LAYOUTS[layout][0]} {OUTPUT_FORMATS[output_format]}"
@@ -112,7 +117,7 @@ def ask(output_format: str, question: str, choices: Sequence[str] = ()) -> str:
         return f"Question: {question}\n{options}\n{_LETTER_CLOSINGS[output_format]}"
     if output_format in _SUMMARY_WORDS:
         return f"{question}\nReply with a summary of about {_SUMMARY_WORDS[output_format]} words, and nothing else."
-    return f"Question: {question}"
+    return question if output_format in VERBATIM else f"Question: {question}"
 
 
 def block(layout: str, texts: Sequence[str]) -> str:
@@ -131,20 +136,20 @@ def render(layout: str, output_format: str, context: str, question: str, choices
     return join(instruction(layout, output_format), context, ask(output_format, question, choices))
 
 
-def join(before: str, context: str, after: str) -> str:
-    """Join the parts of a prompt with blank lines; empty parts are left out."""
-    return "\n\n".join(part for part in (before, context, after) if part)
+def join(before: str, context: str, after: str, separator: str = "\n\n") -> str:
+    """Join the parts of a prompt, with blank lines by default; empty parts are left out."""
+    return separator.join(part for part in (before, context, after) if part)
 
 
 def prompt(doc: Mapping[str, Any]) -> str:
     """lm-eval's `doc_to_text` of every task."""
-    return join(doc["instruction"], doc["context"], doc["ask"])
+    return join(doc["instruction"], doc["context"], doc["ask"], doc.get("separator", "\n\n"))
 
 
 _REPLY_PREFIXES = {
     **dict.fromkeys(("id", "idc", "idq", "rj"), FINAL_PREFIX),
     # The prompt already ends with the prefix; the scored options follow.
-    **dict.fromkeys(("options", "letter_ll"), ""),
+    **dict.fromkeys(("options", "letter_ll", *VERBATIM), ""),
     **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "docid"), ""),
     "letter": "The correct answer is",
 }

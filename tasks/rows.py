@@ -45,6 +45,8 @@ class Row(TypedDict):
         ask: the part of the prompt after the context.
         reply_prefix: beginning of a reply in the required format, before the answer.
         gold: index of the correct choice.
+        separator: between the parts of the prompt, where it is not a blank line.
+        answer_prefix: beginning of the reply that ends the prompt, where each row has its own.
     """
 
     id: str
@@ -63,6 +65,8 @@ class Row(TypedDict):
     reply_prefix: str
     choices: NotRequired[list[str]]
     gold: NotRequired[int]
+    separator: NotRequired[str]
+    answer_prefix: NotRequired[str]
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

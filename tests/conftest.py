@@ -128,7 +128,8 @@ def instances(smollm2: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
 
     def template(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
     def build(task: str, limit: int, **metadata: Any) -> list[Any]:
         folder = str(Path(lceval.plugin.__file__).parent / "tasks")
