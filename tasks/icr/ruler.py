@@ -77,11 +77,11 @@ def string_match(output: str, references: Sequence[str]) -> list[bool]:
 
 def all_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """`process_results`: the share of the references that are in the output."""
-    found = string_match(str(results[0]), doc["answers"])
-    return with_telemetry({"string_match": sum(found) / len(found)}, results[0], parsed=True)
+    matches = string_match(str(results[0]), doc["answers"])
+    return with_telemetry({"string_match": sum(matches) / len(matches)}, results[0], parsed=True)
 
 
 def best_results(doc: Mapping[str, Any], results: Sequence[Any]) -> dict[str, Any]:
     """`process_results` of questions: whether one of the references is in the output."""
-    found = string_match(str(results[0]), doc["answers"])
-    return with_telemetry({"string_match": float(any(found))}, results[0], parsed=True)
+    matches = string_match(str(results[0]), doc["answers"])
+    return with_telemetry({"string_match": float(any(matches))}, results[0], parsed=True)

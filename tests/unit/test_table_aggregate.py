@@ -52,6 +52,17 @@ def test_a_length_is_the_mean_of_its_tasks_means() -> None:
     assert all(list(row) == list(KEYS) for row in rows)
 
 
+def test_rulers_tasks_have_one_mean_a_length() -> None:
+    scores = {"lc_ruler_vt_4k": [1.0, 0.0], "lc_ruler_qa_1_4k": [1.0], "lc_ruler_cwe_8k": [0.5]}
+    tasks = [task(name, values, headline="string_match") for name, values in scores.items()]
+    rows = build([run("r", *tasks, task("lc_nqopen_ao_4k", [0.0]))], "length").rows
+    assert [(r["suite"], r["length_k"], r["mode"], r["score"]) for r in rows] == [
+        ("ruler", 4, None, 0.75),
+        ("ruler", 8, None, 0.5),
+        ("icr", 4, "ao", 0.0),
+    ]
+
+
 NAMES = ("lc_filings_ao_1k", "lc_filings_ao_2k", "lc_finqa_ao", "lc_tatqa_ao")
 WEIGHTS = (1 / 3, 1 / 3, 1 / 6, 1 / 6)
 

@@ -203,8 +203,17 @@ def test_quoted_results_are_not_in_the_rows_or_means(tmp_path: Path) -> None:
     assert [row["score"] for row in rows if row["task"] == "Loong financial"][:2] == ["49.9", "39.5"]
 
 
+def test_figures_of_kvpress_are_quoted_as_printed(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    text = main([folder], "markdown", reference=["kvpress-ruler-4k"])
+    assert "| quoted: KVzip, Llama 3.1 8B | kvzip:0.5 | 95.5 |" in text
+    assert "| quoted: KVzap, Qwen3 8B, 10% of the rows | kvzap:threshold=-4 | 94.49 |" in text
+    quoted = json.loads(main([folder], "json", reference=["kvpress-ruler-4k"]))["quoted"]
+    assert [row["score"] for row in quoted if row["recipe"] == "kvzap:threshold=-4"] == [0.9449]
+
+
 def test_an_unknown_reference_is_refused_with_the_known_names(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown reference 'paper-table3': expected one of paper-table1, paper-table2"):
+    with pytest.raises(UserError, match="unknown reference 'paper-table3': expected one of kvpress-ruler-4k, paper"):
         main([tmp_path], "json", reference=["paper-table3"])
 
 

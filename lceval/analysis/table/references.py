@@ -11,7 +11,7 @@ from lceval.analysis.table.row_values import KEYS, Row
 from lceval.core.errors import UserError
 
 # Metrics printed in percent; others keep their scale.
-_PERCENT = frozenset({"acc", "subem", "rougeL"})
+_PERCENT = frozenset({"acc", "subem", "rougeL", "string_match"})
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Reference:
     def lines(self) -> list[list[str]]:
         """The table as printed, "-" for a missing number."""
         names = [[f"quoted: {row['system']}", *([row["recipe"]] if "recipe" in row else [])] for row in self.rows]
-        values = [["-" if value is None else f"{value:.1f}" for value in row["values"]] for row in self.rows]
+        values = [[_printed(value) for value in row["values"]] for row in self.rows]
         return [name + cells for name, cells in zip(names, values, strict=True)]
 
     def flat(self) -> list[Row]:
@@ -63,6 +63,11 @@ class Reference:
             for column, metric, value in zip(self.columns, self.metrics, row["values"], strict=True)
             if value is not None
         ]
+
+
+def _printed(value: float | None) -> str:
+    """A number with one decimal, or the two that it was printed with."""
+    return "-" if value is None else f"{value:.2f}".removesuffix("0")
 
 
 def load(names: Sequence[str]) -> list[Reference]:

@@ -164,6 +164,8 @@ def place(task: str) -> Row:
 
         if known := catalogue.tasks().get(task):
             of = known.dataset
+            if of.by_length:  # a suite of its own: its modes are tasks whose mean is the score
+                return {"suite": of.dataset, "dataset": f"{of.dataset}_{known.mode}", "length_k": known.length_k}
             return {"suite": of.suite, "dataset": of.dataset, "mode": known.mode, "length_k": known.length_k}
     length = re.search(r"(?:^|_)(\d{1,6})k(?:_|$)", task)
     return {"length_k": int(length[1]) if length else None}
