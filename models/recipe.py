@@ -3,9 +3,10 @@
     recipe = "full" | part { "+" part }          part = name [ ":" amount ] { ":" key "=" value }
 
 A part is an evictor, a quantization or a sparse attention, at most one of each; `full` is the uncompressed cache. An
-amount with a decimal point is a share of the context's tokens, an integer a number of tokens. An evictor whose scores
+amount with a decimal point is a share of the context's tokens, an integer a number of tokens; an evictor's share is
+rounded to the nearest number of tokens, or by `round=down` as in kvpress. An evictor whose scores
 have a scale of their own takes `threshold=FLOAT` instead of an amount. The canonical form leaves defaults out and has
-the order name, amount or threshold, `when`, other keys, `of`, keys of the evictor that `of` names.
+the order name, amount or threshold, `round`, `when`, other keys, `of`, keys of the evictor that `of` names.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ ADAKV_OF = "snapkv"
 INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
 THRESHOLD = "threshold"
+ROUND, ROUNDINGS = "round", ("nearest", "down")
 # What a value of each type looks like, and its name in errors.
 VALUES: dict[type, tuple[str, str]] = {
     bool: (r"true|false", "true or false"),
@@ -142,6 +144,8 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         raise _bad(text, f"{name} requires an amount, as in {name}:0.25 or {name}:2048{instead}")
     if THRESHOLD in keys:
         raise _bad(text, f"{name} has no threshold, since its scores have no scale of their own: use an amount")
+    if name in EVICTORS and ROUND in keys:
+        amount = _rounded(amount, keys.pop(ROUND), text)
     if cls is not AdaKV:
         return _make(cls, name, keys, text, amount=amount)
     of = keys.pop("of", ADAKV_OF)
@@ -187,6 +191,17 @@ def _amount(value: str, text: str) -> Amount:
             f"the amount {value!r} is neither a share above 0.0 and at most 1.0 "
             "with a decimal point (0.25) nor a number of tokens (2048)",
         ) from None
+
+
+def _rounded(amount: Amount | Threshold, rounding: str, text: str) -> Amount | Threshold:
+    if rounding not in ROUNDINGS:
+        raise _bad(text, f"{ROUND} must be {' or '.join(ROUNDINGS)}")
+    if isinstance(amount, Threshold):
+        raise _bad(text, f"a threshold is not rounded: leave {ROUND} out")
+    try:
+        return Amount(amount.value, rounding == "down")
+    except ValueError as error:
+        raise _bad(text, str(error)) from None
 
 
 def _threshold(value: str, text: str) -> Threshold:
@@ -246,7 +261,8 @@ def _parameters(policy: Any) -> dict[str, Any]:
     elif isinstance(amount, Threshold):
         values = {"amount": None, THRESHOLD: amount.value, **values}
     elif amount is not None:
-        values = {"amount": amount.value, **values}
+        rounding = {ROUND: "down"} if amount.down else {}
+        values = {"amount": amount.value, **rounding, **values}
     return values | ({"of": _name(inner), **_parameters(inner)} if inner else {})
 
 
@@ -256,10 +272,13 @@ def _spell(policy: Any) -> str:
     keys = [f"{key}={spelled(value)}" for key, value in values.items() if value != defaults[key]]
     inner, amount = getattr(policy, "inner", None), getattr(policy, "amount", None)
     if inner is not None:
-        name, _, *inner_keys = _spell(inner).split(":")
+        name, *inner_keys = _spell(inner).split(":")
+        inner_keys = [key for key in inner_keys if "=" in key and not key.startswith(f"{ROUND}=")]
         keys = [*keys, *([f"of={name}"] if name != ADAKV_OF else []), *inner_keys]
     if isinstance(amount, Threshold):
         keys = [f"{THRESHOLD}={shortest(amount.value)}", *keys]
+    elif amount is not None and amount.down:
+        keys = [f"{ROUND}=down", *keys]
     return ":".join([_name(policy), *([str(amount)] if isinstance(amount, Amount) else []), *keys])
 
 

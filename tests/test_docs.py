@@ -107,6 +107,15 @@ def test_every_recipe_of_the_page_is_in_canonical_form(document: Path, added: Ad
         assert str(added.recipe.parse(text)) == text
 
 
+def test_the_settings_of_published_results_can_be_pasted() -> None:
+    text = METHODS.read_text()
+    section = text[text.index("### Settings of published results") :].partition("\n### ")[0]
+    recipes = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+    assert {"snapkv", "pyramidkv", "adakv", "lacache"} <= {text.partition(":")[0] for text in recipes}
+    for text in recipes:
+        assert str(recipe.parse(text)) == text
+
+
 def test_the_reference_names_every_method() -> None:
     text = REFERENCE.read_text()
     for name in (*EVICTORS, *SPARSE_ATTENTION, *(f"int{b}" for b in BITS if b != 16), "kvAvB"):

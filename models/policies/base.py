@@ -27,14 +27,20 @@ SINKS = 4
 
 @dataclass(frozen=True)
 class Amount:
-    """A budget: a share of the context's tokens, or a number of tokens."""
+    """A budget: a share of the context's tokens, or a number of tokens.
+
+    Attributes:
+        down: whether a share is rounded down, as in kvpress, instead of to the nearest number of tokens.
+    """
 
     value: float | int
+    down: bool = False
 
     def __post_init__(self) -> None:
-        share = isinstance(self.value, float)
-        if not (0 < self.value <= 1 if share else self.value >= 1):
+        if not (0 < self.value <= 1 if self.is_share else self.value >= 1):
             raise ValueError("a share must be above 0.0 and at most 1.0, a token count at least 1")
+        if self.down and not self.is_share:
+            raise ValueError("round=down rounds a share, such as 0.25")
 
     @classmethod
     def parse(cls, text: str) -> Amount:
@@ -50,9 +56,11 @@ class Amount:
 
     def tokens(self, context_tokens: int) -> int:
         """The budget in tokens for a context of `context_tokens` tokens; at least 1 unless the context is empty."""
-        if isinstance(self.value, float):
-            return min(context_tokens, max(1, round(self.value * context_tokens)))
-        return min(context_tokens, self.value)
+        if not isinstance(self.value, float):
+            return min(context_tokens, self.value)
+        # kvpress's expression: its compression ratio is 1 - value.
+        tokens = int(context_tokens * (1 - (1 - self.value))) if self.down else round(self.value * context_tokens)
+        return min(context_tokens, max(1, tokens))
 
     def __str__(self) -> str:
         # Never 1e-05: the decimal point marks a share.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,17 @@ class ExpectedAttention(Evictor):
     normalised over the tokens, averaged over the query heads of a KV head and multiplied by ||v||. The first 4 tokens
     (sinks), which the model does not describe, are always kept.
 
-    Differs from the paper: as in kvpress, ||v|| replaces ||v W_O||, and no epsilon is added to the weight.
+    `eps` is added to the weight before the multiplication (kvpress's leaderboard: 0.01).
+
+    Differs from the paper: as in kvpress, ||v|| replaces ||v W_O||, and `eps` is 0 by default.
     """
 
     future: int = 512
+    eps: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.eps < math.inf:
+            raise ValueError("eps must be at least 0")
         if self.future < 1:
             raise ValueError("future must be at least 1")
 
@@ -55,7 +61,7 @@ class ExpectedAttention(Evictor):
                 quadratic = (keys @ cov[:, head] * keys).sum(-1)
                 received += (layer.scaling * linear + layer.scaling**2 / 2 * quadratic).softmax(-1)
             norms = torch.linalg.vector_norm(layer.values[:, kv_head, SINKS:], dim=-1, dtype=torch.float32)
-            scores[:, kv_head, SINKS:] = received / group * norms
+            scores[:, kv_head, SINKS:] = (received / group + self.eps) * norms
         return scores
 
     def _rotation(self, layer: LayerView) -> Tensor:

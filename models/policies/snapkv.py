@@ -17,17 +17,21 @@ class SnapKV(Evictor):
     eq. 4).
 
     The window is the last `window` tokens. Their attention is averaged over the window and the query heads of a KV
-    head, and smoothed along the tokens by an average pool of width `pool`. The window counts towards the budget; a
-    budget below the window keeps only the most recent tokens.
+    head, and smoothed along the tokens by a pool of width `pool` (`pooling`: average or max). The window counts towards
+    the budget; a budget below the window keeps only the most recent tokens.
 
-    Differs from the paper: the defaults and the average pool are those of kvpress, while the paper's LongBench runs use
-    window=32 and max pooling of width 7; the query heads of a KV head select together, not each for itself.
+    Differs from the paper: the defaults are those of kvpress, while the paper's LongBench runs use window=32, pool=7,
+    pooling=max; the query heads of a KV head select together, by the pool of their mean, while the paper pools and
+    selects for each query head, and stores its KV head as many times.
     """
 
     window: int = 64
     pool: int = 5
+    pooling: str = "average"
 
     def __post_init__(self) -> None:
+        if self.pooling not in ("average", "max"):
+            raise ValueError("pooling must be average or max")
         if self.window < 1 or self.pool < 1 or self.pool % 2 == 0:
             raise ValueError("window must be at least 1, pool an odd number")
 
@@ -41,8 +45,8 @@ class SnapKV(Evictor):
         w = min(self.window, layer.queries.shape[2])
         old = received[..., : received.shape[-1] - w]
         if old.shape[-1]:
-            # Pooling the mean over query heads equals averaging the pooled attention of each.
-            old = F.avg_pool1d(old, self.pool, stride=1, padding=self.pool // 2)
+            pool = F.avg_pool1d if self.pooling == "average" else F.max_pool1d
+            old = pool(old, self.pool, stride=1, padding=self.pool // 2)
         # Mean attention is at most 1, so scores from 2 on rank above it.
         window = torch.arange(2, w + 2, dtype=torch.float32, device=old.device)
         return torch.cat([old, window.expand(*old.shape[:2], w)], -1)

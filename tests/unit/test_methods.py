@@ -46,7 +46,7 @@ def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
     assert record["keys"] == expected
     assert record["when"] == (["prefill", "always"] if "when" in expected else [])
     text = methods.text(name)
-    spelled = {key: "INT" if v["default"] is None else str(v["default"]).lower() for key, v in expected.items()}
+    spelled = {key: "INT" if v["default"] is None else recipe.spelled(v["default"]) for key, v in expected.items()}
     assert all(f"{key}={value}" in text for key, value in spelled.items())
     assert record["threshold"] == ("threshold=FLOAT" in text) == (name in ("kvzap", "kvzip", "knorm", "keydiff"))
 

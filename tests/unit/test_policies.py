@@ -74,8 +74,9 @@ def attention_row(layer: LayerView, head: int, row: int) -> list[float]:
     return [math.exp(x) / total for x in logits]
 
 
+@pytest.mark.parametrize("pooling", ["average", "max"])
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 64, 100])
-def test_snapkv_keeps_the_pooled_top_of_the_window_attention_and_the_window(length: int) -> None:
+def test_snapkv_keeps_the_pooled_top_of_the_window_attention_and_the_window(length: int, pooling: str) -> None:
     layer, budget, window = view(length), 24, 16
     w = min(window, length)
     old = length - w
@@ -85,9 +86,11 @@ def test_snapkv_keeps_the_pooled_top_of_the_window_attention_and_the_window(leng
             for row in range(old, length):
                 for i, a in enumerate(attention_row(layer, head, row)):
                     mean[i] += a / w / 3
-        pooled = [sum(mean[j] for j in (i - 1, i, i + 1) if 0 <= j < old) / 3 for i in range(old)]
+        around = [[mean[j] for j in (i - 1, i, i + 1) if 0 <= j < old] for i in range(old)]
+        pooled = [max(values) if pooling == "max" else sum(values) / 3 for values in around]
         expected = [*best(pooled, max(0, budget - w)), *range(old, length)]
-        assert kept(SnapKV(amount=Amount(budget), window=window, pool=3), layer, kv_head) == expected
+        policy = SnapKV(amount=Amount(budget), window=window, pool=3, pooling=pooling)
+        assert kept(policy, layer, kv_head) == expected
 
 
 def test_snapkv_with_a_budget_below_its_window_keeps_the_most_recent() -> None:
@@ -300,7 +303,10 @@ def test_the_prefill_statistics_that_each_policy_requires() -> None:
     [
         (SnapKV, {"pool": 4}, "odd number"),
         (PyramidKV, {"pool": 4}, "odd number"),
+        (SnapKV, {"pooling": "min"}, "pooling must be average or max"),
         (PyramidKV, {"beta": 0}, "beta must be at least 1"),
+        (PyramidKV, {"form": "other"}, "form must be kvpress or paper"),
+        (ExpectedAttention, {"eps": -0.1}, "eps must be at least 0"),
         (Streaming, {"sinks": -1}, "sinks must be at least 0"),
         (H2O, {"recent": 1.5}, "recent must be a share"),
         (Random, {"seed": 65536}, "between 0 and 65535"),

@@ -48,6 +48,27 @@ def test_pyramidkv_layer_budgets_equal_those_of_kvpress(
         assert 1 <= got <= tokens
 
 
+def test_pyramidkvs_paper_form_is_that_of_the_authors_code_at_small_budgets() -> None:
+    policy = PyramidKV(amount=Amount(64), window=8, form="paper")
+    budgets = [policy.budget(layer, 32, 8000) for layer in range(32)]
+    # 56 tokens outside the window: 110 in the first layer, 3 fewer in each, the window of 8 on top.
+    assert budgets == [118 - 3 * layer for layer in range(32)]
+    assert budgets[-1] == 25
+    # The first layer has at most all tokens; the last gets what it leaves.
+    assert [policy.budget(layer, 2, 116) for layer in range(2)] == [116, 12]
+    # Below twice the budget outside the window, and for a budget within the window, all layers get the mean.
+    assert {policy.budget(layer, 32, 111) for layer in range(32)} == {64}
+    within = PyramidKV(amount=Amount(8), window=8, form="paper")
+    assert {within.budget(layer, 32, 8000) for layer in range(32)} == {8}
+
+
+@given(st.integers(0, 10**5), st.integers(1, 99))
+def test_round_down_is_kvpress_truncation_of_its_compression_ratio(tokens: int, percent: int) -> None:
+    ratio = 1 - percent / 100
+    expected = int(tokens * (1 - ratio))
+    assert Amount(percent / 100, down=True).tokens(tokens) == min(tokens, max(1, expected))
+
+
 def test_pyramidkv_budgets_decrease_from_the_first_layer_to_the_last_around_the_mean() -> None:
     policy = PyramidKV(amount=Amount(0.25), window=32)
     budgets = [policy.budget(layer, 30, 8000) for layer in range(30)]

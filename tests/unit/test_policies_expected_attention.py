@@ -58,6 +58,7 @@ def test_scores_follow_the_formula_position_by_position(length: int, future: int
     assert layer.query_mean is not None
     assert layer.query_cov is not None
     scores = ExpectedAttention(amount=Amount(5), future=future).scores(layer)
+    raised = ExpectedAttention(amount=Amount(5), future=future, eps=0.01).scores(layer)
     ahead = range(length, length + future)
     means = sum(rotate(layer.query_mean.double(), p, rotated) for p in ahead) / future
     # The mean rotation, column by column: the image of each basis vector.
@@ -72,9 +73,12 @@ def test_scores_follow_the_formula_position_by_position(length: int, future: int
                 logits = [float(means[b, head] @ k * layer.scaling + k @ cov @ k * layer.scaling**2 / 2) for k in keys]
                 total = sum(math.exp(x) for x in logits)
                 expected += torch.tensor([math.exp(x) / total / 3 for x in logits])
-            expected *= layer.values[b, kv_head, SINKS:].double().norm(dim=-1)
+            norms = layer.values[b, kv_head, SINKS:].double().norm(dim=-1)
             # Float32 against float64: largest measured error 1.5e-6.
-            torch.testing.assert_close(scores[b, kv_head, SINKS:].double(), expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(scores[b, kv_head, SINKS:].double(), expected * norms, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                raised[b, kv_head, SINKS:].double(), (expected + 0.01) * norms, rtol=1e-5, atol=0
+            )
 
 
 def test_the_expected_weight_is_the_mean_over_sampled_queries() -> None:

@@ -21,7 +21,7 @@ from lceval.models.policies.streaming import Streaming
 from lceval.models.recipe import Recipe, parse
 
 amounts = st.one_of(
-    st.floats(min_value=0, max_value=1.0, exclude_min=True).map(Amount),
+    st.builds(Amount, st.floats(min_value=0, max_value=1.0, exclude_min=True), st.booleans()),
     st.integers(min_value=1, max_value=10**6).map(Amount),
 )
 thresholds = st.floats(allow_nan=False, allow_infinity=False).map(Threshold)
@@ -63,10 +63,11 @@ def test_the_order_of_keys_does_not_matter_and_the_canonical_order_is_fixed(evic
     amount = rest[:1] if rest and "=" not in rest[0] else []
     keys = rest[len(amount) :]
     order = [key.partition("=")[0] for key in keys]
-    ranks = [["threshold", "when"].index(key) if key in ("threshold", "when") else 2 for key in order]
+    first = ["threshold", "round", "when"]
+    ranks = [first.index(key) if key in first else len(first) for key in order]
     assert ranks == sorted(ranks)
     inner = order.index("of") + 1 if "of" in order else len(order)
-    assert not {"floor", "threshold"} & {*order[inner:]}
+    assert not {"floor", "threshold", "round"} & {*order[inner:]}
     rng.shuffle(keys)
     assert str(parse(":".join([name, *amount, *keys]))) == text
 
@@ -104,6 +105,13 @@ def test_booleans_are_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
         ("kvzap:recent=64:threshold=-45e-1", "kvzap:threshold=-4.5:recent=64"),
         ("kvzap:1.0:scope=model", "kvzap:1.0"),
         ("h2o:0.5:recent=1.0:when=always", "h2o:0.5:when=always:recent=1"),
+        ("snapkv:0.25:round=nearest", "snapkv:0.25"),
+        ("snapkv:0.25:window=32:round=down", "snapkv:0.25:round=down:window=32"),
+        ("h2o:0.5:when=always:round=down", "h2o:0.5:round=down:when=always"),
+        (
+            "adakv:0.25:eps=1e-2:of=expected_attention:round=down",
+            "adakv:0.25:round=down:of=expected_attention:eps=0.01",
+        ),
         ("adakv:0.5:sinks=8:of=streaming:floor=0.0", "adakv:0.5:floor=0:of=streaming:sinks=8"),
     ],
 )
@@ -133,6 +141,10 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
         ("kvzap:threshold=inf", "threshold='inf' is not of type float"),
         ("kvzap:threshold=1e999", "threshold must be a finite number"),
         ("kvzap:threshold=-4:scope=head", "leave scope out"),
+        ("kvzap:threshold=-4:round=down", "a threshold is not rounded: leave round out"),
+        ("snapkv:0.5:round=up", "round must be nearest or down"),
+        ("snapkv:512:round=down", "round=down rounds a share"),
+        ("quest:0.5:round=down", "unknown key of quest 'round'"),
         ("kvzap:0.5:scope=row", "scope must be one of model, layer, head"),
         ("kvzap:0.5:scorer=abc", "unknown key of kvzap 'scorer'"),
         ("snapkv:0.5+streaming:0.5", "at most one evictor"),
@@ -157,7 +169,7 @@ def test_a_budget_is_at_most_the_context_and_at_least_one_token(amount: Amount, 
 
 def test_the_expansion_has_every_parameter() -> None:
     assert parse("snapkv:0.25+kv8v4").expanded() == {
-        "evict": {"name": "snapkv", "amount": 0.25, "window": 64, "pool": 5},
+        "evict": {"name": "snapkv", "amount": 0.25, "window": 64, "pool": 5, "pooling": "average"},
         "store": {"name": "kv8v4", "k_bits": 8, "v_bits": 4, "residual": 128},
         "read": None,
     }
