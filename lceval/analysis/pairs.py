@@ -1,7 +1,9 @@
-"""Pairs each run, sample by sample, with the run under recipe `full` that differs only in the recipe."""
+"""Pairs each run, sample by sample, with the run under recipe `full` that differs only in the recipe, and with the one
+that has no context."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +20,17 @@ _RECIPE_SETTINGS = frozenset(
 
 @dataclass(frozen=True)
 class Result:
-    """One run on one task; `full`: the same task under recipe `full`, None without such a run."""
+    """One run on one task.
+
+    Attributes:
+        full: the same task under recipe `full`; None without such a run.
+        none: the same questions without a context (`context=none`) under recipe `full`; None without such a run.
+    """
 
     run: Run
     task: TaskResult
     full: TaskResult | None = None
+    none: TaskResult | None = None
 
 
 def results(runs: Sequence[Run]) -> list[Result]:
@@ -31,7 +39,9 @@ def results(runs: Sequence[Run]) -> list[Result]:
     for run in runs:
         for task in run.tasks:
             by_task.setdefault(task.task, []).append(Result(run, task))
-    return [Result(r.run, r.task, _full(r, of_task)) for of_task in by_task.values() for r in of_task]
+    return [
+        Result(r.run, r.task, _full(r, of_task), _none(r, of_task)) for of_task in by_task.values() for r in of_task
+    ]
 
 
 def counted(task: TaskResult) -> list[float] | None:
@@ -57,6 +67,18 @@ def score_stratum(task: TaskResult, full: TaskResult | None, weight: float = 1.0
     return Stratum(ours, paired, clusters, weight)
 
 
+def recovery_stratum(task: TaskResult, full: TaskResult, none: TaskResult, weight: float = 1.0) -> Stratum | None:
+    """What a recipe gains over no context, paired with what `full` gains; None if one of the tasks has no score."""
+    ours, fulls, nones = counted(task), counted(full), counted(none)
+    if ours is None or fulls is None or nones is None:
+        return None
+    floor = [nones[place] for place in places(task.samples, none.samples)]
+    whole = [fulls[place] for place in places(task.samples, full.samples)]
+    sign = 1 if task.higher_is_better else -1
+    gains, possible = ([sign * (a - b) for a, b in zip(scores, floor, strict=True)] for scores in (ours, whole))
+    return Stratum(gains, possible, [sample.cluster for sample in task.samples], weight)
+
+
 def diagnosis_stratum(task: TaskResult, full: TaskResult, name: str, weight: float = 1.0) -> Stratum | None:
     """A diagnosis on the samples where both runs measured it; None without such samples."""
     measured = []
@@ -78,6 +100,23 @@ def _full(of: Result, among: Sequence[Result]) -> TaskResult | None:
         other
         for other in among
         if other.run.recipe == FULL and _key(other) == _key(of) and _same(of.task.samples, other.task.samples)
+    ]
+    return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
+
+
+def _none(of: Result, among: Sequence[Result]) -> TaskResult | None:
+    """The task under `full` and `context=none` with the same questions; of several, that with the fewest other
+    differences."""
+    if of.run.recipe == FULL or not of.task.samples or of.task.context is None:
+        return None
+    without = re.sub(r"^[^:]+", "none", of.task.context)
+    ids = {*unique_names(sample.id for sample in of.task.samples)}
+    same = [
+        other
+        for other in among
+        if other.run.recipe == FULL
+        and _key(other) == (*_key(of)[:-1], without)
+        and {*unique_names(sample.id for sample in other.task.samples)} == ids
     ]
     return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
 

@@ -155,6 +155,22 @@ def against(strata: Sequence[Stratum]) -> tuple[Estimate, Estimate]:
     return _ratio(strata, draws), _difference(strata, draws)
 
 
+def recovery(strata: Sequence[Stratum]) -> Estimate:
+    """The mean of ours divided by that of theirs; either may be negative, and theirs must be above 0 on average.
+
+    Resamples in which the mean of theirs is not above 0 are dropped; with more than 5% of those there is no interval.
+    """
+    value = math.fsum(s.weight * math.fsum(s.ours) / len(s.ours) for s in strata)
+    possible = math.fsum(s.weight * math.fsum(s.theirs) / len(s.theirs) for s in strata)
+    if possible <= 0:
+        return Estimate(None)
+    draws = _draws(strata)
+    if draws is None:
+        return Estimate(value / possible)
+    ours, theirs = draws[draws[:, 1] > 0].T
+    return _bounded(value / possible, ours / theirs if len(ours) >= LEVEL * len(draws) else None)
+
+
 def _difference(strata: Sequence[Stratum], draws: NDArray[Any] | None) -> Estimate:
     value = math.fsum(
         s.weight * math.fsum(a - b for a, b in zip(s.ours, s.theirs, strict=True)) / len(s.ours) for s in strata

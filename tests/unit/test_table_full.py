@@ -54,6 +54,36 @@ def test_retention_and_delta_are_paired_with_the_run_under_full() -> None:
     assert row["retention"] == pytest.approx(3 / 4.5)
 
 
+NONE = [0.5, 0.0, 0.0, 0.5, 0.0, 0.0]
+
+
+def test_the_way_from_no_context_to_full_is_measured_on_the_same_questions() -> None:
+    floor = run(samples_of(NONE), label="none", context="none:split=test")
+    keys = {"context": "full:split=test"}
+    table = build([floor, run(samples_of(FULL), **keys), run(samples_of(LESS), "snapkv:0.5", **keys)])
+    row = table.rows[-1]
+    assert row["recovered"] == pytest.approx((sum(LESS) - sum(NONE)) / (sum(FULL) - sum(NONE)))
+    assert row["recovered_lo"] < row["recovered"] <= row["recovered_hi"]
+    assert [r["recovered"] for r in table.rows[:-1]] == [None, None]
+    assert "| none to full % |" in to_markdown(table)
+    other = run(samples_of(NONE), label="none", context="none")  # another draw of contexts
+    assert last(other, run(samples_of(FULL), **keys), run(samples_of(LESS), "snapkv:0.5", **keys))["recovered"] is None
+    useless = run(samples_of(FULL), label="none", context="none:split=test")
+    assert last(useless, run(samples_of(FULL), **keys), run(samples_of(LESS), "knorm:0.5", **keys))["recovered"] is None
+
+
+def test_where_lower_is_better_the_way_from_no_context_to_full_is_the_same_share() -> None:
+    rows = [
+        last(
+            run(samples_of([sign * score for score in NONE]), label="none", context="none", **keys),
+            run(samples_of([sign * score for score in FULL]), **keys),
+            run(samples_of([sign * score for score in LESS]), "snapkv:0.5", **keys),
+        )
+        for sign, keys in ((1, {}), (-1, {"higher_is_better": False}))
+    ]
+    assert rows[0]["recovered"] == pytest.approx(rows[1]["recovered"])
+
+
 def test_samples_are_paired_by_id_in_any_order() -> None:
     backwards = tuple(reversed(samples_of(LESS)))
     assert last(run(samples_of(FULL)), run(backwards, "snapkv:0.5"))["retention"] == pytest.approx(3 / 4.5)

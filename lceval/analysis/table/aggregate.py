@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lceval.analysis.pairs import Result, counted, diagnosis_stratum, score_stratum
+from lceval.analysis.pairs import Result, counted, diagnosis_stratum, recovery_stratum, score_stratum
 from lceval.analysis.table.row_values import KEYS, By, Row, Table, estimate, estimates, is_share
 from lceval.stats import estimates as statistics
 from lceval.stats.estimates import Stratum
@@ -133,6 +133,8 @@ def _estimates(scored: Sequence[Pair], weights: Sequence[float]) -> Row:
     if strata := _all([score_stratum(r.task, r.full, w) for r, w in pairs]):
         share, delta = statistics.against(strata)
         values |= {**estimate("retention", share), **estimate("delta", delta)}
+    if strata := _all([recovery_stratum(r.task, r.full, r.none, w) if r.full and r.none else None for r, w in pairs]):
+        values |= estimate("recovered", statistics.recovery(strata))
     if strata := _all([diagnosis_stratum(r.task, r.full, "gold_nll", w) if r.full else None for r, w in pairs]):
         values |= estimate("gold_nll_delta", statistics.difference(strata))
     return values

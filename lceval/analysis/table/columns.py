@@ -121,6 +121,7 @@ _COLUMNS = (
     Column("n", lambda row: str(row["n"]), show="always"),
     Column(f"score [{100 * LEVEL:g}% CI]", score, show="always"),
     Column("retention\n%", lambda row: _estimate(row, "retention", _whole)),
+    Column("none to\nfull %", lambda row: _estimate(row, "recovered", _whole) if "recovered" in row else "-"),
     Column(
         "Δ vs full",
         lambda row: _estimate(row, "delta", _points if row["unit"] == "share" else _signed),

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lceval.analysis.pairs import FULL, Result, counted, diagnosis_stratum, score_stratum
+from lceval.analysis.pairs import FULL, Result, counted, diagnosis_stratum, recovery_stratum, score_stratum
 from lceval.analysis.table.judged import is_judges, judged
 from lceval.core.answers import DIAGNOSES
 from lceval.records.results import Run, Sample, TaskResult, model_args, number
-from lceval.stats.estimates import Estimate, against, difference, mean
+from lceval.stats.estimates import Estimate, against, difference, mean, recovery
 
 By = Literal["task", "suite", "length"]
 Row = dict[str, Any]
@@ -49,6 +49,9 @@ KEYS = {
     "delta": "score - score under full, on the same samples",
     "delta_lo": "lower bound of delta",
     "delta_hi": "upper bound of delta",
+    "recovered": "share of the way from no context (a run with context=none) to full: (score - none) / (full - none)",
+    "recovered_lo": "lower bound of recovered (paired bootstrap over contexts)",
+    "recovered_hi": "upper bound of recovered",
     "metrics": "mean of every numeric per-sample metric and judge metric",
     "judge": "judge whose verdicts are among the metrics; the rule-based judge is labelled",
     "judge_kappa": "agreement of the judge with human labels (Cohen's kappa, `lceval judge calibrate`); "
@@ -189,6 +192,8 @@ def estimates(result: Result) -> Row:
     scores = score_stratum(task, None)
     score = Estimate(None) if scores is None else mean([scores])
     values: Row = {"score": score.value, "ci_lo": score.lo, "ci_hi": score.hi}
+    if full is not None and result.none is not None and (gains := recovery_stratum(task, full, result.none)):
+        values |= estimate("recovered", recovery([gains]))
     return values if full is None else values | _against_full(task, full)
 
 
