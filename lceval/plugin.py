@@ -160,7 +160,8 @@ def _wrap_evaluate(evaluator: "ModuleType") -> None:
 
 
 def _check_requests(task: "ModuleType") -> None:
-    """Refuse requests of lceval's tasks that would be wrong, and drop lm-eval's warning on their metadata option.
+    """Refuse requests of lceval's tasks that would be wrong, render those that are conversations, and drop lm-eval's
+    warning on their metadata option.
 
     The key of `--cache_requests` lacks metadata, generation arguments and samples: a run would get another run's
     prompts. A system instruction that is not in the metadata is not counted in the length of the prompts.
@@ -187,6 +188,18 @@ def _check_requests(task: "ModuleType") -> None:
         original(self, *args, **options)
 
     task.Task.build_all_requests = build_all_requests
+
+    original_context = task.ConfigurableTask.fewshot_context
+
+    def fewshot_context(self: "Any", doc: "Any", *args: object, **options: "Any") -> object:
+        if "lc_task" not in (self.config.dataset_kwargs or {}) or not doc.get("messages"):
+            return original_context(self, doc, *args, **options)
+        from lceval.tasks import prompts
+
+        template = options.get("chat_template") if options.get("apply_chat_template") else None
+        return prompts.conversation(doc, options.get(SYSTEM), template)
+
+    task.ConfigurableTask.fewshot_context = fewshot_context
     logging.getLogger(task.__name__).addFilter(
         lambda record: not (record.msg.startswith("lc_") and "Custom kwargs can be passed" in record.msg)
     )

@@ -13,12 +13,13 @@ from lceval.core.errors import UserError
 
 AUTO, NONE = "auto", "none"
 CONTEXT = "context"
-# The long-context tasks of lm-eval 0.4.13, as patterns -> their `context_from`. A task without an entry has its context
-# in the field `context`, as those of lceval do.
+# The long-context tasks of lm-eval 0.4.13, and those of lceval without a field `context` in their prompts, as patterns
+# -> their `context_from`. A task without an entry has its context in the field `context`.
 KNOWN = {
     "babilong_*": "input",
     "graphwalks_*": r"\nOperation:",
     "infinitebench_*": CONTEXT,
+    "lc_mrcr_*": r"Prepend ",
     "longbench_*": CONTEXT,
     "longbench2_*": CONTEXT,
     "longproc_countdown_*": r"\[Problem\]",

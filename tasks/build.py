@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lceval.core.errors import UserError
-from lceval.tasks import catalogue, contexts, prompts, reduce
+from lceval.tasks import catalogue, contexts, prompts, reduce, turns
 from lceval.tasks.catalogue import Task
 from lceval.tasks.request import Request, RowPlan
 from lceval.tasks.rows import DEFAULT_SEED, Row, cached_rows
@@ -81,6 +81,8 @@ def _build(request: Request, plan: RowPlan, setting: contexts.ContextSetting) ->
     if not rows:
         raise UserError(f"{request.task} has no rows: its source ({plan.inputs}) contains no usable question.")
     rows = reduce.apply(rows, request, setting)
+    if catalogue.output_format_config(request.output_format)["metadata"].get("turns"):
+        rows = [*turns.as_turns(rows)]
     if request.meter is not None:
         _measure(rows, request.meter, request.output_format)
     return rows
@@ -90,7 +92,7 @@ def _measure(rows: list[Row], meter: TokenMeter, output_format: str) -> None:
     """Set missing `length_tokens`: tokens of the rendered prompt plus tokens reserved for the reply."""
     config = catalogue.output_format_config(output_format)
     unmeasured = [row for row in rows if row["length_tokens"] is None]
-    prompts_of = (prompts.prompt(row) for row in unmeasured)
+    prompts_of = (row.get("messages") or prompts.prompt(row) for row in unmeasured)
     for row, text in zip(unmeasured, prompts_of, strict=True):
         (total,) = meter.prompts([text], row.get("answer_prefix", config.get("gen_prefix", "")))
         choices = row.get("choices") if config["output_type"] == "multiple_choice" else None

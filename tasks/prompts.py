@@ -5,7 +5,7 @@ A prompt neither begins nor ends with white space, which a chat template would s
 `layout` of the context (documents, pairs, text, ...) and on the output format of the reply, a template in `modes/`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ANSWER_PREFIX = "Answer:"
@@ -73,10 +73,11 @@ OUTPUT_FORMATS: dict[str, str] = {
     "infinite_qa": 'Give only the answer, on one line that begins with "Answer:".',
     "judged": "Give a complete answer, and nothing but the answer.",
 }
+OUTPUT_FORMATS["turns"] = OUTPUT_FORMATS["ao"]
 """By output format: its instruction."""
 
 _FOUR = "A question about it follows, with four options of which one is correct."
-VERBATIM = {"ruler_niah", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa"}
+VERBATIM = {"mrcr", "ruler_niah", "ruler_vt", "ruler_cwe", "ruler_fwe", "ruler_qa"}
 """Output formats whose prompts come from the rows."""
 
 _WHAT_FOLLOWS = {
@@ -142,8 +143,25 @@ def join(before: str, context: str, after: str, separator: str = "\n\n") -> str:
 
 
 def prompt(doc: Mapping[str, Any]) -> str:
-    """lm-eval's `doc_to_text` of every task."""
+    """lm-eval's `doc_to_text` of every task; that of a conversation without its roles."""
+    if doc.get("messages"):
+        return "\n\n".join(message["content"] for message in doc["messages"])
     return join(doc["instruction"], doc["context"], doc["ask"], doc.get("separator", "\n\n"))
+
+
+def conversation(
+    doc: Mapping[str, Any], system: str | None, chat_template: Callable[[list[dict[str, str]]], str] | None
+) -> str:
+    """The prompt of a row that is a conversation: lm-eval's few-shot context, which has one message, does not fit it.
+
+    Args:
+        system: System instruction.
+        chat_template: Renders messages; None joins their texts.
+    """
+    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in doc["messages"]]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    return chat_template(messages) if chat_template else "\n\n".join(m["content"] for m in messages)
 
 
 _REPLY_PREFIXES = {

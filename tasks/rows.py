@@ -46,6 +46,7 @@ class Row(TypedDict):
         reply_prefix: beginning of a reply in the required format, before the answer.
         gold: index of the correct choice.
         separator: between the parts of the prompt, where it is not a blank line.
+        messages: the prompt as a conversation of `role` and `content`, where it is one.
         answer_prefix: beginning of the reply that ends the prompt, where each row has its own.
     """
 
@@ -67,6 +68,7 @@ class Row(TypedDict):
     gold: NotRequired[int]
     separator: NotRequired[str]
     answer_prefix: NotRequired[str]
+    messages: NotRequired[list[dict[str, str]]]
 
 
 AnyRow = TypeVar("AnyRow", bound=Row)

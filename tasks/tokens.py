@@ -83,11 +83,11 @@ class TokenMeter:
         """Tokens of each text, without special tokens."""
         return self._counts(texts, add_special_tokens=False)
 
-    def prompts(self, prompts: Sequence[str], reply_prefix: str = "") -> list[int]:
+    def prompts(self, prompts: Sequence[str | Sequence[Mapping[str, str]]], reply_prefix: str = "") -> list[int]:
         """Tokens of each prompt, with the chat template if the tokenizer has one.
 
         Args:
-            prompts: User messages.
+            prompts: User messages, or conversations that end with one.
             reply_prefix: Beginning of the reply (lm-eval's `gen_prefix`), counted with the prompt.
         """
         rendered = [self._render(prompt, reply_prefix) for prompt in prompts]
@@ -96,10 +96,11 @@ class TokenMeter:
             return self._counts(rendered, add_special_tokens=False)
         return self._counts(rendered, add_special_tokens=self._add_bos is not False)
 
-    def _render(self, prompt: str, reply_prefix: str) -> str:
+    def _render(self, prompt: str | Sequence[Mapping[str, str]], reply_prefix: str) -> str:
         if not self.has_template:
-            return self._system + prompt + reply_prefix
-        messages = [{"role": "user", "content": prompt}]
+            text = prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+            return self._system + text + reply_prefix
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
         if reply_prefix:
             messages.append({"role": "assistant", "content": reply_prefix})
         if self._system:
@@ -107,7 +108,7 @@ class TokenMeter:
                 return self._apply_template([{"role": "system", "content": self._system}, *messages])
             except TemplateError:
                 # No system turn in this template: lm-eval then drops the instruction, but only with the template.
-                messages[0]["content"] = self._system + prompt
+                messages[0]["content"] = self._system + messages[0]["content"]
         return self._apply_template(messages)
 
     def _apply_template(self, messages: Sequence[Mapping[str, str]]) -> str:

@@ -169,7 +169,7 @@ def hub_record(n: int, context: str, **changed: Any) -> dict[str, Any]:
 
 
 def hub_copy(folder: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    file = folder / "hub/THUDM/LongBench-v2/data.json"
+    file = folder / "hub/zai-org/LongBench-v2/data.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(records))
     monkeypatch.setenv("LCEVAL_DATA", str(folder))
@@ -212,7 +212,7 @@ def test_a_copy_of_the_hubs_file_becomes_rows(task: str, tmp_path: Path, monkeyp
         "choices": ["nothing 1", "something 1", "little 1", "much 1"],
         "gold": 1,
     }
-    assert row["source"].startswith("THUDM/LongBench-v2/data.json sha256:")
+    assert row["source"].startswith("zai-org/LongBench-v2/data.json sha256:")
     assert "sample" not in row["source"]
 
 
