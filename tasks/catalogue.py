@@ -163,13 +163,15 @@ def find(name: str) -> Task:
 
 @cache
 def groups() -> dict[str, list[str]]:
-    """Members by group name: all lengths of a dataset in a mode, all modes at a length, suites, and `lc_all`.
+    """Members by group name: a dataset, its lengths in a mode, all modes at a length, suites, and `lc_all`.
 
     A suite's group has the first mode of each grouped dataset, at lengths that fit an 8k model.
     """
     by_mode: dict[str, list[str]] = {}
+    whole: dict[str, list[str]] = {}
     suites: dict[str, list[str]] = {}
     for dataset in datasets().values():
+        whole[f"lc_{dataset.dataset}"] = [task.name for task in tasks().values() if task.dataset is dataset]
         for mode in dataset.modes:
             members = [task.name for task in tasks().values() if task.dataset is dataset and task.mode == mode]
             if dataset.lengths:
@@ -181,7 +183,7 @@ def groups() -> dict[str, list[str]]:
             first = next(iter(dataset.modes))
             short = [Task(dataset, first, k).name for k in dataset.lengths if k <= GROUPED_K]
             suites.setdefault(f"lc_{dataset.suite}", []).extend(short or [group_name(dataset, first)])
-    return {**by_mode, **suites, "lc_all": sorted(suites)}
+    return {**whole, **by_mode, **suites, "lc_all": sorted(suites)}
 
 
 @cache

@@ -73,7 +73,7 @@ OUTPUT_FORMATS: dict[str, str] = {
     "infinite_qa": 'Give only the answer, on one line that begins with "Answer:".',
     "judged": "Give a complete answer, and nothing but the answer.",
 }
-OUTPUT_FORMATS["turns"] = OUTPUT_FORMATS["ao"]
+OUTPUT_FORMATS |= {"turns": OUTPUT_FORMATS["ao"], "equality": OUTPUT_FORMATS["judged"]}
 """By output format: its instruction."""
 
 _FOUR = "A question about it follows, with four options of which one is correct."
@@ -168,7 +168,7 @@ _REPLY_PREFIXES = {
     **dict.fromkeys(("id", "idc", "idq", "rj"), FINAL_PREFIX),
     # The prompt already ends with the prefix; the scored options follow.
     **dict.fromkeys(("options", "letter_ll", *VERBATIM), ""),
-    **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "docid"), ""),
+    **dict.fromkeys(("sum", "infinite_sum", "infinite_letter", "judged", "equality", "docid"), ""),
     "letter": "The correct answer is",
 }
 

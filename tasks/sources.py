@@ -133,16 +133,39 @@ def read_hub(task: str, hub: "Hub", split: str, fields: Mapping[str, type]) -> S
                 hub.repo, data_files={split: pattern}, revision=revision, split=split, **options
             )
     except Exception as error:  # from the hub, its HTTP client or a damaged file: no common base class
-        reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
-        raise UserError(
-            f"{task} cannot load {hub.repo} from the hub ({reason:.120}): connect to the network, or set "
-            f"{DATA_VARIABLE} to a folder with hub/{hub.repo}/{pattern} (`lceval data fetch {task}` downloads it)."
-        ) from error
+        raise _no_hub(task, hub, pattern, error) from error
     name = f"{hub.repo}/{pattern}"
     records = [_checked(dict(record), f"{name} record {n}", fields) for n, record in enumerate(table, start=1)]
     if not records:
         raise UserError(f"{name} is empty.")
     return SourceFile(name, records, _digest(files) if copy is not None else revision)
+
+
+def hub_file(task: str, hub: "Hub", split: str) -> tuple[Path, str]:
+    """A file of a hub repository that is no table, with its identity: its local copy, else downloaded.
+
+    Raises:
+        UserError: Neither the copy nor the hub has it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    copy, name = hub_copy(hub), hub.files[split]
+    if copy is not None:
+        if not (copy / name).is_file():
+            raise UserError(f"{task}: missing {name} in {copy}: run `lceval data fetch {task}` or remove that folder.")
+        return copy / name, _digest([copy / name])
+    try:
+        return Path(hf_hub_download(hub.repo, name, revision=hub.revision, repo_type="dataset")), hub.revision
+    except Exception as error:  # from the hub or its HTTP client: no common base class
+        raise _no_hub(task, hub, name, error) from error
+
+
+def _no_hub(task: str, hub: "Hub", pattern: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).split("\n", 1)[0]
+    return UserError(
+        f"{task} cannot load {hub.repo} from the hub ({reason:.120}): connect to the network, or set "
+        f"{DATA_VARIABLE} to a folder with hub/{hub.repo}/{pattern} (`lceval data fetch {task}` downloads it)."
+    )
 
 
 def read_local_or_hub(task: str, dataset: "Dataset", fields: Mapping[str, type]) -> SourceFile:

@@ -24,7 +24,7 @@ from lceval.tasks.scoring import gold_places
 PERFECT = 100
 RUBRIC = "rj"
 """The rubric of reasoning with citations."""
-_RUBRICS = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+_RUBRICS = {"rj": "rj", "judged": "loong", "equality": "equality", "letter": "choice", "infinite_letter": "choice"}
 _DATASETS = {"financebench": "financebench", "financebenchmulti": "financebench"}
 Grades = Mapping[str, Label | float]
 
@@ -64,6 +64,8 @@ def metrics(rubric: str, grades: Grades, sample: JudgedSample) -> dict[str, floa
         case "financebench":
             verdict = grades["verdict"]
             return {f"judge_{label}": float(verdict == label) for label in ("correct", "incorrect", "refusal")}
+        case "equality":
+            return {"judge_correct": float(grades["verdict"] == "correct")}
         case "choice":
             letter = grades["letter"]
             return {"judge_acc": float(letter in sample.letters), "judge_parsed": float(letter != "none")}
@@ -86,6 +88,7 @@ _NO_ANSWER: dict[str, Grades] = {
     "rj": {"reasoning": 0, "grounding": 0, "answer": 0},
     "loong": {RATING: 0.0},
     "financebench": {"verdict": "incorrect"},
+    "equality": {"verdict": "incorrect"},
     "choice": {"letter": "none"},
 }
 

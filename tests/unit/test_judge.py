@@ -53,6 +53,7 @@ def cases(count: int) -> list[Case]:
 
 PINNED = {
     "choice": (1, "4a682c996e7e98ea"),
+    "equality": (1, "bdca355147062212"),
     "financebench": (1, "1ca1db2ab9fc4694"),
     "loong": (1, "be29f69ac56fdd19"),
     "relevance": (1, "bcb2a36f90bb470c"),

@@ -316,7 +316,13 @@ def test_runs_that_cannot_be_judged_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_rubric_depends_on_output_format_and_dataset() -> None:
-    output_formats = {"rj": "rj", "judged": "loong", "letter": "choice", "infinite_letter": "choice"}
+    output_formats = {
+        "rj": "rj",
+        "judged": "loong",
+        "equality": "equality",
+        "letter": "choice",
+        "infinite_letter": "choice",
+    }
     for name, task in catalogue.tasks().items():
         finance = task.dataset.dataset.startswith("financebench")
         assert rubric_of(name) == ("financebench" if finance else output_formats.get(task.output_format)), name

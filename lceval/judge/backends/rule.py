@@ -57,7 +57,13 @@ class RuleJudge:
         answer = without_thinking(case.solution)
         if rubric.rubric == "loong":
             return Reply(f"{LABEL}: token overlap with the reference. Rating: [[{_rating(answer, case)}]]")
-        rules = {"financebench": _financebench, "rj": _criteria, "choice": _choice, "relevance": _relevance}
+        rules = {
+            "financebench": _financebench,
+            "equality": _equality,
+            "rj": _criteria,
+            "choice": _choice,
+            "relevance": _relevance,
+        }
         if rubric.rubric not in rules:
             raise RefusedError(f"no rule for the rubric {rubric.rubric}")
         return Reply(json.dumps(rules[rubric.rubric](answer, case)))
@@ -95,6 +101,10 @@ def _financebench(answer: str, case: Case) -> dict[str, Label]:
     if any(agrees(answer, gold) for gold in case.gold):
         return {"verdict": "correct"}
     return {"verdict": "refusal" if not answer.strip() or _DECLINES.search(answer) else "incorrect"}
+
+
+def _equality(answer: str, case: Case) -> dict[str, Label]:
+    return {"verdict": "correct" if any(agrees(answer, gold) for gold in case.gold) else "incorrect"}
 
 
 def _criteria(solution: str, case: Case) -> dict[str, Label]:
