@@ -20,10 +20,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lceval.stats.estimates import cluster_bootstrap
+from lceval.stats.estimates import Stratum, cluster_bootstrap, recovery
 
 SAMPLES = Path(__file__).parent / "learned"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "learned-tables.md"
+TITLE = "# Learned eviction: all tables\n\n"
 RUNS = Path("runs/studies/learned")
 # Scorer -> changes of the shipped recipe kvzip_mlp; `adapter` is trained with the adapter in place.
 SCORERS: dict[str, dict[str, Any]] = {
@@ -172,6 +173,7 @@ def tables() -> str:
     parts = ["## Choice of the scorer", choices()]
     for model in MODELS:
         parts += [f"## gold_nll, model `{model}`, scorer `{chosen(model)}`", losses(model)]
+        parts += [f"## Share of the way from no context to full in gold_nll (%), model `{model}`", ways(model)]
         parts += [f"## SubEM (%), model `{model}`", answers(model)]
     return "\n\n".join(parts) + "\n"
 
@@ -201,6 +203,25 @@ def losses(model: str) -> str:
     return table(["recipe", *(f"`{task}`" for task in TASKS)], rows)
 
 
+def ways(model: str) -> str:
+    """How much of what the full context gains over none each recipe keeps, in gold_nll."""
+    scores = {task: reported(f"nll-{model}", task) for task in TASKS}
+    none = {task: reported(f"none-{model}", task)["full"] for task in TASKS}
+    rows = [[f"`{kv}`", *(way(scores[task], none[task], kv) for task in TASKS)] for kv in (*LEARNED, *OTHERS)]
+    return table(["recipe", *(f"`{task}`" for task in TASKS)], rows)
+
+
+def way(scores: dict[str, dict[str, dict[str, Any]]], none: dict[str, dict[str, Any]], kv: str) -> str:
+    """One cell of `ways`, with its 95% interval over contexts."""
+    gains = [[none[key]["gold_nll"] - scores[of][key]["gold_nll"] for key in scores["full"]] for of in (kv, "full")]
+    clusters = [row["cluster"] for row in scores["full"].values()]
+    share = recovery([Stratum(gains[0], gains[1], clusters)])
+    if share.value is None:
+        return "-"
+    bounds = "n/a" if share.lo is None or share.hi is None else f"{100 * share.lo:.0f}, {100 * share.hi:.0f}"
+    return f"{100 * share.value:.0f} [{bounds}]"
+
+
 def answers(model: str) -> str:
     """SubEM of four recipes."""
     scores = {task: reported(f"answers-{model}", task) for task in ANSWERED_TASKS}
@@ -219,6 +240,6 @@ if __name__ == "__main__":
         case ["measure", *models] if {*models} <= {*MODELS}:
             measure(models or list(MODELS))
         case ["table"]:
-            TABLES.write_text("# Learned eviction: all tables\n\n" + tables())
+            TABLES.write_text(TITLE + tables())
         case _:
             raise SystemExit(__doc__)
