@@ -83,7 +83,7 @@ class LCFT(AnsweringLM):
         diagnose: str = "none",
         prefix_cache_gib: float = 1.0,
         merge: bool = False,
-        context_from: str = boundary.AUTO,
+        context_from: str = "auto",
         allow_pickle: bool = False,
         **kwargs: Any,
     ) -> None:

@@ -122,7 +122,7 @@ def test_the_run_folder_contains_identity_results_and_samples_with_telemetry(uni
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "finished"
     assert run["recipe"] == "snapkv:0.5"
-    evict = {"name": "snapkv", "amount": 0.5, "window": 64, "pool": 5}
+    evict = {"name": "snapkv", "amount": 0.5, "window": 64, "pool": 5, "pooling": "average"}
     assert run["expanded"] == {"evict": evict, "store": None, "read": None}
     assert run["apply_chat_template"] is True
     assert run["identity"]["hashes"]["pretrained"]

@@ -98,7 +98,7 @@ def everything(engine: Engine, text: str, file: Path | None = None) -> list[Tens
 
     file: where the first context is saved and opened before it is used."""
     recipe = parse(text).bound(scorer().digest)
-    spec = recipe.stats_spec | Diagnosis("attention", None, str.encode, "context").stats_spec
+    spec = recipe.stats_spec | Diagnosis("attention", None, str.encode).stats_spec
     prefills = [engine.prefill(context_ids(tokens), spec) for tokens in CONTEXTS]
     one, two = (prefill.compress(recipe, consume=False) for prefill in prefills)
     if file is not None:
@@ -110,7 +110,7 @@ def everything(engine: Engine, text: str, file: Path | None = None) -> list[Tens
     results += [engine.forward(cache, padded(engine, [[token] for token in step])) for step in STEPS]
 
     jobs = [Job(i, (1, 2), 1, has_context=True, prompt="A:", doc={"answers": ["b" * (i + 1)]}) for i in range(3)]
-    gold = Diagnosis("gold", None, lambda text: [ord(c) % 99 for c in text], "context")
+    gold = Diagnosis("gold", None, lambda text: [ord(c) % 99 for c in text])
     results += [torch.tensor(x["gold_nll"]) for x in gold.of_answers(jobs, engine, probe, [[7], [8], [9]])]
     results.append(torch.tensor(one.kept_share_of(torch.arange(CONTEXTS[0]) < 40)))
 
