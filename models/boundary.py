@@ -66,19 +66,20 @@ class ContextEnd:
             *_, last = [0, *(match.start() for match in re.finditer(source, prompt))]
             return last or None
         context = doc.get(source)
-        if not isinstance(context, str):
+        if not isinstance(context, str) or not context.strip():
             return None
         # Templates strip the message, and tasks their fields.
         for text in (context, context.strip()):
             at = prompt.rfind(text)
-            if text and at >= 0:
+            if at >= 0:
                 return at + len(text)
         return None
 
     def is_expected(self, task: str, prompt: str, doc: Mapping[str, Any]) -> bool:
-        """Whether a prompt must have a context: not under `none`, not without text, and not in a row without a context
-        (lceval's `context=none`)."""
-        return bool(prompt) and self._source(task) != NONE and doc.get(CONTEXT) != ""
+        """Whether a prompt must have a context: not under `none`, not without text, and not in a row whose field is
+        empty (lceval's `context=none`)."""
+        source = self._source(task)
+        return bool(prompt) and source != NONE and not (source.isidentifier() and doc.get(source) == "")
 
     def not_found(self, task: str, doc: Mapping[str, Any], kv: object) -> UserError:
         """The error for a prompt in which no context was found, and that therefore cannot be compressed."""

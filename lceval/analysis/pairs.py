@@ -101,7 +101,7 @@ def _full(of: Result, among: Sequence[Result]) -> TaskResult | None:
         for other in among
         if other.run.recipe == FULL and _key(other) == _key(of) and _same(of.task.samples, other.task.samples)
     ]
-    return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
+    return _closest(of, same)
 
 
 def _none(of: Result, among: Sequence[Result]) -> TaskResult | None:
@@ -110,15 +110,19 @@ def _none(of: Result, among: Sequence[Result]) -> TaskResult | None:
     if of.run.recipe == FULL or not of.task.samples or of.task.context is None:
         return None
     without = re.sub(r"^[^:]+", "none", of.task.context)
-    ids = {*unique_names(sample.id for sample in of.task.samples)}
     same = [
         other
         for other in among
         if other.run.recipe == FULL
         and _key(other) == (*_key(of)[:-1], without)
-        and {*unique_names(sample.id for sample in other.task.samples)} == ids
+        and _same_ids(of.task.samples, other.task.samples)
     ]
-    return min(same, key=lambda other: _differences(of.run, other.run)).task if same else None
+    return _closest(of, same)
+
+
+def _closest(of: Result, among: Sequence[Result]) -> TaskResult | None:
+    """The task of the run with the fewest other differences; None without runs."""
+    return min(among, key=lambda other: _differences(of.run, other.run)).task if among else None
 
 
 def _key(of: Result) -> tuple[object, ...]:
@@ -159,10 +163,14 @@ def places(samples: Sequence[Sample], full: Sequence[Sample]) -> list[int]:
 
 def _same(samples: Sequence[Sample], full: Sequence[Sample]) -> bool:
     """Whether both have the same samples, and the same prompts where both record them."""
-    if {*unique_names(s.id for s in samples)} != {*unique_names(s.id for s in full)}:
+    if not _same_ids(samples, full):
         return False
     others = (full[place] for place in places(samples, full))
     return all(
         a.prompt_hash == b.prompt_hash or not (a.prompt_hash and b.prompt_hash)
         for a, b in zip(samples, others, strict=True)
     )
+
+
+def _same_ids(samples: Sequence[Sample], others: Sequence[Sample]) -> bool:
+    return {*unique_names(s.id for s in samples)} == {*unique_names(s.id for s in others)}

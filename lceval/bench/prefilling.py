@@ -42,10 +42,7 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
     if tokens > model.max_length:
         raise UserError(f"{tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    prefill_s: dict[str, list[float]] = {}
-    compress_s: dict[str, list[float]] = {}
-    scoring_s: dict[str, list[float]] = {}
-    scoring_shares: dict[str, list[float]] = {}
+    measured: dict[str, list[dict[str, float]]] = {}
     for number in range(rounds + 1):
         for recipe in (FULL, *recipes):
             model.use(recipe)
@@ -54,22 +51,24 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
             with profile() as compressing:
                 context = prefill.compress(model.recipe, consume=True)
             if number:  # the first round is a warm-up
-                name, while_reading = str(model.recipe), _scoring_s(reading)
-                prefill_s.setdefault(name, []).append(prefill.prefill_s)
-                compress_s.setdefault(name, []).append(context.compress_s)
-                scoring_s.setdefault(name, []).append(while_reading + _scoring_s(compressing))
-                scoring_shares.setdefault(name, []).append(scoring_s[name][-1] / (prefill.prefill_s - while_reading))
-    totals = {name: [a + b for a, b in zip(prefill_s[name], compress_s[name], strict=True)] for name in prefill_s}
+                while_reading = _scoring_s(reading)
+                scoring_s = while_reading + _scoring_s(compressing)
+                measured.setdefault(str(model.recipe), []).append(
+                    {
+                        "prefill_s": prefill.prefill_s,
+                        "compress_s": context.compress_s,
+                        "scoring_s": scoring_s,
+                        "scoring_overhead": scoring_s / (prefill.prefill_s - while_reading),
+                    }
+                )
+    totals = {name: [one["prefill_s"] + one["compress_s"] for one in of] for name, of in measured.items()}
     sides = [
         {
             "name": name,
-            "prefill_s": statistics.median(prefill_s[name]),
-            "compress_s": statistics.median(compress_s[name]),
-            "scoring_s": statistics.median(scoring_s[name]),
-            "scoring_overhead": statistics.median(scoring_shares[name]),
+            **{key: statistics.median(one[key] for one in of) for key in of[0]},
             "overhead": _overhead(totals[name], totals[FULL]),
         }
-        for name in prefill_s
+        for name, of in measured.items()
     ]
     return {
         "bench": "prefill",

@@ -2,7 +2,7 @@
 arXiv 2409.12640).
 
 A row is a conversation whose last message asks for one of several replies to the same request, after a random prefix.
-A length of Nk has the conversations of more than N/2 and at most N thousand tokens, reply included.
+A length of Nk has the conversations of more than N * 512 and at most N * 1024 tokens, reply included.
 """
 
 import json

@@ -11,6 +11,7 @@ arrives; rerun the same command to resume.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,6 @@ def answer(file: Path) -> None:
 
 def scored(answers: dict[tuple[str, str], dict[str, Any]], side: str) -> dict[str, float]:
     """The score of each row of a side."""
-    import os
-
     from lceval.tasks.icr import ruler
 
     lines = (Path(os.environ["LCEVAL_DATA"]) / "ruler" / "4096.jsonl").read_text().splitlines()
@@ -88,7 +87,8 @@ def compare(ours: dict[tuple[str, str], dict[str, Any]], theirs: dict[tuple[str,
     for side, kv in RECIPES.items():
         common = [name for of, name in ours if of == side and (side, name) in theirs]
         equal = sum(_text(ours[side, name]) == _text(theirs[side, name]) for name in common)
-        means = [100 * sum(scored(x, side)[name] for name in common) / max(1, len(common)) for x in (ours, theirs)]
+        scores = [scored(x, side) for x in (ours, theirs)]
+        means = [100 * sum(of[name] for name in common) / max(1, len(common)) for of in scores]
         seconds = [sum(x[side, name]["seconds"] for name in common) for x in (ours, theirs)]
         print(f"{kv:50} {equal:3}/{len(common):<4} {means[0]:6.1f} {means[1]:6.1f} {seconds[0]:7.0f} {seconds[1]:7.0f}")
     for (side, name), record in ours.items():

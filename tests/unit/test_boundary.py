@@ -47,8 +47,8 @@ def test_a_field_that_the_template_stripped_is_found() -> None:
 
 
 def test_what_is_not_in_the_prompt_is_not_found() -> None:
-    for context in ("d", "", None, ["a"], 3):
-        assert context_of("auto", "abc", context=context) is None
+    for context in ("d", "", " ", None, ["a"], 3):
+        assert context_of("auto", "a bc", context=context) is None
     assert context_of("Q:", "no question") is None
     assert context_of("Q:", "Q: nothing before it") is None
     assert context_of("none", "head CONTEXT tail", context="CONTEXT") is None
@@ -60,6 +60,8 @@ def test_only_a_prompt_that_has_a_context_must_have_its_end_found() -> None:
     assert end.is_expected("mine", "a prompt", {})
     assert not end.is_expected("mine", "a prompt", {"context": ""})
     assert not end.is_expected("mine", "", {})
+    assert ContextEnd("passage").is_expected("mine", "a prompt", {"context": "", "passage": "lost"})
+    assert ContextEnd("Q:").is_expected("mine", "a prompt", {"context": ""})
     assert not ContextEnd("none").is_expected("mine", "a prompt", {"context": "lost"})
 
 

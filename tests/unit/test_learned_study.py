@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,12 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
 
 def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:
     assert PAGE.read_text() == study.TITLE + study.tables()
+
+
+def test_every_interval_of_the_page_is_in_the_tables() -> None:
+    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", (PAGE.parent / "learned.md").read_text())
+    assert len(intervals) == 38  # five methods, six cells; four recipes, two models
+    assert all(interval in PAGE.read_text() for interval in intervals)
 
 
 def test_all_recipes_answered_the_same_questions(study: ModuleType) -> None:
