@@ -44,6 +44,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise bad(name, "true or false")
     if not isinstance(arguments.get("scorer") or "", str):
         raise bad("scorer", "a folder or a hub name")
+    if not isinstance(arguments.get("heads") or "", str):
+        raise bad("heads", "a folder or a text")
     if problem := check_context_from(arguments.get("context_from", AUTO)):
         raise bad("context_from", problem)
     chunk = arguments.get("prefill_chunk", "auto")
@@ -111,6 +113,8 @@ def check_mode(kv: Recipe, query_aware: bool, budget: str = "context") -> None:
         raise UserError("budget=total counts a question's tokens in the budget: it requires query_aware=true")
     if budget == "total" and kv.evictor is not None and isinstance(kv.evictor.amount, Threshold):
         raise UserError(f"kv={kv} has a threshold, not a budget: use budget=context")
+    if not query_aware and kv.evictor is not None and kv.evictor.needs_question:
+        raise UserError(f"kv={kv} selects by the attention of the question: it requires query_aware=true")
     if query_aware and getattr(kv.evictor, "when", "") == "always":
         raise UserError(f"kv={kv} evicts during decoding: use query_aware=false")
 

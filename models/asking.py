@@ -118,7 +118,9 @@ class LoadedModel:
         Raises:
             UserError: a model or tokenizer that was passed as an object, so that no file identifies it.
         """
-        own = {**self._arguments, **self.lcft.output_settings}
+        # Those of the methods are in output_settings where the recipe uses them.
+        arguments = {key: value for key, value in self._arguments.items() if key not in ("scorer", "heads")}
+        own = {**arguments, **self.lcft.output_settings}
         settings = {key: value for key, value in own.items() if key not in ELSEWHERE and key not in FILES}
         for key in FILES:
             if (value := self._arguments.get(key)) is None:
@@ -127,7 +129,6 @@ class LoadedModel:
             if digest is None:
                 raise UserError(f"{key} cannot be identified: contexts are saved and opened by models loaded by name")
             settings[key] = {"name": Path(value).name if Path(value).exists() else value, "digest": digest}
-        settings.pop("scorer", None)
         if self.lcft.scorer is not None:
             settings["scorer"] = {"name": str(self.lcft.scorer), "digest": self.lcft.scorer.digest}
         return {key: value if isinstance(value, dict | bool) else str(value) for key, value in settings.items()}

@@ -40,6 +40,7 @@ class Prefill(Cache):  # type: ignore[misc]
         reconstruction_attention: per full-attention layer the attention [B, Hkv, S] that the context received during
             reconstruction (`StatsSpec.reconstruction`); set by the engine, None without.
         reconstruction_plus: the same, normalized (`StatsSpec.reconstruction_plus`).
+        output_norms: per full-attention layer (`StatsSpec.output_norms`); set by the engine, None without.
     """
 
     def __init__(self, geometry: Geometry, tokens: int, stats_spec: StatsSpec, *, kernels: bool = False) -> None:
@@ -58,6 +59,7 @@ class Prefill(Cache):  # type: ignore[misc]
         self.protected = 0
         self.reconstruction_attention: list[Tensor] | None = None
         self.reconstruction_plus: list[Tensor] | None = None
+        self.output_norms: list[Tensor] | None = None
 
     @classmethod
     def for_model(cls, model: Any, tokens: int, stats_spec: StatsSpec) -> Prefill:
@@ -139,9 +141,9 @@ class Prefill(Cache):  # type: ignore[misc]
             if question_cache is not None:
                 tail, stats = question_cache.layers[index].tail, question_cache.layers[index].collector.stats
                 keys, values = (torch.cat(x, 2) for x in zip((keys, values), tail, strict=True))
-            attention, plus = (
-                None if received is None else received[place]
-                for received in (self.reconstruction_attention, self.reconstruction_plus)
+            attention, plus, norms = (
+                None if of_layers is None else of_layers[place]
+                for of_layers in (self.reconstruction_attention, self.reconstruction_plus, self.output_norms)
             )
             view = stats.view(
                 keys,
@@ -152,6 +154,8 @@ class Prefill(Cache):  # type: ignore[misc]
                 kernels=self.kernels,
                 reconstruction=attention,
                 reconstruction_plus=plus,
+                output_norms=norms,
+                question=keys.shape[2] - self.tokens,
                 protected=self.protected,
             )
             with record_function(SCORING):

@@ -19,7 +19,7 @@ from lceval.models.prefill_stats import SCORING, QueryAwareStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats, Repetition, output_norms, output_weight
-from lceval.models.scorer import Scorer, attention_inputs, attention_modules, output_projections
+from lceval.models.scorer import Scorer, attention_inputs, attention_modules, dimensions_of, output_projections
 
 
 class Engine:
@@ -67,7 +67,7 @@ class Engine:
             UserError: it has not.
         """
         self.geometry.check(stats_spec)
-        if stats_spec.reconstruction_plus:
+        if stats_spec.reconstruction_plus or stats_spec.output_norms:
             output_projections(self._base, self.geometry.windows)
 
     @torch.inference_mode()
@@ -80,12 +80,24 @@ class Engine:
         with self._scored(prefill):
             for start in range(0, len(ids), step):
                 self._decode(prefill, [ids[start : start + step]])
-        if stats_spec.reconstruction:
-            with record_function(SCORING):
+        with record_function(SCORING):
+            if stats_spec.reconstruction:
                 self._reconstruct(prefill, ids)
+            if stats_spec.output_norms:
+                prefill.output_norms = self._output_norms(prefill)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
+
+    def _output_norms(self, prefill: Prefill) -> list[Tensor]:
+        """Per full-attention layer [B, Hkv, S] float32 (`LayerView.output_norms`)."""
+        norms = []
+        for index, projection in output_projections(self._base, self.geometry.windows).items():
+            values = prefill.layers[index].values[:, :, : prefill.tokens]
+            with self._autocast():
+                weight = output_weight(projection, values)
+            norms.append(output_norms(values, weight, order=1).mean(2))
+        return norms
 
     def protected_tokens(self, ids: Sequence[int]) -> int:
         """How many tokens of a context the chat template puts before the user's message."""
@@ -119,6 +131,12 @@ class Engine:
         for module, index in zip(scorer.layers, places, strict=True):
             module.to(device=next(modules[index].parameters()).device, dtype=self._dtype)
         self.scorers[digest] = scorer
+
+    @property
+    def kv_heads(self) -> list[int]:
+        """The number of KV heads of each full-attention layer."""
+        sizes = dimensions_of(self.geometry, self._base.config.get_text_config())
+        return [sizes["output_dim"]] * sizes["n_modules"]
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""

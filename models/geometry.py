@@ -26,7 +26,7 @@ class Geometry:
         windows: per layer the number of tokens a query attends to, itself included; None for full-attention layers.
             Only full-attention layers are compressed, since a sliding-window layer's cache does not grow.
         rotary: cos and sin [n, R] of RoPE in the full-attention layers at positions [n]; None without RoPE, or where it
-            is not that of `prefill_stats.unrotate` in all of these layers.
+            is not that of `rotation.unrotate` in all of these layers.
     """
 
     model_type: str
@@ -58,11 +58,12 @@ class Geometry:
         """Check that the model has what these prefill statistics require.
 
         Raises:
-            UserError: queries before RoPE, of a model without `rotary`.
+            UserError: queries or keys before RoPE, of a model without `rotary`.
         """
-        if stats_spec.query_moments and self.rotary is None:
+        name = "expected_attention" if stats_spec.query_moments else "compactor" if stats_spec.chunk_attention else ""
+        if name and self.rotary is None:
             raise UserError(
-                f"expected_attention requires RoPE on channels i and i + R/2 in every full-attention layer, which "
+                f"{name} requires RoPE on channels i and i + R/2 in every full-attention layer, which "
                 f"{self.model_type} does not have: use another evictor, such as snapkv"
             )
 

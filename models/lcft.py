@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from operator import or_
 from typing import Any
 
@@ -22,13 +22,14 @@ from lceval import packaged
 from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import adapter, attention, boundary, recipe, weights
+from lceval.models import adapter, attention, boundary, recipe, retrieval_heads, weights
 from lceval.models import scorer as scorers
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
+from lceval.models.policies.duo import HeadPattern
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, fit
 from lceval.models.reconstruction import Repetition
 from lceval.models.scheduler import ContextScheduler, Question
@@ -48,6 +49,8 @@ class LCFT(AnsweringLM):
             (`total`, as in kvpress and most papers).
         scorer: folder or hub name of the scorer of learned evictors (kvzap); by default the model's own, if there is
             one.
+        heads: for duo, a folder with an attention pattern of DuoAttention's authors (`full_attention_heads.tsv`,
+            `config.json`), or a text, or folder of texts (`*.txt`), on which the retrieval heads are found.
         overlong: handling of a prompt that does not fit the model: `error` stops before the first prefill, `middle`
             and `end` truncate the context there, `skip` records the sample as an error.
         prefill_chunk: tokens per forward pass during prefill; 0 prefills a context in one pass; `auto` is 8192 on CUDA,
@@ -77,6 +80,7 @@ class LCFT(AnsweringLM):
         query_aware: bool = False,
         budget: str = "context",
         scorer: str | None = None,
+        heads: str | None = None,
         overlong: str = "error",
         prefill_chunk: int | str = "auto",
         attn: str = "auto",
@@ -89,7 +93,7 @@ class LCFT(AnsweringLM):
     ) -> None:
         pretrained = packaged.resolve(pretrained) if isinstance(pretrained, str) else pretrained
         own: dict[str, Any] = {"overlong": overlong, "attn": attn, "diagnose": diagnose, "query_aware": query_aware}
-        own |= {"budget": budget, "scorer": scorer, "context_from": context_from}
+        own |= {"budget": budget, "scorer": scorer, "heads": heads, "context_from": context_from}
         own |= {"prefill_chunk": prefill_chunk, "prefix_cache_gib": prefix_cache_gib, "allow_pickle": allow_pickle}
         check_arguments({"pretrained": pretrained, **own, **kwargs})
         self.query_aware = query_aware
@@ -122,6 +126,7 @@ class LCFT(AnsweringLM):
         self._scorers: dict[str, Scorer] = {}
         self.scorer: Scorer | None = None
         self._default_scorer = scorer or ""
+        self._heads = heads or ""
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
@@ -175,7 +180,19 @@ class LCFT(AnsweringLM):
         self.engine.check(parsed.stats_spec)
         if parsed.needs_scorer:
             parsed = parsed.bound(self._scorer_of(str(parsed), scorer).digest)
+        if parsed.needs_pattern:
+            if not self._heads:
+                raise UserError(
+                    f"kv={parsed} requires heads=PATH: a folder with an attention pattern of DuoAttention, or a text "
+                    "on which the retrieval heads are found"
+                )
+            parsed = parsed.bound(pattern=self.head_pattern)
         return parsed, next((self.engine.scorers[digest] for digest in parsed.stats_spec.scorers), None)
+
+    @cached_property
+    def head_pattern(self) -> HeadPattern:
+        """The pattern of retrieval heads that the argument `heads` names."""
+        return retrieval_heads.pattern_of(self.engine, self._heads, self.tok_encode)
 
     def _scorer_of(self, kv: str, name: str) -> Scorer:
         """The scorer of that name, or the default one, for a recipe that requires one."""
@@ -311,6 +328,7 @@ class LCFT(AnsweringLM):
             **({"merge": True} if self.merge else {}),
             "kv": str(self.recipe),
             **({"scorer": str(self.scorer)} if self.scorer else {}),
+            **({"heads": retrieval_heads.digest(pattern)} if (pattern := self.recipe.pattern) else {}),
             "query_aware": self.query_aware,
             **({"budget": self.budget} if self.budget != "context" else {}),
             "overlong": self.overlong,

@@ -15,7 +15,8 @@ from torch.profiler import record_function
 
 from lceval.kernels import window
 from lceval.models.policies import LayerView, StatsSpec
-from lceval.models.policies.base import SINKS
+from lceval.models.policies.base import SINKS, Chunks
+from lceval.models.rotation import unrotate
 
 # Label, in a profile, of the work that only eviction scores need.
 SCORING = "lceval.scoring"
@@ -33,13 +34,17 @@ class PrefillStats:
         self.queries: Tensor | None = None
         self.column_sums: Tensor | None = None
         self.learned: dict[str, Tensor] = {}
+        self.question_queries: Tensor | None = None
+        self._chunks = {chunks: ChunkAttention(chunks) for chunks in stats_spec.chunk_attention}
         self._count = 0
         self._mean: Tensor | None = None
         self._scatter: Tensor | None = None
 
     def fork(self) -> PrefillStats:
         """An independent copy: every update creates new tensors."""
-        return copy.copy(self)
+        forked = copy.copy(self)
+        forked._chunks = {chunks: copy.copy(attention) for chunks, attention in self._chunks.items()}
+        return forked
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """Add T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], whose last T are the keys of the new tokens."""
@@ -60,6 +65,13 @@ class PrefillStats:
             self.column_sums = sums
         if self.stats_spec.query_moments:
             self._add_moments(q, start=k.shape[2] - q.shape[2])
+        for attention in self._chunks.values():
+            attention.update(q, k)
+
+    def add_question(self, q: Tensor) -> None:
+        """Add the queries [B, H, T, D] of T tokens of a question."""
+        before = [] if self.question_queries is None else [self.question_queries]
+        self.question_queries = torch.cat([*before, q], 2)
 
     def add_scores(self, scorer: str, scores: Tensor) -> None:
         """Add the scores [B, Hkv, T] float32 of T new tokens by the scorer of this digest."""
@@ -80,6 +92,8 @@ class PrefillStats:
             query_cov=self.query_cov,
             rotary=self.rotary,
             learned=self.learned,
+            chunk_attention={chunks: attention.received(keys) for chunks, attention in self._chunks.items()},
+            question_queries=self.question_queries,
             **more,
         )
 
@@ -114,6 +128,42 @@ class PrefillStats:
         return None if self._scatter is None else self._scatter / self._count
 
 
+class ChunkAttention:
+    """The attention that tokens receive within their chunk (`StatsSpec.chunk_attention`).
+
+    A chunk is summed as soon as all of its tokens, and the last tokens that are in none, have been seen; the queries of
+    an incomplete one wait.
+    """
+
+    def __init__(self, chunks: Chunks) -> None:
+        self.chunks = chunks
+        self._waiting: Tensor | None = None
+        self._sums: tuple[Tensor, ...] = ()
+
+    def update(self, q: Tensor, k: Tensor) -> None:
+        """Add T tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], whose last T are the keys of the new tokens."""
+        q = q[:, :, max(0, self.chunks.first - (k.shape[2] - q.shape[2])) :]
+        waiting = q.clone() if self._waiting is None else torch.cat([self._waiting, q], 2)
+        while waiting.shape[2] >= self.chunks.size + self.chunks.last:
+            self._sums = (*self._sums, self._sum(waiting[:, :, : self.chunks.size], k))
+            waiting = waiting[:, :, self.chunks.size :].clone()
+        self._waiting = waiting
+
+    def received(self, k: Tensor) -> Tensor:
+        """[B, Hkv, S - first - last] float32 for the keys k [B, Hkv, S, D] of all tokens."""
+        assert self._waiting is not None
+        rest = self._waiting[:, :, : max(0, self._waiting.shape[2] - self.chunks.last)]
+        return torch.cat([*self._sums, self._sum(rest, k)], 2)
+
+    def _sum(self, q: Tensor, k: Tensor) -> Tensor:
+        """The sums [B, Hkv, n] of the next chunk, whose queries are q [B, H, n, D]."""
+        start = self.chunks.first + len(self._sums) * self.chunks.size
+        k = k[:, :, start : start + q.shape[2]].float()
+        grouped = q.float().reshape(*k.shape[:2], q.shape[1] // k.shape[1], *q.shape[2:])
+        logits = torch.matmul(grouped, k[:, :, None].transpose(3, 4))
+        return logits.softmax(-1).sum(3).mean(2)
+
+
 class QueryAwareStats:
     """Adds a question's tokens to the statistics of its context (`query_aware=true`)."""
 
@@ -123,16 +173,6 @@ class QueryAwareStats:
 
     def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
         """Add T tokens. q: [1, H, T, D]; k: [1, Hkv, L, D], all keys of the question so far."""
+        if self.stats.stats_spec.question:
+            self.stats.add_question(q)
         self.stats.update(q, torch.cat([self._context_keys, k], 2), scaling)
-
-
-def unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Inverse of RoPE. x: [B, H, T, D]; cos, sin: [T, R], R <= D: only the first R dimensions rotate.
-
-    RoPE is y = x cos + r(x) sin with r(a, b) = (-b, a), so x = (y cos - r(y) sin) / (cos^2 + sin^2). The divisor is
-    not 1 where RoPE scales attention (YaRN).
-    """
-    rotary, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    a, b = rotary.chunk(2, -1)
-    unrotated = (rotary * cos - torch.cat([-b, a], -1) * sin) / (cos * cos + sin * sin)
-    return torch.cat([unrotated, rest], -1)

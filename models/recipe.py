@@ -24,7 +24,6 @@ from lceval.models.policies import (
     EVICTORS,
     QUANTIZERS,
     SPARSE_ATTENTION,
-    AdaKV,
     Amount,
     Evictor,
     Quantizer,
@@ -32,13 +31,15 @@ from lceval.models.policies import (
     StatsSpec,
     StepEvictor,
     Threshold,
+    Wrapper,
 )
 from lceval.models.policies.base import shortest
+from lceval.models.policies.duo import Duo, HeadPattern
 
 FULL = "full"
-ADAKV_OF = "snapkv"
-# Evictors with the same budget for every head of a layer, which AdaKV can redistribute.
-INSIDE_ADAKV = [name for name, cls in EVICTORS.items() if cls.is_even()]
+DEFAULT_OF = "snapkv"
+# The evictors that adakv, criticalkv and chunkkv can name by `of`.
+INNER = [name for name, cls in EVICTORS.items() if Wrapper.takes(cls)]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
 THRESHOLD = "threshold"
 ROUND, ROUNDINGS = "round", ("nearest", "down")
@@ -76,11 +77,24 @@ class Recipe:
         """Whether the evictor requires a scorer, and has none yet."""
         return "" in self.stats_spec.scorers
 
-    def bound(self, scorer: str) -> Recipe:
-        """The recipe with the scorer of this digest, where it needs one; its canonical form is the same."""
-        if not self.needs_scorer:
-            return self
-        return dataclasses.replace(self, evictor=dataclasses.replace(self.evictor, scorer=scorer))  # type: ignore[type-var]
+    @property
+    def pattern(self) -> HeadPattern | None:
+        """The retrieval heads of an evictor that has them; None without, or while it has none yet."""
+        return (self.evictor.pattern or None) if isinstance(self.evictor, Duo) else None
+
+    @property
+    def needs_pattern(self) -> bool:
+        """Whether the evictor requires a pattern of retrieval heads, and has none yet."""
+        return isinstance(self.evictor, Duo) and not self.evictor.pattern
+
+    def bound(self, scorer: str = "", pattern: HeadPattern | None = None) -> Recipe:
+        """The recipe with the scorer of this digest or this pattern of retrieval heads, where it needs one; its
+        canonical form is the same."""
+        if self.needs_scorer:
+            return dataclasses.replace(self, evictor=dataclasses.replace(self.evictor, scorer=scorer))  # type: ignore[type-var]
+        if self.needs_pattern:
+            return dataclasses.replace(self, evictor=dataclasses.replace(self.evictor, pattern=pattern))  # type: ignore[type-var]
+        return self
 
     def within(self, context: int, question: int) -> Recipe:
         """The recipe with the tokens of a question inside its budget, which is of context and question together.
@@ -146,14 +160,14 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         raise _bad(text, f"{name} has no threshold, since its scores have no scale of their own: use an amount")
     if name in EVICTORS and ROUND in keys:
         amount = _rounded(amount, keys.pop(ROUND), text)
-    if cls is not AdaKV:
+    if not issubclass(cls, Wrapper):
         return _make(cls, name, keys, text, amount=amount)
-    of = keys.pop("of", ADAKV_OF)
-    if of not in INSIDE_ADAKV:
-        raise _unknown("evictor of adakv", of, INSIDE_ADAKV, text)
-    adakv_keys = {key: keys.pop(key) for key in list(keys) if key in key_types(AdaKV)}
-    inner = _make(EVICTORS[of], f"adakv or {of}", keys, text, also=["of", *key_types(AdaKV)], amount=amount)
-    return _make(AdaKV, name, adakv_keys, text, amount=amount, inner=inner)
+    of = keys.pop("of", DEFAULT_OF)
+    if of not in INNER:
+        raise _unknown(f"evictor of {name}", of, INNER, text)
+    own = {key: keys.pop(key) for key in list(keys) if key in key_types(cls)}
+    inner = _make(EVICTORS[of], f"{name} or {of}", keys, text, also=["of", *key_types(cls)], amount=amount)
+    return _make(cls, name, own, text, amount=amount, inner=inner)
 
 
 def has_scale(cls: Any) -> bool:
@@ -238,12 +252,13 @@ def key_types(cls: Any) -> dict[str, type]:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    """The keys that a method of `NAMES` accepts in a recipe, with their defaults; adakv also accepts those of `of`."""
+    """The keys that a method of `NAMES` accepts in a recipe, with their defaults; one with `of` also accepts the keys
+    of the evictor that it names."""
     if name == FULL:
         return {}
     cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
     values = {f.name: f.default for f in dataclasses.fields(cls) if f.name in key_types(cls)}
-    return {"of": ADAKV_OF, **values} if cls is AdaKV else values
+    return {"of": DEFAULT_OF, **values} if issubclass(cls, Wrapper) else values
 
 
 def _name(policy: Any) -> str:
@@ -253,7 +268,7 @@ def _name(policy: Any) -> str:
 
 
 def _parameters(policy: Any) -> dict[str, Any]:
-    """Amount or threshold, and keys as in the recipe; those of adakv include the keys of its inner evictor."""
+    """Amount or threshold, and keys as in the recipe, with those of an inner evictor."""
     values = {key: getattr(policy, key) for key in key_types(type(policy))}
     amount, inner = getattr(policy, "amount", None), getattr(policy, "inner", None)
     if isinstance(policy, Quantizer):
@@ -274,7 +289,7 @@ def _spell(policy: Any) -> str:
     if inner is not None:
         name, *inner_keys = _spell(inner).split(":")
         inner_keys = [key for key in inner_keys if "=" in key and not key.startswith(f"{ROUND}=")]
-        keys = [*keys, *([f"of={name}"] if name != ADAKV_OF else []), *inner_keys]
+        keys = [*keys, *([f"of={name}"] if name != DEFAULT_OF else []), *inner_keys]
     if isinstance(amount, Threshold):
         keys = [f"{THRESHOLD}={shortest(amount.value)}", *keys]
     elif amount is not None and amount.down:

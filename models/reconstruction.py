@@ -110,7 +110,7 @@ def output_weight(projection: Any, like: Tensor) -> Tensor:
     return weight
 
 
-def output_norms(values: Tensor, weight: Tensor) -> Tensor:
+def output_norms(values: Tensor, weight: Tensor, order: int = 2) -> Tensor:
     """Norm of what each value adds to the hidden state through each query head: [B, Hkv, G, C] float32.
 
     values: [B, Hkv, C, D]; weight: [H * D, d] float32, which maps the heads' outputs to hidden states.
@@ -119,7 +119,7 @@ def output_norms(values: Tensor, weight: Tensor) -> Tensor:
     # One query head at a time: all of them at once would be H times the hidden states of the chunk.
     return torch.stack(
         [
-            torch.stack([(values[:, head].float() @ part).norm(dim=-1) for part in parts], 1)
+            torch.stack([(values[:, head].float() @ part).norm(order, dim=-1) for part in parts], 1)
             for head, parts in enumerate(weight.view(kv_heads, -1, dim, weight.shape[1]))
         ],
         1,

@@ -220,8 +220,8 @@ def output_projections(base: Any, windows: Sequence[int | None]) -> dict[int, nn
     }
     if len(projections) < len(layers):
         raise UserError(
-            f"kvzip with plus=true requires an output projection ({', '.join(OUTPUT_PROJECTIONS)}) in every attention "
-            f"layer, which {base.config.model_type} does not have: use kvzip without plus"
+            f"kvzip with plus=true and criticalkv require an output projection ({', '.join(OUTPUT_PROJECTIONS)}) in "
+            f"every attention layer, which {base.config.model_type} does not have: use another evictor, such as snapkv"
         )
     return projections
 

@@ -13,7 +13,7 @@ from lceval.core.digests import content_hash, hub_commit
 from lceval.data.listing import hub_folder
 from lceval.tasks import catalogue, sources
 
-MODELS = ("pretrained", "peft", "tokenizer", "delta", "scorer")
+MODELS = ("pretrained", "peft", "tokenizer", "delta", "scorer", "heads")
 
 
 def digests(config: Any) -> dict[str, str]:

@@ -11,14 +11,20 @@ from lceval.models.policies.base import (
     StepView,
     Threshold,
 )
+from lceval.models.policies.chunkkv import ChunkKV
+from lceval.models.policies.compactor import Compactor
+from lceval.models.policies.criticalkv import CriticalKV
+from lceval.models.policies.duo import Duo
 from lceval.models.policies.expected_attention import ExpectedAttention
 from lceval.models.policies.fier import Fier
+from lceval.models.policies.finch import Finch
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.keydiff import KeyDiff
 from lceval.models.policies.knorm import KNorm
 from lceval.models.policies.kvzap import KVzap
 from lceval.models.policies.kvzip import KVzip
 from lceval.models.policies.lacache import LaCache
+from lceval.models.policies.lagkv import LagKV
 from lceval.models.policies.pyramidkv import PyramidKV
 from lceval.models.policies.quantizer import NAMES, Quantizer
 from lceval.models.policies.quest import Quest
@@ -27,6 +33,7 @@ from lceval.models.policies.retrieval import Retrieval
 from lceval.models.policies.snapkv import SnapKV
 from lceval.models.policies.streaming import Streaming
 from lceval.models.policies.tova import TOVA
+from lceval.models.policies.wrapper import Wrapper
 
 EVICTORS: dict[str, type[Evictor]] = {
     "streaming": Streaming,
@@ -36,9 +43,15 @@ EVICTORS: dict[str, type[Evictor]] = {
     "snapkv": SnapKV,
     "pyramidkv": PyramidKV,
     "adakv": AdaKV,
+    "criticalkv": CriticalKV,
+    "chunkkv": ChunkKV,
     "knorm": KNorm,
     "keydiff": KeyDiff,
+    "lagkv": LagKV,
     "expected_attention": ExpectedAttention,
+    "compactor": Compactor,
+    "finch": Finch,
+    "duo": Duo,
     "kvzip": KVzip,
     "kvzap": KVzap,
     "random": Random,
@@ -50,7 +63,6 @@ __all__ = [
     "EVICTORS",
     "QUANTIZERS",
     "SPARSE_ATTENTION",
-    "AdaKV",
     "Amount",
     "Evictor",
     "LayerView",
@@ -60,4 +72,5 @@ __all__ = [
     "StepEvictor",
     "StepView",
     "Threshold",
+    "Wrapper",
 ]

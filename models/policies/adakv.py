@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lceval.kernels.select import top
-from lceval.models.policies.base import Amount, Evictor, LayerView, StatsSpec, StepEvictor
+from lceval.models.policies.wrapper import Wrapper
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaKV(Evictor):
+class AdaKV(Wrapper):
     """Allocate a layer's budget across its heads by the highest scores (Feng et al. 2024, arXiv 2407.11550,
     algorithm 1).
 
@@ -23,33 +23,12 @@ class AdaKV(Evictor):
     Differs from the paper: the floor is that of kvpress; the paper interpolates a head's share with an equal share.
     """
 
-    inner: Evictor
     floor: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.floor <= 1:
             raise ValueError("floor must be a share of the budget, between 0.0 and 1.0")
-        if self.inner.amount != self.amount:
-            raise ValueError("adakv and its inner evictor must have the same amount")
-        if not self.inner.is_even():
-            raise ValueError("adakv requires an inner evictor with equal budgets per head, so not adakv or kvzip")
-        if isinstance(self.inner, StepEvictor) and self.inner.when != "prefill":
-            raise ValueError("adakv evicts only at the end of prefill, so its inner evictor cannot have when=always")
-
-    @property
-    def stats_spec(self) -> StatsSpec:
-        return self.inner.stats_spec
-
-    def with_amount(self, amount: Amount) -> AdaKV:
-        return replace(self, amount=amount, inner=self.inner.with_amount(amount))
-
-    def scores(self, layer: LayerView) -> Tensor:
-        """[B, Hkv, S] float32: the scores of `inner`, which must be comparable across heads."""
-        return self.inner.scores(layer)
-
-    def budget(self, layer: int, layers: int, tokens: int) -> int:
-        """Mean kept slots per KV head of a layer."""
-        return self.inner.budget(layer, layers, tokens)
 
     def keep(self, scores: Tensor, layer: int, layers: int) -> Tensor:
         """The mask [B, Hkv, S] of kept slots of one layer; ties keep the earlier token, then the lower head."""

@@ -84,6 +84,15 @@ def shortest(value: float) -> str:
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The chunks of `StatsSpec.chunk_attention`: `size` tokens each, between the `first` and the `last` tokens."""
+
+    first: int
+    size: int
+    last: int
+
+
+@dataclass(frozen=True)
 class StatsSpec:
     """The prefill statistics that a policy requires, beyond keys and values. `a | b` covers both.
 
@@ -94,6 +103,9 @@ class StatsSpec:
         reconstruction: attention of a second pass in which the model repeats the context (KVzip).
         scorers: digests of the scorers whose scores of every token are required (KVzap).
         reconstruction_plus: the same, normalized (KVzip+); implies `reconstruction`.
+        output_norms: norm of what each value adds to the hidden state (CriticalKV).
+        chunk_attention: attention within chunks, future tokens included (Compactor).
+        question: under `query_aware=true`, the queries of all question tokens (FINCH).
     """
 
     queries: int = 0
@@ -102,6 +114,9 @@ class StatsSpec:
     reconstruction: bool = False
     scorers: frozenset[str] = frozenset()
     reconstruction_plus: bool = False
+    output_norms: bool = False
+    chunk_attention: frozenset[Chunks] = frozenset()
+    question: bool = False
 
     def __or__(self, other: StatsSpec) -> StatsSpec:
         return StatsSpec(
@@ -111,6 +126,9 @@ class StatsSpec:
             self.reconstruction or other.reconstruction,
             self.scorers | other.scorers,
             self.reconstruction_plus or other.reconstruction_plus,
+            self.output_norms or other.output_norms,
+            self.chunk_attention | other.chunk_attention,
+            self.question or other.question,
         )
 
 
@@ -134,6 +152,11 @@ class LayerView:
             `protected` tokens.
         reconstruction_plus: the same, with the attention divided by the norm of the query token's attention input and
             multiplied by the norm of W_O v, before the maximum over queries and query heads.
+        output_norms: [B, Hkv, S] float32, 1-norm of W_O v, mean over the query heads of a KV head.
+        chunk_attention: chunks -> [B, Hkv, S - first - last] float32, attention of the unscaled logits that every token
+            receives from all tokens of its chunk, later ones included; summed over these, mean over G query heads.
+        question_queries: [B, H, `question`, D], the queries of the question.
+        question: number of last tokens that are the question's.
         protected: number of first tokens that a method may have to keep: those of the chat template before the user's
             message, system prompt included; 0 in a prompt without template.
         kernels: whether `window_scores` uses the Triton kernels.
@@ -152,13 +175,25 @@ class LayerView:
     reconstruction: Tensor | None = None
     learned: Mapping[str, Tensor] = field(default_factory=dict)
     reconstruction_plus: Tensor | None = None
+    output_norms: Tensor | None = None
+    chunk_attention: Mapping[Chunks, Tensor] = field(default_factory=dict)
+    question_queries: Tensor | None = None
+    question: int = 0
     protected: int = 0
     kernels: bool = False
 
+    @property
+    def tokens(self) -> int:
+        """Number of tokens of the context, without the question's."""
+        return self.keys.shape[2] - self.question
+
     def window_attention(self, window: int) -> Tensor:
         """Causal attention of the last `window` tokens over all S: [B, Hkv, G, w, S] float32, w <= window."""
+        return self.attention_of(self.queries[:, :, -window:])
+
+    def attention_of(self, q: Tensor) -> Tensor:
+        """Causal attention of the last w tokens, whose queries are q [B, H, w, D]: [B, Hkv, G, w, S] float32."""
         batch, kv_heads, length, dim = self.keys.shape
-        q = self.queries[:, :, -window:]
         w = q.shape[2]
         q = q.reshape(batch, kv_heads, -1, w, dim).float()
         logits = torch.matmul(q, self.keys[:, :, None].transpose(3, 4).float()) * self.scaling
@@ -187,6 +222,11 @@ class Evictor:
     def stats_spec(self) -> StatsSpec:
         """The prefill statistics that `scores` requires."""
         return StatsSpec()
+
+    @property
+    def needs_question(self) -> bool:
+        """Whether it selects by the question, so that it requires `query_aware=true`."""
+        return self.stats_spec.question
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32; the highest are kept. Ties keep the earlier token."""

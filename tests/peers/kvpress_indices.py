@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import KVzipPress
+from kvpress import CompactorPress, KVzipPress, ScorerPress
+from kvpress.presses import duo_attention_press
 from kvpress_presses import build, versions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -45,12 +46,33 @@ ZIPPED: dict[str, dict[str, Any]] = {
     for keep in (0.5, 0.25)
     for key in ("", ":plus=true")
 }
+# The other methods, some over fewer tokens, so that both budgets are the same and no score at the threshold is shared:
+# complete chunks of chunkkv and compactor, equal counts from every partition of lagkv.
+MORE: dict[str, dict[str, Any]] = {
+    "criticalkv:0.5": {"name": "criticalkv", "keep": 0.5},
+    "criticalkv:0.25": {"name": "criticalkv", "keep": 0.25},
+    "criticalkv:0.25:of=knorm": {"name": "criticalkv", "keep": 0.25, "of": "knorm"},
+    "chunkkv:0.5": {"name": "chunkkv", "keep": 0.5, "tokens": 880},
+    "chunkkv:0.25": {"name": "chunkkv", "keep": 0.25, "tokens": 880},
+    "chunkkv:0.25:of=knorm": {"name": "chunkkv", "keep": 0.25, "of": "knorm", "tokens": 880},
+    "lagkv:0.5": {"name": "lagkv", "keep": 0.5},
+    "lagkv:0.25:cross=true": {"name": "lagkv", "keep": 0.25, "cross_scoring": True},
+    "compactor:0.5": {"name": "compactor", "keep": 0.5, "tokens": 780},
+    "compactor:0.25": {"name": "compactor", "keep": 0.25, "tokens": 780},
+    "keydiff:0.5:block=128": {"name": "block", "keep": 0.5, "of": "keydiff"},
+    "keydiff:0.25:block=128": {"name": "block", "keep": 0.25, "of": "keydiff"},
+    # The last tokens are the question.
+    "finch:0.5": {"name": "finch", "keep": 0.5, "question": 40},
+    "finch:0.25": {"name": "finch", "keep": 0.25, "question": 40},
+    # Half of the 90 heads stream, which keep 384 of 900 tokens: 642 tokens a head.
+    "duo:642": {"name": "duo", "keep": 0.5},
+}
 # Slots within this relative distance of the threshold are listed in the fixture.
 NEAR = 1e-4
 
 
 class Observed:
-    """A press that records, per layer, its scores and the mask [Hkv, S] of kept tokens."""
+    """A press that records, per layer, its last scores and the mask [Hkv, S] of kept tokens."""
 
     def __init__(self, press: Any) -> None:
         self.press = press
@@ -59,9 +81,10 @@ class Observed:
         if isinstance(press, KVzipPress):
             self._compress, press.compress_post = press.compress_post, self._watch_all
             return
-        # AdaKV uses the scores of its inner press.
-        scorer = getattr(press, "press", press)
-        self._score, scorer.score = scorer.score, self._remember
+        # CriticalKV has scores of its own, the other wrappers use those of their inner press.
+        scorer = press if isinstance(press, ScorerPress) else getattr(press, "press", press)
+        if hasattr(scorer, "score"):
+            self._score, scorer.score = scorer.score, self._remember
         self._compress, press.compress = press.compress, self._watch
 
     def _watch_all(self, model: Any) -> None:
@@ -72,30 +95,34 @@ class Observed:
             self.kept[index] = self._unmasked(layer.self_attn, self.scores[index])
 
     @staticmethod
-    def _unmasked(module: Any, scores: Tensor) -> Tensor:
-        kept = torch.ones_like(scores, dtype=torch.bool)
+    def _unmasked(module: Any, like: Tensor) -> Tensor:
+        kept = torch.ones(like.shape[:2], dtype=torch.bool)
         _, heads, slots = module.masked_key_indices
         kept[heads, slots] = False
         return kept
 
-    def _remember(self, module: Any, *args: Any) -> Tensor:
-        scores = self._score(module, *args)
+    def _remember(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if isinstance(self.press, CompactorPress):
+            # Its random sketch; lceval draws from the same generator with the same seed.
+            torch.manual_seed(module.layer_idx)
+        scores = self._score(module, *args, **kwargs)
         # AdaKV writes into them afterwards.
         self.scores[module.layer_idx] = scores[0].clone()
         return scores
 
     def _watch(self, module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out = self._compress(module, hidden, keys, values, *args)
-        scores = self.scores[module.layer_idx]
         if out[0] is keys:
-            kept = self._unmasked(module, scores)
+            kept = self._unmasked(module, keys[0])
         else:
-            kept = torch.zeros_like(scores, dtype=torch.bool)
-            # The press does not report the kept tokens: derive them from its scores and verify them with its cache.
-            order = scores.topk(out[0].shape[2]).indices
-            for dense, compressed in zip((keys, values), out, strict=True):
-                assert torch.equal(dense[0].gather(1, order[..., None].expand_as(compressed[0])), compressed[0])
-            kept.scatter_(-1, order, True)
+            # The press does not report the kept tokens: find its keys among those of the context, all different.
+            kept = torch.zeros(keys.shape[1:3], dtype=torch.bool)
+            for head, (dense, compressed) in enumerate(zip(keys[0], out[0][0], strict=True)):
+                rows = {tuple(row): index for index, row in enumerate(dense.tolist())}
+                places = [rows[tuple(row)] for row in compressed.tolist()]
+                assert len(rows) == dense.shape[0]
+                assert torch.equal(values[0, head, places], out[1][0, head])
+                kept[head, places] = True
         self.kept[module.layer_idx] = kept
         return out
 
@@ -120,38 +147,66 @@ def common_edges(observed: Observed) -> list[tuple[float, float]]:
     return [(float(scores[kept].min()), float(scores[~kept].max()))] * observed.kept[0].shape[0]
 
 
-def layer_record(scores: Tensor, kept: Tensor, thresholds: list[tuple[float, float]]) -> dict[str, Any]:
-    """One layer's kept masks, and per head the relative margin at the threshold and the slots near it."""
-    record: dict[str, Any] = {"kept": [], "margin": [], "near": []}
+def layer_record(scores: Tensor | None, kept: Tensor, thresholds: list[tuple[float, float]]) -> dict[str, Any]:
+    """One layer's kept masks, and, where scores decide, per head the margin at the threshold and the slots near it."""
+    masks = [f"{sum(1 << i for i in k.nonzero().squeeze(-1).tolist()):x}" for k in kept]
+    if scores is None:
+        return {"kept": masks, "near": [{} for _ in masks]}
+    record: dict[str, Any] = {"kept": masks, "margin": [], "near": []}
     for s, k, (lowest, highest) in zip(scores.double(), kept, thresholds, strict=True):
         scale = max(abs(lowest), abs(highest))
         distance = torch.where(k, s - highest, lowest - s) / scale
         near = (distance < NEAR).nonzero().squeeze(-1).tolist()
-        record["kept"].append(f"{sum(1 << i for i in k.nonzero().squeeze(-1).tolist()):x}")
         record["margin"].append(float(f"{(lowest - highest) / scale:.3g}"))
         record["near"].append({str(i): float(f"{distance[i]:.3g}") for i in near})
     return record
 
 
 @torch.inference_mode()
-def run(model: Any, ids: Tensor, case: dict[str, Any]) -> dict[str, Any]:
-    """One prefill under one press."""
+def run(model: Any, ids: Tensor, tokens: int | None = None, question: int = 0, **case: Any) -> dict[str, Any]:
+    """One prefill of the first `tokens` under one press; the last `question` of them are finch's question."""
     press, parameters = build(**case)
+    if question:
+        # Instead of a delimiter between context and question; no token is -1.
+        press.window_size, press.delimiter_token_id = question, -1
     observed = Observed(press)
     with press(model):
-        model.model(input_ids=ids, past_key_values=DynamicCache())
+        model.model(input_ids=ids[:, :tokens], past_key_values=DynamicCache())
+    # Whole chunks, heads or blocks: no scores at a threshold.
+    alone = case["name"] in ("chunkkv", "duo", "block")
     if case["name"] == "kvzip":
         thresholds = dict.fromkeys(LAYERS, common_edges(observed))
     else:
         floor = 0
         if case["name"] == "adakv":
             floor = max(1, int(int(ids.shape[1] * case["keep"]) * parameters["alpha_safeguard"]))
-        thresholds = {i: edges(observed.scores[i], observed.kept[i], floor) for i in LAYERS}
+        thresholds = {} if alone else {i: edges(observed.scores[i], observed.kept[i], floor) for i in LAYERS}
     return {
         "press": parameters,
+        **({"tokens": tokens} if tokens else {}),
+        **({"question": question} if question else {}),
         "counts": [observed.kept[layer].sum(-1).tolist() for layer in sorted(observed.kept)],
-        "layers": {str(i): layer_record(observed.scores[i], observed.kept[i], thresholds[i]) for i in LAYERS},
+        "layers": {
+            str(i): layer_record(None if alone else observed.scores[i], observed.kept[i], thresholds.get(i, []))
+            for i in LAYERS
+        },
     }
+
+
+class Texts:
+    """What DuoAttentionPress asks of a data set: pandas' sample of a column."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def to_pandas(self) -> Texts:
+        return self
+
+    def sample(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return {"chapter": self}
+
+    def tolist(self) -> list[str]:
+        return self.texts
 
 
 def in_chat(tokenizer: Any, text: str) -> tuple[list[int], int]:
@@ -180,10 +235,11 @@ def main() -> None:
     ids = ids[: len(ids) // 4 * 4]
     chat_ids, prefix = in_chat(tokenizer, text)
     chat_ids = chat_ids[: len(ids)]
-    cases = {recipe: run(model, torch.tensor([ids]), case) for recipe, case in CASES.items()}
-    cases |= {
-        recipe: run(model, torch.tensor([chat_ids]), {**case, "n_sink": prefix}) for recipe, case in ZIPPED.items()
-    }
+    cases = {recipe: run(model, torch.tensor([ids]), **case) for recipe, case in CASES.items()}
+    cases |= {recipe: run(model, torch.tensor([chat_ids]), **case, n_sink=prefix) for recipe, case in ZIPPED.items()}
+    # DuoAttention finds its heads on this text instead of 50 chapters of BookSum, which only divides its scores.
+    duo_attention_press.load_dataset = lambda *_, **__: Texts([text])
+    cases |= {recipe: run(model, torch.tensor([ids]), **case) for recipe, case in MORE.items()}
     fixture = {
         "about": "made by kvpress_indices.py; bit i of a hex mask in `kept` says that token i stayed",
         "model": "SmolLM2-135M-Instruct",

@@ -26,8 +26,22 @@ PRESSES: dict[str, tuple[type, dict[str, Any]]] = {
         kvpress.KVzipPress,
         {"layerwise": False, "n_sink": 4, "kvzip_plus_normalization": False, "chunk_size": 2048},
     ),
+    "lagkv": (kvpress.LagKVPress, {"n_sink": 4, "lag_size": 128, "cross_scoring": False}),
+    "compactor": (
+        kvpress.CompactorPress,
+        {"sink_size_start": 8, "sink_size_end": 4, "chunk_size": 256, "sketch_dimension": 48, "blending": None},
+    ),
 }
-ADAKV = {"alpha_safeguard": 0.2}
+# As lceval's keys, those that are kept stay at their positions.
+FINCH = {"chunk_length": None, "normalize_scores": True, "rerotate_keys": False}
+# Presses around another press.
+WRAPPERS: dict[str, tuple[type, dict[str, Any]]] = {
+    "adakv": (kvpress.AdaKVPress, {"alpha_safeguard": 0.2}),
+    "criticalkv": (kvpress.CriticalKVPress, {"epsilon": 1e-4, "first_stage_ratio": 0.5}),
+    "chunkkv": (kvpress.ChunkKVPress, {"chunk_length": 20}),
+    "block": (kvpress.BlockPress, {"block_size": 128}),
+}
+# The presses that need no more than a context.
 NAMES = ["full", *PRESSES, "adakv"]
 
 
@@ -35,14 +49,22 @@ def build(name: str, keep: float, of: str = "snapkv", **changed: Any) -> tuple[A
     """The press that keeps the share `keep`, and its parameters for the record; None for `full`.
 
     Args:
-        of: the press whose scores AdaKV pools.
+        of: the inner press of a wrapper.
         changed: parameters other than the defaults.
     """
     if name == "full":
         return None, {}
-    if name == "adakv":
+    if name in WRAPPERS:
+        cls, defaults = WRAPPERS[name]
         inner, parameters = build(of, keep, **changed)
-        return kvpress.AdaKVPress(press=inner, **ADAKV), {"class": "AdaKVPress", **ADAKV, "press": parameters}
+        return cls(press=inner, **defaults), {"class": cls.__name__, **defaults, "press": parameters}
+    if name == "finch":
+        parameters = {"compression_ratio": 1 - keep, **FINCH}
+        return kvpress.FinchPress(**parameters), {"class": "FinchPress", **parameters}
+    if name == "duo":
+        # The share of the heads that stream.
+        parameters = {"head_compression_ratio": 1 - keep, "on_the_fly_scoring": True}
+        return kvpress.DuoAttentionPress(**parameters), {"class": "DuoAttentionPress", **parameters}
     cls, defaults = PRESSES[name]
     parameters = {"compression_ratio": 1 - keep, **defaults, **changed}
     return cls(**parameters), {"class": cls.__name__, **parameters}

@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,22 @@ SIDES: dict[str, tuple[str, dict[str, Any]]] = {
     "adakv of expected_attention": ("adakv", {"of": "expected_attention", "epsilon": 0.01}),
     "kvzip": ("kvzip", {}),
 }
+
+
+def token_by_token(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward that feeds the tokens after the context one at a time.
+
+    pyramidkv leaves layers of different lengths, and transformers makes the mask of several tokens from the length of
+    the first layer: kvpress's pipeline ends with an error at the question. One token needs no mask.
+    """
+
+    def stepwise(input_ids: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any) -> Any:
+        for index in range(input_ids.shape[1]):
+            one = slice(index, index + 1)
+            outputs = forward(input_ids=input_ids[:, one], position_ids=position_ids[:, one], **kwargs)
+        return outputs
+
+    return stepwise
 
 
 def first_rows(file: Path, count: int) -> list[dict[str, Any]]:
@@ -62,6 +79,7 @@ def main() -> None:
     messages = [{"role": "user", "content": "#"}]
     prefix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split("#")[0]
     protected = len(tokenizer.encode(prefix, add_special_tokens=False))
+    forward = model.forward
     with args.answers.open("a") as out:
         for row in first_rows(args.rows_file, args.rows):
             for side, (press, changed) in SIDES.items():
@@ -69,6 +87,7 @@ def main() -> None:
                     continue
                 more = {**changed, "n_sink": protected} if press == "kvzip" else changed
                 built, parameters = build(press, args.keep, **more)
+                model.forward = token_by_token(forward) if press == "pyramidkv" else forward
                 start = time.perf_counter()
                 answer = pipeline(
                     row["context"],

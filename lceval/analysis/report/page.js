@@ -12,6 +12,7 @@ const COLUMNS = [
   ["run", "run", (r) => r.run + (r.unfinished ? "*" : "")], ["model", "pretrained"], ["adapter", "peft"], ["recipe", "recipe"], ["query", "query_aware", query], ["task", "task"], ["context", "context"], ["n", "n"],
   ["score [95% CI]", "score", (r) => bounded(r.unit === "share" ? percent : show, r.score, r.ci_lo, r.ci_hi)],
   ["retention %", "retention", (r) => bounded(percent, r.retention, r.retention_lo, r.retention_hi)],
+  ["none to full %", "recovered", (r) => bounded(percent, r.recovered, r.recovered_lo, r.recovered_hi)],
   ["gold_nll", "gold_nll"], ["Δ gold_nll vs full", "gold_nll_delta", (r) => bounded(show, r.gold_nll_delta, r.gold_nll_delta_lo, r.gold_nll_delta_hi)], ["gold kept %", "gold_kept", (r) => percent(r.gold_kept)], ["KV kept %", "kept_share", (r) => percent(r.kept_share)], ["KV MB", "kv_mb"],
   ["read MB/step", "bytes_read_per_step", (r) => r.bytes_read_per_step ? show(r.bytes_read_per_step / 1e6) : "-"], ["prefill s", "prefill_s"], ["decode tok/s", "decode_tok_s"],
   ["judge", "judge"], ["judge's kappa", "kappa"], ["judged (0 to 3)", "judged"], ["errors", "errors"], ["truncated", "truncated"], ["bad format", "wrong_format"], ["unjudged", "unjudged"],
