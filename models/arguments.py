@@ -16,6 +16,7 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.loading import check_folders
 from lceval.models.policies import Threshold
 from lceval.models.recipe import Recipe
+from lceval.models.retrieval_heads import files_of
 
 _GIB = 1e6  # more than any machine has
 CHOICES = {
@@ -46,6 +47,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise bad("scorer", "a folder or a hub name")
     if not isinstance(arguments.get("heads") or "", str):
         raise bad("heads", "a folder or a text")
+    if arguments.get("heads"):
+        files_of(str(arguments["heads"]))
     if problem := check_context_from(arguments.get("context_from", AUTO)):
         raise bad("context_from", problem)
     chunk = arguments.get("prefill_chunk", "auto")
@@ -103,8 +106,8 @@ def check_flags(arguments: Mapping[str, Any], flags: Iterable[str]) -> None:
             raise UserError(f"{name} is no model argument: pass it as --{name} {arguments[name]}")
 
 
-def check_mode(kv: Recipe, query_aware: bool, budget: str = "context") -> None:
-    """Check that a recipe supports the mode.
+def check_mode(kv: Recipe, query_aware: bool, budget: str = "context", heads: str | None = None) -> None:
+    """Check that a recipe supports the mode, and has what it requires beside the model.
 
     Raises:
         UserError: it does not.
@@ -113,6 +116,11 @@ def check_mode(kv: Recipe, query_aware: bool, budget: str = "context") -> None:
         raise UserError("budget=total counts a question's tokens in the budget: it requires query_aware=true")
     if budget == "total" and kv.evictor is not None and isinstance(kv.evictor.amount, Threshold):
         raise UserError(f"kv={kv} has a threshold, not a budget: use budget=context")
+    if kv.needs_pattern and not heads:
+        raise UserError(
+            f"kv={kv} requires heads=PATH: a folder with an attention pattern of DuoAttention, or a text on which the "
+            "retrieval heads are found"
+        )
     if not query_aware and kv.evictor is not None and kv.evictor.needs_question:
         raise UserError(f"kv={kv} selects by the attention of the question: it requires query_aware=true")
     if query_aware and getattr(kv.evictor, "when", "") == "always":

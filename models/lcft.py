@@ -98,6 +98,7 @@ class LCFT(AnsweringLM):
         check_arguments({"pretrained": pretrained, **own, **kwargs})
         self.query_aware = query_aware
         self.budget = budget
+        self._heads = heads or ""
         self.totals: Counter[str] = Counter()
         self.recipe = self._checked(kv)
         self.overlong = overlong
@@ -126,7 +127,6 @@ class LCFT(AnsweringLM):
         self._scorers: dict[str, Scorer] = {}
         self.scorer: Scorer | None = None
         self._default_scorer = scorer or ""
-        self._heads = heads or ""
         self.diagnosis = Diagnosis(diagnose, self.tokenizer, self.tok_encode)
         self._pad = self.tokenizer.pad_token_id
         self.scheduler = ContextScheduler(
@@ -171,7 +171,7 @@ class LCFT(AnsweringLM):
 
     def _checked(self, kv: str | recipe.Recipe) -> recipe.Recipe:
         parsed = recipe.parse(kv) if isinstance(kv, str) else kv
-        check_mode(parsed, self.query_aware, self.budget)
+        check_mode(parsed, self.query_aware, self.budget, self._heads)
         return parsed
 
     def _bound(self, kv: str | recipe.Recipe, scorer: str) -> tuple[recipe.Recipe, Scorer | None]:
@@ -181,11 +181,6 @@ class LCFT(AnsweringLM):
         if parsed.needs_scorer:
             parsed = parsed.bound(self._scorer_of(str(parsed), scorer).digest)
         if parsed.needs_pattern:
-            if not self._heads:
-                raise UserError(
-                    f"kv={parsed} requires heads=PATH: a folder with an attention pattern of DuoAttention, or a text "
-                    "on which the retrieval heads are found"
-                )
             parsed = parsed.bound(pattern=self.head_pattern)
         return parsed, next((self.engine.scorers[digest] for digest in parsed.stats_spec.scorers), None)
 

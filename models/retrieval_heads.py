@@ -37,17 +37,29 @@ def pattern_of(engine: Engine, name: str, encode: Callable[[str], Sequence[int]]
     Raises:
         UserError: no such file, or one of another layout or model.
     """
-    path = Path(name)
-    if (path / SCORES).is_file():
-        return _stored(engine, path)
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-    if not files or not files[0].is_file():
-        raise UserError(f"heads={name}: neither a folder with {SCORES}, nor a text, nor a folder of texts (*.txt)")
+    files = files_of(name)
+    if files[0].name == SCORES:
+        return _stored(engine, Path(name))
     ids = [list(encode(read_text(file))) for file in files]
     pieces = [tokens[start : start + PIECE] for tokens in ids for start in range(0, len(tokens), PIECE)]
     if not pieces:
         raise UserError(f"heads={name}: no text")
     return HeadPattern(scores_on(engine, pieces), SINKS, RECENT)
+
+
+def files_of(name: str) -> list[Path]:
+    """The scores, or the texts, that the model argument `heads` names.
+
+    Raises:
+        UserError: neither is there.
+    """
+    path = Path(name)
+    if (path / SCORES).is_file():
+        return [path / SCORES]
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not files[0].is_file():
+        raise UserError(f"heads={name}: neither a folder with {SCORES}, nor a text, nor a folder of texts (*.txt)")
+    return files
 
 
 def digest(pattern: HeadPattern) -> str:

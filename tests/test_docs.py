@@ -50,9 +50,11 @@ def table(text: str) -> dict[str, str]:
 
 def keys(cls: Any) -> dict[str, Any]:
     """The keys of a recipe with their defaults."""
-    fields = [f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING and f.name != "scorer"]
+    fields = [
+        f for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING and f.metadata.get("key", True)
+    ]
     defaults = {f.name: f.default for f in fields}
-    return defaults | ({"of": recipe.ADAKV_OF} if cls is policies.AdaKV else {})
+    return defaults | ({"of": recipe.DEFAULT_OF} if issubclass(cls, policies.Wrapper) else {})
 
 
 def wrong(text: str) -> list[str]:

@@ -172,8 +172,8 @@ class Packing:
 
     def _mask(self, layer: int, stats: PrefillStats, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         assert self._evictor is not None
-        layers = len(self._geometry.windows)
-        scores = self._evictor.scores(stats.view(k.float(), v.float(), scaling, layer, layers))
+        layers, question = len(self._geometry.windows), k.shape[2] - self.context
+        scores = self._evictor.scores(stats.view(k.float(), v.float(), scaling, layer, layers, question=question))
         return self._evictor.keep(scores[..., : self.context], layer, layers)
 
 
@@ -181,12 +181,16 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
     """The evictor itself.
 
     Raises:
-        UserError: it selects slots across layers after prefill, or evicts during decoding.
+        UserError: it selects slots across layers after prefill, evicts during decoding, or requires more than queries,
+            keys and values of a layer.
     """
     if evictor is None:
         return None
     name = str(Recipe(evictor=evictor))
-    if evictor.stats_spec.reconstruction or evictor.stats_spec.scorers or type(evictor).select is not Evictor.select:
+    spec = evictor.stats_spec
+    if spec.output_norms or spec.question:
+        raise UserError(f"{name} requires output norms or the question's queries, which are not supported in training")
+    if spec.reconstruction or spec.scorers or type(evictor).select is not Evictor.select:
         raise UserError(f"{name} selects slots across layers after prefill, which is not supported in training")
     if getattr(evictor, "when", "prefill") == "always":
         raise UserError(f"{name} evicts during decoding, which is not supported in training: remove when=always")

@@ -116,7 +116,8 @@ def _check_lcft(config: Any, given: Mapping[str, Any]) -> None:
     arguments.check_arguments(
         {**config.model_args, "pretrained": pretrained, "batch_size": config.batch_size, "device": given.get("device")}
     )
-    arguments.check_mode(kv, bool(config.model_args.get("query_aware", False)))
+    query_aware, budget = config.model_args.get("query_aware", False), config.model_args.get("budget", "context")
+    arguments.check_mode(kv, bool(query_aware), budget, config.model_args.get("heads"))
 
 
 def _check_values(config: Any) -> None:

@@ -40,7 +40,8 @@ from lceval.models.recipe import Recipe, parse
 QUESTION, STEP = token_ids(12, seed=1), 3
 RECIPES = (
     "full",
-    *(f"{name}:0.25" for name in EVICTORS),
+    # finch requires a question, duo a pattern of heads.
+    *(f"{name}:0.25" for name in EVICTORS if name not in ("finch", "duo")),
     *("int8", "int4", "int2", "kv8v4"),
     *("snapkv:0.25+int4:residual=64", "adakv:0.25+int2:residual=64"),
     *(f"{name}:0.1" for name in SPARSE_ATTENTION),

@@ -16,7 +16,9 @@ from lceval.training.encode import Packed
 from lceval.training.packing import IGNORED, Packing, QAPair, check_trainable, pack
 
 pytestmark = pytest.mark.model
-RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name not in ("kvzip", "kvzap")), "adakv:0.3:of=knorm"]
+NOT_TRAINABLE = ("kvzip", "kvzap", "criticalkv", "finch", "duo")
+RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name not in NOT_TRAINABLE), "adakv:0.3:of=knorm"]
+RECIPES.append("keydiff:0.27:block=16")
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:
@@ -113,7 +115,7 @@ def test_gradients_flow_to_kept_slots_only(model: Any) -> None:
     assert torch.equal(reached, kept)
 
 
-@pytest.mark.parametrize("kv", ["kvzip:0.5", "h2o:64:when=always"])
+@pytest.mark.parametrize("kv", [*(f"{name}:0.5" for name in NOT_TRAINABLE), "h2o:64:when=always"])
 def test_an_evictor_that_does_not_support_training_is_an_error(kv: str) -> None:
     with pytest.raises(UserError, match="in training"):
         check_trainable(recipe.parse(kv).evictor)

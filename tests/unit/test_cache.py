@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from scorers import random_scorer
+from scorers import random_pattern, random_scorer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
@@ -38,7 +38,11 @@ EVICTING = [
     "streaming:1:sinks=0",
     "adakv:0.5:of=knorm:floor=0.0",
     "pyramidkv:0.5:window=4:beta=3",
-    *(f"{name}:0.3" for name in EVICTORS if name not in ("snapkv", "streaming")),
+    # finch requires a question; tests below have it.
+    *(f"{name}:0.3" for name in EVICTORS if name not in ("snapkv", "streaming", "finch")),
+    "keydiff:0.3:block=7",
+    "lagkv:0.3:lag=16",
+    "criticalkv:0.3:of=knorm",
     "kvzap:0.3:scope=layer:recent=9",
     "kvzap:0.3:scope=head",
     "kvzap:threshold=0.2:recent=3",
@@ -89,7 +93,7 @@ class Ragged(Evictor):
 def parse_recipe(text: str) -> Recipe:
     """As `parse`, with `ragged` as an additional evictor."""
     if not text.startswith("ragged"):
-        return parse(text).bound(scorer().digest)
+        return parse(text).bound(scorer().digest, random_pattern(LAYERS, KV_HEADS))
     rest = parse(text.removeprefix("ragged").removeprefix("+") or "full")
     return Recipe(Ragged(amount=Amount(1)), rest.quantizer, rest.sparse_attention)
 
@@ -262,6 +266,8 @@ def test_decoding_through_the_kernels_gives_the_same_results() -> None:
         "kvzip:0.5",
         "kvzap:0.5",
         "kvzip:0.5:plus=true",
+        "compactor:0.5:chunk=32",
+        "criticalkv:0.5:window=16",
     ],
 )
 def test_a_chunked_prefill_keeps_the_same_slots_and_values(tiny: Any, recipe: str, chunk: int) -> None:

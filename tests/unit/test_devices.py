@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fake_devices import FIRST, SECOND, DeviceError, FakeDevices, place, spread
-from scorers import random_scorer
+from scorers import random_pattern, random_scorer
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -34,11 +34,17 @@ from lceval.models.scorer import Scorer
 
 STEPPING = [f"{name}:40:when=always" for name in ("streaming", "lacache", "h2o", "tova")]
 SPARSE = [f"{name}:0.2:skip=0" for name in SPARSE_ATTENTION]
+WINDOWED = ("snapkv", "pyramidkv", "adakv", "criticalkv", "chunkkv")
 RECIPES = [
     "full",
-    *(f"{name}:0.4" + (":window=16" if name in ("snapkv", "pyramidkv", "adakv") else "") for name in EVICTORS),
+    *(
+        f"{name}:0.4" + (":window=16" if name in ("snapkv", "pyramidkv", "adakv") else "")
+        for name in EVICTORS
+        if name != "finch"
+    ),
     "kvzap:threshold=0.1:recent=5",
     "kvzip:0.4:plus=true",
+    "keydiff:0.4:block=16",
     *(f"{name}:residual=10" for name in ("int8", "int4", "int2", "kv8v4")),
     *("snapkv:0.9:window=16+int4:residual=10", "adakv:0.9:of=knorm+int2:residual=10"),
     *SPARSE,
@@ -97,7 +103,7 @@ def everything(engine: Engine, text: str, file: Path | None = None) -> list[Tens
     gold answer's likelihood, gold slots kept, the question's attention, and a query-aware question's logits.
 
     file: where the first context is saved and opened before it is used."""
-    recipe = parse(text).bound(scorer().digest)
+    recipe = parse(text).bound(scorer().digest, random_pattern(2, 2))
     spec = recipe.stats_spec | Diagnosis("attention", None, str.encode).stats_spec
     prefills = [engine.prefill(context_ids(tokens), spec) for tokens in CONTEXTS]
     one, two = (prefill.compress(recipe, consume=False) for prefill in prefills)
@@ -160,7 +166,7 @@ def test_everything_stays_on_its_device_and_equals_the_cpu(
 def test_a_step_moves_nothing_between_host_and_device(recipe: str) -> None:
     """Rows of two contexts, questions of three lengths, sliding layers. (faiss searches on the CPU: left out.)"""
     with FakeDevices() as devices:
-        engine, kv = engine_of(spread(build(), (FIRST,))), parse(recipe).bound(scorer().digest)
+        engine, kv = engine_of(spread(build(), (FIRST,))), parse(recipe).bound(scorer().digest, random_pattern(2, 2))
         one, two = (engine.prefill(context_ids(n), kv.stats_spec).compress(kv, consume=True) for n in CONTEXTS)
         cache = engine.batch([one, one, two], QUESTIONS, 4)
         inputs = [padded(engine, QUESTIONS), *(padded(engine, [[token] for token in step]) for step in STEPS)]

@@ -80,7 +80,7 @@ def test_without_an_evictor_the_query_aware_mode_is_that_of_a_recipe_that_evicts
 
 @pytest.mark.parametrize("method", ["generate_until", "loglikelihood"])
 @pytest.mark.parametrize("query_aware", [False, True])
-@pytest.mark.parametrize("kv", ["snapkv:0.5", "kvzip:0.5", "int8", "quest:0.5"])
+@pytest.mark.parametrize("kv", ["snapkv:0.5", "kvzip:0.5", "criticalkv:0.5", "int8", "quest:0.5"])
 def test_a_context_of_no_tokens_is_answered_from_the_question_alone(
     folder: Path, kv: str, query_aware: bool, method: str
 ) -> None:
@@ -240,6 +240,9 @@ def test_a_bad_value_is_refused_before_anything_is_loaded(arguments: dict[str, A
         (["--model_args", "device=cpu"], "device is no model argument: pass it as --device cpu"),
         (["--model_args", "peft=/nope"], "peft=/nope: no such folder"),
         (["--model_args", "kv=tova:0.5:when=always,query_aware=true"], "evicts during decoding: use query_aware=false"),
+        (["--model_args", "kv=adakv:0.5:of=finch"], "by the attention of the question: it requires query_aware=true"),
+        (["--model_args", "kv=duo:0.5"], "kv=duo:0.5 requires heads=PATH: a folder with an attention pattern"),
+        (["--model_args", "kv=duo:0.5,heads=no-such-file"], "heads=no-such-file: neither a folder with full_attention"),
         (["--verbosity", "loud"], "bad --verbosity LOUD: DEBUG, INFO, WARNING, ERROR or CRITICAL"),
     ],
 )

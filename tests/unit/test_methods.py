@@ -13,7 +13,7 @@ from torch import Tensor
 from lceval.cli import invoke
 from lceval.core.errors import UserError
 from lceval.models import recipe
-from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, AdaKV, Evictor, LayerView, Quantizer
+from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Evictor, LayerView, Quantizer, Wrapper
 from lceval.runs import methods
 
 NAMES = ["full", *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
@@ -36,17 +36,19 @@ def test_all_methods_are_listed_with_their_axis() -> None:
 def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
     cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
     expected = {
-        f.name: {"default": f.default, "type": "int" if f.default is None else type(f.default).__name__}
+        f.name: {"default": f.default, "type": str(f.type).partition(" |")[0]}
         for f in dataclasses.fields(cls)
-        if f.default is not dataclasses.MISSING and f.name != "scorer"
+        if f.default is not dataclasses.MISSING and f.metadata.get("key", True)
     }
-    if cls is AdaKV:
+    if issubclass(cls, Wrapper):
         expected["of"] = {"default": "snapkv", "type": "str"}
     record = methods.record(name)
     assert record["keys"] == expected
     assert record["when"] == (["prefill", "always"] if "when" in expected else [])
     text = methods.text(name)
-    spelled = {key: "INT" if v["default"] is None else recipe.spelled(v["default"]) for key, v in expected.items()}
+    spelled = {
+        k: v["type"].upper() if v["default"] is None else recipe.spelled(v["default"]) for k, v in expected.items()
+    }
     assert all(f"{key}={value}" in text for key, value in spelled.items())
     assert record["threshold"] == ("threshold=FLOAT" in text) == (name in ("kvzap", "kvzip", "knorm", "keydiff"))
 

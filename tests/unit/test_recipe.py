@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 
 from lceval.core.errors import UserError
 from lceval.models import recipe
-from lceval.models.policies import AdaKV, Amount, Evictor, Threshold
+from lceval.models.policies import Amount, Evictor, Threshold
+from lceval.models.policies.adakv import AdaKV
+from lceval.models.policies.chunkkv import ChunkKV
+from lceval.models.policies.criticalkv import CriticalKV
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.knorm import KNorm
 from lceval.models.policies.kvzap import SCOPES, KVzap
@@ -29,7 +32,12 @@ shares = st.floats(min_value=0, max_value=1)
 
 
 def with_inner(inner: Evictor) -> st.SearchStrategy[Evictor]:
-    return st.builds(AdaKV, amount=st.just(inner.amount), inner=st.just(inner), floor=shares)
+    both = {"amount": st.just(inner.amount), "inner": st.just(inner)}
+    return st.one_of(
+        st.builds(AdaKV, **both, floor=shares),
+        st.builds(CriticalKV, **both, first=shares),
+        st.builds(ChunkKV, **both, length=st.integers(1, 100)),
+    )
 
 
 even = st.one_of(
@@ -147,6 +155,16 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
         ("quest:0.5:round=down", "unknown key of quest 'round'"),
         ("kvzap:0.5:scope=row", "scope must be one of model, layer, head"),
         ("kvzap:0.5:scorer=abc", "unknown key of kvzap 'scorer'"),
+        ("adakv:0.5:of=criticalkv", "unknown evictor of adakv 'criticalkv'"),
+        ("criticalkv:0.5:of=kvzip", "unknown evictor of criticalkv 'kvzip'"),
+        ("criticalkv:0.5:first=2", "first must be a share of the budget"),
+        ("chunkkv:0.5:length=0", "length must be at least 1"),
+        ("chunkkv:0.5:of=keydiff:block=9", "its inner evictor cannot select block by block"),
+        ("keydiff:threshold=0:block=9", "a block is reduced to a budget"),
+        ("compactor:0.5:sketch=0", "sketch between 1 and 65536"),
+        ("lagkv:0.5:lag=1", "lag must be at least 2"),
+        ("duo:0.5:sinks=-1", "sinks and recent must be at least 0"),
+        ("duo:0.5:pattern=a", "unknown key of duo 'pattern'"),
         ("snapkv:0.5+streaming:0.5", "at most one evictor"),
         ("full:0.5", "full takes no argument"),
         ("", "unknown KV method ''"),
