@@ -11,6 +11,7 @@ counts. This file is the CPU path and the reference for tests of the Triton kern
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,30 +111,44 @@ class PagedKV:
 
         k, v: [B, Hkv, S, D]; keep: [B, Hkv, S] bool.
         """
-        batch, heads, _, dim = k.shape
-        counts = tuple(keep.sum(-1).flatten().tolist())
+        heads, counts = keep.shape[1], keep.sum(-1).flatten().tolist()
+        places = (divmod(row, heads) for row in range(len(counts)))
+        indices = ((b, h, keep[b, h].nonzero().squeeze(-1)) for b, h in places)
+        return cls.of_heads(((k[b, h, index], v[b, h, index], index) for b, h, index in indices), counts, heads, like=k)
+
+    @classmethod
+    def of_heads(
+        cls, slots: Iterable[tuple[Tensor, Tensor, Tensor]], counts: Sequence[int], heads: int, *, like: Tensor
+    ) -> PagedKV:
+        """Copies of the slots of each head of each sequence.
+
+        Args:
+            slots: keys and values [n, D] and original positions [n], ascending, of one head after the other.
+            counts: n of each.
+            heads: KV heads of a sequence.
+            like: a tensor [..., D] of their dtype and device.
+        """
+        dim, rows = like.shape[-1], len(counts)
         used = [-(-n // PAGE) for n in counts]
-        pool_k = k.new_zeros(sum(used), PAGE, dim)
+        pool_k = like.new_zeros(sum(used), PAGE, dim)
         pool_v = torch.zeros_like(pool_k)
-        positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=k.device)
-        table = torch.zeros(batch * heads, max(used, default=0), dtype=torch.int32, device=k.device)
+        positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=like.device)
+        table = torch.zeros(rows, max(used, default=0), dtype=torch.int32, device=like.device)
         first = 0
-        for row, (n, pages) in enumerate(zip(counts, used, strict=True)):
-            b, h = divmod(row, heads)
-            index = keep[b, h].nonzero().squeeze(-1)
+        for row, ((k, v, index), n, pages) in enumerate(zip(slots, counts, used, strict=True)):
             head_pages = slice(first, first + pages)
-            pool_k[head_pages].view(-1, dim)[:n] = k[b, h, index]
-            pool_v[head_pages].view(-1, dim)[:n] = v[b, h, index]
+            pool_k[head_pages].view(-1, dim)[:n] = k
+            pool_v[head_pages].view(-1, dim)[:n] = v
             positions[head_pages].view(-1)[:n] = index.int()
-            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=k.device)
+            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=like.device)
             first += pages
         return cls(
             k=pool_k,
             v=pool_v,
-            table=table.view(batch, heads, -1),
-            lens=torch.tensor(counts, dtype=torch.int32, device=k.device).view(batch, heads),
+            table=table.view(rows // heads, heads, table.shape[1]),
+            lens=torch.tensor(counts, dtype=torch.int32, device=like.device).view(rows // heads, heads),
             positions=positions,
-            counts=counts,
+            counts=tuple(counts),
         )
 
     @property

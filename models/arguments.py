@@ -123,6 +123,8 @@ def check_mode(kv: Recipe, query_aware: bool, budget: str = "context", heads: st
         )
     if not query_aware and kv.evictor is not None and kv.evictor.needs_question:
         raise UserError(f"kv={kv} selects by the attention of the question: it requires query_aware=true")
+    if query_aware and kv.reads_in_chunks:
+        raise UserError(f"kv={kv} evicts before the question is known: use query_aware=false")
     if query_aware and getattr(kv.evictor, "when", "") == "always":
         raise UserError(f"kv={kv} evicts during decoding: use query_aware=false")
 

@@ -23,7 +23,7 @@ from lceval import packaged
 from lceval.core.answers import Text
 from lceval.core.digests import digest_of
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.models import context_file, recipe
+from lceval.models import chunkwise, context_file, recipe
 from lceval.models.cache import CompressedContext
 from lceval.models.faults import OUT_OF_MEMORY, is_out_of_memory
 from lceval.models.lcft import LCFT
@@ -92,7 +92,11 @@ class LoadedModel:
         if not ids:
             return CompressedText(self, engine.empty_context(), ids)
         try:
-            context = engine.prefill(ids, self.lcft.recipe.stats_spec).compress(self.lcft.recipe, consume=True)
+            kv = self.lcft.recipe
+            if kv.reads_in_chunks:
+                context, _ = chunkwise.read(engine, ids, kv)
+            else:
+                context = engine.prefill(ids, kv.stats_spec).compress(kv, consume=True)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -92,6 +92,7 @@ class Prefill(Cache):  # type: ignore[misc]
             question_cache: a question prefilled over the whole context (`Engine.prefill_question`), whose tokens join
                 the scores (query-aware).
         """
+        assert not recipe.reads_in_chunks, "eviction while reading has no whole prefill"
         start, full_bytes = time.perf_counter(), self.kv_bytes
         devices, dtype = self.devices, self.layers[0].keys.dtype
         current = peak = sum(layer.buffer_bytes for layer in self.layers)

@@ -58,7 +58,7 @@ class Engine:
         self._autocast = autocast
         self._repetition = repetition
         self.device = base.device
-        self._dtype = base.dtype
+        self.dtype = base.dtype
 
     def check(self, stats_spec: StatsSpec) -> None:
         """Check that the model has what these prefill statistics require.
@@ -77,9 +77,10 @@ class Engine:
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
         prefill.protected = self.protected_tokens(ids)
         step = self._chunk or len(ids)
-        with self._scored(prefill):
+        stats = [layer.stats for layer in prefill.layers]
+        with self.scored(stats_spec, lambda index, digest, scores: stats[index].add_scores(digest, scores)):
             for start in range(0, len(ids), step):
-                self._decode(prefill, [ids[start : start + step]])
+                self.decode(prefill, [ids[start : start + step]])
         with record_function(SCORING):
             if stats_spec.reconstruction:
                 self._reconstruct(prefill, ids)
@@ -103,20 +104,24 @@ class Engine:
         """How many tokens of a context the chat template puts before the user's message."""
         return self._repetition.chat.prefix_tokens(ids)
 
-    def _scored(self, prefill: Prefill) -> AbstractContextManager[None]:
-        """Within the block, every layer's attention input is scored by the scorers that the prefill requires."""
-        digests = sorted(prefill.stats_spec.scorers)
+    def scored(
+        self, stats_spec: StatsSpec, receive: Callable[[int, str, Tensor], None]
+    ) -> AbstractContextManager[None]:
+        """Within the block, every full-attention layer's attention input is scored by the scorers of `stats_spec`.
+
+        receive: gets the index of a layer in the model, the digest of a scorer and its scores [B, Hkv, T] float32.
+        """
+        digests = sorted(stats_spec.scorers)
         if not digests:
             return nullcontext()
         places = [index for index, window in enumerate(self.geometry.windows) if window is None]
 
-        def receive(index: int, hidden: Tensor) -> None:
+        def score(index: int, hidden: Tensor) -> None:
             with record_function(SCORING):
                 for digest in digests:
-                    scores = self.scorers[digest].score(places.index(index), hidden)
-                    prefill.layers[index].stats.add_scores(digest, scores)
+                    receive(index, digest, self.scorers[digest].score(places.index(index), hidden))
 
-        return attention_inputs(self._base, self.geometry.windows, receive)
+        return attention_inputs(self._base, self.geometry.windows, score)
 
     def add_scorer(self, scorer: Scorer) -> None:
         """Let prefills compute its scores, on the devices of the model's layers.
@@ -129,7 +134,7 @@ class Engine:
         places = [index for index, window in enumerate(self.geometry.windows) if window is None]
         modules = attention_modules(self._base)
         for module, index in zip(scorer.layers, places, strict=True):
-            module.to(device=next(modules[index].parameters()).device, dtype=self._dtype)
+            module.to(device=next(modules[index].parameters()).device, dtype=self.dtype)
         self.scorers[digest] = scorer
 
     @property
@@ -140,7 +145,7 @@ class Engine:
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""
-        return CompressedContext.empty(len(self.geometry.windows), self._dtype, self.device)
+        return CompressedContext.empty(len(self.geometry.windows), self.dtype, self.device)
 
     @property
     def layer_devices(self) -> list[torch.device]:
@@ -149,7 +154,9 @@ class Engine:
         devices = {m.layer_idx: p.device for m in indexed for p in m.parameters()}
         return [devices.get(index, self.device) for index in range(len(self.geometry.windows))]
 
-    def _decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
+    @torch.inference_mode()
+    def decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
+        """Run the decoder, without its output layer, over ids [B, T] that continue `cache`."""
         with self._autocast():
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
@@ -170,7 +177,7 @@ class Engine:
             }
             cache.collect([collectors.get(index) for index in range(len(windows))])
             with attention_inputs(self._base, windows, partial(_norms, collectors)) if plus else nullcontext():
-                self._decode(cache, [input_ids])
+                self.decode(cache, [input_ids])
             for place, (index, collector) in enumerate(collectors.items()):
                 prefill.reconstruction_attention[place][..., chunk] = collector.attention
                 if prefill.reconstruction_plus is not None:
@@ -195,7 +202,7 @@ class Engine:
             every = slice(0, prefill.tokens)
             collectors = [None if k is None else ReconstructionStats(k, every, 0) for k in prefill.keys]
             cache.collect(collectors)
-            self._decode(cache, [ids])
+            self.decode(cache, [ids])
             received = [c.attention for c in collectors if c is not None]
             paid = received if paid is None else [torch.maximum(*pair) for pair in zip(paid, received, strict=True)]
         assert paid is not None, "at least one continuation"
@@ -211,7 +218,7 @@ class Engine:
                 for layer, k in zip(prefill.layers, prefill.keys, strict=True)
             ]
         )
-        self._decode(cache, [question])
+        self.decode(cache, [question])
         return cache
 
     def batch(

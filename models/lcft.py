@@ -162,7 +162,8 @@ class LCFT(AnsweringLM):
         Args:
             scorers: those of the recipes that require one, as for `use`.
         """
-        specs = [self._bound(kv, scorer)[0].stats_spec for kv in recipes for scorer in scorers]
+        bound = [self._bound(kv, scorer)[0] for kv in recipes for scorer in scorers]
+        specs = (recipe.stats_spec for recipe in bound if not recipe.reads_in_chunks)
         self.scheduler.share(reduce(or_, specs, StatsSpec()))
         try:
             yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
@@ -143,14 +143,22 @@ class TailLayer(AttendingLayer):
 
 
 class QuestionLayer(TailLayer):
-    """A tail after compressed contexts without a sliding window."""
+    """A tail after compressed contexts without a sliding window.
+
+    Attributes:
+        collector: statistics of the queries over an uncompressed context.
+        receive: called with the queries [B, H, T, D] and the scaling of every pass.
+    """
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
         super().__init__(contexts, rows, capacity)
         self.kernels = kernels
         self.collector: QueryAwareStats | ReconstructionStats | None = None
+        self.receive: Callable[[Tensor, float], None] | None = None
 
     def attend(self, q: Tensor, scaling: float) -> Tensor:
+        if self.receive is not None:
+            self.receive(q, scaling)
         if self.collector is not None:
             self.collector.update(q, self.tail[0], scaling)
             return self._attend_uncompressed(q, scaling)

@@ -5,8 +5,9 @@
 A part is an evictor, a quantization or a sparse attention, at most one of each; `full` is the uncompressed cache. An
 amount with a decimal point is a share of the context's tokens, an integer a number of tokens; an evictor's share is
 rounded to the nearest number of tokens, or by `round=down` as in kvpress. An evictor whose scores
-have a scale of their own takes `threshold=FLOAT` instead of an amount. The canonical form leaves defaults out and has
-the order name, amount or threshold, `round`, `when`, other keys, `of`, keys of the evictor that `of` names.
+have a scale of their own takes `threshold=FLOAT` instead of an amount. `when=chunk` evicts after every `chunk` tokens
+that are read. The canonical form leaves defaults out and has the order name, amount or threshold, `round`, `when`,
+`chunk` of `when=chunk`, other keys, `of`, keys of the evictor that `of` names.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ INNER = [name for name, cls in EVICTORS.items() if Wrapper.takes(cls)]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
 THRESHOLD = "threshold"
 ROUND, ROUNDINGS = "round", ("nearest", "down")
+WHEN, PREFILL, CHUNK, ALWAYS = "when", "prefill", "chunk", "always"
+READ_CHUNK = 1024
+WHILE_READING = [name for name, cls in EVICTORS.items() if cls.evicts_while_reading]
 # What a value of each type looks like, and its name in errors.
 VALUES: dict[type, tuple[str, str]] = {
     bool: (r"true|false", "true or false"),
@@ -65,6 +69,11 @@ class Recipe:
     def stats_spec(self) -> StatsSpec:
         """The prefill statistics that the recipe requires."""
         return self.evictor.stats_spec if self.evictor else StatsSpec()
+
+    @property
+    def reads_in_chunks(self) -> bool:
+        """Whether it evicts while a context is read (`when=chunk`), so that it shares no prefill with other recipes."""
+        return self.evictor is not None and self.evictor.read_chunk > 0
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -160,14 +169,41 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         raise _bad(text, f"{name} has no threshold, since its scores have no scale of their own: use an amount")
     if name in EVICTORS and ROUND in keys:
         amount = _rounded(amount, keys.pop(ROUND), text)
+    fixed: dict[str, Any] = {"amount": amount}
+    if read_chunk := _read_chunk(name, keys, text):
+        fixed["read_chunk"] = read_chunk
     if not issubclass(cls, Wrapper):
-        return _make(cls, name, keys, text, amount=amount)
+        return _make(cls, name, keys, text, **fixed)
     of = keys.pop("of", DEFAULT_OF)
     if of not in INNER:
         raise _unknown(f"evictor of {name}", of, INNER, text)
     own = {key: keys.pop(key) for key in list(keys) if key in key_types(cls)}
     inner = _make(EVICTORS[of], f"{name} or {of}", keys, text, also=["of", *key_types(cls)], amount=amount)
     return _make(cls, name, own, text, amount=amount, inner=inner)
+
+
+def _read_chunk(name: str, keys: dict[str, str], text: str) -> int:
+    """Remove `when=prefill`, or `when=chunk` and its `chunk`, from an evictor's keys; 0 without chunks."""
+    if name not in EVICTORS or WHEN not in keys:
+        return 0
+    allowed = when_values(EVICTORS[name])
+    if keys[WHEN] not in allowed:
+        others = f"; when={CHUNK} has {', '.join(WHILE_READING)}" if keys[WHEN] == CHUNK else ""
+        raise _bad(text, f"{WHEN} of {name} must be {' or '.join(allowed)}{others}")
+    if keys[WHEN] == ALWAYS:
+        return 0
+    if keys.pop(WHEN) != CHUNK:
+        return 0
+    chunk = int(_value(CHUNK, keys.pop(CHUNK, str(READ_CHUNK)), int, text))
+    if chunk < 1:
+        raise _bad(text, "chunk must be at least 1")
+    return chunk
+
+
+def when_values(cls: type[Evictor]) -> list[str]:
+    """The times at which an evictor can evict: the values of its key `when`, the default first."""
+    chunk, always = cls.evicts_while_reading, issubclass(cls, StepEvictor)
+    return [PREFILL, *([CHUNK] if chunk else []), *([ALWAYS] if always else [])]
 
 
 def has_scale(cls: Any) -> bool:
@@ -270,6 +306,8 @@ def _name(policy: Any) -> str:
 def _parameters(policy: Any) -> dict[str, Any]:
     """Amount or threshold, and keys as in the recipe, with those of an inner evictor."""
     values = {key: getattr(policy, key) for key in key_types(type(policy))}
+    if chunk := getattr(policy, "read_chunk", 0):
+        values = values | {WHEN: CHUNK, CHUNK: chunk}
     amount, inner = getattr(policy, "amount", None), getattr(policy, "inner", None)
     if isinstance(policy, Quantizer):
         values = {"k_bits": policy.k_bits, "v_bits": policy.v_bits, **values}
@@ -290,6 +328,8 @@ def _spell(policy: Any) -> str:
         name, *inner_keys = _spell(inner).split(":")
         inner_keys = [key for key in inner_keys if "=" in key and not key.startswith(f"{ROUND}=")]
         keys = [*keys, *([f"of={name}"] if name != DEFAULT_OF else []), *inner_keys]
+    if chunk := getattr(policy, "read_chunk", 0):
+        keys = [f"{WHEN}={CHUNK}", *([f"{CHUNK}={chunk}"] if chunk != READ_CHUNK else []), *keys]
     if isinstance(amount, Threshold):
         keys = [f"{THRESHOLD}={shortest(amount.value)}", *keys]
     elif amount is not None and amount.down:

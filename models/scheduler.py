@@ -10,6 +10,7 @@ from typing import Any, Generic
 
 import torch
 
+from lceval.models import chunkwise
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache
 from lceval.models.context_cache import ContextCache
 from lceval.models.diagnosis import Diagnosis
@@ -137,13 +138,22 @@ class ContextScheduler:
         ids = group[0].context
         context, prefill = self._context_cache.get((ids, recipe)), None
         charged = context is not None
-        if ids and (context is None or self.diagnosis.needs_prefill):
+        in_chunks = recipe.reads_in_chunks
+        if ids and (self.diagnosis.needs_prefill or (context is None and not in_chunks)):
             prefill = self._prefill(ids, recipe.stats_spec | self.diagnosis.stats_spec)
-        if context is None:
-            keep = self.keep_for is not None or self.diagnosis.needs_prefill
-            context = self.engine.empty_context() if prefill is None else prefill.compress(recipe, consume=not keep)
-            self._context_cache.put((ids, recipe), context)
         prefill_s = 0.0 if prefill is None else prefill.prefill_s
+        if context is None:
+            if not ids:
+                context = self.engine.empty_context()
+            elif in_chunks:
+                context, prefill_s = chunkwise.read(self.engine, ids, recipe)
+                self.totals["contexts"] += 1
+                self.prefill_s += prefill_s
+            else:
+                assert prefill is not None
+                keep = self.keep_for is not None or self.diagnosis.needs_prefill
+                context = prefill.compress(recipe, consume=not keep)
+            self._context_cache.put((ids, recipe), context)
         if not self.diagnosis.needs_prefill:
             prefill = None
         for job in group:

@@ -17,9 +17,10 @@ from transformers import DynamicCache
 
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
-from lceval.models import attention
+from lceval.models import attention, chunkwise
 from lceval.models.cache import CompressedContext, Prefill
 from lceval.models.lcft import LCFT
+from lceval.models.policies import StatsSpec
 from lceval.models.recipe import Recipe, parse
 
 SEED = 0
@@ -44,13 +45,19 @@ def bench(
     model = LCFT(pretrained, device=device(), **model_args)
     if tokens + new_tokens > model.max_length:
         raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
-    stats_spec = Recipe().stats_spec
+    stats_spec, bound = StatsSpec(), []
     for kv in parsed:
-        stats_spec |= kv.stats_spec
+        model.use(kv)
+        bound.append(model.recipe)
+        stats_spec |= model.recipe.stats_spec
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
     prefill = model.engine.prefill(ids, stats_spec)
     contexts = {"full": prefill.compress(Recipe(), consume=False)}
-    contexts |= {str(kv): prefill.compress(kv, consume=False) for kv in parsed}
+    for kv in bound:
+        if kv.reads_in_chunks:
+            contexts[str(kv)], _ = chunkwise.read(model.engine, ids, kv)
+        else:
+            contexts[str(kv)] = prefill.compress(kv, consume=False)
     steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
 
     def timed(context: CompressedContext) -> list[float]:

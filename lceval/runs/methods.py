@@ -17,7 +17,7 @@ from typing import Any
 from lceval.core.errors import UserError
 from lceval.data.listing import columns
 from lceval.models import recipe
-from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Quantizer, StepEvictor
+from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Quantizer
 
 WIDTH = 100
 DESCRIPTION_OF_FULL = "Keep every token in full precision: the uncompressed cache."
@@ -32,6 +32,7 @@ EXAMPLES = {
 _MORE = (
     "`lceval methods NAME` describes one. AMOUNT: a share of the context's tokens (0.25), or tokens (2048).\n"
     "THRESHOLD: threshold=FLOAT keeps the slots that score at least as high.\n"
+    "when=chunk evicts after every `chunk` (1024) tokens that are read; when=always also while the answer is written.\n"
     "kvAvB: keys in A bits and values in B (16, 8, 4 or 2, not equal), as kv8v4."
 )
 
@@ -46,7 +47,7 @@ def record(name: str) -> dict[str, Any]:
 
     Returns:
         `method`, `axis` (None for full), `amount` (whether one is required), `threshold` (whether one can replace it),
-        `keys` (default and type by name), `when` (values of that key, empty without it), `description`, `source`,
+        `keys` (default and type by name), `when` (when it evicts, the default first), `description`, `source`,
         `details`, `differences`, `cost` (None where the docstring has none) and `examples`.
 
     Raises:
@@ -68,7 +69,7 @@ def record(name: str) -> dict[str, Any]:
             key: {"default": value, "type": types.get(key, str).__name__}
             for key, value in recipe.defaults(name).items()
         },
-        "when": ["prefill", "always"] if policy in EVICTORS.values() and issubclass(policy, StepEvictor) else [],
+        "when": recipe.when_values(policy) if name in EVICTORS else [],
         **_described(inspect.getdoc(policy) if policy else DESCRIPTION_OF_FULL),
         "examples": [example.format(name) for example in EXAMPLES[axis]] if axis else [name],
     }
@@ -109,7 +110,7 @@ def _line(method: dict[str, Any]) -> dict[str, str]:
         "method": method["method"] + ":AMOUNT" * method["amount"] + "|THRESHOLD" * method["threshold"],
         "axis": method["axis"] or "-",
         "keys": " ".join(_key(key, v) for key, v in method["keys"].items() if key != "when") or "-",
-        "when": ", ".join(method["when"]) or ("prefill" if method["axis"] == "evict" else "-"),
+        "when": ", ".join(method["when"]) or "-",
         "source": method["source"] or "-",
     }
 
@@ -120,8 +121,8 @@ def _key(key: str, of: dict[str, Any]) -> str:
 
 
 def _in_full(method: dict[str, Any]) -> str:
-    allowed = {"when": " or ".join(method["when"])}
-    keys = [f"{_key(key, v)} ({allowed.get(key, v['type'])})" for key, v in method["keys"].items()]
+    keys = [f"{_key(key, v)} ({v['type']})" for key, v in method["keys"].items() if key != "when"]
+    when = ", ".join(method["when"])
     amount = "required, as in 0.25 (share of the context's tokens) or 2048 (tokens)"
     amount += "; or threshold=FLOAT: keep the slots that score at least as high" if method["threshold"] else ""
     facts = {
@@ -129,6 +130,7 @@ def _in_full(method: dict[str, Any]) -> str:
         "source": method["source"],
         "amount": amount if method["amount"] else None,
         "keys": ", ".join(keys) or None,
+        "when": f"{when.replace('chunk', f'chunk (with chunk={recipe.READ_CHUNK}, int)')}" if when else None,
         "examples": ", ".join(method["examples"]),
         "differs from the paper": method["differences"],
         "cost": method["cost"],

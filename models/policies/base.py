@@ -212,11 +212,16 @@ class Evictor:
 
     Attributes:
         amount: budget, or a threshold where `has_scale`.
+        read_chunk: under `when=chunk` the tokens that are read between two evictions; 0 evicts once, after the prefill.
         has_scale: whether a score means the same in every context, so that a threshold makes sense.
+        evicts_while_reading: whether its scores make sense over the slots that are left, so that it has `when=chunk`.
     """
 
     amount: Amount | Threshold
+    # Keys `when=chunk` and `chunk` of a recipe, which are not fields of every policy.
+    read_chunk: int = field(default=0, metadata={"key": False})
     has_scale: ClassVar[bool] = False
+    evicts_while_reading: ClassVar[bool] = False
 
     @property
     def stats_spec(self) -> StatsSpec:

@@ -39,6 +39,7 @@ class KVzap(Evictor):
     # The digest of the scorer that `lcft` binds; not a key of recipes.
     scorer: str = field(default="", metadata={"key": False})
     has_scale: ClassVar[bool] = True
+    evicts_while_reading: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:

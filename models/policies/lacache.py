@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -84,6 +85,8 @@ class LaCache(StepEvictor):
     original positions, while the paper rotates keys by cache slot; with too few layers for a rung to lose a token, it
     loses one; the newest L slots, which compaction skips, are fewer where the budget would otherwise hold no rung.
     """
+
+    evicts_while_reading: ClassVar[bool] = True
 
     sinks: int = 4
     span: int = 9

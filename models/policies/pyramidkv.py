@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lceval.models.policies.snapkv import SnapKV
 
@@ -18,6 +19,9 @@ class PyramidKV(SnapKV):
     would get less than the window. `form=paper` computes budgets as the authors' code does: of m - `window` tokens the
     last layer gets the share 1 / `beta`, in whole steps from layer to layer, and every layer its window on top.
     """
+
+    # Budgets of layers are shares of the whole context.
+    evicts_while_reading: ClassVar[bool] = False
 
     beta: int = 20
     form: str = "kvpress"

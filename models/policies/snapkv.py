@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class SnapKV(Evictor):
     pooling=max; the query heads of a KV head select together, by the pool of their mean, while the paper pools and
     selects for each query head, and stores its KV head as many times.
     """
+
+    evicts_while_reading: ClassVar[bool] = True
 
     window: int = 64
     pool: int = 5

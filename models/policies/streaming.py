@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ class Streaming(StepEvictor):
 
     Differs from the paper: kept tokens stay at their original positions; the paper renumbers them by cache slot.
     """
+
+    evicts_while_reading: ClassVar[bool] = True
 
     sinks: int = 4
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class TOVA(StepEvictor):
     Differs from the paper: the last token is always kept; the paper evicts it if it attends little to itself. Several
     tokens in one forward pass are scored by the last of them; the paper processes them one by one.
     """
+
+    evicts_while_reading: ClassVar[bool] = True
 
     @property
     def stats_spec(self) -> StatsSpec:

@@ -27,7 +27,7 @@ AXES = {
 
 def test_all_methods_are_listed_with_their_axis() -> None:
     assert {record["method"]: record["axis"] for record in methods.records()} == AXES
-    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-4]]
+    first_words = [line.split(" ")[0].split(":")[0] for line in methods.text().splitlines()[1:-5]]
     mixed = [name for name in NAMES if re.fullmatch("kv.*v.*", name)]
     assert first_words == list(dict.fromkeys("kvAvB" if name in mixed else name for name in NAMES))
 
@@ -44,12 +44,16 @@ def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
         expected["of"] = {"default": "snapkv", "type": "str"}
     record = methods.record(name)
     assert record["keys"] == expected
-    assert record["when"] == (["prefill", "always"] if "when" in expected else [])
+    assert ("always" in record["when"]) == ("when" in expected)
+    assert ("chunk" in record["when"]) == (
+        name in ("streaming", "lacache", "tova", "snapkv", "knorm", "keydiff", "kvzap")
+    )
     text = methods.text(name)
     spelled = {
         k: v["type"].upper() if v["default"] is None else recipe.spelled(v["default"]) for k, v in expected.items()
     }
-    assert all(f"{key}={value}" in text for key, value in spelled.items())
+    assert all(f"{key}={value}" in text for key, value in spelled.items() if key != "when")
+    assert not record["when"] or "when: prefill" in text
     assert record["threshold"] == ("threshold=FLOAT" in text) == (name in ("kvzap", "kvzip", "knorm", "keydiff"))
 
 
@@ -100,7 +104,7 @@ def test_source_details_differences_and_cost_are_parts_of_the_docstring(monkeypa
         "amount": True,
         "threshold": False,
         "keys": {"width": {"default": 3, "type": "int"}},
-        "when": [],
+        "when": ["prefill"],
         "description": "Keep the best tokens.",
         "source": "Doe et al. 2026, eq. 3",
         "details": "More on that.",
