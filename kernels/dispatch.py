@@ -11,6 +11,7 @@ from lceval.kernels.gather_decode import decode_selected
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.quant_decode import decode_quantised
+from lceval.kernels.rotated import Rotated, rotate
 from lceval.kernels.select import Selective
 
 
@@ -25,6 +26,9 @@ def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
     Returns:
         o [R, H, T, D] and lse [R, H, T] float32.
     """
+    if isinstance(kv, Rotated):
+        o, lse = attend(rotate(q), kv.kv, scaling)
+        return rotate(o), lse
     if q.shape[2] != 1:
         return kv.attend(q, scaling)
     one, rows = q[:, :, 0].contiguous(), q.shape[0]

@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from lceval.kernels import compact
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
+from lceval.kernels.rotated import Rotated
 from lceval.models.geometry import Geometry
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
@@ -107,7 +108,7 @@ class Prefill(Cache):  # type: ignore[misc]
                 compressed.append(WindowKV(k, v, layer.window))
                 continue
             mask, counts = masks[index]
-            kv: PagedKV | QuantKV
+            kv: PagedKV | QuantKV | Rotated
             if self.kernels and isinstance(recipe.quantizer, Quantizer):
                 # One pass: the kept slots are never materialized as full-precision pages.
                 kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
@@ -170,13 +171,14 @@ class Prefill(Cache):  # type: ignore[misc]
         return compact.gather(k, v, mask, counts) if self.kernels else PagedKV.gather(k, v, mask)
 
     @staticmethod
-    def _quantize(layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], quantizer: Quantizer) -> QuantKV:
+    def _quantize(
+        layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int], quantizer: Quantizer
+    ) -> QuantKV | Rotated:
         k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
-        counts = counts or (layer.seen,) * (k.shape[0] * k.shape[1])
-        return compact.quantize(k, v, mask, counts, quantizer.k_bits, quantizer.v_bits, quantizer.residual)
+        return quantizer.gathered(k, v, mask, counts or (layer.seen,) * (k.shape[0] * k.shape[1]))
 
     def _with_sparse_attention(
-        self, kv: PagedKV | QuantKV, recipe: Recipe, place: int, layers: int, layer: PrefillLayer
+        self, kv: PagedKV | QuantKV | Rotated, recipe: Recipe, place: int, layers: int, layer: PrefillLayer
     ) -> KV | BoundedKV:
         """The layer under `when=always` or sparse attention, or `kv` itself."""
         evictor = recipe.evictor

@@ -29,6 +29,7 @@ from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.quant import Pool, QuantKV
+from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective, indexed_keys
 from lceval.models.cache import CompressedContext
 from lceval.models.policies import Evictor
@@ -40,7 +41,7 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(CompressedContext, PagedKV, QuantKV, Pool, WindowKV, BoundedKV),
-        *(Selective, Bits, Bounds, Nearest, Centroids),
+        *(Rotated, Selective, Bits, Bounds, Nearest, Centroids),
     )
 }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lceval.kernels import paged, quant
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import GROUP, QuantKV, ceil16, pack, reference, unpack
+from lceval.kernels.rotated import Rotated, rotate
 from lceval.models.policies.quantizer import NAMES, Quantizer
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 191, 192, 193, 1000]
@@ -53,7 +54,7 @@ def dequantized(kv: PagedKV, row: int, k_bits: int, v_bits: int, residual: int) 
     return k, v
 
 
-def reference_attention(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Tensor]:
+def reference_attention(q: Tensor, kv: QuantKV | Rotated, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention in float64 over the dequantized slots of `kv`, one query head at a time."""
     batch, heads = q.shape[:2]
     sequences, kv_heads = kv.lens.shape
@@ -283,6 +284,52 @@ def test_bytes_are_those_of_the_tensors(kind: str, bits: tuple[int, int]) -> Non
     assert actual.kept_bytes == actual.read_bytes + (0 if kind == "even" else 4 * sum(counts))
     assert actual.kept_bytes < kv.kept_bytes
     assert actual.kept_bytes <= actual.allocated_bytes
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128])
+def test_a_rotation_is_orthonormal_and_its_own_inverse(dim: int) -> None:
+    x, y = torch.randn(7, dim), torch.randn(7, dim)
+    torch.testing.assert_close(rotate(rotate(x)), x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rotate(x) @ rotate(y).T, x @ y.T, rtol=1e-4, atol=1e-4)
+    # One outlier is spread over its block.
+    block = dim & -dim
+    outlier = torch.zeros(dim).index_fill_(0, torch.tensor([3]), 1.0)
+    assert rotate(outlier)[:block].abs().allclose(torch.full((block,), block**-0.5))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dim", [64, 80])
+def test_attention_over_rotated_slots_is_attention_over_their_head(dim: int, dtype: str) -> None:
+    plain = ragged([[200, 70], [0, 129]], dim, DTYPES[dtype])
+    kv = Quantizer(4, 4, residual=10, rotate="hadamard").quantize(plain)
+    assert isinstance(kv, Rotated)
+    q = torch.randn(2, 4, 3, dim).to(DTYPES[dtype])
+    o, lse = kv.attend(q, 0.1)
+    over_head, _ = reference_attention(q, kv, 0.1)
+    torch.testing.assert_close(o.double(), over_head, rtol=0, atol=20 * TOLERANCE[dtype] * float(over_head.abs().max()))
+    assert lse.shape == q.shape[:3]
+    same = Quantizer(4, 4, residual=10).quantize(plain)
+    assert (kv.kept_bytes, kv.allocated_bytes, kv.read_bytes, kv.counts) == (
+        same.kept_bytes,
+        same.allocated_bytes,
+        same.read_bytes,
+        same.counts,
+    )
+    slots = torch.tensor([0, 63, 64, 199])
+    for taken, whole in zip(kv.take(0, slots), kv.head(0), strict=True):
+        torch.testing.assert_close(taken, whole[slots], rtol=1e-2, atol=1e-2)
+    assert torch.equal(kv.kept_positions(0, 0), plain.kept_positions(0, 0))
+
+
+def test_a_rotation_helps_where_few_channels_have_outliers() -> None:
+    v = torch.randn(1, 1, 640, 64)
+    v[..., 5] *= 30
+    plain = PagedKV.full(v, v, 640)
+    errors = [
+        (Quantizer(16, 4, residual=0, rotate=rotation).quantize(plain).head(0)[1] - v[0, 0]).norm()
+        for rotation in ("hadamard", "none")
+    ]
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_no_heads_and_no_slots_are_legal() -> None:

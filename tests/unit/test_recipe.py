@@ -165,6 +165,7 @@ def test_defaults_are_left_out_of_the_canonical_form(text: str, canonical: str) 
         ("lagkv:0.5:lag=1", "lag must be at least 2"),
         ("duo:0.5:sinks=-1", "sinks and recent must be at least 0"),
         ("duo:0.5:pattern=a", "unknown key of duo 'pattern'"),
+        ("int4:rotate=random", "rotate must be none or hadamard"),
         ("snapkv:0.5+streaming:0.5", "at most one evictor"),
         ("full:0.5", "full takes no argument"),
         ("", "unknown KV method ''"),
@@ -188,7 +189,7 @@ def test_a_budget_is_at_most_the_context_and_at_least_one_token(amount: Amount, 
 def test_the_expansion_has_every_parameter() -> None:
     assert parse("snapkv:0.25+kv8v4").expanded() == {
         "evict": {"name": "snapkv", "amount": 0.25, "window": 64, "pool": 5, "pooling": "average"},
-        "store": {"name": "kv8v4", "k_bits": 8, "v_bits": 4, "residual": 128},
+        "store": {"name": "kv8v4", "k_bits": 8, "v_bits": 4, "residual": 128, "rotate": "none"},
         "read": None,
     }
     assert parse("full").expanded() == {"evict": None, "store": None, "read": None}
