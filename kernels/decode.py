@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from lceval.kernels import merge
+from lceval.kernels import fp8, merge
 from lceval.kernels.launch import (
     BLOCK_G,
     DTYPES,
@@ -41,7 +42,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
 
     Args:
         q: [B, H, D], one query token per sequence, after RoPE.
-        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
+        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages; uint8 are codes of kernels/fp8.py.
         table: [B, Hkv, M] int32, page ids of each KV head, in order.
         lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
         scaling: factor on q K^T, usually D ** -0.5.
@@ -51,6 +52,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
     """
     B, H, D = q.shape
     G = H // table.shape[1]
+    k, v = (fp8.decode(x) if x.dtype == torch.uint8 else x for x in (k, v))
     o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
     lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
     # A loop, because heads keep different counts: a batch padded to the longest head took 0.9 times as long on two
@@ -72,11 +74,20 @@ _jit = jit("G", "kv_heads", "stride_tb", "stride_th", "stride_lb", "stride_lh", 
 
 
 @_jit
+def e4m3(codes):  # type: ignore[no-untyped-def]
+    """float32 of 8-bit floats, by bits: as the upper half of a float16, whose exponent has another bias."""
+    bits = codes.to(tl.int16)
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    return half.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+
+
+@_jit
 def split_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, o_ptr, lse_ptr, scaling, G, kv_heads,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs,
     stride_tb, stride_th, stride_lb, stride_lh,
     D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    FP8: tl.constexpr,
 ):  # fmt: skip
     """Attend to one share of one KV head's pages. o: [B, H, splits, D], lse: [B, H, splits], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -117,8 +128,11 @@ def split_kernel(  # type: ignore[no-untyped-def]
         # Past the last slot the page is uninitialised; a NaN there is not removed by a weight of zero.
         mask_s = slot < n
         mask = mask_s[:, None] & mask_d[None, :]
-        k = tl.load(k_ptr + page * stride_kp + row * stride_ks + offs_d[None, :], mask=mask, other=0.0)
-        v = tl.load(v_ptr + page * stride_vp + row * stride_vs + offs_d[None, :], mask=mask, other=0.0)
+        k = tl.load(k_ptr + page * stride_kp + row * stride_ks + offs_d[None, :], mask=mask, other=0)
+        v = tl.load(v_ptr + page * stride_vp + row * stride_vs + offs_d[None, :], mask=mask, other=0)
+        if FP8:
+            k = e4m3(k).to(q.dtype)
+            v = e4m3(v).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
         scores = tl.where(mask_s[None, :], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
@@ -138,16 +152,18 @@ def split_kernel(  # type: ignore[no-untyped-def]
     tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
 
 
-def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+def split_constants(dtype: torch.dtype, head_dim: int, *, codes: bool = False) -> dict[str, int]:
     """The compile-time arguments of `split_kernel`; with `OPTIONS` they define the AOT variants.
 
     A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared memory: three
     programs per multiprocessor on an H100, two on an A100, one on a consumer card. Float32 uses no tensor cores here
     ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
+
+    codes: whether K and V are 8-bit floats.
     """
     D_PAD = 1 << (head_dim - 1).bit_length()
     BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
-    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S, "FP8": int(codes)}
 
 
 def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
@@ -174,7 +190,7 @@ def decode(
 
     Args:
         q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
-        k, v: [P, PAGE, D] in q's dtype, rows contiguous.
+        k, v: [P, PAGE, D] in q's dtype, or uint8 (codes of kernels/fp8.py, without their scales), rows contiguous.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
         lens: [B, Hkv] int32 in [0, M * PAGE]; checked if lens is on the host.
         scaling: factor on q K^T, usually D ** -0.5.
@@ -207,7 +223,7 @@ def _launch(
     G, D = q.shape[1] // Hkv, q.shape[2]
     part_o, part_lse = merge.outputs(q, splits)
     strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
-    constants = split_constants(q.dtype, D)
+    constants = split_constants(q.dtype, D, codes=k.dtype == torch.uint8)
     with torch.cuda.device(q.get_device()):
         split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
@@ -216,7 +232,7 @@ def _launch(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits: int | None) -> None:
-    check_cache(q, k, v, splits, table=table, lens=lens)
+    check_cache(q, k, v, splits, pools=(torch.uint8,), table=table, lens=lens)
     B, H, _ = q.shape
     Hkv, M = table.shape[1:]
     if table.dtype != torch.int32 or lens.dtype != torch.int32:
@@ -231,10 +247,13 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits:
             raise ValueError(f"lens must be 0 to {M * PAGE}, table {tuple(table.shape)}, got {lens.tolist()}")
 
 
-def check_cache(q: Tensor, k: Tensor, v: Tensor, splits: int | None, **indices: Tensor) -> None:
+def check_cache(
+    q: Tensor, k: Tensor, v: Tensor, splits: int | None, pools: tuple[torch.dtype, ...] = (), **indices: Tensor
+) -> None:
     """Check queries, pools of pages, the number of splits, and the axes and device of the other arguments.
 
     Args:
+        pools: dtypes of k and v other than q's.
         indices: by name, with three axes; `lens` has two.
 
     Raises:
@@ -251,7 +270,7 @@ def check_cache(q: Tensor, k: Tensor, v: Tensor, splits: int | None, **indices: 
     D = q.shape[2]
     if D not in HEAD_DIMS:
         raise ValueError(f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
-    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+    if q.dtype not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, *pools):
         raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
         raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
@@ -261,22 +280,23 @@ def check_cache(q: Tensor, k: Tensor, v: Tensor, splits: int | None, **indices: 
 
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = tile_limits(168, "decode.split")
+# bfloat16 stays within 168 here too. Float16 would spill two registers there, so two programs run.
+LIMITS |= tile_limits(188, "decode.fp8")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `decode` uses."""
-    for dtype, dim in head_dims():
-        data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
-        pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
-        yield from with_single(
-            Variant(
-                kernel="decode.split",
-                name=f"{dtype} D{dim}",
-                fn=split_kernel,
-                pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
-                floats=("scaling",),
-                aligned=("stride_q", "stride_k", "stride_v"),
-                constants=split_constants(TORCH[dtype], dim),
-                options=OPTIONS,
-            )
+    for (dtype, dim), codes in product(head_dims(), (False, True)):
+        data, f32, i32, stored = f"*{dtype}", "*fp32", "*i32", "*u8" if codes else f"*{dtype}"
+        pointers = {"q_ptr": data, "k_ptr": stored, "v_ptr": stored, "table_ptr": i32, "lens_ptr": i32}
+        shares = Variant(
+            kernel="decode.fp8" if codes else "decode.split",
+            name=f"{dtype} D{dim}",
+            fn=split_kernel,
+            pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
+            floats=("scaling",),
+            aligned=("stride_q", "stride_k", "stride_v"),
+            constants=split_constants(TORCH[dtype], dim, codes=codes),
+            options=OPTIONS,
         )
+        yield from [shares] if codes else with_single(shares)

@@ -7,6 +7,7 @@ from torch import Tensor
 from lceval.kernels import decode
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
+from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.gather_decode import decode_selected
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.quant import QuantKV
@@ -34,6 +35,12 @@ def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
     one, rows = q[:, :, 0].contiguous(), q.shape[0]
     if isinstance(kv, PagedKV):
         o, lse = decode.decode(one, kv.k, kv.v, kv.table.expand(rows, -1, -1), kv.lens.expand(rows, -1), scaling)
+    elif isinstance(kv, Fp8KV):
+        codes = kv.kv
+        o, lse = decode.decode(
+            kv.scaled(one), codes.k, codes.v, codes.table.expand(rows, -1, -1), codes.lens.expand(rows, -1), scaling
+        )
+        o = kv.unscaled(o)
     elif isinstance(kv, QuantKV):
         o, lse = decode_quantised(one, kv, scaling)
     elif isinstance(kv, Selective) and isinstance(kv.kv, PagedKV) and isinstance(kv.index, Bits | Bounds):

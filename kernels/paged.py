@@ -224,12 +224,12 @@ def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
     if len(set(kv.counts)) == 1:
         n = kv.counts[0]
         k, v = (pool.view(len(kv.counts), -1, dim)[:, :n] for pool in (kv.k, kv.v))
-        _attend_rows(rows, k, v, scaling, o, lse)
+        attend_rows(rows, k, v, scaling, o, lse)
     else:
         for row in range(len(kv.counts)):
             k, v = kv.head(row)
             one = slice(row, row + 1)
-            _attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
+            attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
     shape = (sequences, kv_heads, batch // sequences, group, tokens)
     return (
         o.view(*shape, dim).transpose(1, 2).reshape(batch, heads, tokens, dim),
@@ -237,7 +237,7 @@ def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
     """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], in blocks of M."""
     if k.shape[1] == 0:
         o.zero_()

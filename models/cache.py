@@ -19,6 +19,7 @@ from torch.profiler import record_function
 from transformers.cache_utils import Cache
 
 from lceval.kernels import compact
+from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.rotated import Rotated
@@ -108,7 +109,7 @@ class Prefill(Cache):  # type: ignore[misc]
                 compressed.append(WindowKV(k, v, layer.window))
                 continue
             mask, counts = masks[index]
-            kv: PagedKV | QuantKV | Rotated
+            kv: PagedKV | QuantKV | Rotated | Fp8KV
             if self.kernels and isinstance(recipe.quantizer, Quantizer):
                 # One pass: the kept slots are never materialized as full-precision pages.
                 kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
@@ -178,7 +179,7 @@ class Prefill(Cache):  # type: ignore[misc]
         return quantizer.gathered(k, v, mask, counts or (layer.seen,) * (k.shape[0] * k.shape[1]))
 
     def _with_sparse_attention(
-        self, kv: PagedKV | QuantKV | Rotated, recipe: Recipe, place: int, layers: int, layer: PrefillLayer
+        self, kv: PagedKV | QuantKV | Rotated | Fp8KV, recipe: Recipe, place: int, layers: int, layer: PrefillLayer
     ) -> KV | BoundedKV:
         """The layer under `when=always` or sparse attention, or `kv` itself."""
         evictor = recipe.evictor

@@ -27,6 +27,7 @@ from lceval.core.errors import InfrastructureError, UserError
 from lceval.core.io import decode, replacing
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
+from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.rotated import Rotated
@@ -41,7 +42,7 @@ _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
         *(CompressedContext, PagedKV, QuantKV, Pool, WindowKV, BoundedKV),
-        *(Rotated, Selective, Bits, Bounds, Nearest, Centroids),
+        *(Fp8KV, Rotated, Selective, Bits, Bounds, Nearest, Centroids),
     )
 }
 

@@ -27,6 +27,7 @@ from lceval.models.policies import (
     SPARSE_ATTENTION,
     Amount,
     Evictor,
+    Float8,
     Quantizer,
     SparseAttention,
     StatsSpec,
@@ -36,6 +37,7 @@ from lceval.models.policies import (
 )
 from lceval.models.policies.base import shortest
 from lceval.models.policies.duo import Duo, HeadPattern
+from lceval.models.policies.quantizer import NAMES as BITS
 
 FULL = "full"
 DEFAULT_OF = "snapkv"
@@ -62,7 +64,7 @@ class Recipe:
     """A parsed recipe. `str` is its canonical form, without defaults: `parse(str(r)) == r`."""
 
     evictor: Evictor | None = None
-    quantizer: Quantizer | None = None
+    quantizer: Quantizer | Float8 | None = None
     sparse_attention: SparseAttention | None = None
 
     @property
@@ -153,8 +155,8 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
     amounts = int(name not in QUANTIZERS and bool(arguments) and "=" not in arguments[0])
     keys = dict(_key_values(arguments[amounts:], text))
     if name in QUANTIZERS:
-        k_bits, v_bits = QUANTIZERS[name]
-        return _make(Quantizer, name, keys, text, k_bits=k_bits, v_bits=v_bits)
+        bits: dict[str, Any] = dict(zip(("k_bits", "v_bits"), BITS.get(name, ()), strict=False))
+        return _make(QUANTIZERS[name], name, keys, text, **bits)
     cls: Any = EVICTORS.get(name) or SPARSE_ATTENTION[name]
     if arguments and "=" not in arguments[0]:
         amount: Amount | Threshold = _amount(arguments[0], text)
@@ -292,15 +294,15 @@ def defaults(name: str) -> dict[str, Any]:
     of the evictor that it names."""
     if name == FULL:
         return {}
-    cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
+    cls: Any = QUANTIZERS.get(name) or EVICTORS.get(name) or SPARSE_ATTENTION[name]
     values = {f.name: f.default for f in dataclasses.fields(cls) if f.name in key_types(cls)}
     return {"of": DEFAULT_OF, **values} if issubclass(cls, Wrapper) else values
 
 
 def _name(policy: Any) -> str:
     if isinstance(policy, Quantizer):
-        return next(name for name, bits in QUANTIZERS.items() if bits == (policy.k_bits, policy.v_bits))
-    return next(name for name, cls in {**EVICTORS, **SPARSE_ATTENTION}.items() if cls is type(policy))
+        return next(name for name, bits in BITS.items() if bits == (policy.k_bits, policy.v_bits))
+    return next(name for name, cls in {**EVICTORS, **QUANTIZERS, **SPARSE_ATTENTION}.items() if cls is type(policy))
 
 
 def _parameters(policy: Any) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec
-from lceval.models.policies.quantizer import BITS
+from lceval.models.policies.quantizer import BITS, NAMES
 from lceval.models.reconstruction import Repetition
 from lceval.runs.sweep.grid import read as read_grid
 
@@ -60,8 +60,8 @@ def keys(cls: Any) -> dict[str, Any]:
 def wrong(text: str) -> list[str]:
     """The differences between the tables of methods.md and the methods."""
     rows, differences = table(text), []
-    methods: dict[str, Any] = {**EVICTORS, **SPARSE_ATTENTION}
-    for name, bits in QUANTIZERS.items():
+    methods: dict[str, Any] = {**EVICTORS, **SPARSE_ATTENTION, "fp8": QUANTIZERS["fp8"]}
+    for name, bits in NAMES.items():
         methods[f"int{bits[0]}" if bits[0] == bits[1] else "kvAvB"] = Quantizer
         if not all(re.search(rf"\b{b}\b", rows.get("kvAvB", "")) for b in bits):
             differences.append(f"{name}: its bits")
@@ -120,7 +120,7 @@ def test_the_settings_of_published_results_can_be_pasted() -> None:
 
 def test_the_reference_names_every_method() -> None:
     text = REFERENCE.read_text()
-    for name in (*EVICTORS, *SPARSE_ATTENTION, *(f"int{b}" for b in BITS if b != 16), "kvAvB"):
+    for name in (*EVICTORS, *SPARSE_ATTENTION, *(f"int{b}" for b in BITS if b != 16), "kvAvB", "fp8"):
         assert f"`{name}`" in text, name
 
 

@@ -130,8 +130,7 @@ def build(case: KernelCase, shape: Shape, device: str, dtype: torch.dtype, seed:
         keep = order < torch.tensor(counts, device=device)[:, None]
     k_seen, v_seen = k[:, :, : case.length], v[:, :, : case.length]
     if isinstance(recipe.quantizer, Quantizer):
-        bits = recipe.quantizer.k_bits, recipe.quantizer.v_bits
-        kept: Any = compact.quantize(k_seen, v_seen, keep, counts * case.batch, *bits, recipe.quantizer.residual)
+        kept: Any = recipe.quantizer.gathered(k_seen, v_seen, keep, counts * case.batch)
     elif keep is None:
         kept = PagedKV.full(k, v, case.length)
     else:

@@ -17,7 +17,7 @@ from typing import Any
 from lceval.core.errors import UserError
 from lceval.data.listing import columns
 from lceval.models import recipe
-from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Quantizer
+from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION
 
 WIDTH = 100
 DESCRIPTION_OF_FULL = "Keep every token in full precision: the uncompressed cache."
@@ -57,7 +57,7 @@ def record(name: str) -> dict[str, Any]:
         near = get_close_matches(name, recipe.NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(recipe.NAMES)}"
         raise UserError(f"unknown KV method {name!r}: {hint}")
-    policy: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION.get(name)
+    policy: Any = QUANTIZERS.get(name) or EVICTORS.get(name) or SPARSE_ATTENTION.get(name)
     axis = "evict" if name in EVICTORS else "quantize" if name in QUANTIZERS else "sparse attention" if policy else None
     types = recipe.key_types(policy) if policy else {}
     return {

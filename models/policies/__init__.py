@@ -18,6 +18,7 @@ from lceval.models.policies.duo import Duo
 from lceval.models.policies.expected_attention import ExpectedAttention
 from lceval.models.policies.fier import Fier
 from lceval.models.policies.finch import Finch
+from lceval.models.policies.float8 import Float8
 from lceval.models.policies.h2o import H2O
 from lceval.models.policies.keydiff import KeyDiff
 from lceval.models.policies.knorm import KNorm
@@ -56,7 +57,7 @@ EVICTORS: dict[str, type[Evictor]] = {
     "kvzap": KVzap,
     "random": Random,
 }
-QUANTIZERS: dict[str, tuple[int, int]] = NAMES
+QUANTIZERS: dict[str, type[Quantizer | Float8]] = {"fp8": Float8, **dict.fromkeys(NAMES, Quantizer)}
 SPARSE_ATTENTION: dict[str, type[SparseAttention]] = {"fier": Fier, "quest": Quest, "retrieval": Retrieval}
 
 __all__ = [
@@ -65,6 +66,7 @@ __all__ = [
     "SPARSE_ATTENTION",
     "Amount",
     "Evictor",
+    "Float8",
     "LayerView",
     "Quantizer",
     "SparseAttention",

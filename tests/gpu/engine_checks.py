@@ -42,7 +42,7 @@ RECIPES = (
     "full",
     # finch requires a question, duo a pattern of heads.
     *(f"{name}:0.25" for name in EVICTORS if name not in ("finch", "duo")),
-    *("int8", "int4", "int2", "kv8v4"),
+    *("int8", "int4", "int2", "kv8v4", "fp8", "int4:rotate=hadamard"),
     *("snapkv:0.25+int4:residual=64", "adakv:0.25+int2:residual=64"),
     *(f"{name}:0.1" for name in SPARSE_ATTENTION),
     *("fier:0.1:skip=0", "retrieval:0.1:index=exact", "snapkv:0.5+quest:0.1:skip=0", "int4+fier:0.1:skip=0"),

@@ -55,7 +55,7 @@ EVICTING = [
 QUANTIZING = [
     f"{evict}{quantization}"
     for evict in ("", "ragged+", "kvzap:threshold=0.1:recent=70+")
-    for quantization in ("int8", "int4:residual=10", "kv8v2", "int4:residual=10:rotate=hadamard")
+    for quantization in ("int8", "int4:residual=10", "kv8v2", "int4:residual=10:rotate=hadamard", "fp8")
 ]
 LENGTHS = [1, 2, 63, 64, 65, 130]
 
@@ -156,7 +156,8 @@ def test_the_answer_is_full_attention_with_evicted_positions_masked(tiny: Any, r
 
 KINDS = ["int8", "int4", "int2:residual=64", "kv8v4", "streaming:0.6+int4:residual=64", "ragged+int4:residual=64"]
 KINDS += ["fier:0.3:skip=0", "quest:0.3", "quest:0.3:page=4", "snapkv:0.6:window=16+fier:0.3:skip=0"]
-KINDS += ["kvzap:threshold=0:recent=20+int4:residual=10", "kvzap:0.6+quest:0.3:skip=0", "int2:rotate=hadamard"]
+KINDS += ["kvzap:threshold=0:recent=20+int4:residual=10", "kvzap:0.6+quest:0.3:skip=0", "int2:rotate=hadamard", "fp8"]
+KINDS += ["ragged+fp8"]
 STEPS = ["full", "ragged", *KINDS]
 
 

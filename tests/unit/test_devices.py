@@ -46,7 +46,7 @@ RECIPES = [
     "kvzip:0.4:plus=true",
     "keydiff:0.4:block=16",
     *(f"{name}:residual=10" for name in ("int8", "int4", "int2", "kv8v4")),
-    "int4:residual=10:rotate=hadamard",
+    *("int4:residual=10:rotate=hadamard", "fp8"),
     *("snapkv:0.9:window=16+int4:residual=10", "adakv:0.9:of=knorm+int2:residual=10"),
     *SPARSE,
     *("retrieval:0.2:index=exact", "int4:residual=10+fier:0.3:skip=0", "adakv:0.8:of=knorm+quest:0.2:skip=0:page=4"),

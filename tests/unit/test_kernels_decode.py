@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from lceval.kernels import launch
+from lceval.kernels import fp8, launch
 from lceval.kernels.decode import choose_splits, decode, reference
 from lceval.kernels.paged import PAGE
 
@@ -75,9 +75,10 @@ def errors(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> dict[str,
 # --- cases: run in the child process ------------------------------------------------------------------------
 
 
-def grid_case(dtype: str, batch: int, group: int, dim: int, device: str = "cpu") -> dict[str, float]:
+def grid_case(dtype: str, batch: int, group: int, dim: int, pool: str = "", device: str = "cpu") -> dict[str, float]:
     lens = torch.tensor(LENGTHS).view(batch, -1)
-    cache = ragged(lens.tolist(), dim, DTYPES[dtype])
+    k, v, table, counts = ragged(lens.tolist(), dim, DTYPES[dtype])
+    cache = (fp8.encode(k), fp8.encode(v), table, counts) if pool == "fp8" else (k, v, table, counts)
     q = queries(batch, lens.shape[1] * group, dim, DTYPES[dtype])
     o, lse = decode(*(x.to(device) for x in (q, *cache)), dim**-0.5, splits=3)
     return errors((o.cpu(), lse.cpu()), reference(q, *cache, dim**-0.5))
@@ -120,6 +121,19 @@ def empty_case() -> dict[str, float]:
     return errors(decode(*args), reference(*args))
 
 
+def codes_case() -> dict[str, float]:
+    """Every finite 8-bit float as a value: over a single slot the output is the value."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes[[0x7F, 0xFF]] = 0  # NaN
+    pool = torch.zeros(1, PAGE, 256, dtype=torch.uint8)
+    pool[0, 0] = codes
+    table, lens = torch.zeros(1, 1, 1, dtype=torch.int32), torch.ones(1, 1, dtype=torch.int32)
+    q = torch.zeros(1, 1, 256)
+    o, lse = decode(q, torch.zeros_like(pool), pool, table, lens, 0.125)
+    exact = fp8.decode(codes)
+    return {"o": 0.0 if torch.equal(o[0, 0], exact) else math.inf, "lse": float(lse.abs().max())}
+
+
 def hypothesis_case() -> dict[str, float]:
     """The largest errors over shapes drawn by hypothesis."""
     worst = {"o": 0.0, "lse": 0.0}
@@ -159,12 +173,17 @@ ODD = [
     *[("fp32", 1, 4, 96), ("fp16", 1, 4, 96), ("fp32", 1, 2, 256), ("fp16", 1, 2, 256)],
     *[("fp32", 1, 17, 64), ("fp16", 2, 17, 64), ("bf16", 1, 4, 64), ("bf16", 2, 3, 128)],
 ]
-GRID = {f"{interpreter.LABELS[case[0]]}-B{case[1]}-G{case[2]}-D{case[3]}": case for case in PAIRS + ODD}
+CODES = [(*case, "fp8") for case in [("fp32", 1, 4, 64), ("fp16", 2, 3, 128), ("bf16", 1, 4, 96), ("fp16", 1, 17, 64)]]
+GRID: dict[str, tuple[str, int, int, int] | tuple[str, int, int, int, str]] = {
+    "-".join([interpreter.LABELS[case[0]], f"B{case[1]}", f"G{case[2]}", f"D{case[3]}", *case[4:]]): case
+    for case in (*PAIRS, *ODD, *CODES)
+}
 PROPERTIES: dict[str, Callable[[], dict[str, float]]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16, 128)},
     "permuted": permuted_case,
     "strided": strided_case,
     "empty": empty_case,
+    "codes": codes_case,
     "hypothesis": hypothesis_case,
 }
 

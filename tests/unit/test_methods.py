@@ -13,7 +13,7 @@ from torch import Tensor
 from lceval.cli import invoke
 from lceval.core.errors import UserError
 from lceval.models import recipe
-from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Evictor, LayerView, Quantizer, Wrapper
+from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, Evictor, LayerView, Wrapper
 from lceval.runs import methods
 
 NAMES = ["full", *EVICTORS, *QUANTIZERS, *SPARSE_ATTENTION]
@@ -34,7 +34,7 @@ def test_all_methods_are_listed_with_their_axis() -> None:
 
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_keys_defaults_and_types_are_those_of_the_dataclass(name: str) -> None:
-    cls: Any = Quantizer if name in QUANTIZERS else EVICTORS.get(name) or SPARSE_ATTENTION[name]
+    cls: Any = QUANTIZERS.get(name) or EVICTORS.get(name) or SPARSE_ATTENTION[name]
     expected = {
         f.name: {"default": f.default, "type": str(f.type).partition(" |")[0]}
         for f in dataclasses.fields(cls)
