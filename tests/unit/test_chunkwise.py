@@ -85,7 +85,7 @@ def read(engine: Engine, ids: list[int], recipe: Recipe) -> tuple[Any, list[Kept
     reader, kept = Reader(engine, ids, recipe.evictor), []
     for start in range(0, len(ids), recipe.evictor.read_chunk):
         reader.add(ids[start : start + recipe.evictor.read_chunk])
-        kept.append([[kv.kept_positions(0, h).tolist() for h in range(KV_HEADS)] for kv in reader.layers])
+        kept.append([[kv.kept_positions(0, h).tolist() for h in range(KV_HEADS)] for kv in reader.slots.layers])
     return reader.finished(recipe), kept
 
 
