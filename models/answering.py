@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
@@ -21,7 +22,9 @@ from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
 from lceval.models.prefix import GenerateJob, J, ScoreJob, padded, whole_rows
+from lceval.models.recipe import Recipe
 from lceval.models.scheduler import ContextScheduler, Question, in_batches
+from lceval.models.writing import WritingCache
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +44,7 @@ class AnsweringLM(CheckedHFLM):
     engine: Engine
     diagnosis: Diagnosis
     scheduler: ContextScheduler
+    recipe: Recipe
     totals: Counter[str]
     _pad: int
 
@@ -83,7 +87,12 @@ class AnsweringLM(CheckedHFLM):
         last = torch.tensor([q[-1:] for q in questions], device=self.device)
         if caches := [question.cache for question in batch if question.cache is not None]:
             return (QuestionCache.joined(caches, 1 + room) if len(caches) > 1 else caches[0]), last
-        cache = self.engine.batch([question.context for question in batch], questions, room)
+        contexts = [question.context for question in batch]
+        if self.recipe.evicts_while_writing:
+            protected = [self.engine.protected_tokens(question.job.ids) for question in batch]
+            cache: QuestionCache = WritingCache(self.engine, contexts, questions, protected, self.recipe)
+        else:
+            cache = self.engine.batch(contexts, questions, room)
         if self.diagnosis.needs_answer and answers:
             # All but the last token, so that gold answer and model answer start from the same cache.
             rest = torch.tensor(padded([q[:-1] for q in questions], self._pad), device=self.device)
@@ -121,15 +130,19 @@ class AnsweringLM(CheckedHFLM):
         cache.start_clock()
         finite = FiniteLogits()
         start = time.perf_counter()
-        out = self._model_generate(
-            context=whole,
-            logits_processor=LogitsProcessorList([finite]),
-            attention_mask=mask,
-            stop=until,
-            max_length=whole.shape[1] + new_tokens,
-            cache=cache,
-            **batch[0].job.sampling,
-        )
+        with ExitStack() as stack:
+            if isinstance(cache, WritingCache):
+                stack.enter_context(cache.scored())
+                stack.enter_context(cache.writing())
+            out = self._model_generate(
+                context=whole,
+                logits_processor=LogitsProcessorList([finite]),
+                attention_mask=mask,
+                stop=until,
+                max_length=whole.shape[1] + new_tokens,
+                cache=cache,
+                **batch[0].job.sampling,
+            )
         end = time.perf_counter()
         first_token = cache.first_step or end
         self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
@@ -207,8 +220,10 @@ class AnsweringLM(CheckedHFLM):
         """Charge a batch's time to its questions in equal parts, and record its peak KV bytes."""
         current = (
             sum({id(question.context): question.context.allocated_bytes for question in batch}.values())
-            + cache.own_bytes
+            + cache.peak_own_bytes
         )
         for question in batch:
             question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
             question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
+            if isinstance(cache, WritingCache):
+                question.meta["kv"]["evictions"] = cache.evictions

@@ -123,6 +123,8 @@ def check_mode(kv: Recipe, query_aware: bool, budget: str = "context", heads: st
         )
     if not query_aware and kv.evictor is not None and kv.evictor.needs_question:
         raise UserError(f"kv={kv} selects by the attention of the question: it requires query_aware=true")
+    if query_aware and kv.evicts_while_writing:
+        raise UserError(f"kv={kv} evicts after the question: use query_aware=false")
     if query_aware and kv.reads_in_chunks:
         raise UserError(f"kv={kv} evicts before the question is known: use query_aware=false")
     if query_aware and getattr(kv.evictor, "when", "") == "always":

@@ -135,7 +135,7 @@ class Prefill(Cache):  # type: ignore[misc]
     ) -> Sequence[Tensor | None]:
         """The kept slots of each full-attention layer as a mask [B, Hkv, S]; None where nothing is evicted."""
         evictor = recipe.evictor
-        if evictor is None or evictor.keeps_all(self.tokens):
+        if evictor is None or evictor.write_every or evictor.keeps_all(self.tokens):
             return [None] * len(full_attention)
         scores = []
         for place, index in enumerate(full_attention):
@@ -337,7 +337,7 @@ class QuestionCache(Cache):  # type: ignore[misc]
 
     def fork(self) -> QuestionCache:
         """An independent copy; contexts stay shared."""
-        other = object.__new__(QuestionCache)
+        other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
         return other
@@ -366,6 +366,11 @@ class QuestionCache(Cache):  # type: ignore[misc]
     def own_bytes(self) -> int:
         """Bytes of the tails in all layers."""
         return sum(layer.own_bytes for layer in self.layers)
+
+    @property
+    def peak_own_bytes(self) -> int:
+        """Largest `own_bytes` so far."""
+        return self.own_bytes
 
     def rollback(self, tokens: int) -> None:
         """Drop the last `tokens` tokens."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -142,6 +142,19 @@ class Engine:
         """The number of KV heads of each full-attention layer."""
         sizes = dimensions_of(self.geometry, self._base.config.get_text_config())
         return [sizes["output_dim"]] * sizes["n_modules"]
+
+    def after_passes(self, call: Callable[[], None]) -> AbstractContextManager[None]:
+        """Within the block, `call` is called after every pass of the decoder."""
+
+        @contextmanager
+        def hooked() -> Iterator[None]:
+            handle = self._decoder.register_forward_hook(lambda *_: call())
+            try:
+                yield
+            finally:
+                handle.remove()
+
+        return hooked()
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""

@@ -229,10 +229,17 @@ class LCFT(AnsweringLM):
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = tuple(handle_stop_sequences(sampling.pop("until", None), eos=eos))
         new_tokens = sampling.pop("max_gen_toks")
+        if self.recipe.evicts_while_writing and sampling.get("num_beams", 1) != 1:
+            raise UserError(f"kv={self.recipe} does not support beam search: remove num_beams from --gen_kwargs")
         return GenerateJob(**split, until=until, max_new_tokens=new_tokens, sampling=sampling)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Score]:
         """Score each continuation, as lm-eval specifies. The choices of a question are scored together."""
+        if self.recipe.evicts_while_writing:
+            raise UserError(
+                f"kv={self.recipe} evicts what is written, and a log-likelihood task writes nothing: use a generative "
+                "task, or another recipe"
+            )
         if self.enable_thinking:
             raise UserError("enable_thinking=True does not support log-likelihood tasks: use generative tasks")
         choices: dict[tuple[int, ...], list[Choice]] = {}
@@ -262,7 +269,9 @@ class LCFT(AnsweringLM):
         task, prompt = str(request.task_name), request.args[0]
         doc = request.doc if isinstance(request.doc, dict) else {}
         end = self.context_end.find(task, prompt, doc)
-        if end is None and self.context_end.is_expected(task, prompt, doc):
+        # What evicts only while writing needs no end of the context: the prompt is the context.
+        writing = self.recipe.evicts_while_writing
+        if end is None and not writing and self.context_end.is_expected(task, prompt, doc):
             if self.recipe != recipe.Recipe():
                 raise self.context_end.not_found(task, doc, self.recipe)
             self.totals["no_boundary"] += 1
@@ -270,7 +279,7 @@ class LCFT(AnsweringLM):
             "index": index,
             "ids": tuple(ids),
             "boundary": len(ids) - 1 if end is None else boundary.boundary_of(prompt[:end], ids, self.tok_encode),
-            "has_context": end is not None,
+            "has_context": end is not None or writing,
             "prompt": prompt,
             "doc": doc,
         }

@@ -68,7 +68,12 @@ class Rows:
 
 
 class TailLayer(AttendingLayer):
-    """A dense buffer of the tokens after the context, one row per question."""
+    """A dense buffer of the tokens after the context, one row per question.
+
+    Attributes:
+        length: columns so far.
+        start: columns that have left the buffer (`when=decode`).
+    """
 
     is_croppable = True
 
@@ -78,6 +83,7 @@ class TailLayer(AttendingLayer):
         self.rows = rows
         self.capacity = capacity
         self.length = 0
+        self.start = 0
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         shape = (*k.shape[:2], max(self.capacity, k.shape[2]), k.shape[3])
@@ -85,7 +91,7 @@ class TailLayer(AttendingLayer):
         self.is_initialized = True
 
     def append(self, k: Tensor, v: Tensor) -> None:
-        new = slice(self.length, self.length + k.shape[2])
+        new = slice(self.length - self.start, self.length - self.start + k.shape[2])
         if new.stop > self.keys.shape[2]:
             grown = (*self.keys.shape[:2], 2 * new.stop, self.keys.shape[3])
             self.keys, self.values = (
@@ -93,12 +99,13 @@ class TailLayer(AttendingLayer):
             )
         self.keys[:, :, new] = k
         self.values[:, :, new] = v
-        self.length = new.stop
+        self.length += k.shape[2]
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
         """Keys and values [B, Hkv, L, D] of the tail's tokens."""
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        columns = self.length - self.start
+        return self.keys[:, :, :columns], self.values[:, :, :columns]
 
     def get_seq_length(self) -> int:
         """The length of the longest row before eviction, from which transformers derives positions."""
@@ -107,7 +114,7 @@ class TailLayer(AttendingLayer):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last -`tokens_to_remove` tokens of the tail (a negative number, as in transformers)."""
         self.length += min(tokens_to_remove, 0)
-        assert self.length >= 0, "a rollback cannot drop tokens of the context"
+        assert self.length >= self.start, "a rollback cannot drop tokens of the context"
 
     def select(self, rows: Sequence[int], selected: Rows) -> None:
         """Keep these rows of the tail, in this order; contexts stay shared. selected: `rows.select` of them."""

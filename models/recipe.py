@@ -46,9 +46,11 @@ INNER = [name for name, cls in EVICTORS.items() if Wrapper.takes(cls)]
 AXES = {"evictor": "evictor", "quantizer": "quantization", "sparse_attention": "sparse attention"}
 THRESHOLD = "threshold"
 ROUND, ROUNDINGS = "round", ("nearest", "down")
-WHEN, PREFILL, CHUNK, ALWAYS = "when", "prefill", "chunk", "always"
-READ_CHUNK = 1024
+WHEN, PREFILL, CHUNK, DECODE, ALWAYS = "when", "prefill", "chunk", "decode", "always"
+EVERY, PROMPT, PROMPTS = "every", "prompt", ("keep", "evict")
+READ_CHUNK, WRITE_EVERY = 1024, 128
 WHILE_READING = [name for name, cls in EVICTORS.items() if cls.evicts_while_reading]
+WHILE_WRITING = [name for name, cls in EVICTORS.items() if cls.evicts_while_writing]
 # What a value of each type looks like, and its name in errors.
 VALUES: dict[type, tuple[str, str]] = {
     bool: (r"true|false", "true or false"),
@@ -69,13 +71,18 @@ class Recipe:
 
     @property
     def stats_spec(self) -> StatsSpec:
-        """The prefill statistics that the recipe requires."""
-        return self.evictor.stats_spec if self.evictor else StatsSpec()
+        """The statistics that the recipe requires of a prefill of the whole context."""
+        return self.evictor.stats_spec if self.evictor and not self.evicts_while_writing else StatsSpec()
 
     @property
     def reads_in_chunks(self) -> bool:
         """Whether it evicts while a context is read (`when=chunk`), so that it shares no prefill with other recipes."""
         return self.evictor is not None and self.evictor.read_chunk > 0
+
+    @property
+    def evicts_while_writing(self) -> bool:
+        """Whether it evicts only while an answer is written (`when=decode`)."""
+        return self.evictor is not None and self.evictor.write_every > 0
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -86,7 +93,7 @@ class Recipe:
     @property
     def needs_scorer(self) -> bool:
         """Whether the evictor requires a scorer, and has none yet."""
-        return "" in self.stats_spec.scorers
+        return self.evictor is not None and "" in self.evictor.stats_spec.scorers
 
     @property
     def pattern(self) -> HeadPattern | None:
@@ -146,6 +153,8 @@ def parse(text: str) -> Recipe:
             raise _bad(text, f"at most one {AXES[axis]}, got {_name(parts[axis])} and {name}")
         parts[axis] = _build(name, arguments, text)
     evictor = parts.get("evictor")
+    if evictor is not None and evictor.write_every and "sparse_attention" in parts:
+        raise _bad(text, "when=decode evicts what an index of sparse attention was built on: leave one of them out")
     if isinstance(evictor, StepEvictor) and evictor.when == "always" and len(parts) > 1:
         raise _bad(text, "when=always evicts at every step, which excludes quantization and sparse attention")
     return Recipe(**parts)
@@ -171,9 +180,7 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         raise _bad(text, f"{name} has no threshold, since its scores have no scale of their own: use an amount")
     if name in EVICTORS and ROUND in keys:
         amount = _rounded(amount, keys.pop(ROUND), text)
-    fixed: dict[str, Any] = {"amount": amount}
-    if read_chunk := _read_chunk(name, keys, text):
-        fixed["read_chunk"] = read_chunk
+    fixed: dict[str, Any] = {"amount": amount, **_schedule(name, amount, keys, text)}
     if not issubclass(cls, Wrapper):
         return _make(cls, name, keys, text, **fixed)
     of = keys.pop("of", DEFAULT_OF)
@@ -181,31 +188,46 @@ def _build(name: str, arguments: list[str], text: str) -> Any:
         raise _unknown(f"evictor of {name}", of, INNER, text)
     own = {key: keys.pop(key) for key in list(keys) if key in key_types(cls)}
     inner = _make(EVICTORS[of], f"{name} or {of}", keys, text, also=["of", *key_types(cls)], amount=amount)
-    return _make(cls, name, own, text, amount=amount, inner=inner)
+    return _make(cls, name, own, text, inner=inner, **fixed)
 
 
-def _read_chunk(name: str, keys: dict[str, str], text: str) -> int:
-    """Remove `when=prefill`, or `when=chunk` and its `chunk`, from an evictor's keys; 0 without chunks."""
+def _schedule(name: str, amount: Amount | Threshold, keys: dict[str, str], text: str) -> dict[str, Any]:
+    """Remove `when` and the keys that depend on it from an evictor's keys; the fields that they set."""
     if name not in EVICTORS or WHEN not in keys:
-        return 0
+        return {}
     allowed = when_values(EVICTORS[name])
     if keys[WHEN] not in allowed:
-        others = f"; when={CHUNK} has {', '.join(WHILE_READING)}" if keys[WHEN] == CHUNK else ""
+        known = {CHUNK: WHILE_READING, DECODE: WHILE_WRITING}.get(keys[WHEN])
+        others = f"; when={keys[WHEN]} has {', '.join(known)}" if known else ""
         raise _bad(text, f"{WHEN} of {name} must be {' or '.join(allowed)}{others}")
     if keys[WHEN] == ALWAYS:
-        return 0
-    if keys.pop(WHEN) != CHUNK:
-        return 0
-    chunk = int(_value(CHUNK, keys.pop(CHUNK, str(READ_CHUNK)), int, text))
-    if chunk < 1:
-        raise _bad(text, "chunk must be at least 1")
-    return chunk
+        return {}
+    match keys.pop(WHEN):
+        case "chunk":
+            return {"read_chunk": _positive(CHUNK, keys.pop(CHUNK, str(READ_CHUNK)), text)}
+        case "decode":
+            if isinstance(amount, Amount) and amount.is_share:
+                raise _bad(text, "when=decode requires a number of tokens, since a share of what is written grows")
+            every = _positive(EVERY, keys.pop(EVERY, str(WRITE_EVERY)), text)
+            prompt = keys.pop(PROMPT, PROMPTS[0])
+            if prompt not in PROMPTS:
+                raise _bad(text, f"{PROMPT} must be {' or '.join(PROMPTS)}")
+            return {"write_every": every, "keeps_prompt": prompt == PROMPTS[0]}
+    return {}
+
+
+def _positive(key: str, value: str, text: str) -> int:
+    number = int(_value(key, value, int, text))
+    if number < 1:
+        raise _bad(text, f"{key} must be at least 1")
+    return number
 
 
 def when_values(cls: type[Evictor]) -> list[str]:
     """The times at which an evictor can evict: the values of its key `when`, the default first."""
-    chunk, always = cls.evicts_while_reading, issubclass(cls, StepEvictor)
-    return [PREFILL, *([CHUNK] if chunk else []), *([ALWAYS] if always else [])]
+    has = {PREFILL: True, CHUNK: cls.evicts_while_reading, DECODE: cls.evicts_while_writing}
+    has[ALWAYS] = issubclass(cls, StepEvictor)
+    return [when for when, possible in has.items() if possible]
 
 
 def has_scale(cls: Any) -> bool:
@@ -308,8 +330,7 @@ def _name(policy: Any) -> str:
 def _parameters(policy: Any) -> dict[str, Any]:
     """Amount or threshold, and keys as in the recipe, with those of an inner evictor."""
     values = {key: getattr(policy, key) for key in key_types(type(policy))}
-    if chunk := getattr(policy, "read_chunk", 0):
-        values = values | {WHEN: CHUNK, CHUNK: chunk}
+    values |= {key: value for key, (value, _) in _schedule_of(policy).items()}
     amount, inner = getattr(policy, "amount", None), getattr(policy, "inner", None)
     if isinstance(policy, Quantizer):
         values = {"k_bits": policy.k_bits, "v_bits": policy.v_bits, **values}
@@ -330,13 +351,23 @@ def _spell(policy: Any) -> str:
         name, *inner_keys = _spell(inner).split(":")
         inner_keys = [key for key in inner_keys if "=" in key and not key.startswith(f"{ROUND}=")]
         keys = [*keys, *([f"of={name}"] if name != DEFAULT_OF else []), *inner_keys]
-    if chunk := getattr(policy, "read_chunk", 0):
-        keys = [f"{WHEN}={CHUNK}", *([f"{CHUNK}={chunk}"] if chunk != READ_CHUNK else []), *keys]
+    schedule = [f"{key}={value}" for key, (value, default) in _schedule_of(policy).items() if value != default]
+    keys = [*schedule, *keys]
     if isinstance(amount, Threshold):
         keys = [f"{THRESHOLD}={shortest(amount.value)}", *keys]
     elif amount is not None and amount.down:
         keys = [f"{ROUND}=down", *keys]
     return ":".join([_name(policy), *([str(amount)] if isinstance(amount, Amount) else []), *keys])
+
+
+def _schedule_of(policy: Any) -> dict[str, tuple[Any, Any]]:
+    """`when` and the keys that depend on it, with their defaults; empty for eviction after the prefill."""
+    if chunk := getattr(policy, "read_chunk", 0):
+        return {WHEN: (CHUNK, None), CHUNK: (chunk, READ_CHUNK)}
+    if every := getattr(policy, "write_every", 0):
+        prompt = PROMPTS[0] if policy.keeps_prompt else PROMPTS[1]
+        return {WHEN: (DECODE, None), EVERY: (every, WRITE_EVERY), PROMPT: (prompt, PROMPTS[0])}
+    return {}
 
 
 def spelled(value: Any) -> str:

@@ -192,6 +192,8 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
         raise UserError(f"{name} requires output norms or the question's queries, which are not supported in training")
     if spec.reconstruction or spec.scorers or type(evictor).select is not Evictor.select:
         raise UserError(f"{name} selects slots across layers after prefill, which is not supported in training")
+    if evictor.write_every:
+        raise UserError(f"{name} evicts while an answer is written, which is not supported in training")
     if evictor.read_chunk:
         raise UserError(f"{name} evicts while a context is read, which is not supported in training: remove when=chunk")
     if getattr(evictor, "when", "prefill") == "always":

@@ -32,7 +32,8 @@ EXAMPLES = {
 _MORE = (
     "`lceval methods NAME` describes one. AMOUNT: a share of the context's tokens (0.25), or tokens (2048).\n"
     "THRESHOLD: threshold=FLOAT keeps the slots that score at least as high.\n"
-    "when=chunk evicts after every `chunk` (1024) tokens that are read; when=always also while the answer is written.\n"
+    "when=chunk evicts after every `chunk` (1024) tokens that are read; when=decode after every `every` (128)\n"
+    "that are written, of the answer (prompt=keep) or of all (prompt=evict); when=always after every step.\n"
     "kvAvB: keys in A bits and values in B (16, 8, 4 or 2, not equal), as kv8v4."
 )
 
@@ -130,7 +131,10 @@ def _in_full(method: dict[str, Any]) -> str:
         "source": method["source"],
         "amount": amount if method["amount"] else None,
         "keys": ", ".join(keys) or None,
-        "when": f"{when.replace('chunk', f'chunk (with chunk={recipe.READ_CHUNK}, int)')}" if when else None,
+        "when": when.replace("chunk", f"chunk (with chunk={recipe.READ_CHUNK}, int)").replace(
+            "decode", f"decode (with every={recipe.WRITE_EVERY}, int, and prompt=keep or evict)"
+        )
+        or None,
         "examples": ", ".join(method["examples"]),
         "differs from the paper": method["differences"],
         "cost": method["cost"],

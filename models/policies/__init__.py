@@ -31,6 +31,7 @@ from lceval.models.policies.quantizer import NAMES, Quantizer
 from lceval.models.policies.quest import Quest
 from lceval.models.policies.random_control import Random
 from lceval.models.policies.retrieval import Retrieval
+from lceval.models.policies.rkv import RKV
 from lceval.models.policies.snapkv import SnapKV
 from lceval.models.policies.streaming import Streaming
 from lceval.models.policies.tova import TOVA
@@ -53,6 +54,7 @@ EVICTORS: dict[str, type[Evictor]] = {
     "compactor": Compactor,
     "finch": Finch,
     "duo": Duo,
+    "rkv": RKV,
     "kvzip": KVzip,
     "kvzap": KVzap,
     "random": Random,

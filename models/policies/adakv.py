@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class AdaKV(Wrapper):
 
     Differs from the paper: the floor is that of kvpress; the paper interpolates a head's share with an equal share.
     """
+
+    evicts_while_writing: ClassVar[bool] = True
 
     floor: float = 0.2
 

@@ -213,15 +213,21 @@ class Evictor:
     Attributes:
         amount: budget, or a threshold where `has_scale`.
         read_chunk: under `when=chunk` the tokens that are read between two evictions; 0 evicts once, after the prefill.
+        write_every: under `when=decode` the tokens that are written between two evictions; 0 evicts no written token.
+        keeps_prompt: under `when=decode` whether context and question are kept, and the budget is of what is written.
         has_scale: whether a score means the same in every context, so that a threshold makes sense.
         evicts_while_reading: whether its scores make sense over the slots that are left, so that it has `when=chunk`.
+        evicts_while_writing: the same while an answer is written, for `when=decode`.
     """
 
     amount: Amount | Threshold
-    # Keys `when=chunk` and `chunk` of a recipe, which are not fields of every policy.
+    # The keys of `when=chunk` and `when=decode` in a recipe.
     read_chunk: int = field(default=0, metadata={"key": False})
+    write_every: int = field(default=0, metadata={"key": False})
+    keeps_prompt: bool = field(default=True, metadata={"key": False})
     has_scale: ClassVar[bool] = False
     evicts_while_reading: ClassVar[bool] = False
+    evicts_while_writing: ClassVar[bool] = False
 
     @property
     def stats_spec(self) -> StatsSpec:

@@ -26,6 +26,7 @@ class KeyDiff(Evictor):
 
     has_scale: ClassVar[bool] = True
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     block: int = 0
 
@@ -34,8 +35,8 @@ class KeyDiff(Evictor):
             raise ValueError("block must be at least 0")
         if self.block and isinstance(self.amount, Threshold):
             raise ValueError("a block is reduced to a budget, which a threshold does not have: leave block out")
-        if self.block and self.read_chunk:
-            raise ValueError("when=chunk selects chunk by chunk, as the paper does: leave block out")
+        if self.block and (self.read_chunk or self.write_every):
+            raise ValueError("when=chunk and when=decode select chunk by chunk, as the paper does: leave block out")
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: negative cosine similarity to the mean of the normalised keys; -inf where a block

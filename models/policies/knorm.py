@@ -22,6 +22,7 @@ class KNorm(Evictor):
 
     has_scale: ClassVar[bool] = True
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: negative key norm, computed in float32 because most 16-bit norms would tie."""

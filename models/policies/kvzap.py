@@ -40,12 +40,15 @@ class KVzap(Evictor):
     scorer: str = field(default="", metadata={"key": False})
     has_scale: ClassVar[bool] = True
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scope not in SCOPES:
             raise ValueError(f"scope must be one of {', '.join(SCOPES)}")
         if self.scope != "model" and isinstance(self.amount, Threshold):
             raise ValueError("scope says what shares a budget, which a threshold does not have: leave scope out")
+        if self.write_every and not self.keeps_prompt:
+            raise ValueError("kvzap scores only what is written, under when=decode: use prompt=keep")
         if self.recent is not None and self.recent < 0:
             raise ValueError("recent must be at least 0")
 

@@ -87,6 +87,7 @@ class LaCache(StepEvictor):
     """
 
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     sinks: int = 4
     span: int = 9

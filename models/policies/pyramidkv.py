@@ -22,6 +22,7 @@ class PyramidKV(SnapKV):
 
     # Budgets of layers are shares of the whole context.
     evicts_while_reading: ClassVar[bool] = False
+    evicts_while_writing: ClassVar[bool] = False
 
     beta: int = 20
     form: str = "kvpress"

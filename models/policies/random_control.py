@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ class Random(Evictor):
     stronger baseline: a better method must select well between both ends. The draw depends only on `seed`, layer and
     shape, on any device.
     """
+
+    evicts_while_writing: ClassVar[bool] = True
 
     seed: int = 0
     sinks: int = 0

@@ -27,6 +27,7 @@ class SnapKV(Evictor):
     """
 
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     window: int = 64
     pool: int = 5

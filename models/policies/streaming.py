@@ -20,6 +20,7 @@ class Streaming(StepEvictor):
     """
 
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     sinks: int = 4
 

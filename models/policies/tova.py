@@ -23,6 +23,7 @@ class TOVA(StepEvictor):
     """
 
     evicts_while_reading: ClassVar[bool] = True
+    evicts_while_writing: ClassVar[bool] = True
 
     @property
     def stats_spec(self) -> StatsSpec:

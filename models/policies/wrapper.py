@@ -31,6 +31,8 @@ class Wrapper(Evictor):
             )
         if isinstance(self.inner, StepEvictor) and self.inner.when != "prefill":
             raise ValueError(f"{name} evicts only at the end of prefill, so its inner evictor cannot have when=always")
+        if self.write_every and not self.inner.evicts_while_writing:
+            raise ValueError(f"{type(self.inner).__name__.lower()} cannot evict while an answer is written")
         if getattr(self.inner, "block", 0):
             raise ValueError(f"{name} selects once, so its inner evictor cannot select block by block")
 

@@ -33,6 +33,7 @@ EVICTORS = [
     "snapkv:0.3:window=8",
     "snapkv:0.3:window=40",
     "tova:0.3",
+    "rkv:0.3",
     "kvzap:0.3",
     "kvzap:0.3:scope=layer",
     "kvzap:0.3:scope=head:recent=5",

@@ -29,6 +29,7 @@ from lceval.models.policies.finch import Finch
 from lceval.models.policies.keydiff import KeyDiff
 from lceval.models.policies.knorm import KNorm
 from lceval.models.policies.lagkv import LagKV
+from lceval.models.policies.rkv import RKV
 from lceval.models.policies.streaming import Streaming
 from lceval.models.prefill_stats import PrefillStats
 from lceval.models.recipe import key_types, parse
@@ -333,3 +334,33 @@ def test_the_score_is_the_area_under_the_cumulated_attention_of_the_mean_query(e
                 logits = (a * b.conj() * torch.polar(torch.ones(500, 6).double(), distance.double())).real.sum(-1)
                 areas.append((logits / math.sqrt(12)).softmax(-1).cumsum(-1).mean())
             assert float(ours[index, kv_head]) == pytest.approx(float(sum(areas) / 2), abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [3, 9, 40])
+def test_rkv_prefers_attended_tokens_that_are_unlike_the_others(length: int) -> None:
+    window = 4
+    layer = dataclasses.replace(view(length), queries=tensors(8, 1, HEADS, length, DIM))
+    w = min(window, length)
+    old = length - w
+    for kv_head, ours in enumerate(kept(RKV(amount=Amount(10), window=window, pool=3, mix=0.3), layer)):
+        keys = layer.keys[0, kv_head]
+        importance = [0.0] * old
+        for row in range(old, length):
+            logits = [
+                max(float(layer.queries[0, head, row] @ keys[i]) * DIM**-0.5 for head in (2 * kv_head, 2 * kv_head + 1))
+                for i in range(old)
+            ]
+            total = sum(math.exp(x) for x in logits)
+            importance = [s + math.exp(x) / total / w for s, x in zip(importance, logits, strict=True)]
+        pooled = [max(importance[max(0, i - 1) : i + 2]) for i in range(old)]
+        unit = [[x / math.hypot(*key) for x in key] for key in keys.tolist()]
+        sums = [0.0] * length
+        for i in range(length):
+            row_of = [
+                0.0 if i == j else sum(a * b for a, b in zip(unit[i], unit[j], strict=True)) for j in range(length)
+            ]
+            row_of[max((j for j in range(length) if row_of[j] > 0.5), default=0)] = 0.0
+            sums = [s + x / length for s, x in zip(sums, row_of, strict=True)]
+        redundancy = [math.exp(x) / sum(math.exp(y) for y in sums) for x in sums]
+        scores = [0.3 * a - 0.7 * b for a, b in zip(pooled, redundancy, strict=False)]
+        assert ours == [*best(scores, 10 - w), *range(old, length)]
