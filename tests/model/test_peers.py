@@ -18,9 +18,12 @@ import torch
 
 from lceval.models import reconstruction
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache
+from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
+from lceval.models.policies import StatsSpec
 from lceval.models.recipe import parse
 from lceval.models.retrieval_heads import pattern_of
+from lceval.models.writing import WritingCache
 
 pytestmark = pytest.mark.model
 
@@ -50,11 +53,20 @@ def chat_ids(tokenizer: Any) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def compressed(lcft_model: Any, smollm2: str, tokenizer: Any) -> Iterator[Compress]:
-    """A function from a recipe to the fixture's context under it; each context is prefilled once for all recipes."""
+def lcft(lcft_model: Any, smollm2: str) -> Iterator[LCFT]:
     before = lcft_model.config._attn_implementation
-    lcft = LCFT(lcft_model, tokenizer=smollm2)
-    engine = lcft.engine
+    yield LCFT(lcft_model, tokenizer=smollm2)
+    lcft_model.set_attn_implementation(before)
+
+
+@pytest.fixture(scope="module")
+def engine(lcft: LCFT) -> Engine:
+    return lcft.engine
+
+
+@pytest.fixture(scope="module")
+def compressed(lcft: LCFT, engine: Engine, tokenizer: Any) -> Iterator[Compress]:
+    """A function from a recipe to the fixture's context under it; each context is prefilled once for all recipes."""
 
     def context_of(recipe: str) -> tuple[bool, int, int]:
         name = recipe.split(":")[0]
@@ -85,7 +97,6 @@ def compressed(lcft_model: Any, smollm2: str, tokenizer: Any) -> Iterator[Compre
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reconstruction, "CHUNK", 512)
         yield compress
-    lcft_model.set_attn_implementation(before)
 
 
 def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]:
@@ -106,6 +117,26 @@ def disagreements(context: CompressedContext, case: dict[str, Any]) -> list[str]
 @pytest.mark.parametrize("recipe", CASES)
 def test_the_kept_tokens_are_those_of_kvpress(compressed: Compress, recipe: str) -> None:
     assert disagreements(compressed(recipe), CASES[recipe]) == []
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("text", FIXTURE["written"]["cases"])
+def test_what_is_left_while_writing_is_that_of_kvpress(engine: Engine, text: str) -> None:
+    written, recipe = FIXTURE["written"], parse(text)
+    # The last token of the context as a question, so that both sides count the same tokens as written.
+    before, ids = written["context"] - 1, FIXTURE["ids"]
+    context = engine.prefill(ids[:before], StatsSpec()).compress(recipe, consume=True)
+    cache = WritingCache(engine, [context], [ids[before : before + 1]], [0], recipe)
+    with cache.writing():
+        for token in ids[before : before + 1 + written["tokens"]]:
+            engine.forward(cache, torch.tensor([[token]]))
+    assert cache.evictions == 2
+    for layer, record in written["cases"][text]["layers"].items():
+        for head, (mask, ties) in enumerate(zip(record["kept"], record["ties"], strict=True)):
+            theirs = {i for i in range(before + 1 + written["tokens"]) if int(mask, 16) >> i & 1}
+            ours = set(cache.layers[int(layer)].contexts[0].kept_positions(0, head).tolist())
+            assert len(ours) == len(theirs)
+            assert len(ours - theirs) <= ties // 2, f"layer {layer} head {head}"
 
 
 @pytest.mark.parametrize("recipe", CASES)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import CompactorPress, KVzipPress, ScorerPress
+from kvpress import CompactorPress, DecodingPress, KVzipPress, ScorerPress
 from kvpress.presses import duo_attention_press
 from kvpress_presses import build, versions
 from torch import Tensor
@@ -67,6 +67,13 @@ MORE: dict[str, dict[str, Any]] = {
     # Half of the 90 heads stream, which keep 384 of 900 tokens: 642 tokens a head.
     "duo:642": {"name": "duo", "keep": 0.5},
 }
+# While tokens are written: 300 of context, then evictions after 16 and 32 tokens. kvpress rotates all queries of a
+# window to the current position, so the window has one.
+WRITTEN: dict[str, dict[str, Any]] = {
+    "knorm:200:when=decode:every=16:prompt=evict": {"name": "knorm"},
+    "snapkv:200:when=decode:every=16:prompt=evict:window=1": {"name": "snapkv", "window_size": 1},
+}
+CONTEXT, EVERY, EVICTIONS, TARGET = 300, 16, 2, 200
 # Slots within this relative distance of the threshold are listed in the fixture.
 NEAR = 1e-4
 
@@ -193,6 +200,54 @@ def run(model: Any, ids: Tensor, tokens: int | None = None, question: int = 0, *
     }
 
 
+@torch.inference_mode()
+def write(model: Any, ids: Tensor, name: str, **changed: Any) -> dict[str, Any]:
+    """Tokens fed one by one after a context, under a press that evicts every EVERY of them."""
+    inner, parameters = build(name, 1.0, **changed)
+    press = DecodingPress(base_press=inner, compression_interval=EVERY, target_size=TARGET)
+    places: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
+    kept: dict[int, Tensor] = {}
+    score, compress = inner.score, press.compress
+
+    def remember(module: Any, *args: Any) -> Tensor:
+        scores[module.layer_idx] = score(module, *args).clone()
+        return scores[module.layer_idx]
+
+    def watch(module: Any, hidden: Tensor, keys: Tensor, values: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = compress(module, hidden, keys, values, *args)
+        index, heads = module.layer_idx, range(keys.shape[1])
+        before = places.get(index, torch.arange(CONTEXT).expand(len(heads), -1))
+        first = int(before.max()) + 1 if index not in kept else CONTEXT + EVERY
+        new = torch.arange(first, first + keys.shape[2] - before.shape[1])
+        before = torch.cat([before, new.expand(len(heads), -1)], 1)
+        after = []
+        for head in heads:
+            rows = {tuple(row): slot for slot, row in enumerate(keys[0, head].tolist())}
+            after.append(sorted(rows[tuple(row)] for row in out[0][0, head].tolist()))
+        slots = torch.tensor(after)
+        kept[index] = torch.zeros(keys.shape[1:3], dtype=torch.bool).scatter_(1, slots, True)
+        places[index] = before.gather(1, slots)
+        order = slots[..., None].expand(-1, -1, keys.shape[3])
+        # In the order of their positions, which topk does not keep.
+        return keys[0].gather(1, order)[None], values[0].gather(1, order)[None]
+
+    inner.score, press.compress = remember, watch
+    cache = DynamicCache()
+    model.model(input_ids=ids[:, :CONTEXT], past_key_values=cache)
+    with press(model):
+        for at in range(CONTEXT, CONTEXT + EVERY * EVICTIONS):
+            position = torch.tensor([[at]])
+            model.model(input_ids=ids[:, at : at + 1], past_key_values=cache, position_ids=position)
+    layers = {}
+    for index in LAYERS:
+        record = layer_record(scores[index][0], kept[index], edges(scores[index][0], kept[index]))
+        masks = [f"{sum(1 << i for i in of_head):x}" for of_head in places[index].tolist()]
+        # An evicted slot has no position here, so ties are only counted.
+        layers[str(index)] = {"kept": masks, "ties": [*map(len, record["near"])], "margin": record["margin"]}
+    return {"press": {"class": "DecodingPress", "press": parameters}, "layers": layers}
+
+
 class Texts:
     """What DuoAttentionPress asks of a data set: pandas' sample of a column."""
 
@@ -240,6 +295,7 @@ def main() -> None:
     # DuoAttention finds its heads on this text instead of 50 chapters of BookSum, which only divides its scores.
     duo_attention_press.load_dataset = lambda *_, **__: Texts([text])
     cases |= {recipe: run(model, torch.tensor([ids]), **case) for recipe, case in MORE.items()}
+    written = {recipe: write(model, torch.tensor([ids]), **case) for recipe, case in WRITTEN.items()}
     fixture = {
         "about": "made by kvpress_indices.py; bit i of a hex mask in `kept` says that token i stayed",
         "model": "SmolLM2-135M-Instruct",
@@ -251,6 +307,7 @@ def main() -> None:
         "near_within": NEAR,
         "ids": ids,
         "cases": cases,
+        "written": {"context": CONTEXT, "tokens": EVERY * EVICTIONS, "cases": written},
     }
     lines = json.dumps(fixture, separators=(",", ":")).replace('{"press"', '\n{"press"').replace('{"kept"', '\n{"kept"')
     args.output.write_text(lines + "\n")

@@ -318,3 +318,37 @@ def test_a_task_with_fields_of_its_own_is_compressed_or_refused_in_one_line(
     assert evaluate(program, tmp_path / "none", tasks, f"{model_args},context_from=none") == 0
     ((task,),) = (run.tasks for run in read_runs([tmp_path / "none"]))
     assert all(sample.uncompressed and sample.kv["kept_share"] == 1 for sample in task.samples)
+
+
+# Eviction while writing ---------------------------------------------------------------------------------
+
+
+def test_answers_are_written_under_eviction_in_batches_and_without_a_known_context(folder: Path) -> None:
+    kv = "knorm:6:when=decode:every=4"
+    prompts = ["w1 w2 w3 w4", "w5 w6", "w7 w8 w9 w1 w2 w3", "w4"]
+    of = {
+        "generate_until": [
+            Instance(
+                "generate_until", {"query": prompt}, (prompt, {"until": ["###"], "max_gen_toks": 30}), 0, ("t", 0, 1)
+            )
+            for prompt in prompts
+        ]
+    }
+    alone = answers(LCFT(str(folder), kv=kv), "generate_until", of)
+    together = answers(LCFT(str(folder), kv=kv, batch_size=4), "generate_until", of)
+    full = answers(LCFT(str(folder)), "generate_until", of)
+    assert alone == together != full
+    for result in together:
+        kv_meta = result.meta["kv"]
+        assert kv_meta["boundary"]
+        assert kv_meta["evictions"] == (kv_meta["new_tokens"] - 1) // 4 or kv_meta["evictions"] == 7
+    with pytest.raises(UserError, match="a log-likelihood task writes nothing: use a generative task"):
+        answers(LCFT(str(folder), kv=kv), "loglikelihood", requests(CONTEXT))
+    beams = {"generate_until": [Instance("generate_until", {}, ("w1 w2", {"num_beams": 2, "max_gen_toks": 3}), 0)]}
+    with pytest.raises(UserError, match="does not support beam search"):
+        answers(LCFT(str(folder), kv=kv), "generate_until", beams)
+
+
+def test_finch_selects_by_the_question(folder: Path) -> None:
+    (result,) = answers(LCFT(str(folder), kv="finch:0.5", query_aware=True), "generate_until", requests(CONTEXT))[:1]
+    assert 0.4 < result.meta["kv"]["kept_share"] < 0.7
