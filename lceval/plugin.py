@@ -133,10 +133,13 @@ def _wrap_evaluate(evaluator: "ModuleType") -> None:
     def evaluate(*args: object, **kwargs: "Any") -> object:
         results = original_evaluate(*args, **kwargs)
         if results is not None and "samples" in results:  # without --log_samples there are none
-            from lceval.tasks.scoring import add_telemetry
+            from lceval.tasks.scoring import add_repeats, add_telemetry
 
-            for samples in results["samples"].values():
+            tasks = (kwargs.get("task_dict") or args[1])["tasks"]  # type: ignore[index]
+            for name, samples in results["samples"].items():
                 add_telemetry(samples)
+                if name in tasks:
+                    add_repeats(tasks[name], samples)
         return results
 
     evaluate.__wrapped__ = original_evaluate  # type: ignore[attr-defined]

@@ -240,7 +240,8 @@ def telemetry(meta: Mapping[str, Any], *, parsed: bool = True) -> dict[str, Any]
 def add_telemetry(samples: Iterable[dict[str, Any]]) -> None:
     """Add the telemetry of their responses to logged samples that lack it: those of tasks that are not lceval's.
 
-    Of several responses (choices, repeats) the first counts, or the first that failed.
+    Of several responses (choices, repeats) the first counts, or the first that failed; of repeats, `new_tokens` is the
+    mean, times and decoded tokens are sums, and `peak_bytes` is the largest.
     """
     for sample in samples:
         metas = [meta for of in sample["resps"] for response in of if (meta := getattr(response, "meta", None))]
@@ -248,6 +249,36 @@ def add_telemetry(samples: Iterable[dict[str, Any]]) -> None:
             measured = [telemetry(meta) for meta in metas]
             failed = [one for one in measured if one["kv"]["status"] == "error"]
             sample.update((failed or measured)[0])
+            if len(sample["resps"]) == 1 and len(measured) > 1:
+                sample["kv"] = {**sample["kv"], **_of_repeats([one["kv"] for one in measured])}
+
+
+def _of_repeats(kvs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def values(name: str) -> list[float]:
+        return [kv[name] for kv in kvs if name in kv]
+
+    combined = {name: math.fsum(of) for name in ("question_s", "decode_s", "decode_tokens") if (of := values(name))}
+    if peaks := values("peak_bytes"):
+        combined["peak_bytes"] = max(peaks)
+    if tokens := values("new_tokens"):
+        combined["new_tokens"] = mean_known(tokens)
+    return combined
+
+
+def add_repeats(task: Any, samples: Iterable[dict[str, Any]]) -> None:
+    """Add `repeats` to the logged samples of a generative task with several: every metric of each repeat, in order.
+
+    lm-eval's own metrics are those of the first repeat, unless the task has filters.
+
+    task: lm-eval's task.
+    """
+    repeats = getattr(task.config, "repeats", 1) or 1
+    if repeats < 2 or task.OUTPUT_TYPE != "generate_until" or task.config.filter_list:
+        return
+    for sample in samples:
+        of_each = [task.process_results(sample["doc"], [response]) for response in sample["resps"][0]]
+        numeric = [name for name, value in of_each[0].items() if isinstance(value, bool | int | float)]
+        sample["repeats"] = {name: [float(metrics[name]) for metrics in of_each] for name in numeric}
 
 
 def mean_known(items: Iterable[float | None]) -> float:

@@ -8,6 +8,7 @@ interval needs every sample with its cluster.
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -35,7 +36,8 @@ LEVELS = 2
 class Sample:
     """One answer with its score and cost.
 
-    score: the headline metric, or None where it is missing, not finite, or the sample ended in an error.
+    score: the headline metric (of repeats its mean), or None where it is missing, not finite, or the sample ended in an
+        error.
     cluster: the context's name; a sample without one is a cluster by itself.
     kv_bytes, kv_bytes_full: None without telemetry.
     status: "ok", "truncated", "error", or the status in the `kv` telemetry.
@@ -296,7 +298,9 @@ def _headline(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> s
 
 
 def _sample(row: Mapping[str, Any], headline: str | None, index: int) -> Sample:
-    """One line of a samples file; `index` identifies samples without an id."""
+    """One line of a samples file; `index` identifies samples without an id. Of repeats the mean counts."""
+    means = {name: _mean_of(values) for name, values in _mapping(row.get("repeats")).items()}
+    row = {**row, **{name: mean for name, mean in means.items() if mean is not None}}
     doc = _mapping(row.get("doc"))
     kv = _mapping(row.get("kv"))
     name, cluster = doc.get("id"), doc.get("cluster")
@@ -390,6 +394,12 @@ def _list(value: object) -> list[Any]:
 def number(value: object) -> float | None:
     """A number up to `LARGEST` in size; None for anything else."""
     return float(value) if isinstance(value, int | float) and abs(value) <= LARGEST else None
+
+
+def _mean_of(values: object) -> float | None:
+    numbers = [number(value) for value in _list(values)]
+    known = [value for value in numbers if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(numbers) else None
 
 
 def _count(value: object) -> int | None:

@@ -18,6 +18,7 @@ from lceval.stats.estimates import Stratum
 
 _MEANS = (
     *("gold_kept", "gold_nll", "ndcg10", "kept_share", "kv_mb", "kv_16bit_share", "bytes_read_per_step"),
+    *("written_tokens", "peak_mb"),
     *("prefill_s", "prefill_tok_s", "decode_tok_s"),
 )
 _SUMS = ("n", "clusters", "errors", "truncated", "uncompressed", "wrong_format", "unjudged")

@@ -110,6 +110,8 @@ def model(row: Row) -> str:
     return " ".join([row["model"], *(mark + name for mark, name in zip(("", "+"), names, strict=True) if name)])
 
 
+# Of interest where slots are evicted while an answer is written.
+_WHILE_WRITING = ("tokens\nwritten", "peak\nKV MB")
 _COLUMNS = (
     Column("run", _run, text=True, show="always"),
     Column("model", model, text=True, show="differs"),
@@ -141,6 +143,8 @@ _COLUMNS = (
         lambda row: number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6),
         priority=3,
     ),
+    Column("tokens\nwritten", lambda row: number(row.get("written_tokens"))),
+    Column("peak\nKV MB", lambda row: number(row.get("peak_mb"))),
     Column("prefill\ns", lambda row: number(row["prefill_s"]), priority=4),
     Column("prefill\ntok/s", lambda row: number(row["prefill_tok_s"])),
     Column("decode\ntok/s", lambda row: number(row["decode_tok_s"])),
@@ -154,10 +158,12 @@ _COLUMNS = (
 
 def columns(table: Table) -> list[Column]:
     """The columns with information about this table."""
-    chosen = []
+    chosen, writing = [], any("when=decode" in row["recipe"] for row in table.rows)
     for column in _COLUMNS:
         cells = {column.cell(row) for row in table.rows}
         if column.header == "query" and "query-aware" not in cells:
+            continue
+        if column.header in _WHILE_WRITING and not writing:
             continue
         if column.show == "always" or len(cells) > 1 or (column.show == "present" and cells != {"-"}):
             chosen.append(column)

@@ -69,6 +69,8 @@ KEYS = {
     "kv_mb": "mean of kv_bytes over samples with telemetry, in 1e6 bytes",
     "kv_16bit_share": "sum of kv_bytes / size of the full cache at 2 bytes per number",
     "bytes_read_per_step": "mean KV cache bytes of the context read per decoding step",
+    "written_tokens": "mean tokens of a generated answer",
+    "peak_mb": "mean of the largest KV cache bytes while a sample is answered, in 1e6 bytes",
     "prefill_s": "mean prefill time of a context in seconds, without reused prefixes",
     "prefill_tok_s": "prefilled tokens / prefill time, over these contexts",
     "decode_tok_s": "decode tokens per second (first token of each answer excluded), over generated samples",
@@ -247,6 +249,8 @@ def _speed(samples: Sequence[Sample]) -> Row:
         "prefill_s": math.fsum(timed) / len(timed) if timed else None,
         "prefill_tok_s": _rate(prefills, "prefill_tokens", "prefill_s"),
         "decode_tok_s": _rate(samples, "decode_tokens", "decode_s"),
+        "written_tokens": _mean([tokens for sample in samples if (tokens := _measured(sample, "new_tokens"))]),
+        "peak_mb": _mean([peak / 1e6 for sample in samples if (peak := _measured(sample, "peak_bytes"))]),
     }
 
 
