@@ -98,7 +98,7 @@ class Evictions:
     def _masks(self, tails: Sequence[Tail | None], seen: int) -> dict[int, list[Tensor]]:
         """Per layer and KV head the slots [n] that are kept; empty where all are."""
         self.workspace = 0
-        if self.evictor.keeps_all(seen):
+        if not self.states or self.evictor.keeps_all(seen):
             return {}
         scores = {}
         for place, index in enumerate(self.states):
@@ -193,6 +193,7 @@ class Evictions:
             kept = ((k[mask], v[mask], at[mask]) for (k, v, at), mask in zip(heads, masks, strict=True))
             counts = torch.stack([mask.sum() for mask in masks]).tolist()
             kv = PagedKV.of_heads(kept, counts, len(heads), like=like)
+        self.workspace = max(self.workspace, kv.allocated_bytes)
         return kv if self.store is None else self.store(kv)
 
 

@@ -42,6 +42,9 @@ def bench(
     parsed = [parse(text) for text in recipes]
     if not parsed or tokens < 1 or new_tokens < 1 or rounds < 1:
         raise UserError("bench decode requires a recipe, and at least one token, new token and round")
+    for kv in parsed:
+        if kv.evicts_while_writing:
+            raise UserError(f"bench decode times steps over a cache that does not change, so not {kv}")
     model = LCFT(pretrained, device=device(), **model_args)
     if tokens + new_tokens > model.max_length:
         raise UserError(f"{tokens} + {new_tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")

@@ -48,6 +48,8 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
     for number in range(rounds + 1):
         for recipe in (FULL, *recipes):
             model.use(recipe)
+            if model.recipe.evicts_while_writing:
+                raise UserError(f"bench prefill: {model.recipe} evicts nothing before the answer")
             measures = _measured(model.engine, ids, model.recipe)
             if number:  # the first round is a warm-up
                 measured.setdefault(str(model.recipe), []).append(measures)
