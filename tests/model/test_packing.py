@@ -17,8 +17,10 @@ from lceval.training.packing import IGNORED, Packing, QAPair, check_trainable, p
 
 pytestmark = pytest.mark.model
 NOT_TRAINABLE = ("kvzip", "kvzap", "criticalkv", "finch", "duo")
-RECIPES = ["full", *(f"{name}:0.27" for name in EVICTORS if name not in NOT_TRAINABLE), "adakv:0.3:of=knorm"]
-RECIPES.append("keydiff:0.27:block=16")
+# lagkv and rkv score as knorm and snapkv do.
+ALIKE = ("lagkv", "rkv")
+NAMES = [name for name in EVICTORS if name not in (*NOT_TRAINABLE, *ALIKE)]
+RECIPES = ["full", *(f"{name}:0.27" for name in NAMES), "adakv:0.3:of=knorm"]
 
 
 def tokens(count: int, seed: int) -> tuple[int, ...]:

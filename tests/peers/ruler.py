@@ -1,6 +1,7 @@
 """RULER rows under lceval and under kvpress: the same answers?
 
     python tests/peers/ruler.py answer OURS.jsonl            answer the rows of LCEVAL_DATA/ruler/4096.jsonl
+    python tests/peers/ruler.py apart OURS.jsonl             qa_1 and qa_2, context and question tokenized apart
     python tests/peers/ruler.py compare OURS.jsonl THEIRS.jsonl
     python tests/peers/ruler.py fixture THEIRS.jsonl          write kvpress-0.5.5-ruler.json beside this file
 
@@ -38,7 +39,6 @@ def read(file: Path) -> dict[tuple[str, str], dict[str, Any]]:
 def answer(file: Path) -> None:
     """Answer the missing rows."""
     from lceval import packaged
-    from lceval.bench.comparison import requests_of
     from lceval.models.lcft import LCFT
     from lceval.tasks import catalogue
 
@@ -46,24 +46,55 @@ def answer(file: Path) -> None:
     model = LCFT(packaged.NAME, device="cpu", dtype="float32")
     with file.open("a") as out:
         for task in catalogue.groups()["lc_ruler_4k"]:
-            _, contexts = requests_of(task, packaged.NAME, model, template=True)
-            for request in [request for context in contexts for request in context.requests][:ROWS]:
-                for side, kv in RECIPES.items():
+            for request in requests(model, task):
+                for side in RECIPES:
                     if (side, request.doc["id"]) in done:
                         continue
-                    model.use(kv)
-                    (text,) = model.generate_until([request], disable_tqdm=True)
-                    kv_meta = text.meta["kv"]
-                    parts = ("prefill_s", "compress_s", "question_s", "decode_s")
-                    record = {
-                        "side": side,
-                        "id": request.doc["id"],
-                        "answer": str(text),
-                        "seconds": sum(kv_meta[part] for part in parts),
-                        "kept_share": kv_meta["kept_share"],
-                    }
+                    record = {"side": side, "id": request.doc["id"], **answered(model, side, request)}
                     out.write(json.dumps(record) + "\n")
                     out.flush()
+
+
+def apart(file: Path) -> None:
+    """Answer the rows whose context ends with two line breaks, which are one token where it is tokenized apart."""
+    from lceval import packaged
+    from lceval.models.lcft import LCFT
+
+    model = LCFT(packaged.NAME, device="cpu", dtype="float32")
+    with file.open("w") as out, model.sharing_prefills([kv for side, kv in RECIPES.items() if side != "kvzip"]):
+        for request in [request for name in ("qa_1", "qa_2") for request in requests(model, f"lc_ruler_{name}_4k")]:
+            prompt, how = request.args
+            end = model.context_end.find(request.task_name, prompt, request.doc)
+            context, rest = (model.tok_encode(part, add_special_tokens=False) for part in (prompt[:end], prompt[end:]))
+            for side, kv in RECIPES.items():
+                if side == "kvzip":
+                    continue
+                model.use(kv)
+                split = {"index": 0, "ids": (*context, *rest), "boundary": len(context), "has_context": True}
+                job = model.generate_job(how, **split, prompt=prompt, doc=request.doc)
+                (text,) = model._answers("generate_until", model._generate, [job], [request], disable_tqdm=True)
+                out.write(
+                    json.dumps({"side": side, "id": request.doc["id"], "answer": str(text), "seconds": 0.0}) + "\n"
+                )
+                out.flush()
+
+
+def requests(model: Any, task: str) -> list[Any]:
+    """The first rows of a task, as prompts for a model."""
+    from lceval import packaged
+    from lceval.bench.comparison import requests_of
+
+    _, contexts = requests_of(task, packaged.NAME, model, template=True)
+    return [request for context in contexts for request in context.requests][:ROWS]
+
+
+def answered(model: Any, side: str, request: Any) -> dict[str, Any]:
+    """Answer, seconds and kept share of one row under one recipe."""
+    model.use(RECIPES[side])
+    (text,) = model.generate_until([request], disable_tqdm=True)
+    kv = text.meta["kv"]
+    seconds = sum(kv[part] for part in ("prefill_s", "compress_s", "question_s", "decode_s"))
+    return {"answer": str(text), "seconds": seconds, "kept_share": kv["kept_share"]}
 
 
 def scored(answers: dict[tuple[str, str], dict[str, Any]], side: str) -> dict[str, float]:
@@ -120,6 +151,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["answer", file]:
             answer(Path(file))
+        case ["apart", file]:
+            apart(Path(file))
         case ["compare", ours, theirs]:
             compare(read(Path(ours)), read(Path(theirs)))
         case ["fixture", file]:
