@@ -152,18 +152,16 @@ def split_kernel(  # type: ignore[no-untyped-def]
     tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
 
 
-def split_constants(dtype: torch.dtype, head_dim: int, *, codes: bool = False) -> dict[str, int]:
+def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     """The compile-time arguments of `split_kernel`; with `OPTIONS` they define the AOT variants.
 
     A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared memory: three
     programs per multiprocessor on an H100, two on an A100, one on a consumer card. Float32 uses no tensor cores here
     ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
-
-    codes: whether K and V are 8-bit floats.
     """
     D_PAD = 1 << (head_dim - 1).bit_length()
     BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
-    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S, "FP8": int(codes)}
+    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
 
 
 def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
@@ -223,7 +221,7 @@ def _launch(
     G, D = q.shape[1] // Hkv, q.shape[2]
     part_o, part_lse = merge.outputs(q, splits)
     strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
-    constants = split_constants(q.dtype, D, codes=k.dtype == torch.uint8)
+    constants = split_constants(q.dtype, D) | {"FP8": int(k.dtype == torch.uint8)}
     with torch.cuda.device(q.get_device()):
         split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
@@ -296,7 +294,7 @@ def variants() -> Iterator[Variant]:
             pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
             floats=("scaling",),
             aligned=("stride_q", "stride_k", "stride_v"),
-            constants=split_constants(TORCH[dtype], dim, codes=codes),
+            constants=split_constants(TORCH[dtype], dim) | {"FP8": int(codes)},
             options=OPTIONS,
         )
         yield from [shares] if codes else with_single(shares)

@@ -31,8 +31,10 @@ from workload import (
     token_ids,
 )
 
+from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
+from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective
 from lceval.models.policies import EVICTORS, SPARSE_ATTENTION
 from lceval.models.recipe import Recipe, parse
@@ -302,7 +304,7 @@ def widened(context: Any, dtype: torch.dtype) -> Any:
 def _widen(kv: Any, dtype: torch.dtype) -> Any:
     if isinstance(kv, PagedKV):
         return replace(kv, k=kv.k.to(dtype), v=kv.v.to(dtype))
-    if isinstance(kv, QuantKV):
+    if isinstance(kv, QuantKV | Rotated | Fp8KV):
         return _dequantised(kv, dtype)
     if isinstance(kv, Selective):
         # An index keeps its own precision, except where it multiplies queries by what it holds.
@@ -311,7 +313,7 @@ def _widen(kv: Any, dtype: torch.dtype) -> Any:
     return replace(kv, kv=_widen(kv.kv, dtype))
 
 
-def _dequantised(kv: QuantKV, dtype: torch.dtype) -> PagedKV:
+def _dequantised(kv: QuantKV | Rotated | Fp8KV, dtype: torch.dtype) -> PagedKV:
     """Pages of what a quantised layer reads back, heads side by side."""
     heads = [kv.head(head) for head in range(len(kv.counts))]
     padded = [[F.pad(x, (0, 0, 0, -len(x) % PAGE)).to(dtype) for x in head] for head in heads]

@@ -31,9 +31,9 @@ def answers(lcft_model: Any, smollm2: str) -> dict[str, dict[str, str]]:
     model = LCFT(lcft_model, tokenizer=smollm2)
     (request, *_) = ruler.requests(model, TASK)
     with model.sharing_prefills([ruler.RECIPES[side] for side in SIDES]):
-        found = {side: {request.doc["id"]: ruler.answered(model, side, request)["answer"]} for side in SIDES}
+        by_side = {side: {request.doc["id"]: ruler.answered(model, side, request)["answer"]} for side in SIDES}
     lcft_model.set_attn_implementation(before)
-    return found
+    return by_side
 
 
 @pytest.mark.parametrize("side", SIDES)

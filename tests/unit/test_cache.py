@@ -19,6 +19,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from lceval.kernels import decode, gather_decode, launch, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
+from lceval.kernels.rotated import Rotated
 from lceval.models import attention
 from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
@@ -170,7 +171,8 @@ def test_every_kind_of_context_is_decoded_through_its_kernel(tiny: Any, recipe: 
     context = compressed(tiny, ids, parse_recipe(recipe))
     answers, torch_tokens = [], []
     for kernels in (False, True):
-        for kind in {type(layer) for layer in context.layers} if kernels else ():
+        kinds = {type(layer.kv if isinstance(layer, Rotated) else layer) for layer in context.layers}
+        for kind in kinds if kernels else ():
             # Called for everything that has no kernel.
             def attend(kv: Any, q: Tensor, scaling: float, original: Any = kind.attend) -> Any:
                 torch_tokens.append(q.shape[2])
