@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import paged
-from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.paged import PAGE, Around, PagedKV
 
 LARGEST = 448.0
 # A smaller scale would push 16-bit queries, which it multiplies, below their normal range.
@@ -33,7 +33,7 @@ def decode(codes: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Fp8KV:
+class Fp8KV(Around):
     """One layer of a compressed context in e4m3, as a `KV`. Immutable.
 
     Attributes:
@@ -66,16 +66,6 @@ class Fp8KV:
         return cls(PagedKV(k, v, kv.table, kv.lens, kv.positions, kv.counts), k_scale, v_scale, kv.k.dtype)
 
     @property
-    def lens(self) -> Tensor:
-        """[B, Hkv] int32, kept slots."""
-        return self.kv.lens
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """`lens` on the host."""
-        return self.kv.counts
-
-    @property
     def _scale_bytes(self) -> int:
         return self.k_scale.nbytes + self.v_scale.nbytes
 
@@ -94,10 +84,6 @@ class Fp8KV:
         """Bytes that one decoding step reads: codes and scales."""
         return self.kv.read_bytes + self._scale_bytes
 
-    def kept_positions(self, b: int, h: int) -> Tensor:
-        """As `KV.kept_positions`."""
-        return self.kv.kept_positions(b, h)
-
     def head(self, row: int) -> tuple[Tensor, Tensor]:
         """As `KV.head`, in the model's dtype."""
         return self._decoded(row, *self.kv.head(row))
@@ -113,22 +99,7 @@ class Fp8KV:
 
     def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """As `KV.attend`; one head is decoded at a time."""
-        batch, heads, tokens, dim = q.shape
-        sequences, kv_heads = self.lens.shape
-        group, shared = heads // kv_heads, batch // sequences
-        rows = q.reshape(sequences, shared, kv_heads, group, tokens, dim).transpose(1, 2)
-        o = torch.empty(sequences * kv_heads, shared * group * tokens, dim, dtype=q.dtype, device=q.device)
-        lse = torch.empty(o.shape[:2], dtype=torch.float32, device=q.device)
-        rows = rows.reshape(o.shape)
-        for row in range(len(self.counts)):
-            k, v = self.head(row)
-            one = slice(row, row + 1)
-            paged.attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
-        shape = (sequences, kv_heads, shared, group, tokens)
-        return (
-            o.view(*shape, dim).transpose(1, 2).reshape(q.shape),
-            lse.view(shape).transpose(1, 2).reshape(batch, heads, tokens),
-        )
+        return paged.attend(q, self, scaling)
 
     def scaled(self, q: Tensor) -> Tensor:
         """Queries [R, H, D] that attend over the codes as q attends over the keys."""

@@ -195,6 +195,54 @@ class PagedKV:
         return attend(q, self, scaling)
 
 
+@dataclass(frozen=True)
+class Around:
+    """A layer of a context around another, which it reads in its own way; by default everything is that of `kv`.
+
+    Attributes:
+        kv: the layer inside.
+    """
+
+    kv: KV
+
+    @property
+    def lens(self) -> Tensor:
+        """As `KV.lens`."""
+        return self.kv.lens
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """As `KV.counts`."""
+        return self.kv.counts
+
+    @property
+    def kept_bytes(self) -> int:
+        """As `KV.kept_bytes`."""
+        return self.kv.kept_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """As `KV.allocated_bytes`."""
+        return self.kv.allocated_bytes
+
+    @property
+    def read_bytes(self) -> int:
+        """As `KV.read_bytes`."""
+        return self.kv.read_bytes
+
+    def kept_positions(self, b: int, h: int) -> Tensor:
+        """As `KV.kept_positions`."""
+        return self.kv.kept_positions(b, h)
+
+    def head(self, row: int) -> tuple[Tensor, Tensor]:
+        """As `KV.head`."""
+        return self.kv.head(row)
+
+    def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """As `KV.take`."""
+        return self.kv.take(row, slots)
+
+
 def attention_logits(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """scaling * q k^T, never rounded to 16 bits: key biases of hundreds (Qwen2.5) leave a 16-bit logit no decimals.
 
@@ -207,7 +255,7 @@ def attention_logits(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return torch.bmm(q.to(wide) * scaling, k.to(wide).transpose(1, 2))
 
 
-def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
     """Attention of every query over all kept slots of its KV head, without a causal mask.
 
     q: [B, H, T, D]. `kv` has B sequences, or one that all B share.
@@ -221,15 +269,15 @@ def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
     rows = rows.reshape(sequences * kv_heads, -1, dim)
     o = torch.empty_like(rows)
     lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
-    if len(set(kv.counts)) == 1:
+    if isinstance(kv, PagedKV) and len(set(kv.counts)) == 1:
         n = kv.counts[0]
         k, v = (pool.view(len(kv.counts), -1, dim)[:, :n] for pool in (kv.k, kv.v))
-        attend_rows(rows, k, v, scaling, o, lse)
+        _attend_rows(rows, k, v, scaling, o, lse)
     else:
         for row in range(len(kv.counts)):
             k, v = kv.head(row)
             one = slice(row, row + 1)
-            attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
+            _attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
     shape = (sequences, kv_heads, batch // sequences, group, tokens)
     return (
         o.view(*shape, dim).transpose(1, 2).reshape(batch, heads, tokens, dim),
@@ -237,7 +285,7 @@ def attend(q: Tensor, kv: PagedKV, scaling: float) -> tuple[Tensor, Tensor]:
     )
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
     """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], in blocks of M."""
     if k.shape[1] == 0:
         o.zero_()

@@ -13,7 +13,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.paged import Around, PagedKV
 
 
 @cache
@@ -41,43 +41,8 @@ def rotated(kv: PagedKV) -> PagedKV:
 
 
 @dataclass(frozen=True)
-class Rotated:
-    """One layer of a compressed context, as a `KV`, over a layout with rotated keys and values.
-
-    Attributes:
-        kv: the rotated slots.
-    """
-
-    kv: KV
-
-    @property
-    def lens(self) -> Tensor:
-        """[B, Hkv] int32, kept slots."""
-        return self.kv.lens
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """`lens` on the host."""
-        return self.kv.counts
-
-    @property
-    def kept_bytes(self) -> int:
-        """As `KV.kept_bytes`: a rotation stores nothing."""
-        return self.kv.kept_bytes
-
-    @property
-    def allocated_bytes(self) -> int:
-        """As `KV.allocated_bytes`."""
-        return self.kv.allocated_bytes
-
-    @property
-    def read_bytes(self) -> int:
-        """As `KV.read_bytes`."""
-        return self.kv.read_bytes
-
-    def kept_positions(self, b: int, h: int) -> Tensor:
-        """As `KV.kept_positions`."""
-        return self.kv.kept_positions(b, h)
+class Rotated(Around):
+    """One layer of a compressed context, as a `KV`, around slots with rotated keys and values."""
 
     def head(self, row: int) -> tuple[Tensor, Tensor]:
         """As `KV.head`, rotated back."""

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV, attention_logits
+from lceval.kernels.paged import KV, Around, attention_logits
 
 # Query tokens are processed in blocks of at most this many scores; computing them can need several times that memory.
 MAX_SCORES = 1 << 22
@@ -92,7 +92,7 @@ def selective(kv: KV, budget: int, build: Callable[[Iterator[Tensor]], Index]) -
 
 
 @dataclass(frozen=True)
-class Selective:
+class Selective(Around):
     """One layer of a context with sparse attention: a query token attends to `budget` slots per KV head.
 
     Heads with at most `budget` slots are dense. The budget is rounded down to whole units of the index but is at least
@@ -104,19 +104,8 @@ class Selective:
         budget: slots to select, at least 1 and below the count of some head.
     """
 
-    kv: KV
     index: Index
     budget: int
-
-    @property
-    def lens(self) -> Tensor:
-        """[B, Hkv] int32, kept slots."""
-        return self.kv.lens
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """`lens` on the host."""
-        return self.kv.counts
 
     @property
     def kept_bytes(self) -> int:
@@ -138,18 +127,6 @@ class Selective:
     def units(self) -> int:
         """Units of the index to select from each head above the budget."""
         return max(1, self.budget // self.index.unit)
-
-    def kept_positions(self, b: int, h: int) -> Tensor:
-        """[n] int64, the original positions of one head's slots, ascending."""
-        return self.kv.kept_positions(b, h)
-
-    def head(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [n, D] of all slots of head `row`."""
-        return self.kv.head(row)
-
-    def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [m, D] of slots [m] of head `row`."""
-        return self.kv.take(row, slots)
 
     def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """As `KV.attend`, each query token over its selected slots; lse covers the selected slots only."""

@@ -133,13 +133,12 @@ def _wrap_evaluate(evaluator: "ModuleType") -> None:
     def evaluate(*args: object, **kwargs: "Any") -> object:
         results = original_evaluate(*args, **kwargs)
         if results is not None and "samples" in results:  # without --log_samples there are none
-            from lceval.tasks.scoring import add_repeats, add_telemetry
+            from lceval.tasks.scoring import add_repeats, add_telemetry, tasks_within
 
-            tasks = (kwargs.get("task_dict") or args[1])["tasks"]  # type: ignore[index]
+            tasks = tasks_within(kwargs.get("task_dict") or args[1])
             for name, samples in results["samples"].items():
                 add_telemetry(samples)
-                if name in tasks:
-                    add_repeats(tasks[name], samples)
+                add_repeats(tasks[name], samples)
         return results
 
     evaluate.__wrapped__ = original_evaluate  # type: ignore[attr-defined]

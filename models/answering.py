@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -130,10 +130,7 @@ class AnsweringLM(CheckedHFLM):
         cache.start_clock()
         finite = FiniteLogits()
         start = time.perf_counter()
-        with ExitStack() as stack:
-            if isinstance(cache, WritingCache):
-                stack.enter_context(cache.scored())
-                stack.enter_context(cache.writing())
+        with cache.writing() if isinstance(cache, WritingCache) else nullcontext():
             out = self._model_generate(
                 context=whole,
                 logits_processor=LogitsProcessorList([finite]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,9 +91,9 @@ class Reader:
         prefill = self.engine.prefill(ids, self.slots.evictor.stats_spec)
         places = [index for index, layer in enumerate(prefill.layers) if not layer.is_sliding]
         for index in places:
-            stats, keys = prefill.layers[index].stats, prefill.layers[index].keys
+            stats = prefill.layers[index].stats
             self.slots.states[index] = LayerState(
-                queries=keys.new_zeros(1, 1, 0, keys.shape[3]) if stats.queries is None else stats.queries,
+                queries=stats.queries,
                 scaling=prefill.layers[index].scaling,
                 learned={name: list(scores[0]) for name, scores in stats.learned.items()},
             )
@@ -107,7 +108,7 @@ class Reader:
         cache = context.fork(len(ids), kernels=self.engine.kernels)
         states, spec = self.slots.states, self.slots.evictor.stats_spec
         for index, state in states.items():
-            cache.layers[index].receive = lambda q, _, state=state: state.add_queries(q, spec.queries)
+            cache.layers[index].receive = partial(state.add_queries, window=spec.queries)
         with self.engine.scored(spec, lambda index, scorer, scores: states[index].add_learned(scorer, scores[0])):
             self.engine.decode(cache, [ids])
         return cache

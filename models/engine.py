@@ -143,18 +143,14 @@ class Engine:
         sizes = dimensions_of(self.geometry, self._base.config.get_text_config())
         return [sizes["output_dim"]] * sizes["n_modules"]
 
-    def after_passes(self, call: Callable[[], None]) -> AbstractContextManager[None]:
+    @contextmanager
+    def after_passes(self, call: Callable[[], None]) -> Iterator[None]:
         """Within the block, `call` is called after every pass of the decoder."""
-
-        @contextmanager
-        def hooked() -> Iterator[None]:
-            handle = self._decoder.register_forward_hook(lambda *_: call())
-            try:
-                yield
-            finally:
-                handle.remove()
-
-        return hooked()
+        handle = self._decoder.register_forward_hook(lambda *_: call())
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""

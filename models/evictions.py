@@ -28,22 +28,24 @@ class LayerState:
     """What eviction needs of a full-attention layer, beside its slots.
 
     Attributes:
-        queries: [1, H, W, D], the last queries, as many as the evictor requires.
+        queries: [1, H, W, D], the last queries, as many as the evictor requires; None if it requires none.
         scaling: factor of the attention logits.
         learned: by scorer and KV head, the scores [n] of the slots.
         memory: state of a StepEvictor.
     """
 
-    queries: Tensor
-    scaling: float
+    queries: Tensor | None = None
+    scaling: float = 0.0
     learned: dict[str, list[Tensor]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
-    def add_queries(self, q: Tensor, window: int) -> None:
+    def add_queries(self, q: Tensor, scaling: float, *, window: int) -> None:
         """Add the queries [1, H, T, D] of T tokens; the last `window` are kept."""
+        self.scaling = scaling
         if window:
+            before = [] if self.queries is None else [self.queries]
             # A clone: a view would keep the queries of all T tokens alive.
-            self.queries = torch.cat([self.queries, q[:, :, -window:]], 2)[:, :, -window:].clone()
+            self.queries = torch.cat([*before, q[:, :, -window:]], 2)[:, :, -window:].clone()
 
     def add_learned(self, scorer: str, scores: Tensor) -> None:
         """Add the scores [Hkv, T] of T tokens."""
@@ -133,11 +135,12 @@ class Evictions:
         """The scores [1, h, n] of h KV heads of `kv_heads`, with n slots each."""
         state = list(self.states.values())[place]
         keys, values, positions = (torch.stack(x)[None] for x in zip(*slots, strict=True))
-        group = state.queries.shape[1] // kv_heads
+        queries = keys.new_zeros(1, 0, 0, 0) if state.queries is None else state.queries
+        group = queries.shape[1] // kv_heads
         view = LayerView(
             keys=keys,
             values=values,
-            queries=state.queries[:, heads.start * group : heads.stop * group],
+            queries=queries[:, heads.start * group : heads.stop * group],
             scaling=state.scaling,
             layer=place,
             layers=len(self.states),
@@ -148,15 +151,13 @@ class Evictions:
         )
         if not isinstance(self.evictor, StepEvictor):
             return self.evictor.scores(view)
-        counts = keys.shape[1], keys.shape[2]
-        attention = (
-            view.window_attention(1) if state.queries.shape[2] else keys.new_zeros(1, counts[0], 1, 1, counts[1])
-        )
+        none = keys.new_zeros(keys.shape[:3])
+        attention = none[:, :, None, None] if state.queries is None else view.window_attention(1)
         return self.evictor.step_scores(
             StepView(
                 positions,
                 attention,
-                column_sums=keys.new_zeros(1, *counts),
+                column_sums=none,
                 seen=seen,
                 layer=place,
                 layers=len(self.states),

@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 
 from lceval.kernels import dispatch, paged
-from lceval.kernels.paged import KV, PagedKV, attention_logits
+from lceval.kernels.paged import KV, Around, PagedKV, attention_logits
 from lceval.kernels.select import top
 from lceval.models.layers import AttendingLayer
 from lceval.models.policies import StepEvictor, StepView
@@ -239,7 +239,7 @@ class WindowLayer(TailLayer):
 
 
 @dataclass(frozen=True)
-class BoundedKV:
+class BoundedKV(Around):
     """A context whose slots later tokens can evict (`when=always`): slots [1, Hkv, N, D] and their attention sums.
 
     Attributes:
@@ -259,11 +259,6 @@ class BoundedKV:
     tokens: int
 
     @property
-    def counts(self) -> tuple[int, ...]:
-        """As `KV.counts`."""
-        return self.kv.counts
-
-    @property
     def kept_bytes(self) -> int:
         """Bytes of the slots and their attention sums."""
         return self.kv.kept_bytes + self.column_sums.numel() * self.column_sums.element_size()
@@ -272,15 +267,6 @@ class BoundedKV:
     def allocated_bytes(self) -> int:
         """As `KV.allocated_bytes`."""
         return self.kv.allocated_bytes + self.column_sums.numel() * self.column_sums.element_size()
-
-    @property
-    def read_bytes(self) -> int:
-        """As `KV.read_bytes`."""
-        return self.kv.read_bytes
-
-    def kept_positions(self, b: int, h: int) -> Tensor:
-        """As `KV.kept_positions`."""
-        return self.kv.kept_positions(b, h)
 
     def slots(self) -> Slots:
         """A mutable copy of the slots for one row."""

@@ -5,9 +5,10 @@
 A part is an evictor, a quantization or a sparse attention, at most one of each; `full` is the uncompressed cache. An
 amount with a decimal point is a share of the context's tokens, an integer a number of tokens; an evictor's share is
 rounded to the nearest number of tokens, or by `round=down` as in kvpress. An evictor whose scores
-have a scale of their own takes `threshold=FLOAT` instead of an amount. `when=chunk` evicts after every `chunk` tokens
-that are read. The canonical form leaves defaults out and has the order name, amount or threshold, `round`, `when`,
-`chunk` of `when=chunk`, other keys, `of`, keys of the evictor that `of` names.
+have a scale of their own takes `threshold=FLOAT` instead of an amount. `when` says when an
+evictor evicts: after the prefill (the default), after every `chunk` tokens that are read, after `every` that are
+written, or after every step. The canonical form leaves defaults out and has the order name, amount or threshold,
+`round`, `when` and its keys, other keys, `of`, keys of the evictor that `of` names.
 """
 
 from __future__ import annotations
@@ -98,12 +99,12 @@ class Recipe:
     @property
     def pattern(self) -> HeadPattern | None:
         """The retrieval heads of an evictor that has them; None without, or while it has none yet."""
-        return (self.evictor.pattern or None) if isinstance(self.evictor, Duo) else None
+        return self.evictor.pattern if isinstance(self.evictor, Duo) else None
 
     @property
     def needs_pattern(self) -> bool:
         """Whether the evictor requires a pattern of retrieval heads, and has none yet."""
-        return isinstance(self.evictor, Duo) and not self.evictor.pattern
+        return isinstance(self.evictor, Duo) and self.evictor.pattern is None
 
     def bound(self, scorer: str = "", pattern: HeadPattern | None = None) -> Recipe:
         """The recipe with the scorer of this digest or this pattern of retrieval heads, where it needs one; its
@@ -202,17 +203,17 @@ def _schedule(name: str, amount: Amount | Threshold, keys: dict[str, str], text:
         raise _bad(text, f"{WHEN} of {name} must be {' or '.join(allowed)}{others}")
     if keys[WHEN] == ALWAYS:
         return {}
-    match keys.pop(WHEN):
-        case "chunk":
-            return {"read_chunk": _positive(CHUNK, keys.pop(CHUNK, str(READ_CHUNK)), text)}
-        case "decode":
-            if isinstance(amount, Amount) and amount.is_share:
-                raise _bad(text, "when=decode requires a number of tokens, since a share of what is written grows")
-            every = _positive(EVERY, keys.pop(EVERY, str(WRITE_EVERY)), text)
-            prompt = keys.pop(PROMPT, PROMPTS[0])
-            if prompt not in PROMPTS:
-                raise _bad(text, f"{PROMPT} must be {' or '.join(PROMPTS)}")
-            return {"write_every": every, "keeps_prompt": prompt == PROMPTS[0]}
+    when = keys.pop(WHEN)
+    if when == CHUNK:
+        return {"read_chunk": _positive(CHUNK, keys.pop(CHUNK, str(READ_CHUNK)), text)}
+    if when == DECODE:
+        if isinstance(amount, Amount) and amount.is_share:
+            raise _bad(text, "when=decode requires a number of tokens, since a share of what is written grows")
+        every = _positive(EVERY, keys.pop(EVERY, str(WRITE_EVERY)), text)
+        prompt = keys.pop(PROMPT, PROMPTS[0])
+        if prompt not in PROMPTS:
+            raise _bad(text, f"{PROMPT} must be {' or '.join(PROMPTS)}")
+        return {"write_every": every, "keeps_prompt": prompt == PROMPTS[0]}
     return {}
 
 

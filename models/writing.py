@@ -7,8 +7,8 @@ prompt (context and question) is kept, or competes with what is written.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -40,8 +40,6 @@ class WritingLayer(QuestionLayer):
         # Slots of the prompt are kept whatever their scores.
         self.states = [
             LayerState(
-                queries=torch.empty(0),
-                scaling=0.0,
                 learned={
                     scorer: [torch.zeros(n, device=kv.lens.device) for n in kv.counts]
                     for scorer in evictor.stats_spec.scorers
@@ -61,9 +59,7 @@ class WritingLayer(QuestionLayer):
     def attend(self, q: Tensor, scaling: float) -> Tensor:
         for row, state in enumerate(self.states):
             new = q[row : row + 1, :, self.padding(row, self.length - q.shape[2]) :]
-            if not state.scaling:
-                state.queries, state.scaling = new[:, :, :0], scaling
-            state.add_queries(new, self.evictor.stats_spec.queries)
+            state.add_queries(new, scaling, window=self.evictor.stats_spec.queries)
         own = paged.attend_causal(q, *self.tail, scaling, None if self.start else self.rows.pads_on(q.device))
         parts = [self._attend_context(kv, q[row : row + 1], scaling) for row, kv in enumerate(self.contexts)]
         o, lse = (torch.cat(x) for x in zip(*parts, strict=True))
@@ -141,19 +137,17 @@ class WritingCache(QuestionCache):
         self._evicted_at = longest
         self._peak_bytes = 0
 
-    def writing(self) -> AbstractContextManager[None]:
-        """Within the block, slots are evicted between the passes of the model."""
-        return self.engine.after_passes(self.evict_if_due)
-
-    def scored(self) -> AbstractContextManager[None]:
-        """Within the block, new tokens are scored by the scorers that the evictor requires."""
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block, new tokens are scored as the evictor requires, and evicted between the model's passes."""
 
         def receive(index: int, scorer: str, scores: Tensor) -> None:
             layer = self.layers[index]
             for row, state in enumerate(layer.states):
                 state.add_learned(scorer, scores[row, :, layer.padding(row, layer.length) :])
 
-        return self.engine.scored(self.evictor.stats_spec, receive)
+        with self.engine.scored(self.evictor.stats_spec, receive), self.engine.after_passes(self.evict_if_due):
+            yield
 
     def evict_if_due(self) -> None:
         """Evict if `every` tokens were written since the last eviction."""

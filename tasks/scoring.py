@@ -265,6 +265,17 @@ def _of_repeats(kvs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return combined
 
 
+def tasks_within(tasks: Any) -> dict[str, Any]:
+    """Tasks by name of what lm-eval's `evaluate` accepts: its dictionary with the key `tasks`, or nested groups."""
+    by_name: dict[str, Any] = {}
+    for name, value in tasks.items():
+        if isinstance(value, Mapping):
+            by_name |= tasks_within(value)
+        elif hasattr(value, "process_results"):
+            by_name[name] = value
+    return by_name
+
+
 def add_repeats(task: Any, samples: Iterable[dict[str, Any]]) -> None:
     """Add `repeats` to the logged samples of a generative task with several: every metric of each repeat, in order.
 

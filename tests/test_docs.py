@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lceval.core.errors import UserError
 from lceval.models import attention, policies, recipe
@@ -217,17 +217,7 @@ def test_the_new_name_is_removed_after_the_test() -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+    return llama(num_hidden_layers=LAYERS)
 
 
 def definition(model: Any, ids: Tensor, layer: int) -> list[list[float]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHAPE = {
     "vocab_size": 99,
@@ -19,6 +19,12 @@ SHAPE = {
     "head_dim": 16,
     "max_position_embeddings": 512,
 }
+
+
+def llama(**shape: Any) -> Any:
+    """A Llama with random weights, the same for the same shape. shape: what differs from SHAPE."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **shape})).eval()
 
 
 def save_model(folder: Path, family: str = "llama", *, seed: int = 1, template: str | None = None, **shape: Any) -> str:

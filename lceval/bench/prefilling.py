@@ -22,7 +22,7 @@ from lceval.models import chunkwise
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.prefill_stats import SCORING
-from lceval.models.recipe import FULL, Recipe
+from lceval.models.recipe import FULL, Recipe, parse
 
 
 def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, **model_args: Any) -> dict[str, Any]:
@@ -40,6 +40,9 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
     """
     if not recipes or tokens < 1 or rounds < 1:
         raise UserError("bench prefill requires a recipe, and at least one token and round")
+    for kv in map(parse, recipes):
+        if kv.evicts_while_writing:
+            raise UserError(f"bench prefill measures eviction before the answer, and {kv} evicts nothing there")
     model = LCFT(pretrained, device=device(), **model_args)
     if tokens > model.max_length:
         raise UserError(f"{tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
@@ -48,8 +51,6 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
     for number in range(rounds + 1):
         for recipe in (FULL, *recipes):
             model.use(recipe)
-            if model.recipe.evicts_while_writing:
-                raise UserError(f"bench prefill: {model.recipe} evicts nothing before the answer")
             measures = _measured(model.engine, ids, model.recipe)
             if number:  # the first round is a warm-up
                 measured.setdefault(str(model.recipe), []).append(measures)

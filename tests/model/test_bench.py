@@ -30,10 +30,12 @@ def lceval(capsys: pytest.CaptureFixture[str]) -> Any:
 
 def test_decode_compares_every_side_with_hf_and_full(lceval: Any) -> None:
     small = ("--tokens", "200", "--new-tokens", "2", "--rounds", "1", "--json")
-    code, out, _ = lceval("bench", "decode", "--kv", "snapkv:100", "--kv", "int4", *small)
+    code, out, _ = lceval(
+        "bench", "decode", "--kv", "snapkv:100", "--kv", "int4", "--kv", "kvzap:100:when=chunk:chunk=64", *small
+    )
     assert code == 0
     report = json.loads(out)
-    names = ["hf", "full", "snapkv:100", "int4"]
+    names = ["hf", "full", "snapkv:100", "int4", "kvzap:100:when=chunk:chunk=64"]
     assert [side["name"] for side in report["sides"]] == names
     assert all(f"\n{name} " in render.decode(report) for name in names)
     by_name = {side["name"]: side for side in report["sides"]}
@@ -44,7 +46,8 @@ def test_decode_compares_every_side_with_hf_and_full(lceval: Any) -> None:
     assert report["speedup_vs_full"] == by_name["snapkv:100"]["speedup_vs_full"]
     # 30 layers, 3 KV heads, keys and values of 64 float32; a position beside each kept slot.
     assert by_name["full"]["kv_bytes"] == by_name["hf"]["kv_bytes"] == 200 * 30 * 3 * 2 * 64 * 4
-    assert by_name["snapkv:100"]["kv_bytes"] == 100 * 30 * 3 * (2 * 64 * 4 + 4)
+    kept_bytes = 100 * 30 * 3 * (2 * 64 * 4 + 4)
+    assert by_name["snapkv:100"]["kv_bytes"] == by_name["kvzap:100:when=chunk:chunk=64"]["kv_bytes"] == kept_bytes
     assert report["machine"]["threads"] >= 1
 
 

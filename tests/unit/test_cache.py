@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from scorers import random_pattern, random_scorer
+from tiny_models import llama
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface
 
 from lceval.kernels import decode, gather_decode, launch, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
@@ -63,17 +64,7 @@ LENGTHS = [1, 2, 63, 64, 65, 130]
 
 @pytest.fixture(scope="module")
 def tiny() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = llama(num_hidden_layers=LAYERS)
     model.set_attn_implementation(attention.register())
     return model
 

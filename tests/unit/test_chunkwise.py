@@ -7,10 +7,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from scorers import random_scorer
 from torch import Tensor
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 from lceval.core.errors import UserError
 from lceval.kernels import launch
@@ -44,17 +45,7 @@ Kept = list[list[list[int]]]
 
 
 def llama() -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
-        hidden_size=96,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        max_position_embeddings=512,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_models.llama(num_hidden_layers=LAYERS)
     model.set_attn_implementation(attention.register())
     return model
 
@@ -256,28 +247,6 @@ def test_memory_peaks_at_what_is_kept_one_chunk_and_one_layer(tiny: Any) -> None
     assert 128 * slot < context.peak_bytes <= 128 * slot + workspace + slack
     whole = engine.prefill(ids, parse("knorm:64").stats_spec).compress(parse("knorm:64"), consume=True)
     assert context.peak_bytes < 0.6 * whole.peak_bytes
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (
-            "h2o:0.5:when=chunk",
-            "when of h2o must be prefill or always; when=chunk has streaming, lacache, tova, snapkv",
-        ),
-        ("pyramidkv:0.5:when=chunk", "when of pyramidkv must be prefill; when=chunk has"),
-        ("adakv:0.5:when=chunk", "when of adakv must be prefill"),
-        ("knorm:0.5:when=never", "when of knorm must be prefill or chunk"),
-        ("knorm:0.5:when=chunk:chunk=0", "chunk must be at least 1"),
-        ("knorm:0.5:chunk=7", "unknown key of knorm 'chunk'"),
-        ("keydiff:0.5:when=chunk:block=7", "leave block out"),
-        ("quest:0.5:when=chunk", "unknown key of quest 'when'"),
-    ],
-)
-def test_what_cannot_evict_while_reading_is_refused(text: str, message: str) -> None:
-    with pytest.raises(UserError) as refusal:
-        parse(text)
-    assert message in str(refusal.value)
 
 
 def test_the_chunk_is_part_of_the_label_and_of_the_record() -> None:

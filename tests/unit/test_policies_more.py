@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import llama
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lceval.core.errors import UserError
 from lceval.models import attention, retrieval_heads
@@ -248,17 +248,13 @@ def test_the_keys_of_a_wrapper_and_of_its_inner_evictor_never_collide() -> None:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=99,
+    model = llama(
         hidden_size=48,
-        intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        head_dim=12,
         max_position_embeddings=4096,
     )
-    model = LlamaForCausalLM(config).eval()
     model.set_attn_implementation(attention.register())
     return Engine(model, model, chunk=0, kernels=False, autocast=nullcontext, repetition=Repetition((5,), (7,)))
 

@@ -2,6 +2,8 @@
 
 import math
 import string
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -188,3 +190,29 @@ def test_kept_share_is_the_mean_over_the_samples_that_did_not_fail():
     failed = {"status": "error", "kept_share": 1.0}
     assert scoring.kept_share([{"kept_share": 0.25}, {"kept_share": 0.75, "status": "ok"}, failed]) == 0.5
     assert math.isnan(scoring.kept_share([failed]))
+
+
+def test_repeats_are_found_in_both_dictionaries_that_lm_eval_accepts() -> None:
+    class Task:
+        OUTPUT_TYPE = "generate_until"
+        config = SimpleNamespace(repeats=3, filter_list=None)
+
+        def process_results(self, doc: dict[str, Any], results: list[str]) -> dict[str, Any]:
+            return {"exact_match": int(results[0] == doc["answer"]), "pair": (1, 2)}
+
+    task = Task()
+    current = {"tasks": {"a": task}, "groups": {"g": SimpleNamespace()}, "group_map": {"g": ["a"]}}
+    assert (
+        scoring.tasks_within(current)
+        == scoring.tasks_within({"g": {"a": task}})
+        == scoring.tasks_within({"a": task})
+        == {"a": task}
+    )
+    sample: dict[str, Any] = {"doc": {"answer": "4"}, "resps": [["4", "5", "4"]]}
+    scoring.add_repeats(task, [sample])
+    assert sample["repeats"] == {"exact_match": [1.0, 0.0, 1.0]}
+    for other in (SimpleNamespace(repeats=1, filter_list=None), SimpleNamespace(repeats=3, filter_list=[{}])):
+        plain: dict[str, Any] = {"doc": {"answer": "4"}, "resps": [["4", "5", "4"]]}
+        task.config = other
+        scoring.add_repeats(task, [plain])
+        assert "repeats" not in plain

@@ -18,14 +18,15 @@ class Column:
     """One column.
 
     text: left-aligned and foldable; numbers are right-aligned and never broken.
-    show: "always", "differs" (a constant value is stated in the caption) or "present" (some row has a value).
+    show: "always", "differs" (a constant value is stated in the caption), "present" (some row has a value) or "writing"
+        (the same, if some row evicts while an answer is written).
     priority: columns are omitted on a narrow terminal, highest first; 0 is never omitted.
     """
 
     header: str
     cell: Callable[[Row], str]
     text: bool = False
-    show: Literal["always", "differs", "present"] = "present"
+    show: Literal["always", "differs", "present", "writing"] = "present"
     priority: int = 0
 
 
@@ -110,8 +111,6 @@ def model(row: Row) -> str:
     return " ".join([row["model"], *(mark + name for mark, name in zip(("", "+"), names, strict=True) if name)])
 
 
-# Of interest where slots are evicted while an answer is written.
-_WHILE_WRITING = ("tokens\nwritten", "peak\nKV MB")
 _COLUMNS = (
     Column("run", _run, text=True, show="always"),
     Column("model", model, text=True, show="differs"),
@@ -143,8 +142,8 @@ _COLUMNS = (
         lambda row: number(row["bytes_read_per_step"] and row["bytes_read_per_step"] / 1e6),
         priority=3,
     ),
-    Column("tokens\nwritten", lambda row: number(row.get("written_tokens"))),
-    Column("peak\nKV MB", lambda row: number(row.get("peak_mb"))),
+    Column("tokens\nwritten", lambda row: number(row.get("written_tokens")), show="writing"),
+    Column("peak\nKV MB", lambda row: number(row.get("peak_mb")), show="writing"),
     Column("prefill\ns", lambda row: number(row["prefill_s"]), priority=4),
     Column("prefill\ntok/s", lambda row: number(row["prefill_tok_s"])),
     Column("decode\ntok/s", lambda row: number(row["decode_tok_s"])),
@@ -163,9 +162,9 @@ def columns(table: Table) -> list[Column]:
         cells = {column.cell(row) for row in table.rows}
         if column.header == "query" and "query-aware" not in cells:
             continue
-        if column.header in _WHILE_WRITING and not writing:
+        if column.show == "writing" and not writing:
             continue
-        if column.show == "always" or len(cells) > 1 or (column.show == "present" and cells != {"-"}):
+        if column.show == "always" or len(cells) > 1 or (column.show != "differs" and cells != {"-"}):
             chosen.append(column)
     return chosen
 
