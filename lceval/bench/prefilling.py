@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from lceval.bench import memory
 from lceval.bench.decoding import SEED
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
 from lceval.models import chunkwise
+from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.prefill_stats import SCORING
@@ -30,7 +32,8 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
 
     `prefill_s` includes what the recipe records while it reads (kvzip: its second pass; kvzap: its scores),
     `compress_s` is scores that need the whole context, selection and compaction, and `scoring_s` is the scores' part of
-    both. `scoring_overhead` is `scoring_s` as a share of `prefill_s` without its part of it.
+    both. `scoring_overhead` is `scoring_s` as a share of `prefill_s` without its part of it. `peak_kv_bytes` counts the
+    cache at its largest, with the copies of an eviction; `memory_bytes` is what the process or the GPU needed for all.
 
     Args:
         tokens: context length.
@@ -48,18 +51,22 @@ def bench(pretrained: str, recipes: Sequence[str], *, tokens: int, rounds: int, 
         raise UserError(f"{tokens} tokens do not fit the model's {model.max_length}: reduce --tokens")
     ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED)).tolist()
     measured: dict[str, list[dict[str, float]]] = {}
+    memories: dict[str, dict[str, int | None]] = {}
     for number in range(rounds + 1):
         for recipe in (FULL, *recipes):
             model.use(recipe)
             measures = _measured(model.engine, ids, model.recipe)
             if number:  # the first round is a warm-up
                 measured.setdefault(str(model.recipe), []).append(measures)
+                if number == rounds:
+                    memories[str(model.recipe)] = _memory(model.engine, ids, model.recipe)
     totals = {name: [one["prefill_s"] + one["compress_s"] for one in of] for name, of in measured.items()}
     sides = [
         {
             "name": name,
             **{key: statistics.median(one[key] for one in of) for key in of[0]},
             "overhead": _overhead(totals[name], totals[FULL]),
+            **memories[name],
         }
         for name, of in measured.items()
     ]
@@ -93,6 +100,24 @@ def _measured(engine: Engine, ids: Sequence[int], recipe: Recipe) -> dict[str, f
         "scoring_s": scoring_s,
         "scoring_overhead": scoring_s / (prefill_s - while_reading),
     }
+
+
+def _memory(engine: Engine, ids: Sequence[int], recipe: Recipe) -> dict[str, int | None]:
+    """Counted and measured memory of one prefill and compression, without the profiler."""
+    with memory.peak() as peak:
+        context = _compressed(engine, ids, recipe)
+    return {
+        "kv_bytes": context.kept_bytes,
+        "kv_bytes_full": context.full_bytes,
+        "peak_kv_bytes": context.peak_bytes,
+        "memory_bytes": peak.bytes,
+    }
+
+
+def _compressed(engine: Engine, ids: Sequence[int], recipe: Recipe) -> CompressedContext:
+    if recipe.reads_in_chunks:
+        return chunkwise.read(engine, ids, recipe)[0]
+    return engine.prefill(ids, recipe.stats_spec).compress(recipe, consume=True)
 
 
 def _scoring_s(run: profile) -> float:

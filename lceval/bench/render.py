@@ -28,7 +28,8 @@ def decode(report: dict[str, Any]) -> str:
 
 def prefill(report: dict[str, Any]) -> str:
     """The recipes of `bench prefill`, one per line."""
-    rows = [["recipe", "prefill s", "compress s", "total vs full", "scoring s", "scoring vs prefill"]]
+    timed = ["prefill s", "compress s", "total vs full", "scoring s", "scoring vs prefill"]
+    rows = [["recipe", *timed, "KV MB", "peak KV MB", "memory MB"]]
     rows += [
         [
             side["name"],
@@ -36,6 +37,7 @@ def prefill(report: dict[str, Any]) -> str:
             f"{100 * side['overhead']:+.1f}%",
             f"{side['scoring_s']:.3f}",
             f"{100 * side['scoring_overhead']:.1f}%",
+            *(_number(side[name], "{:.1f}", 1e-6) for name in ("kv_bytes", "peak_kv_bytes", "memory_bytes")),
         ]
         for side in report["sides"]
     ]

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from short_contexts import short_contexts
 
 from lceval import packaged
-from lceval.bench import render
+from lceval.bench import memory, render
 from lceval.bench.comparison import requests_of
 from lceval.cli import invoke
 
@@ -68,6 +69,20 @@ def test_prefill_compares_every_recipe_with_full(lceval: Any) -> None:
     # kvzip reads the context again; kvzap multiplies two matrices per layer.
     assert full["scoring_overhead"] < sides["kvzap:0.5"]["scoring_overhead"] < 0.5
     assert sides["kvzip:0.5"]["scoring_overhead"] > 0.5
+    # 30 layers of 3 heads; a position of 4 bytes a slot.
+    assert sides["kvzip:0.5"]["kv_bytes"] == full["kv_bytes"] / 2 + 4 * 30 * 3 * 75
+    assert all(side["kv_bytes"] <= side["kv_bytes_full"] <= side["peak_kv_bytes"] for side in sides.values())
+
+
+@pytest.mark.skipif(not memory.RESET.exists(), reason="only Linux has a high-water mark to reset")
+def test_a_peak_of_memory_is_of_its_block_alone() -> None:
+    with memory.peak() as before:
+        torch.ones(10_000_000).sum()
+    with memory.peak() as after:
+        torch.ones(10).sum()
+    assert 40_000_000 <= (before.bytes or 0) < 60_000_000
+    assert after.bytes is not None
+    assert after.bytes < 20_000_000
 
 
 def test_eval_answers_under_each_recipe_and_resumes_from_its_file(lceval: Any, tmp_path: Path) -> None:

@@ -55,10 +55,8 @@ def tiny() -> Any:
     return llama()
 
 
-def engine_of(model: Any, layers: int = LAYERS) -> Engine:
-    engine = Engine(
-        model, model, chunk=0, kernels=launch.INTERPRETED, autocast=nullcontext, repetition=Repetition((5,), (7,))
-    )
+def engine_of(model: Any, layers: int = LAYERS, kernels: bool = launch.INTERPRETED) -> Engine:
+    engine = Engine(model, model, chunk=0, kernels=kernels, autocast=nullcontext, repetition=Repetition((5,), (7,)))
     engine.add_scorer(random_scorer(96, KV_HEADS, layers))
     return engine
 
@@ -238,14 +236,15 @@ def test_sliding_layers_keep_their_window(chunk: int) -> None:
 
 @torch.inference_mode()
 def test_memory_peaks_at_what_is_kept_one_chunk_and_one_layer(tiny: Any) -> None:
-    ids, engine = token_ids(400), engine_of(tiny)
-    context, _ = chunkwise.read(engine, ids, recipe_of("knorm:64", 64))
-    slot = context.full_bytes // 400
-    # Page slack and positions of at most one page a head, and one layer's slots in a copy.
-    workspace = (64 + 64) * slot // LAYERS
-    slack = LAYERS * KV_HEADS * 64 * (2 * 16 * 4 + 4 + 4)
-    assert 128 * slot < context.peak_bytes <= 128 * slot + workspace + slack
-    whole = engine.prefill(ids, parse("knorm:64").stats_spec).compress(parse("knorm:64"), consume=True)
+    length, chunk = 8000, 1024
+    ids, engine = token_ids(length), engine_of(tiny, kernels=False)
+    context, _ = chunkwise.read(engine, ids, recipe_of("knorm:0.25", chunk))
+    slots, slot = length // 4 + chunk, context.full_bytes // length
+    # One layer's slots in a copy; page slack of at most one page a head, and 4 bytes of position a slot.
+    workspace = slots * slot // LAYERS
+    slack = LAYERS * KV_HEADS * (64 * 2 * 16 * 4 + 2 * 4 * slots)
+    assert slots * slot < context.peak_bytes <= slots * slot + workspace + slack
+    whole = engine.prefill(ids, parse("knorm:0.25").stats_spec).compress(parse("knorm:0.25"), consume=True)
     assert context.peak_bytes < 0.6 * whole.peak_bytes
 
 
