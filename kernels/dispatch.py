@@ -17,7 +17,7 @@ from lceval.kernels.select import Selective
 
 
 def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
-    """As `KV.attend`, by a kernel for one query token and a layout that has one.
+    """As `KV.attend` without a cap, by a kernel for one query token and a layout that has one.
 
     The rest runs in PyTorch: several tokens (prefill of a question), sparse attention over quantized slots, faiss.
 

@@ -97,9 +97,9 @@ class Fp8KV(Around):
         k, v = ((decode(codes) * scale).to(self.dtype) for codes, scale in zip((k, v), scales, strict=True))
         return k, v
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `KV.attend`; one head is decoded at a time."""
-        return paged.attend(q, self, scaling)
+        return paged.attend(q, self, scaling, cap)
 
     def scaled(self, q: Tensor) -> Tensor:
         """Queries [R, H, D] that attend over the codes as q attends over the keys."""

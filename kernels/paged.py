@@ -12,7 +12,7 @@ counts. This file is the CPU path and the reference for tests of the Triton kern
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -22,6 +22,16 @@ PAGE = 64
 # Scores of a long question over a long context are computed in row blocks of at most this many elements: small enough
 # for a CPU cache; larger blocks took twice as long.
 MAX_SCORES = 1 << 21
+
+
+def is_view(k: Tensor, v: Tensor) -> bool:
+    """Whether values are the first channels of the keys, as those of latent attention."""
+    return v.data_ptr() == k.data_ptr() and k.numel() > 0
+
+
+def bytes_of(k: Tensor, v: Tensor) -> int:
+    """Bytes of keys and values."""
+    return k.nbytes if is_view(k, v) else k.nbytes + v.nbytes
 
 
 class KV(Protocol):
@@ -34,6 +44,10 @@ class KV(Protocol):
 
     @property
     def lens(self) -> Tensor: ...
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a value; a key may have another."""
 
     @property
     def counts(self) -> tuple[int, ...]: ...
@@ -59,10 +73,11 @@ class KV(Protocol):
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [m, D] of slots [m] int64 of head `row`, in full precision; the rest is not dequantized."""
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """Attention of every query over all slots of its KV head, without a causal mask: all slots precede the queries.
 
-        q: [B', H, T, D], B' = B or, where B = 1, any number of rows that share the one sequence.
+        q: [B', H, T, D], B' = B or, where B = 1, any number of rows that share the one sequence. scaling, cap: as in
+        `Softmax`.
         Returns o [B', H, T, D] in q's dtype and lse [B', H, T] float32 (natural log; zeros and -inf over an empty
         head).
         """
@@ -91,14 +106,14 @@ class PagedKV:
     def full(cls, k: Tensor, v: Tensor, tokens: int) -> PagedKV:
         """All tokens of a dense buffer, without a copy.
 
-        k, v: [B, Hkv, S', D] contiguous, S' the next multiple of PAGE at or above `tokens`.
+        k, v: [B, Hkv, S', D] contiguous, S' the next multiple of PAGE at or above `tokens`; D may differ.
         """
         batch, heads, padded, dim = k.shape
         pages = padded // PAGE
         table = torch.arange(batch * heads * pages, dtype=torch.int32, device=k.device)
         return cls(
             k=k.view(-1, PAGE, dim),
-            v=v.view(-1, PAGE, dim),
+            v=v.view(-1, PAGE, v.shape[3]),
             table=table.view(batch, heads, pages),
             lens=torch.full((batch, heads), tokens, dtype=torch.int32, device=k.device),
             positions=None,
@@ -114,11 +129,18 @@ class PagedKV:
         heads, counts = keep.shape[1], keep.sum(-1).flatten().tolist()
         places = (divmod(row, heads) for row in range(len(counts)))
         indices = ((b, h, keep[b, h].nonzero().squeeze(-1)) for b, h in places)
-        return cls.of_heads(((k[b, h, index], v[b, h, index], index) for b, h, index in indices), counts, heads, like=k)
+        return cls.of_heads(
+            ((k[b, h, index], v[b, h, index], index) for b, h, index in indices), counts, heads, like=(k, v)
+        )
 
     @classmethod
     def of_heads(
-        cls, slots: Iterable[tuple[Tensor, Tensor, Tensor]], counts: Sequence[int], heads: int, *, like: Tensor
+        cls,
+        slots: Iterable[tuple[Tensor, Tensor, Tensor]],
+        counts: Sequence[int],
+        heads: int,
+        *,
+        like: tuple[Tensor, Tensor],
     ) -> PagedKV:
         """Copies of the slots of each head of each sequence.
 
@@ -126,27 +148,29 @@ class PagedKV:
             slots: keys and values [n, D] and original positions [n], ascending, of one head after the other.
             counts: n of each.
             heads: KV heads of a sequence.
-            like: a tensor [..., D] of their dtype and device.
+            like: tensors [..., D] of the widths, dtype and device of keys and values; of values that are a view of the
+                keys (`is_view`), those of the result are one too.
         """
-        dim, rows = like.shape[-1], len(counts)
+        rows, device = len(counts), like[0].device
         used = [-(-n // PAGE) for n in counts]
-        pool_k = like.new_zeros(sum(used), PAGE, dim)
-        pool_v = torch.zeros_like(pool_k)
-        positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=like.device)
-        table = torch.zeros(rows, max(used, default=0), dtype=torch.int32, device=like.device)
+        pool_k = like[0].new_zeros(sum(used), PAGE, like[0].shape[-1])
+        width = like[1].shape[-1]
+        pool_v = pool_k[..., :width] if is_view(*like) else like[1].new_zeros(sum(used), PAGE, width)
+        positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=device)
+        table = torch.zeros(rows, max(used, default=0), dtype=torch.int32, device=device)
         first = 0
         for row, ((k, v, index), n, pages) in enumerate(zip(slots, counts, used, strict=True)):
             head_pages = slice(first, first + pages)
-            pool_k[head_pages].view(-1, dim)[:n] = k
-            pool_v[head_pages].view(-1, dim)[:n] = v
+            pool_k[head_pages].flatten(0, 1)[:n] = k
+            pool_v[head_pages].flatten(0, 1)[:n] = v
             positions[head_pages].view(-1)[:n] = index.int()
-            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=like.device)
+            table[row, :pages] = torch.arange(first, first + pages, dtype=torch.int32, device=device)
             first += pages
         return cls(
             k=pool_k,
             v=pool_v,
             table=table.view(rows // heads, heads, table.shape[1]),
-            lens=torch.tensor(counts, dtype=torch.int32, device=like.device).view(rows // heads, heads),
+            lens=torch.tensor(counts, dtype=torch.int32, device=device).view(rows // heads, heads),
             positions=positions,
             counts=tuple(counts),
         )
@@ -154,7 +178,7 @@ class PagedKV:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the occupied slots: keys, values and positions."""
-        slot = 2 * self.k.shape[-1] * self.k.element_size()
+        slot = self._slot_bytes
         if self.positions is not None:
             slot += self.positions.element_size()
         return sum(self.counts) * slot
@@ -162,13 +186,19 @@ class PagedKV:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all tensors: whole pages, page table and lengths."""
-        tensors = [self.k, self.v, self.table, self.lens, self.positions]
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+        others = sum(t.nbytes for t in (self.table, self.lens, self.positions) if t is not None)
+        return bytes_of(self.k, self.v) + others
 
     @property
     def read_bytes(self) -> int:
         """Bytes of keys and values that one decoding step reads."""
-        return sum(self.counts) * 2 * self.k.shape[-1] * self.k.element_size()
+        return sum(self.counts) * self._slot_bytes
+
+    @property
+    def _slot_bytes(self) -> int:
+        """Bytes of a key and its value."""
+        channels = self.k.shape[-1] + (0 if is_view(self.k, self.v) else self.v.shape[-1])
+        return channels * self.k.element_size()
 
     def kept_positions(self, b: int, h: int) -> Tensor:
         """[n] int64, the original positions of one head's slots, ascending."""
@@ -182,17 +212,21 @@ class PagedKV:
         before = sum(-(-n // PAGE) for n in self.counts[:row])
         n = self.counts[row]
         span = slice(before, before + -(-n // PAGE))
-        dim = self.k.shape[-1]
-        return self.k[span].reshape(-1, dim)[:n], self.v[span].reshape(-1, dim)[:n]
+        return self.k[span].flatten(0, 1)[:n], self.v[span].flatten(0, 1)[:n]
+
+    @property
+    def value_dim(self) -> int:
+        """As `KV.value_dim`."""
+        return self.v.shape[-1]
 
     def take(self, row: int, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [m, D] of slots [m] of head `row`."""
         k, v = self.head(row)
         return k.index_select(0, slots), v.index_select(0, slots)
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `KV.attend`."""
-        return attend(q, self, scaling)
+        return attend(q, self, scaling, cap)
 
 
 @dataclass(frozen=True)
@@ -214,6 +248,11 @@ class Around:
     def counts(self) -> tuple[int, ...]:
         """As `KV.counts`."""
         return self.kv.counts
+
+    @property
+    def value_dim(self) -> int:
+        """As `KV.value_dim`."""
+        return self.kv.value_dim
 
     @property
     def kept_bytes(self) -> int:
@@ -243,19 +282,74 @@ class Around:
         return self.kv.take(row, slots)
 
 
-def attention_logits(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+@dataclass(frozen=True)
+class Softmax:
+    """How the products of a layer's queries and keys become attention weights.
+
+    Attributes:
+        scaling: factor on q k^T, usually 1 / sqrt(D).
+        cap: logits are cap * tanh(scaling q k^T / cap), as in Gemma 2 (arXiv 2408.00118); None: not capped.
+        sink: [H], for each query head a logit that takes part in the softmax and has no value, as in gpt-oss
+            (arXiv 2508.10925); None without.
+    """
+
+    scaling: float
+    cap: float | None = None
+    sink: Tensor | None = None
+
+    @property
+    def is_special(self) -> bool:
+        """Whether it is more than a softmax of scaled products."""
+        return self.cap is not None or self.sink is not None
+
+    def with_sink(self, o: Tensor, lse: Tensor) -> Tensor:
+        """The output of attention with the sink, of that without: o [B, H, T, D], lse [B, H, T] float32."""
+        if self.sink is None:
+            return o
+        share = torch.sigmoid(lse - self.sink.to(lse.device, torch.float32)[:, None])
+        return o * share[..., None].to(o.dtype)
+
+    def of_heads(self, heads: slice) -> Softmax:
+        """The softmax of some query heads."""
+        return self if self.sink is None else replace(self, sink=self.sink[heads])
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """The weights of products q k^T [..., Hkv, G, T, S] float32, overwritten; -inf where a key is hidden."""
+        logits = capped(logits.mul_(self.scaling), self.cap)
+        if self.sink is None:
+            return logits.softmax(-1)
+        return softmax_beside(logits, self.sink.view(*logits.shape[-4:-2], 1))
+
+
+def softmax_beside(logits: Tensor, sink: Tensor) -> Tensor:
+    """The softmax of logits [..., S] float32 beside one more logit, sink [...] (broadcast), whose weight is dropped."""
+    column = sink.to(logits.device, torch.float32).expand(logits.shape[:-1])[..., None]
+    return torch.cat([logits, column], -1).softmax(-1)[..., :-1]
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), in place; -inf stays."""
+    if cap is None:
+        return logits
+    hidden = logits == -torch.inf
+    return logits.div_(cap).tanh_().mul_(cap).masked_fill_(hidden, -torch.inf)
+
+
+def attention_logits(q: Tensor, k: Tensor, scaling: float, cap: float | None = None) -> Tensor:
     """scaling * q k^T, never rounded to 16 bits: key biases of hundreds (Qwen2.5) leave a 16-bit logit no decimals.
 
-    q: [R, M, D]; k: [R, N, D] in q's dtype. Returns [R, M, N] float32, or float64 of float64.
+    q: [R, M, D]; k: [R, N, D] in q's dtype; cap: as in `Softmax`. Returns [R, M, N] float32, or float64 of float64.
     """
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
         # Only CUDA multiplies 16-bit matrices into a 32-bit result.
-        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32).mul_(scaling)
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.bmm(q.to(wide) * scaling, k.to(wide).transpose(1, 2))
+        logits = torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32).mul_(scaling)
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        logits = torch.bmm(q.to(wide) * scaling, k.to(wide).transpose(1, 2))
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """Attention of every query over all kept slots of its KV head, without a causal mask.
 
     q: [B, H, T, D]. `kv` has B sequences, or one that all B share.
@@ -267,25 +361,25 @@ def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
     # Rows with the same keys are adjacent: [sequences * Hkv, rows, D].
     rows = q.reshape(sequences, batch // sequences, kv_heads, group, tokens, dim).transpose(1, 2)
     rows = rows.reshape(sequences * kv_heads, -1, dim)
-    o = torch.empty_like(rows)
+    o = rows.new_empty(*rows.shape[:2], kv.value_dim)
     lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
     if isinstance(kv, PagedKV) and len(set(kv.counts)) == 1:
         n = kv.counts[0]
-        k, v = (pool.view(len(kv.counts), -1, dim)[:, :n] for pool in (kv.k, kv.v))
-        _attend_rows(rows, k, v, scaling, o, lse)
+        k, v = (pool.view(len(kv.counts), -1, pool.shape[-1])[:, :n] for pool in (kv.k, kv.v))
+        _attend_rows(rows, k, v, scaling, cap, o, lse)
     else:
         for row in range(len(kv.counts)):
             k, v = kv.head(row)
             one = slice(row, row + 1)
-            _attend_rows(rows[one], k[None], v[None], scaling, o[one], lse[one])
+            _attend_rows(rows[one], k[None], v[None], scaling, cap, o[one], lse[one])
     shape = (sequences, kv_heads, batch // sequences, group, tokens)
     return (
-        o.view(*shape, dim).transpose(1, 2).reshape(batch, heads, tokens, dim),
+        o.view(*shape, -1).transpose(1, 2).reshape(batch, heads, tokens, -1),
         lse.view(shape).transpose(1, 2).reshape(batch, heads, tokens),
     )
 
 
-def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:
     """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], in blocks of M."""
     if k.shape[1] == 0:
         o.zero_()
@@ -294,7 +388,7 @@ def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, o: Tensor, lse
     step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
     for start in range(0, q.shape[1], step):
         block = slice(start, start + step)
-        o[:, block], lse[:, block] = _weigh(attention_logits(q[:, block], k, scaling), v)
+        o[:, block], lse[:, block] = _weigh(attention_logits(q[:, block], k, scaling, cap), v)
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -306,26 +400,43 @@ def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return o, total.log_().add_(maximum).squeeze(-1).float()
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, pads: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Causal attention of a question over its own tokens; the last query attends to the last key.
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, pads: Tensor | None = None, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of a question over its own tokens; the last query attends to the last key. Without the sink.
 
     q: [B, H, T, D]; k, v: [B, Hkv, L, D], L >= T; pads: [B] int64, padding keys at the start of each row, attended to
-    only by themselves. Returns as `attend`.
+    only by themselves; window: keys that a query attends to, its own included. Returns as `attend`.
     """
     batch, heads, tokens, dim = q.shape
     kv_heads, length = k.shape[1:3]
     grouped = q.reshape(batch * kv_heads, -1, dim)
-    scores = attention_logits(grouped, k.flatten(0, 1), scaling).view(batch, kv_heads, -1, length)
-    if tokens > 1 or pads is not None:
+    scores = attention_logits(grouped, k.flatten(0, 1), softmax.scaling, softmax.cap).view(batch, kv_heads, -1, length)
+    if tokens > 1 or pads is not None or window is not None:
         scores = scores.view(batch, heads, tokens, length)
         key = torch.arange(length, device=q.device)
         query = torch.arange(length - tokens, length, device=q.device)[:, None]
         hidden = key > query
+        if window is not None:
+            hidden = hidden | (key <= query - window)
         if pads is not None:
             hidden = hidden | ((key < pads[:, None, None, None]) & (key != query))
         scores = scores.masked_fill_(hidden, -torch.inf).view(batch, kv_heads, -1, length)
     o, lse = _weigh(scores, v)
-    return o.view(q.shape), lse.view(batch, heads, tokens)
+    return o.view(batch, heads, tokens, v.shape[3]), lse.view(batch, heads, tokens)
+
+
+def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, window: int | None = None) -> Tensor:
+    """`attend_causal` with the sink, in blocks of queries. Returns [B, H, T, D]."""
+    past, o = k.shape[2] - q.shape[2], q.new_empty(*q.shape[:3], v.shape[3])
+    step = max(1, MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        block = q[:, :, start : start + step]
+        stop = past + start + block.shape[2]
+        first = 0 if window is None else max(0, past + start + 1 - window)
+        own, lse = attend_causal(block, k[:, :, first:stop], v[:, :, first:stop], softmax, window=window)
+        o[:, :, start : start + step] = softmax.with_sink(own, lse)
+    return o
 
 
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> Tensor:

@@ -245,6 +245,11 @@ class QuantKV:
         )
 
     @property
+    def value_dim(self) -> int:
+        """As `KV.value_dim`."""
+        return self.residual.value_dim
+
+    @property
     def kept_bytes(self) -> int:
         """Bytes of codes, scales, zeros and positions (quantized pages are all full) and of the residual's slots."""
         at = 0 if self.positions is None else self.positions.nbytes
@@ -297,9 +302,9 @@ class QuantKV:
         ).max  # a float16 group that ends there can dequantize above it, since its scale is rounded up
         return k.clamp(-top, top).to(dtype), v.clamp(-top, top).to(dtype)
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `KV.attend`: over the residual, and in float32 over the quantized pages, merged by log-sum-exp."""
-        o, lse = self.residual.attend(q, scaling)
+        o, lse = self.residual.attend(q, scaling, cap)
         if not any(self.pages):
             return o, lse
         shape = self.lens.shape
@@ -307,7 +312,7 @@ class QuantKV:
         for heads, k, v in self._heads():
             # Scores of a long question are computed in blocks of pages, as many as paged.MAX_SCORES allows.
             for span in _spans(k.words.shape[1], paged.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
-                part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span))
+                part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span), self.value_dim, cap)
                 row_o[heads] = paged.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
                 row_lse[heads, :, 0] = torch.logaddexp(part_lse, row_lse[heads, :, 0])
         return _unrows(row_o, q.shape, shape[1]).to(q.dtype), _unrows(row_lse, q.shape, shape[1])[..., 0]
@@ -321,7 +326,7 @@ class QuantKV:
                 yield slice(row, row + rows), self.k.heads(first, rows, pages), self.v.heads(first, rows, pages)
 
 
-def _attend_pages(q: Tensor, k: Pool, v: Pool) -> tuple[Tensor, Tensor]:
+def _attend_pages(q: Tensor, k: Pool, v: Pool, value_dim: int, cap: float | None) -> tuple[Tensor, Tensor]:
     """q [R, M, D] float32, scaled, over k and v of [R, pages, ...] into o [R, M, D] and lse [R, M].
 
     Scales are multiplied into the codes in blocks of pages, since a product per group is slower on CPUs.
@@ -332,11 +337,12 @@ def _attend_pages(q: Tensor, k: Pool, v: Pool) -> tuple[Tensor, Tensor]:
     spans = _spans(k.words.shape[1], WORKSPACE // (rows * PAGE * dim))
     for span in spans:
         _scores(q, k.pages(span), scores[:, :, span])
+    scores = paged.capped(scores, cap)
     lse = torch.logsumexp(scores, (2, 3))
     scores.sub_(lse[..., None, None]).exp_()
-    o = torch.zeros_like(q)
+    o = q.new_zeros(rows, queries, value_dim)
     for span in spans:
-        o += _weigh(scores[:, :, span].flatten(2), v.pages(span), dim)
+        o += _weigh(scores[:, :, span].flatten(2), v.pages(span), value_dim)
     return o, lse
 
 

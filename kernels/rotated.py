@@ -54,7 +54,7 @@ class Rotated(Around):
         k, v = self.kv.take(row, slots)
         return rotate(k), rotate(v)
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `KV.attend`."""
-        o, lse = self.kv.attend(rotate(q), scaling)
+        o, lse = self.kv.attend(rotate(q), scaling, cap)
         return rotate(o), lse

@@ -128,7 +128,7 @@ class Selective(Around):
         """Units of the index to select from each head above the budget."""
         return max(1, self.budget // self.index.unit)
 
-    def attend(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q: Tensor, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
         """As `KV.attend`, each query token over its selected slots; lse covers the selected slots only."""
         batch, heads, tokens, dim = q.shape
         sequences, kv_heads = self.lens.shape
@@ -136,19 +136,19 @@ class Selective(Around):
         # Query tokens per KV head with their G query heads: [B * Hkv, Q, G, D].
         rows = q.view(sequences, shared, kv_heads, group, tokens, dim).permute(0, 2, 1, 4, 3, 5)
         rows = rows.reshape(sequences * kv_heads, shared * tokens, group, dim)
-        o = torch.empty_like(rows)
+        o = rows.new_empty(*rows.shape[:3], self.value_dim)
         lse = torch.empty(rows.shape[:3], dtype=torch.float32, device=q.device)
         for span in self._batches(rows):
             n = self.counts[span.start]
             if n <= self.budget:
-                self._read_all(span.start, rows[span], scaling, o[span], lse[span])
+                self._read_all(span.start, rows[span], scaling, cap, o[span], lse[span])
             elif self._gather_is_cheaper(rows.shape[1], n):
-                self._gather(span.start, rows[span], scaling, o[span], lse[span])
+                self._gather(span.start, rows[span], scaling, cap, o[span], lse[span])
             else:
-                self._mask(span.start, rows[span], scaling, o[span], lse[span])
+                self._mask(span.start, rows[span], scaling, cap, o[span], lse[span])
         shape = (sequences, kv_heads, shared, tokens, group)
         return (
-            o.view(*shape, dim).permute(0, 2, 1, 4, 3, 5).reshape(q.shape),
+            o.view(*shape, -1).permute(0, 2, 1, 4, 3, 5).reshape(batch, heads, tokens, -1),
             lse.view(shape).permute(0, 2, 1, 4, 3).reshape(batch, heads, tokens),
         )
 
@@ -171,7 +171,7 @@ class Selective(Around):
         """[R, Q, U] bool, the units that queries [R, Q, G, D] select of R heads above the budget, from `first` on."""
         return top(self.index.scores(first, self.counts[first], q, scaling), self.units)
 
-    def _read_all(self, row: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+    def _read_all(self, row: int, q: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:
         n = self.counts[row]
         if n == 0:
             o.zero_()
@@ -179,20 +179,20 @@ class Selective(Around):
             return
         k, v = self.kv.head(row)
         for block in self._blocks(q, n):
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, None)
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, cap, None)
 
-    def _mask(self, row: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+    def _mask(self, row: int, q: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:
         """Many query tokens: the whole head is read once, and each query token masks the slots it did not select."""
         n = self.counts[row]
         k, v = self.kv.head(row)
         for block in self._blocks(q, n):
             units = self.select(row, q[:, block], scaling)
             visible = units if self.index.unit == 1 else units.repeat_interleave(self.index.unit, -1)[..., :n]
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, cap, visible)
 
-    def _gather(self, first: int, q: Tensor, scaling: float, o: Tensor, lse: Tensor) -> None:
+    def _gather(self, first: int, q: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:
         """Few query tokens: only the selected slots are read."""
-        heads, _, _, dim = q.shape
+        heads = q.shape[0]
         n, unit = self.counts[first], self.index.unit
         for block in self._blocks(q, n):
             mask = self.select(first, q[:, block], scaling)
@@ -207,14 +207,16 @@ class Selective(Around):
             if n % unit:
                 visible, slots = slots < n, slots.clamp(max=n - 1)
             taken = [self.kv.take(first + i, slots[i].view(-1)) for i in range(heads)]
-            k, v = (torch.stack(x).view(heads, queries, -1, dim) for x in zip(*taken, strict=True))
-            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, visible)
+            k, v = (torch.stack(x).view(heads, queries, -1, x[0].shape[-1]) for x in zip(*taken, strict=True))
+            o[:, block], lse[:, block] = _attend(q[:, block], k, v, scaling, cap, visible)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None, visible: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """q [R, Q, G, D] over k, v [R, Q, m, D], or [m, D] for all; visible [R, Q, m]. Returns o and lse [R, Q, G]."""
     grouped = q.flatten(0, 1) if k.dim() == 4 else q.reshape(1, -1, q.shape[-1])
-    scores = attention_logits(grouped, k.view(-1, *k.shape[-2:]), scaling).view(*q.shape[:3], -1)
+    scores = attention_logits(grouped, k.view(-1, *k.shape[-2:]), scaling, cap).view(*q.shape[:3], -1)
     if visible is not None:
         scores.masked_fill_(~visible[:, :, None], -torch.inf)
     lse = torch.logsumexp(scores, -1)

@@ -33,20 +33,22 @@ from lceval.kernels.launch import (
     tl,
     widened,
 )
-from lceval.kernels.paged import PAGE
+from lceval.kernels.paged import PAGE, Softmax
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 
 # Weights that the reference materializes at once, in elements: small enough for a CPU cache.
 MAX_WEIGHTS = 1 << 21
 
 
-def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+def reference(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
     """The definition, in float32, in blocks of queries. Every test compares against this.
+
+    The kernels have neither cap nor sink, which models with them therefore score here.
 
     Args:
         q: [B, H, T, D], queries of the last T of S positions, after RoPE.
         k: [B, Hkv, S, D], S >= T.
-        scaling: factor on q K^T, usually D ** -0.5.
+        softmax: of the logits, or its scaling alone.
 
     Returns:
         [B, Hkv, S] float32: summed over the queries, averaged over the G query heads.
@@ -56,17 +58,18 @@ def reference(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     sums = torch.zeros(B, Hkv, S, dtype=torch.float32, device=q.device)
     if not T:
         return sums
+    softmax = softmax if isinstance(softmax, Softmax) else Softmax(softmax)
     q = q.reshape(B, Hkv, -1, T, D).float()
     keys = k[:, :, None].transpose(3, 4).float()
     step = max(1, MAX_WEIGHTS // (B * H * S))
     for start in range(0, T, step):
-        block = q[..., start : start + step, :] * scaling
+        block = q[..., start : start + step, :]
         rows = block.shape[3]
         visible = S - T + start + rows  # no row of this block attends to later keys
-        logits = torch.matmul(block, keys[..., :visible])
+        products = torch.matmul(block, keys[..., :visible])
         future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
-        logits[..., -rows:].masked_fill_(future, -math.inf)
-        sums[..., :visible] += logits.softmax(-1).sum(3).mean(2)
+        products[..., -rows:].masked_fill_(future, -math.inf)
+        sums[..., :visible] += softmax.weights(products).sum(3).mean(2)
     return sums
 
 
@@ -203,9 +206,9 @@ def window_scores(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = 
     return _received(q, k, scaling, max(1, q.shape[2]), splits)
 
 
-def reference_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+def reference_scores(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
     """`window_scores` by `reference`, wherever the tensors are."""
-    return reference(q, k, scaling) / max(1, q.shape[2])
+    return reference(q, k, softmax) / max(1, q.shape[2])
 
 
 def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from lceval.core.answers import Score, Text
-from lceval.models.cache import QuestionCache
+from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.checked_hflm import CheckedHFLM
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
@@ -68,7 +68,7 @@ class AnsweringLM(CheckedHFLM):
     def generate(self, questions: Iterable[Question[GenerateJob]], rows: int) -> list[Text]:
         """The answers, ordered by the index of their jobs, in batches of up to `rows` questions."""
         answers: dict[int, Text] = {}
-        for batch in in_batches(questions, rows):
+        for batch in in_batches(questions, rows, self.scheduler.alike(self.recipe)):
             answers |= self._in_memory(batch, self._generate)
         return [answers[index] for index in sorted(answers)]
 
@@ -88,6 +88,8 @@ class AnsweringLM(CheckedHFLM):
         if caches := [question.cache for question in batch if question.cache is not None]:
             return (QuestionCache.joined(caches, 1 + room) if len(caches) > 1 else caches[0]), last
         contexts = [question.context for question in batch]
+        if self.engine.geometry.has_states and len({len(question) for question in questions}) > 1:
+            return self._open_apart(contexts, questions, room), last
         if self.recipe.evicts_while_writing:
             protected = [self.engine.protected_tokens(question.job.ids) for question in batch]
             cache: QuestionCache = WritingCache(self.engine, contexts, questions, protected, self.recipe)
@@ -100,6 +102,18 @@ class AnsweringLM(CheckedHFLM):
                 self.engine.forward(cache, rest, keep=1)
             return cache, last
         return cache, torch.tensor(padded(questions, self._pad), device=self.device)
+
+    def _open_apart(
+        self, contexts: Sequence[CompressedContext], questions: Sequence[Sequence[int]], room: int
+    ) -> QuestionCache:
+        """Questions of different lengths, all but their last token: a state does not tolerate padding before them."""
+        caches = []
+        for context, question in zip(contexts, questions, strict=True):
+            cache = self.engine.batch([context], [question], 1)
+            if question[:-1]:
+                self.engine.forward(cache, torch.tensor([question[:-1]], device=self.device), keep=1)
+            caches.append(cache)
+        return QuestionCache.joined(caches, 1 + room)
 
     def _diagnose(self, batch: Sequence[Question[Any]], cache: QuestionCache, ids: Tensor) -> None:
         if self.diagnosis.needs_answer:

@@ -127,7 +127,7 @@ def check_mode(kv: Recipe, query_aware: bool, budget: str = "context", heads: st
         raise UserError(f"kv={kv} evicts after the question: use query_aware=false")
     if query_aware and kv.reads_in_chunks:
         raise UserError(f"kv={kv} evicts before the question is known: use query_aware=false")
-    if query_aware and getattr(kv.evictor, "when", "") == "always":
+    if query_aware and kv.evicts_always:
         raise UserError(f"kv={kv} evicts during decoding: use query_aware=false")
 
 

@@ -11,7 +11,9 @@ from transformers import AttentionInterface
 
 from lceval.core.errors import UserError
 from lceval.kernels import launch
-from lceval.models.geometry import unsupported
+from lceval.kernels.paged import Softmax, attend_in_blocks
+from lceval.models import latent
+from lceval.models.geometry import Geometry, unsupported
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
@@ -20,7 +22,7 @@ CUDA_CHUNK = 8192
 
 
 def lceval_attention(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **kwargs: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Attention of one layer. q: [B, H, T, D]; k, v: [B, Hkv, S, D]. Returns ([B, T, H, D], None).
 
@@ -28,15 +30,29 @@ def lceval_attention(
     (`lceval.training.packing`) defines its own attention pattern. Keys that come from none of our caches (a plain
     forward pass over unpadded or right-padded rows) get ordinary causal attention.
     """
-    assert mask is None, "transformers built a mask for an attention function that has none registered"
+    assert attention_mask is None, "transformers built a mask for an attention function that has none registered"
     layer, packing = getattr(k, "lceval_layer", None), kwargs.get("packing")
+    if latent.is_latent(module) and (layer := latent.WAITING.pop(module.layer_idx, None)) is not None:
+        q = latent.absorbed_query(module, q)
+    softmax = Softmax(scaling, kwargs.get("softcap"), kwargs.get("s_aux"))
     if packing is not None:
         o = packing.attend(module.layer_idx, q, k, v, scaling)
     elif layer is not None:
-        o = layer.attend(q, scaling)
+        # Layers that share another layer's keys and values get its tensors, and only read them.
+        if not hasattr(k, "lceval_observed"):
+            k.lceval_observed = True  # type: ignore[attr-defined]
+            layer.observe(q, softmax)
+        o = layer.attend(q, softmax)
+        if latent.is_latent(module):
+            o = latent.expanded_output(module, o)
+    elif softmax.is_special:
+        assert q.shape[2] == k.shape[2], "this attention function cannot continue another cache class"
+        o = attend_in_blocks(q, k, v, softmax, kwargs.get("sliding_window"))
     else:
         assert q.shape[2] == k.shape[2], "this attention function cannot continue another cache class"
         window, tokens = kwargs.get("sliding_window"), q.shape[2]
+        chunk = getattr(module.config, "attention_chunk_size", None)
+        assert chunk is None or tokens <= chunk, "a plain forward pass does not know chunks"
         if window is None or window >= tokens:
             o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         else:
@@ -70,12 +86,17 @@ def prefill_chunk(chunk: int | str, device: torch.device) -> int:
     return CUDA_CHUNK if device.type == "cuda" else 0
 
 
-def use_kernels(attn: str, device: torch.device) -> bool:
+def use_kernels(attn: str, device: torch.device, geometry: Geometry) -> bool:
     """Whether decoding uses the Triton kernels.
 
     Raises:
-        UserError: attn=triton where they cannot run on `device`.
+        UserError: attn=triton where they cannot run on `device`, or not with this model.
     """
+    if geometry.caps or geometry.widths_differ:
+        if attn == "triton":
+            what = "caps its attention logits" if geometry.caps else "has keys and values of different widths"
+            raise UserError(f"{geometry.model_type} {what}, which the kernels do not support: use attn=auto")
+        return False
     available = launch.AVAILABLE and (device.type == "cuda" or launch.INTERPRETED)
     if attn == "triton" and not available:
         raise UserError(f"attn=triton requires triton and a CUDA device, got {device}: use attn=auto")

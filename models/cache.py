@@ -16,23 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import record_function
-from transformers.cache_utils import Cache
 
 from lceval.kernels import compact
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.rotated import Rotated
-from lceval.models.geometry import Geometry
+from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
 from lceval.models.prefill_stats import SCORING, PrefillStats, QueryAwareStats
-from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import BoundedKV, BoundedLayer, NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats
+from lceval.models.states import NoKVLayer, State, StatefulCache, StateLayer, continuing
 
 
-class Prefill(Cache):  # type: ignore[misc]
+class Prefill(StatefulCache):
     """The cache of a context of `tokens` tokens during its prefill, in one pass or in chunks.
 
     Attributes:
@@ -46,13 +46,17 @@ class Prefill(Cache):  # type: ignore[misc]
     """
 
     def __init__(self, geometry: Geometry, tokens: int, stats_spec: StatsSpec, *, kernels: bool = False) -> None:
+        def layer(kind: LayerKind) -> Any:
+            if not kind.attends:
+                return NoKVLayer()
+            if kind.window is not None:
+                return SlidingPrefillLayer(tokens, PrefillStats(StatsSpec(), None), kind.window, kind.chunked)
+            return PrefillLayer(tokens, PrefillStats(stats_spec, geometry.rotary, kernels=kernels))
+
         super().__init__(
-            layers=[
-                PrefillLayer(tokens, PrefillStats(stats_spec, geometry.rotary, kernels=kernels))
-                if window is None
-                else SlidingPrefillLayer(tokens, PrefillStats(StatsSpec(), None), window)
-                for window in geometry.windows
-            ]
+            [layer(kind) for kind in geometry.layers],
+            {index: StateLayer(kind.states) for index, kind in enumerate(geometry.layers) if kind.states},
+            is_latent=geometry.latent,
         )
         self.tokens = tokens
         self.stats_spec = stats_spec
@@ -70,18 +74,19 @@ class Prefill(Cache):  # type: ignore[misc]
 
     @property
     def keys(self) -> list[Tensor | None]:
-        """Per layer the keys [B, Hkv, S, D] of the whole context; None for sliding-window layers."""
-        return [None if layer.is_sliding else layer.keys[:, :, : layer.seen] for layer in self.layers]
+        """Per layer the keys [B, Hkv, S, D] of the whole context; None for others than full-attention layers."""
+        return [layer.keys[:, :, : layer.seen] if layer.is_full else None for layer in self.layers]
 
     @property
     def devices(self) -> set[torch.device]:
         """The devices of the layers; several under `parallelize=True`."""
-        return {layer.keys.device for layer in self.layers}
+        return {layer.keys.device for layer in self.layers if layer.attends}
 
     @property
     def kv_bytes(self) -> int:
-        """KV bytes of the uncompressed context; for sliding-window layers, of their window."""
-        return sum(layer.kv_bytes for layer in self.layers)
+        """KV bytes of the uncompressed context, for sliding-window layers of their window, and bytes of states."""
+        of_layers: int = sum(layer.kv_bytes for layer in self.layers)
+        return of_layers + sum(layer.nbytes for layer in self.state_layers.values())
 
     def compress(
         self, recipe: Recipe, *, consume: bool, question_cache: QuestionCache | None = None
@@ -96,17 +101,20 @@ class Prefill(Cache):  # type: ignore[misc]
         """
         assert not recipe.reads_in_chunks, "eviction while reading has no whole prefill"
         start, full_bytes = time.perf_counter(), self.kv_bytes
-        devices, dtype = self.devices, self.layers[0].keys.dtype
-        current = peak = sum(layer.buffer_bytes for layer in self.layers)
-        full_attention = [i for i, layer in enumerate(self.layers) if not layer.is_sliding]
+        devices, dtype, states = self.devices, self.first.keys.dtype, self.states
+        current = peak = sum(state.nbytes for state in states) + sum(layer.buffer_bytes for layer in self.layers)
+        full_attention = [i for i, layer in enumerate(self.layers) if layer.is_full]
         masks = dict(
             zip(full_attention, _with_counts(self._select(recipe, full_attention, question_cache)), strict=True)
         )
         compressed: list[ContextLayer] = []
         for index, layer in enumerate(self.layers):
+            if not layer.attends:
+                compressed.append(NoKV())
+                continue
             if layer.is_sliding:
                 k, v = layer.last
-                compressed.append(WindowKV(k, v, layer.window))
+                compressed.append(WindowKV(k, v, layer.window, layer.chunked))
                 continue
             mask, counts = masks[index]
             kv: PagedKV | QuantKV | Rotated | Fp8KV
@@ -128,7 +136,10 @@ class Prefill(Cache):  # type: ignore[misc]
                 current -= layer.buffer_bytes
                 layer.release()
         synchronize(devices)
-        return CompressedContext(tuple(compressed), self.tokens, dtype, full_bytes, peak, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        return CompressedContext(
+            tuple(compressed), self.tokens, dtype, full_bytes, peak, seconds, states, self.is_latent
+        )
 
     def _select(
         self, recipe: Recipe, full_attention: list[int], question_cache: QuestionCache | None
@@ -151,7 +162,7 @@ class Prefill(Cache):  # type: ignore[misc]
             view = stats.view(
                 keys,
                 values,
-                layer.scaling,
+                layer.softmax,
                 place,
                 len(full_attention),
                 kernels=self.kernels,
@@ -183,7 +194,8 @@ class Prefill(Cache):  # type: ignore[misc]
     ) -> KV | BoundedKV:
         """The layer under `when=always` or sparse attention, or `kv` itself."""
         evictor = recipe.evictor
-        if isinstance(evictor, StepEvictor) and evictor.when == "always":
+        if recipe.evicts_always:
+            assert isinstance(evictor, StepEvictor)
             assert isinstance(kv, PagedKV), "a recipe that evicts while decoding stores full precision"
             sums = layer.stats.column_sums
             if sums is None:
@@ -209,7 +221,7 @@ def _with_counts(masks: Sequence[Tensor | None]) -> list[tuple[Tensor | None, tu
     return [(mask, () if mask is None else tuple(next(counts))) for mask in masks]
 
 
-ContextLayer = KV | BoundedKV | WindowKV
+ContextLayer = KV | BoundedKV | WindowKV | NoKV
 
 
 @dataclass(frozen=True)
@@ -217,12 +229,15 @@ class CompressedContext:
     """A compressed context, shared by every question about it.
 
     Attributes:
-        layers: one per layer of the model; a WindowKV for sliding-window layers, a BoundedKV under `when=always`.
+        layers: one per layer of the model; a WindowKV for sliding-window layers, a BoundedKV under `when=always`, a
+            NoKV for layers without keys and values.
         tokens: length of the context before eviction; the position of the next token.
         dtype: dtype of the model's keys and values.
         full_bytes: KV bytes of all `tokens` tokens in all layers without compression.
         peak_bytes: peak KV bytes during compression.
         compress_s: seconds of scoring, gathering, quantizing and indexing.
+        states: after the context, by layer; empty of a model without states.
+        is_latent: whether the slots are latents.
     """
 
     layers: tuple[ContextLayer, ...]
@@ -231,18 +246,35 @@ class CompressedContext:
     full_bytes: int
     peak_bytes: int
     compress_s: float
+    states: tuple[State, ...] = ()
+    is_latent: bool = False
 
     @classmethod
-    def empty(cls, layers: int, dtype: torch.dtype, device: torch.device) -> CompressedContext:
+    def empty(cls, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> CompressedContext:
         """A context of no tokens: a prompt of one token is a question only."""
-        none = torch.empty(0, PAGE, 0, dtype=dtype, device=device)
+        none, no_window = (torch.empty(shape, dtype=dtype, device=device) for shape in ((0, PAGE, 0), (1, 0, 0, 0)))
         table, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((1, 0, 0), (1, 0)))
-        return cls((PagedKV(none, none, table, lens, None, ()),) * layers, 0, dtype, 0, 0, 0.0)
+
+        def layer(kind: LayerKind) -> ContextLayer:
+            if not kind.attends:
+                return NoKV()
+            if kind.window is not None:
+                return WindowKV(no_window, no_window, kind.window, kind.chunked)
+            return PagedKV(none, none, table, lens, None, ())
+
+        states = tuple(State((None,) * kind.states, (None,) * kind.states) for kind in geometry.layers)
+        layers = tuple(layer(kind) for kind in geometry.layers)
+        return cls(layers, 0, dtype, 0, 0, 0.0, states if geometry.has_states else (), geometry.latent)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states, part of `kept_bytes` and of `full_bytes`: nothing compresses them."""
+        return sum(state.nbytes for state in self.states)
 
     @property
     def kept_bytes(self) -> int:
-        """Bytes of the occupied slots in all layers, counted from the tensors."""
-        return sum(layer.kept_bytes for layer in self.layers)
+        """Bytes of the occupied slots in all layers, and of states, counted from the tensors."""
+        return self.state_bytes + sum(layer.kept_bytes for layer in self.layers)
 
     @property
     def kept_share(self) -> float:
@@ -252,17 +284,17 @@ class CompressedContext:
     @property
     def allocated_bytes(self) -> int:
         """Bytes of all tensors in all layers, including page slack and tables."""
-        return sum(layer.allocated_bytes for layer in self.layers)
+        return self.state_bytes + sum(layer.allocated_bytes for layer in self.layers)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of keys and values that one decoding step reads from the context."""
-        return sum(layer.read_bytes for layer in self.layers)
+        """Bytes of keys and values, and of states, that one decoding step reads from the context."""
+        return self.state_bytes + sum(layer.read_bytes for layer in self.layers)
 
     @property
     def full_attention_layers(self) -> list[KV | BoundedKV]:
-        """The layers without a sliding window."""
-        return [layer for layer in self.layers if not isinstance(layer, WindowKV)]
+        """The layers whose keys and values are compressed."""
+        return [layer for layer in self.layers if not isinstance(layer, WindowKV | NoKV)]
 
     def kept_tokens(self) -> list[dict[str, float]]:
         """Minimum, mean and maximum kept tokens of a KV head, per full-attention layer."""
@@ -289,19 +321,22 @@ class CompressedContext:
         return QuestionCache([self], Rows((0,), (self.tokens,)), capacity, kernels)
 
 
-class QuestionCache(Cache):  # type: ignore[misc]
+class QuestionCache(StatefulCache):
     """A batch of rows that continue compressed contexts, one or more rows per context."""
 
     def __init__(self, contexts: Sequence[CompressedContext], rows: Rows, capacity: int, kernels: bool) -> None:
         layers: list[Any] = []
         for kvs in zip(*(context.layers for context in contexts), strict=True):
-            if isinstance(kvs[0], WindowKV):
+            if isinstance(kvs[0], NoKV):
+                layers.append(NoKVLayer())
+            elif isinstance(kvs[0], WindowKV):
                 layers.append(WindowLayer(kvs, rows, capacity))
             elif isinstance(kvs[0], BoundedKV):
                 layers.append(BoundedLayer(kvs, rows))
             else:
                 layers.append(QuestionLayer(kvs, rows, capacity, kernels))
-        super().__init__(layers=layers)
+        states = continuing([contexts[owner].states for owner in rows.owners])
+        super().__init__(layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -310,12 +345,12 @@ class QuestionCache(Cache):  # type: ignore[misc]
         self.first_step: float | None = None
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if layer_idx == 0:
+        if layer_idx == self.first_index:
             self._passes += 1
             # The second call starts once the first token is decoded: it marks the start of decoding.
             if self._passes == 2:
                 self.first_step = time.perf_counter()
-        return super().update(k, v, layer_idx, *args, **kwargs)  # type: ignore[no-any-return]
+        return super().update(k, v, layer_idx, *args, **kwargs)
 
     def collect(self, collectors: Sequence[QueryAwareStats | ReconstructionStats | None]) -> None:
         """Collect statistics of later queries: one collector per layer, None for sliding-window layers."""
@@ -331,8 +366,8 @@ class QuestionCache(Cache):  # type: ignore[misc]
 
     def next_positions(self, tokens: int, device: torch.device) -> Tensor:
         """[B, T] int64, positions of the next tokens of each row."""
-        rows: Rows = self.layers[0].rows
-        length = self.layers[0].length
+        rows: Rows = self.first.rows
+        length = self.first.length
         return (rows.starts_on(device)[:, None] + torch.arange(length, length + tokens, device=device)).clamp_(min=0)
 
     def fork(self) -> QuestionCache:
@@ -340,38 +375,51 @@ class QuestionCache(Cache):  # type: ignore[misc]
         other = object.__new__(type(self))
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
+        other.state_layers = continuing([self.states])
         return other
 
     @classmethod
     def joined(cls, caches: Sequence[QuestionCache], capacity: int) -> QuestionCache:
         """One cache with the rows of several single-row caches, and a capacity of `capacity` more tokens."""
-        lengths, tokens = [c.layers[0].length for c in caches], [c.layers[0].rows.tokens[0] for c in caches]
+        lengths, tokens = [c.first.length for c in caches], [c.first.rows.tokens[0] for c in caches]
         pads = tuple(max(lengths) - length for length in lengths)
         rows = Rows(tuple(range(len(caches))), tuple(tokens), pads if any(pads) else None)
         other = object.__new__(cls)
         other.__dict__ |= caches[0].__dict__
         other.layers = [
-            TailLayer.joined(layers, rows, max(lengths) + capacity)
+            TailLayer.joined(layers, rows, max(lengths) + capacity) if layers[0].attends else layers[0]
             for layers in zip(*(c.layers for c in caches), strict=True)
         ]
+        other.state_layers = continuing([cache.states for cache in caches])
         return other
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order; rows of one context must stay adjacent."""
-        selected = self.layers[0].rows.select(rows)
+        selected = self.first.rows.select(rows)
         for layer in self.layers:
             layer.select(rows, selected)
+        for state in self.state_layers.values():
+            state.select(rows)
 
     @property
     def own_bytes(self) -> int:
-        """Bytes of the tails in all layers."""
-        return sum(layer.own_bytes for layer in self.layers)
+        """Bytes of the tails and states in all layers."""
+        of_layers: int = sum(layer.own_bytes for layer in self.layers)
+        return of_layers + sum(state.nbytes for state in self.state_layers.values())
 
     @property
     def peak_own_bytes(self) -> int:
         """Largest `own_bytes` so far."""
         return self.own_bytes
 
+    def mark(self) -> None:
+        """Let `rollback` return to this length: states cannot be rolled back, so they are copied."""
+        self._marked = self.first.length, self.states
+
     def rollback(self, tokens: int) -> None:
-        """Drop the last `tokens` tokens."""
+        """Drop the last `tokens` tokens; of a model with states, those since `mark`."""
         self.crop(-tokens)
+        if self.state_layers:
+            length, states = self._marked
+            assert length == self.first.length, "states return to where they were marked only"
+            self.state_layers = continuing([states])

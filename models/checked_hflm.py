@@ -7,6 +7,9 @@ from typing import Any, Self
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT
 
 from lceval.models.arguments import check_flags, unknown_argument
 from lceval.models.loading import loading, loading_tokenizer
@@ -40,6 +43,12 @@ class CheckedHFLM(HFLM):  # type: ignore[misc]
     def _get_config(self, pretrained: str, **options: Any) -> None:
         with loading(pretrained=pretrained):
             super()._get_config(pretrained, **options)
+
+    def _get_backend(self, config: Any, backend: Any = "default", **options: Any) -> None:
+        if config.model_type in IMAGE_TEXT and config.model_type not in CAUSAL:
+            # A model of images and text, such as Mistral 3: its text model answers.
+            self.AUTO_MODEL_CLASS, backend = AutoModelForImageTextToText, "causal"
+        super()._get_backend(config, backend=backend, **options)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **options: Any) -> None:
         with loading_tokenizer(pretrained, tokenizer):

@@ -19,6 +19,7 @@ from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor
 from lceval.models.question import WindowKV
 from lceval.models.recipe import Recipe
+from lceval.models.states import State
 
 
 @torch.inference_mode()
@@ -56,6 +57,7 @@ class Reader:
         self._evict_s = 0.0
         self._peak_bytes = 0
         self._slot_bytes = 0
+        self._states: tuple[State, ...] = ()
 
     def add(self, ids: Sequence[int]) -> None:
         """Read a chunk, and evict."""
@@ -82,35 +84,45 @@ class Reader:
             layers[index] = kv
             workspace = 0 if recipe.quantizer is None else before.allocated_bytes
             self._peak_bytes = max(self._peak_bytes, self.slots.allocated_bytes + workspace)
-        full_bytes = self._slot_bytes * self.tokens + windows
+        state_bytes = sum(state.nbytes for state in self._states)
+        full_bytes, peak_bytes = self._slot_bytes * self.tokens + windows + state_bytes, self._peak_bytes + state_bytes
         seconds = self._evict_s + time.perf_counter() - start
-        return CompressedContext(tuple(layers), self.tokens, self.engine.dtype, full_bytes, self._peak_bytes, seconds)
+        return self._context(layers, self.tokens, full_bytes, peak_bytes, seconds)
+
+    def _context(
+        self, layers: Sequence[Any], tokens: int, full_bytes: int = 0, peak_bytes: int = 0, seconds: float = 0.0
+    ) -> CompressedContext:
+        dtype, latent = self.engine.dtype, self.engine.geometry.latent
+        return CompressedContext(
+            tuple(layers), tokens, dtype, full_bytes, peak_bytes, seconds, self._states, is_latent=latent
+        )
 
     def _first(self, ids: Sequence[int]) -> QuestionCache:
         """The first chunk, as an uncompressed context with an empty question."""
         prefill = self.engine.prefill(ids, self.slots.evictor.stats_spec)
-        places = [index for index, layer in enumerate(prefill.layers) if not layer.is_sliding]
+        places = [index for index, layer in enumerate(prefill.layers) if layer.is_full]
         for index in places:
             stats = prefill.layers[index].stats
             self.slots.states[index] = LayerState(
                 queries=stats.queries,
-                scaling=prefill.layers[index].scaling,
+                softmax=prefill.layers[index].softmax,
                 learned={name: list(scores[0]) for name, scores in stats.learned.items()},
             )
         self._slot_bytes = sum(prefill.layers[index].kv_bytes for index in places) // len(ids)
         context = prefill.compress(Recipe(), consume=True)
-        self.slots.layers = list(context.layers)
+        self.slots.layers, self._states = list(context.layers), context.states
         return context.fork(0)
 
     def _continued(self, ids: Sequence[int]) -> QuestionCache:
         """A later chunk, as a question over the chunks before it."""
-        context = CompressedContext(tuple(self.slots.layers), self.seen, self.engine.dtype, 0, 0, 0.0)
+        context = self._context(self.slots.layers, self.seen)
         cache = context.fork(len(ids), kernels=self.engine.kernels)
         states, spec = self.slots.states, self.slots.evictor.stats_spec
         for index, state in states.items():
             cache.layers[index].receive = partial(state.add_queries, window=spec.queries)
         with self.engine.scored(spec, lambda index, scorer, scores: states[index].add_learned(scorer, scores[0])):
             self.engine.decode(cache, [ids])
+        self._states = cache.states
         return cache
 
     def _evict(self, cache: QuestionCache) -> None:

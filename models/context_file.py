@@ -28,20 +28,21 @@ from lceval.core.io import decode, replacing
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
 from lceval.kernels.fp8 import Fp8KV
-from lceval.kernels.paged import PagedKV
+from lceval.kernels.paged import PagedKV, is_view
 from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective, indexed_keys
 from lceval.models.cache import CompressedContext
 from lceval.models.policies import Evictor
 from lceval.models.policies.retrieval import Centroids, Nearest
-from lceval.models.question import BoundedKV, WindowKV
+from lceval.models.question import BoundedKV, NoKV, WindowKV
+from lceval.models.states import State
 
 FORMAT = "lceval context 1"
 _CLASSES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
-        *(CompressedContext, PagedKV, QuantKV, Pool, WindowKV, BoundedKV),
+        *(CompressedContext, PagedKV, QuantKV, Pool, WindowKV, BoundedKV, NoKV, State),
         *(Fp8KV, Rotated, Selective, Bits, Bounds, Nearest, Centroids),
     )
 }
@@ -144,6 +145,9 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if not is_dataclass(value):
         return value
     parts = {f.name: _encode(getattr(value, f.name), f"{name}.{f.name}".lstrip("."), tensors) for f in fields(value)}
+    if isinstance(value, PagedKV) and is_view(value.k, value.v):
+        del tensors[parts["v"]["tensor"]]
+        parts["v"] = value.value_dim
     return {"class": type(value).__name__, "fields": parts}
 
 
@@ -159,7 +163,10 @@ def _decode(value: Any, tensor: Callable[[str], Tensor], evictor: Evictor | None
         case {"policy": "evictor"}:
             return evictor
         case {"class": name, "fields": parts}:
-            whole = _CLASSES[name](**{key: _decode(part, tensor, evictor) for key, part in parts.items()})
+            decoded = {key: _decode(part, tensor, evictor) for key, part in parts.items()}
+            if name == PagedKV.__name__ and isinstance(decoded["v"], int):  # latents: the first channels of the keys
+                decoded["v"] = decoded["k"][..., : decoded["v"]]
+            whole = _CLASSES[name](**decoded)
             if isinstance(whole, Selective) and isinstance(whole.index, Nearest):
                 return replace(whole, index=whole.index.opened(indexed_keys(whole.kv, whole.budget)))
             return whole

@@ -144,7 +144,7 @@ def question_attention(prefill: Prefill, question_cache: QuestionCache, window: 
     for layer, keys, tail in zip(prefill.layers, prefill.keys, question_cache.layers, strict=True):
         if keys is not None:
             k, v = (torch.cat(x, 2) for x in zip((keys, layer.values[:, :, : layer.seen]), tail.tail, strict=True))
-            view = LayerView(k, v, tail.collector.stats.queries, layer.scaling, 0, 1, kernels=prefill.kernels)
+            view = LayerView(k, v, tail.collector.stats.queries, layer.softmax, 0, 1, kernels=prefill.kernels)
             received.append(view.window_scores(window).mean((0, 1))[: prefill.tokens])
     return torch.stack([x.to(received[0].device) for x in received]).mean(0).cpu()
 

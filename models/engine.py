@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lceval.core.errors import UserError
 from lceval.models.cache import CompressedContext, Prefill, QuestionCache, synchronize
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
@@ -55,20 +56,27 @@ class Engine:
         self._decoder = base.get_decoder()
         _make_input_contiguous(base.get_output_embeddings())
         self._chunk = chunk
-        self._autocast = autocast
+        self.autocast = autocast
         self._repetition = repetition
         self.device = base.device
         self.dtype = base.dtype
 
-    def check(self, stats_spec: StatsSpec) -> None:
-        """Check that the model has what these prefill statistics require.
+    def check(self, kv: Recipe) -> None:
+        """Check that the model has what a recipe requires.
 
         Raises:
             UserError: it has not.
         """
-        self.geometry.check(stats_spec)
+        geometry, stats_spec = self.geometry, kv.stats_spec
+        if kv != Recipe() and not geometry.full:
+            raise UserError(f"{geometry.model_type} has no full-attention layer that {kv} could compress: use kv=full")
+        if kv.evicts_always and geometry.shares:
+            raise UserError(f"{geometry.model_type} shares keys between layers, which excludes when=always: remove it")
+        geometry.check(stats_spec)
+        if geometry.latent and (stats_spec.reconstruction_plus or stats_spec.output_norms):
+            raise UserError(f"{kv} requires the values of each head; {geometry.model_type} caches latents: use snapkv")
         if stats_spec.reconstruction_plus or stats_spec.output_norms:
-            output_projections(self._base, self.geometry.windows)
+            output_projections(self._base, self.geometry.full)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], stats_spec: StatsSpec) -> Prefill:
@@ -77,8 +85,8 @@ class Engine:
         prefill = Prefill(self.geometry, len(ids), stats_spec, kernels=self.kernels)
         prefill.protected = self.protected_tokens(ids)
         step = self._chunk or len(ids)
-        stats = [layer.stats for layer in prefill.layers]
-        with self.scored(stats_spec, lambda index, digest, scores: stats[index].add_scores(digest, scores)):
+        layers = prefill.layers
+        with self.scored(stats_spec, lambda index, digest, scores: layers[index].stats.add_scores(digest, scores)):
             for start in range(0, len(ids), step):
                 self.decode(prefill, [ids[start : start + step]])
         with record_function(SCORING):
@@ -93,9 +101,9 @@ class Engine:
     def _output_norms(self, prefill: Prefill) -> list[Tensor]:
         """Per full-attention layer [B, Hkv, S] float32 (`LayerView.output_norms`)."""
         norms = []
-        for index, projection in output_projections(self._base, self.geometry.windows).items():
+        for index, projection in output_projections(self._base, self.geometry.full).items():
             values = prefill.layers[index].values[:, :, : prefill.tokens]
-            with self._autocast():
+            with self.autocast():
                 weight = output_weight(projection, values)
             norms.append(output_norms(values, weight, order=1).mean(2))
         return norms
@@ -114,14 +122,14 @@ class Engine:
         digests = sorted(stats_spec.scorers)
         if not digests:
             return nullcontext()
-        places = [index for index, window in enumerate(self.geometry.windows) if window is None]
+        places = self.geometry.full
 
         def score(index: int, hidden: Tensor) -> None:
             with record_function(SCORING):
                 for digest in digests:
                     receive(index, digest, self.scorers[digest].score(places.index(index), hidden))
 
-        return attention_inputs(self._base, self.geometry.windows, score)
+        return attention_inputs(self._base, places, score)
 
     def add_scorer(self, scorer: Scorer) -> None:
         """Let prefills compute its scores, on the devices of the model's layers.
@@ -131,7 +139,7 @@ class Engine:
         """
         digest = scorer.digest  # of the stored weights, before they are converted
         scorer.check(self.geometry, self._base.config.get_text_config())
-        places = [index for index, window in enumerate(self.geometry.windows) if window is None]
+        places = self.geometry.full
         modules = attention_modules(self._base)
         for module, index in zip(scorer.layers, places, strict=True):
             module.to(device=next(modules[index].parameters()).device, dtype=self.dtype)
@@ -154,26 +162,26 @@ class Engine:
 
     def empty_context(self) -> CompressedContext:
         """The context of a prompt that is a question only."""
-        return CompressedContext.empty(len(self.geometry.windows), self.dtype, self.device)
+        return CompressedContext.empty(self.geometry, self.dtype, self.device)
 
     @property
     def layer_devices(self) -> list[torch.device]:
         """The device of each layer; several under `parallelize=True`."""
         indexed = [m for m in self._decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         devices = {m.layer_idx: p.device for m in indexed for p in m.parameters()}
-        return [devices.get(index, self.device) for index in range(len(self.geometry.windows))]
+        return [devices.get(index, self.device) for index in range(len(self.geometry.layers))]
 
     @torch.inference_mode()
     def decode(self, cache: Any, ids: Sequence[Sequence[int]]) -> None:
         """Run the decoder, without its output layer, over ids [B, T] that continue `cache`."""
-        with self._autocast():
+        with self.autocast():
             self._decoder(input_ids=torch.tensor(ids, device=self.device), cache=cache, use_cache=True)
 
     def _reconstruct(self, prefill: Prefill, ids: Sequence[int]) -> None:
         """Let the model repeat the context chunk by chunk, and store the scores of each token in `prefill`."""
         whole = prefill.compress(Recipe(), consume=False)
-        windows, plus = self.geometry.windows, prefill.stats_spec.reconstruction_plus
-        projections = output_projections(self._base, windows) if plus else {}
+        full, plus = self.geometry.full, prefill.stats_spec.reconstruction_plus
+        projections = output_projections(self._base, full) if plus else {}
         received = [k.new_zeros(k.shape[:3], dtype=torch.float32) for k in prefill.keys if k is not None]
         prefill.reconstruction_attention = received
         prefill.reconstruction_plus = [torch.zeros_like(x) for x in received] if plus else None
@@ -184,15 +192,15 @@ class Engine:
                 for index, k in enumerate(prefill.keys)
                 if k is not None
             }
-            cache.collect([collectors.get(index) for index in range(len(windows))])
-            with attention_inputs(self._base, windows, partial(_norms, collectors)) if plus else nullcontext():
+            cache.collect([collectors.get(index) for index in range(len(prefill.layers))])
+            with attention_inputs(self._base, full, partial(_norms, collectors)) if plus else nullcontext():
                 self.decode(cache, [input_ids])
             for place, (index, collector) in enumerate(collectors.items()):
                 prefill.reconstruction_attention[place][..., chunk] = collector.attention
                 if prefill.reconstruction_plus is not None:
                     assert collector.relative is not None
                     values = prefill.layers[index].values[:, :, chunk]
-                    with self._autocast():
+                    with self.autocast():
                         weight = output_weight(projections[index], values)
                     relative = collector.relative * output_norms(values, weight)
                     prefill.reconstruction_plus[place][..., chunk] = relative.amax(2)
@@ -227,6 +235,10 @@ class Engine:
                 for layer, k in zip(prefill.layers, prefill.keys, strict=True)
             ]
         )
+        if self.geometry.has_states and question[:-1]:
+            self.decode(cache, [question[:-1]])
+            question = question[-1:]
+        cache.mark()
         self.decode(cache, [question])
         return cache
 
@@ -248,7 +260,7 @@ class Engine:
     @torch.inference_mode()
     def forward(self, cache: QuestionCache, ids: Tensor, keep: int = 0) -> Tensor:
         """Logits [B, T or `keep`, V] of ids [B, T] that continue `cache`; `keep` = 0 returns all T."""
-        with self._autocast():
+        with self.autocast():
             out = self.model(
                 input_ids=ids,
                 position_ids=cache.next_positions(ids.shape[1], ids.device),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.paged import KV, PagedKV, Softmax
 from lceval.models.engine import Engine
 from lceval.models.policies import Evictor, LayerView, StepEvictor, StepView
 from lceval.models.prefill_stats import SCORING
@@ -29,19 +29,19 @@ class LayerState:
 
     Attributes:
         queries: [1, H, W, D], the last queries, as many as the evictor requires; None if it requires none.
-        scaling: factor of the attention logits.
+        softmax: of the attention logits.
         learned: by scorer and KV head, the scores [n] of the slots.
         memory: state of a StepEvictor.
     """
 
     queries: Tensor | None = None
-    scaling: float = 0.0
+    softmax: Softmax = field(default_factory=lambda: Softmax(0.0))
     learned: dict[str, list[Tensor]] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)
 
-    def add_queries(self, q: Tensor, scaling: float, *, window: int) -> None:
+    def add_queries(self, q: Tensor, softmax: Softmax, *, window: int) -> None:
         """Add the queries [1, H, T, D] of T tokens; the last `window` are kept."""
-        self.scaling = scaling
+        self.softmax = softmax
         if window:
             before = [] if self.queries is None else [self.queries]
             # A clone: a view would keep the queries of all T tokens alive.
@@ -141,7 +141,7 @@ class Evictions:
             keys=keys,
             values=values,
             queries=queries[:, heads.start * group : heads.stop * group],
-            scaling=state.scaling,
+            softmax=state.softmax.of_heads(slice(heads.start * group, heads.stop * group)),
             layer=place,
             layers=len(self.states),
             rotary=self.engine.geometry.rotary,
@@ -185,7 +185,8 @@ class Evictions:
         if masks is None and tail is None:
             return self.layers[index]  # type: ignore[no-any-return]
         heads = self._slots(index, tail, seen)
-        like, learned = heads[0][0], self.states[index].learned
+        (k, v, _), learned = heads[0], self.states[index].learned
+        like = (k, k[..., : v.shape[-1]] if self.engine.geometry.latent else v)
         if masks is None:
             kv = PagedKV.of_heads(heads, [len(positions) for *_, positions in heads], len(heads), like=like)
         else:
@@ -202,4 +203,4 @@ def _window(context: WindowKV, k: Tensor, v: Tensor) -> WindowKV:
     """The last tokens of a sliding-window layer."""
     last = slice(-(context.window - 1), None) if context.window > 1 else slice(0, 0)
     k, v = (torch.cat(x, 2)[:, :, last].contiguous() for x in ((context.k, k), (context.v, v)))
-    return WindowKV(k, v, context.window)
+    return replace(context, k=k, v=v)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,11 +10,29 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import CacheLayerMixin
 
-from lceval.kernels.paged import PAGE
+from lceval.kernels import paged
+from lceval.kernels.paged import PAGE, Softmax, attend_in_blocks
 from lceval.models.prefill_stats import PrefillStats
 
 # Queries per block in a sliding-window layer: their keys form a band, not the whole context.
 BAND_ROWS = 512
+
+
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+    """Causal attention; the last of the queries [B, H, T, D] attends to the last of the keys [B, Hkv, S, D], S >= T."""
+    if softmax.is_special:
+        return attend_in_blocks(q, k, v, softmax)
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax.scaling, enable_gqa=True)
+    mask = causal_lower_right(q.shape[2], k.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax.scaling, enable_gqa=True)
+
+
+def paired(k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A new buffer of keys [B, Hkv, L, D] and one of values, which is a view of it where `v` is a view of `k`."""
+    if paged.is_view(k, v):
+        return keys, keys[..., : v.shape[3]]
+    return keys, v.new_zeros(*keys.shape[:3], v.shape[3])
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -22,6 +40,12 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = False
     is_sliding = False
+    attends = True
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is a full-attention layer."""
+        return not self.is_sliding
 
     def update(self, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store k, v [B, Hkv, T, D]."""
@@ -34,9 +58,12 @@ class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
     def append(self, k: Tensor, v: Tensor) -> None:
         raise NotImplementedError
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
         """Attention of q [B, H, T, D] over all stored tokens, causal within the last T; returns [B, H, T, D]."""
         raise NotImplementedError
+
+    def observe(self, q: Tensor, softmax: Softmax) -> None:
+        """Collect statistics of the layer's own queries q [B, H, T, D], before they attend."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -52,13 +79,13 @@ class PrefillLayer(AttendingLayer):
         super().__init__()
         self.tokens = tokens
         self.stats = stats
-        self.scaling = 0.0
+        self.softmax = Softmax(0.0)
         self.seen = 0
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         # Whole pages, so that an unevicted context becomes pages without a copy.
-        shape = (*k.shape[:2], -(-self.tokens // PAGE) * PAGE, k.shape[3])
-        self.keys, self.values = k.new_zeros(shape), v.new_zeros(shape)
+        slots = -(-self.tokens // PAGE) * PAGE
+        self.keys, self.values = paired(k, v, k.new_zeros(*k.shape[:2], slots, k.shape[3]))
         self.is_initialized = True
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -67,14 +94,12 @@ class PrefillLayer(AttendingLayer):
         self.values[:, :, new] = v
         self.seen = new.stop
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
-        self.scaling = scaling
-        k, v = self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
-        self.stats.update(q, k, scaling)
-        if q.shape[2] == self.seen:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        mask = causal_lower_right(q.shape[2], self.seen)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+    def observe(self, q: Tensor, softmax: Softmax) -> None:
+        self.softmax = softmax
+        self.stats.update(q, self.keys[:, :, : self.seen], softmax)
+
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        return attend_causal(q, self.keys[:, :, : self.seen], self.values[:, :, : self.seen], softmax)
 
     def get_seq_length(self) -> int:
         return self.seen
@@ -82,7 +107,7 @@ class PrefillLayer(AttendingLayer):
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the buffers."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return paged.bytes_of(self.keys, self.values)
 
     @property
     def kv_bytes(self) -> int:
@@ -94,14 +119,32 @@ class PrefillLayer(AttendingLayer):
         self.keys = self.values = self.keys.new_empty(0)
 
 
+class Windowed(Protocol):
+    """A layer of which a query sees a window. Attributes: as in `LayerKind`."""
+
+    @property
+    def window(self) -> int: ...
+
+    @property
+    def chunked(self) -> bool: ...
+
+
+def first_visible(queries: Tensor, layer: Windowed, start: int) -> Tensor:
+    """The first column that queries in the columns `queries` see. start: the position of column 0 in the sequence."""
+    if layer.chunked:
+        return queries - (queries + start) % layer.window
+    return queries - (layer.window - 1)
+
+
 class SlidingPrefillLayer(PrefillLayer):
     """A sliding-window layer: a query attends to `window` tokens including itself; older tokens are dropped."""
 
     is_sliding = True
 
-    def __init__(self, tokens: int, stats: PrefillStats, window: int) -> None:
+    def __init__(self, tokens: int, stats: PrefillStats, window: int, chunked: bool = False) -> None:
         super().__init__(tokens, stats)
         self.window = window
+        self.chunked = chunked
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         self.keys, self.values = k[:, :, :0], v[:, :, :0]
@@ -115,20 +158,26 @@ class SlidingPrefillLayer(PrefillLayer):
         )
         self.seen += k.shape[2]
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
-        self.scaling = scaling
-        o = torch.empty_like(q)
+    def observe(self, q: Tensor, softmax: Softmax) -> None:
+        pass
+
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        if softmax.is_special:
+            assert not self.chunked, "chunked attention with a cap or a sink"
+            return attend_in_blocks(q, self.keys, self.values, softmax, self.window)
+        o = q.new_empty(*q.shape[:3], self.values.shape[3])
         tokens = q.shape[2]
         past = self.keys.shape[2] - tokens
         for start in range(0, tokens, BAND_ROWS):
             rows = torch.arange(start, min(tokens, start + BAND_ROWS), device=q.device) + past
             band = slice(max(0, past + start + 1 - self.window), int(rows[-1]) + 1)
             columns = torch.arange(band.start, band.stop, device=q.device)
-            mask = (columns <= rows[:, None]) & (columns > rows[:, None] - self.window)
+            first = first_visible(rows[:, None], self, self.seen - self.keys.shape[2])
+            mask = (columns <= rows[:, None]) & (columns >= first)
             k, v = self.keys[:, :, band], self.values[:, :, band]
             part = q[:, :, start : start + BAND_ROWS]
             o[:, :, start : start + BAND_ROWS] = F.scaled_dot_product_attention(
-                part, k, v, attn_mask=mask, scale=scaling, enable_gqa=True
+                part, k, v, attn_mask=mask, scale=softmax.scaling, enable_gqa=True
             )
         return o
 

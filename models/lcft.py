@@ -22,12 +22,13 @@ from lceval import packaged
 from lceval.core import interrupt
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
-from lceval.models import adapter, attention, boundary, recipe, retrieval_heads, weights
+from lceval.models import adapter, attention, boundary, recipe, retrieval_heads, selfcheck, weights
 from lceval.models import scorer as scorers
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
+from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
 from lceval.models.policies.duo import HeadPattern
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, fit
@@ -120,7 +121,7 @@ class LCFT(AnsweringLM):
             self.model,
             base,
             chunk=self.prefill_chunk,
-            kernels=attention.use_kernels(attn, self.device),
+            kernels=attention.use_kernels(attn, self.device, Geometry.of(base)),
             autocast=self._autocast,
             repetition=Repetition.of(self.tokenizer, partial(self.tok_encode, add_special_tokens=False)),
         )
@@ -138,6 +139,7 @@ class LCFT(AnsweringLM):
             totals=self.totals,
         )
         attention.install(base)
+        selfcheck.verify(self.engine, base)
         self.use(self.recipe)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:
@@ -178,7 +180,7 @@ class LCFT(AnsweringLM):
     def _bound(self, kv: str | recipe.Recipe, scorer: str) -> tuple[recipe.Recipe, Scorer | None]:
         """A recipe with its scorer, which is loaded if it is not already."""
         parsed = self._checked(kv)
-        self.engine.check(parsed.stats_spec)
+        self.engine.check(parsed)
         if parsed.needs_scorer:
             parsed = parsed.bound(self._scorer_of(str(parsed), scorer).digest)
         if parsed.needs_pattern:

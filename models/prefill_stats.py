@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lceval.kernels import window
+from lceval.kernels.paged import Softmax
 from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS, Chunks
 from lceval.models.rotation import unrotate
@@ -30,7 +31,7 @@ class PrefillStats:
     ) -> None:
         self.stats_spec = stats_spec
         self.rotary = rotary
-        self._received = window.received if kernels else window.reference
+        self._kernels = kernels
         self.queries: Tensor | None = None
         self.column_sums: Tensor | None = None
         self.learned: dict[str, Tensor] = {}
@@ -46,12 +47,12 @@ class PrefillStats:
         forked._chunks = {chunks: copy.copy(attention) for chunks, attention in self._chunks.items()}
         return forked
 
-    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         """Add T new tokens. q: [B, H, T, D]; k: [B, Hkv, S, D], whose last T are the keys of the new tokens."""
         with record_function(SCORING):
-            self._update(q, k, scaling)
+            self._update(q, k, softmax)
 
-    def _update(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def _update(self, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         if self.stats_spec.queries:
             # A clone: a view would keep the queries of the whole context alive.
             last = q[:, :, -self.stats_spec.queries :].clone()
@@ -59,7 +60,8 @@ class PrefillStats:
                 last = torch.cat([self.queries, last], 2)[:, :, -self.stats_spec.queries :]
             self.queries = last
         if self.stats_spec.column_sums:
-            sums = self._received(q, k, scaling)
+            kernel = self._kernels and not softmax.is_special
+            sums = window.received(q, k, softmax.scaling) if kernel else window.reference(q, k, softmax)
             if self.column_sums is not None:
                 sums[..., : self.column_sums.shape[-1]] += self.column_sums
             self.column_sums = sums
@@ -78,13 +80,13 @@ class PrefillStats:
         before = [self.learned[scorer]] if scorer in self.learned else []
         self.learned = {**self.learned, scorer: torch.cat([*before, scores], 2)}
 
-    def view(self, keys: Tensor, values: Tensor, scaling: float, layer: int, layers: int, **more: Any) -> LayerView:
+    def view(self, keys: Tensor, values: Tensor, softmax: Softmax, layer: int, layers: int, **more: Any) -> LayerView:
         """The statistics as a LayerView. keys, values: [B, Hkv, S, D]; `more`: other fields of LayerView."""
         return LayerView(
             keys=keys,
             values=values,
             queries=keys.new_zeros(keys.shape[0], 0, 0, 0) if self.queries is None else self.queries,
-            scaling=scaling,
+            softmax=softmax,
             layer=layer,
             layers=layers,
             column_sums=self.column_sums,
@@ -171,8 +173,8 @@ class QueryAwareStats:
         self.stats = stats.fork()
         self._context_keys = context_keys
 
-    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         """Add T tokens. q: [1, H, T, D]; k: [1, Hkv, L, D], all keys of the question so far."""
         if self.stats.stats_spec.question:
             self.stats.add_question(q)
-        self.stats.update(q, torch.cat([self._context_keys, k], 2), scaling)
+        self.stats.update(q, torch.cat([self._context_keys, k], 2), softmax)

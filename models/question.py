@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
-from torch.nn.attention.bias import causal_lower_right
 
 from lceval.kernels import dispatch, paged
-from lceval.kernels.paged import KV, Around, PagedKV, attention_logits
+from lceval.kernels.paged import KV, Around, PagedKV, Softmax, attention_logits
 from lceval.kernels.select import top
-from lceval.models.layers import AttendingLayer
+from lceval.models.layers import AttendingLayer, attend_causal, first_visible, paired
 from lceval.models.policies import StepEvictor, StepView
 from lceval.models.prefill_stats import QueryAwareStats
 from lceval.models.reconstruction import ReconstructionStats
@@ -86,20 +85,23 @@ class TailLayer(AttendingLayer):
         self.start = 0
 
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
-        shape = (*k.shape[:2], max(self.capacity, k.shape[2]), k.shape[3])
-        self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        columns = max(self.capacity, k.shape[2])
+        self.keys, self.values = paired(k, v, k.new_empty(*k.shape[:2], columns, k.shape[3]))
         self.is_initialized = True
 
     def append(self, k: Tensor, v: Tensor) -> None:
         new = slice(self.length - self.start, self.length - self.start + k.shape[2])
         if new.stop > self.keys.shape[2]:
-            grown = (*self.keys.shape[:2], 2 * new.stop, self.keys.shape[3])
-            self.keys, self.values = (
-                torch.cat([old, old.new_empty(grown)], 2)[:, :, : grown[2]] for old in (self.keys, self.values)
-            )
+            self._replace(lambda old: _grown(old, 2 * new.stop))
         self.keys[:, :, new] = k
         self.values[:, :, new] = v
         self.length += k.shape[2]
+
+    def _replace(self, new: Callable[[Tensor], Tensor]) -> None:
+        """Replace the buffers by new ones; values that are a view of the keys stay one."""
+        keys = new(self.keys)
+        is_view = paged.is_view(self.keys, self.values)
+        self.keys, self.values = keys, keys[..., : self.values.shape[3]] if is_view else new(self.values)
 
     @property
     def tail(self) -> tuple[Tensor, Tensor]:
@@ -120,25 +122,27 @@ class TailLayer(AttendingLayer):
         """Keep these rows of the tail, in this order; contexts stay shared. selected: `rows.select` of them."""
         self.rows = selected
         if self.is_initialized:
-            self.keys, self.values = (torch.stack([x[row] for row in rows]) for x in (self.keys, self.values))
+            self._replace(lambda old: torch.stack([old[row] for row in rows]))
 
     def fork(self) -> TailLayer:
         """A copy with its own tail."""
         other = copy.copy(self)
         if self.is_initialized:
-            other.keys, other.values = self.keys.clone(), self.values.clone()
+            other._replace(torch.clone)
         return other
 
     @staticmethod
     def joined(layers: Sequence[TailLayer], rows: Rows, capacity: int) -> TailLayer:
         """One layer with the rows of several single-row layers: tails are right-aligned, contexts are kept."""
-        other = copy.copy(layers[0])
+        # A question of one token has fed nothing yet.
+        other = copy.copy(next((layer for layer in layers if layer.is_initialized), layers[0]))
         other.rows, other.capacity, other.length = rows, capacity, max(layer.length for layer in layers)
         other.contexts = tuple(context for layer in layers for context in layer.contexts)
-        shape = (len(layers), other.keys.shape[1], capacity, other.keys.shape[3])
         # No row attends to the padding, but it must be finite.
-        other.keys, other.values = other.keys.new_zeros(shape), other.values.new_zeros(shape)
+        other._replace(lambda old: old.new_zeros(len(layers), old.shape[1], capacity, old.shape[3]))
         for row, layer in enumerate(layers):
+            if not layer.is_initialized:
+                continue
             own = slice(other.length - layer.length, other.length)
             other.keys[row : row + 1, :, own], other.values[row : row + 1, :, own] = layer.tail
         return other
@@ -146,7 +150,12 @@ class TailLayer(AttendingLayer):
     @property
     def own_bytes(self) -> int:
         """Bytes of the question's own tokens."""
-        return 2 * self.keys.numel() * self.keys.element_size() if self.is_initialized else 0
+        return paged.bytes_of(self.keys, self.values) if self.is_initialized else 0
+
+
+def _grown(x: Tensor, columns: int) -> Tensor:
+    """x [B, Hkv, L, D] with room for `columns`."""
+    return torch.cat([x, x.new_empty(*x.shape[:2], columns - x.shape[2], x.shape[3])], 2)
 
 
 class QuestionLayer(TailLayer):
@@ -154,48 +163,60 @@ class QuestionLayer(TailLayer):
 
     Attributes:
         collector: statistics of the queries over an uncompressed context.
-        receive: called with the queries [B, H, T, D] and the scaling of every pass.
+        receive: called with the queries [B, H, T, D] and the softmax of every pass.
     """
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
         super().__init__(contexts, rows, capacity)
         self.kernels = kernels
         self.collector: QueryAwareStats | ReconstructionStats | None = None
-        self.receive: Callable[[Tensor, float], None] | None = None
+        self.receive: Callable[[Tensor, Softmax], None] | None = None
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
+    def observe(self, q: Tensor, softmax: Softmax) -> None:
         if self.receive is not None:
-            self.receive(q, scaling)
+            self.receive(q, softmax)
         if self.collector is not None:
-            self.collector.update(q, self.tail[0], scaling)
-            return self._attend_uncompressed(q, scaling)
-        own = paged.attend_causal(q, *self.tail, scaling, self.rows.pads_on(q.device))
-        if not any(self.rows.tokens):
-            return own[0]
-        parts = [self._attend_context(self.contexts[owner], q[rows], scaling) for owner, rows in self.rows.groups()]
-        past = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
-        return paged.merge(past[0], past[1], *own)
+            self.collector.update(q, self.tail[0], softmax)
 
-    def _attend_uncompressed(self, q: Tensor, scaling: float) -> Tensor:
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        if self.collector is not None:
+            return self._attend_uncompressed(q, softmax)
+        own = paged.attend_causal(q, *self.tail, softmax, self.rows.pads_on(q.device))
+        if not any(self.rows.tokens):
+            return softmax.with_sink(*own)
+        parts = [self._attend_context(self.contexts[owner], q[rows], softmax) for owner, rows in self.rows.groups()]
+        past = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
+        return merged(past[0], past[1], *own, softmax)
+
+    def _attend_uncompressed(self, q: Tensor, softmax: Softmax) -> Tensor:
         """Attention over an uncompressed context: one product is faster than two that are merged."""
         kv = self.contexts[0]
         assert isinstance(kv, PagedKV), "statistics of a question require an uncompressed context"
         past = (pool.view(1, kv.lens.shape[1], -1, pool.shape[-1])[:, :, : kv.counts[0]] for pool in (kv.k, kv.v))
         k, v = (torch.cat(x, 2) for x in zip(past, self.tail, strict=True))
-        mask = causal_lower_right(q.shape[2], k.shape[2])
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=True)
+        return attend_causal(q, k, v, softmax)
 
-    def _attend_context(self, kv: KV, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        return dispatch.attend(q, kv, scaling) if self.kernels else kv.attend(q, scaling)
+    def _attend_context(self, kv: KV, q: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
+        if self.kernels:
+            assert softmax.cap is None, "no kernel caps logits"
+            return dispatch.attend(q, kv, softmax.scaling)
+        return kv.attend(q, softmax.scaling, softmax.cap)
+
+
+def merged(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, softmax: Softmax) -> Tensor:
+    """`paged.merge` of all keys, and then of the sink."""
+    o = paged.merge(o1, lse1, o2, lse2)
+    return o if softmax.sink is None else softmax.with_sink(o, torch.logaddexp(lse1, lse2))
 
 
 @dataclass(frozen=True)
 class WindowKV:
-    """The context of a sliding-window layer: its last tokens [1, Hkv, n, D], n < window."""
+    """The context of a sliding-window layer: its last tokens [1, Hkv, n, D], n < window. chunked: as in `LayerKind`."""
 
     k: Tensor
     v: Tensor
     window: int
+    chunked: bool = False
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -204,10 +225,20 @@ class WindowKV:
     @property
     def kept_bytes(self) -> int:
         """Bytes of keys and values; all slots are occupied and read."""
-        return 2 * self.k.numel() * self.k.element_size()
+        return self.k.nbytes + self.v.nbytes
 
     allocated_bytes = kept_bytes
     read_bytes = kept_bytes
+
+
+@dataclass(frozen=True)
+class NoKV:
+    """The context of a layer without keys and values."""
+
+    counts: tuple[int, ...] = ()
+    kept_bytes: int = 0
+    allocated_bytes: int = 0
+    read_bytes: int = 0
 
 
 class WindowLayer(TailLayer):
@@ -215,27 +246,32 @@ class WindowLayer(TailLayer):
 
     is_sliding = True
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
         k, v = self.tail
         queries = torch.arange(self.length - q.shape[2], self.length, device=q.device)[:, None]
-        o = torch.empty_like(q)
+        o = q.new_empty(*q.shape[:3], self.values.shape[3])
         for row, owner in enumerate(self.rows.owners):
             context, pad = self.contexts[owner], self.rows.pads[row] if self.rows.pads else 0
             n = context.k.shape[2]
             # Columns are relative to the question's first token; those of the context are negative, padding is masked.
             own = torch.arange(self.length, device=q.device)
             columns = torch.cat([torch.arange(pad - n, pad, device=q.device), own])
-            visible = (columns <= queries) & (columns > queries - context.window)
+            start = self.rows.tokens[row] - pad
+            visible = (columns <= queries) & (columns >= first_visible(queries, context, start))
             visible[:, n:] &= (own >= pad) | (own == queries)
-            o[row] = F.scaled_dot_product_attention(
-                q[row],
-                torch.cat([context.k[0], k[row]], 1),
-                torch.cat([context.v[0], v[row]], 1),
-                attn_mask=visible,
-                scale=scaling,
-                enable_gqa=True,
-            )
+            pairs = ((context.k, k), (context.v, v))
+            keys, values = (torch.cat([old[0], new[row]], 1) if n else new[row] for old, new in pairs)
+            o[row] = attend_visible(q[row], keys, values, visible, softmax)
         return o
+
+
+def attend_visible(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, softmax: Softmax) -> Tensor:
+    """Attention of q [H, T, D] over the visible [T, S] of k, v [Hkv, S, D]; returns [H, T, D]."""
+    if not softmax.is_special:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax.scaling, enable_gqa=True)
+    products = attention_logits(q.reshape(k.shape[0], -1, q.shape[2]), k, 1.0)
+    products = products.view(k.shape[0], -1, *visible.shape).masked_fill_(~visible, -torch.inf)
+    return torch.matmul(softmax.weights(products).to(v.dtype), v[:, None]).view(*q.shape[:2], -1)
 
 
 @dataclass(frozen=True)
@@ -287,7 +323,7 @@ class Slots:
     seen: int
     memory: dict[str, Any]
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float, rule: BoundedKV) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, rule: BoundedKV) -> Tensor:
         """Append T tokens, attend, and evict down to the budget. q: [1, H, T, D]; k, v: [1, Hkv, T, D]."""
         _, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
@@ -296,12 +332,12 @@ class Slots:
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         self.positions = torch.cat([self.positions, new], 2)
         slots = self.k.shape[2]
-        logits = attention_logits(q.view(kv_heads, -1, dim), self.k[0], scaling)
-        logits = logits.view(1, kv_heads, heads // kv_heads, tokens, slots)
+        products = attention_logits(q.view(kv_heads, -1, dim), self.k[0], 1.0)
+        products = products.view(1, kv_heads, heads // kv_heads, tokens, slots)
         future = torch.ones(tokens, slots, dtype=torch.bool, device=q.device).triu_(slots - tokens + 1)
-        weights = logits.masked_fill_(future, -torch.inf).softmax(-1)
+        weights = softmax.weights(products.masked_fill_(future, -torch.inf))
         self.column_sums = F.pad(self.column_sums, (0, tokens)) + weights.sum(3).mean(2)
-        o = torch.matmul(weights.to(v.dtype).view(1, kv_heads, -1, slots), self.v).view(q.shape)
+        o = torch.matmul(weights.to(v.dtype).view(1, kv_heads, -1, slots), self.v).view(*q.shape[:3], -1)
         if slots > rule.budget:
             view = StepView(
                 self.positions,
@@ -318,8 +354,7 @@ class Slots:
             # The size is known: counting the mask would wait for the device.
             index = torch.nonzero_static(keep, size=kv_heads * rule.budget)[:, 2].view(1, kv_heads, rule.budget)
             self.positions, self.column_sums = (x.gather(2, index) for x in (self.positions, self.column_sums))
-            index = index[..., None].expand(-1, -1, -1, dim)
-            self.k, self.v = self.k.gather(2, index), self.v.gather(2, index)
+            self.k, self.v = (x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[3])) for x in (self.k, self.v))
         return o
 
 
@@ -339,8 +374,8 @@ class BoundedLayer(AttendingLayer):
     def append(self, k: Tensor, v: Tensor) -> None:
         self.keys, self.values = k, v
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
-        o, start = torch.zeros_like(q), self.length
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        o, start = q.new_zeros(*q.shape[:3], self.values.shape[3]), self.length
         self.length += q.shape[2]
         for row, (owner, slots) in enumerate(zip(self.rows.owners, self.slots, strict=True)):
             # Padding occupies no slot.
@@ -348,7 +383,7 @@ class BoundedLayer(AttendingLayer):
             one = slice(row, row + 1)
             q_new, k_new, v_new = (x[one, :, new] for x in (q, self.keys, self.values))
             if q_new.shape[2]:
-                o[one, :, new] = slots.step(q_new.contiguous(), k_new, v_new, scaling, self.contexts[owner])
+                o[one, :, new] = slots.step(q_new.contiguous(), k_new, v_new, softmax, self.contexts[owner])
         return o
 
     def get_seq_length(self) -> int:
@@ -368,4 +403,4 @@ class BoundedLayer(AttendingLayer):
     @property
     def own_bytes(self) -> int:
         """Bytes of the question's own tokens."""
-        return sum(s.k.numel() * s.k.element_size() * 2 for s in self.slots)
+        return sum(s.k.nbytes + s.v.nbytes for s in self.slots)

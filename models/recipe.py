@@ -86,6 +86,11 @@ class Recipe:
         return self.evictor is not None and self.evictor.write_every > 0
 
     @property
+    def evicts_always(self) -> bool:
+        """Whether it evicts after every forward pass (`when=always`)."""
+        return isinstance(self.evictor, StepEvictor) and self.evictor.when == ALWAYS
+
+    @property
     def parts(self) -> dict[str, Any]:
         """The policies by axis, absent axes left out."""
         axes = {"evict": self.evictor, "store": self.quantizer, "read": self.sparse_attention}
@@ -156,7 +161,7 @@ def parse(text: str) -> Recipe:
     evictor = parts.get("evictor")
     if evictor is not None and evictor.write_every and "sparse_attention" in parts:
         raise _bad(text, "when=decode evicts what an index of sparse attention was built on: leave one of them out")
-    if isinstance(evictor, StepEvictor) and evictor.when == "always" and len(parts) > 1:
+    if isinstance(evictor, StepEvictor) and evictor.when == ALWAYS and len(parts) > 1:
         raise _bad(text, "when=always evicts at every step, which excludes quantization and sparse attention")
     return Recipe(**parts)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lceval.kernels.paged import Softmax
 from lceval.models.chat import ChatTokens
 from lceval.models.policies.base import SINKS
 
@@ -78,7 +79,7 @@ class ReconstructionStats:
         self.hidden_norms: Tensor | None = None
         self.relative: Tensor | None = None
 
-    def update(self, q: Tensor, k: Tensor, scaling: float) -> None:
+    def update(self, q: Tensor, k: Tensor, softmax: Softmax) -> None:
         """Add the whole repetition in one call. q: [1, H, T, D]; k: [1, Hkv, T, D]."""
         batch, heads, tokens, dim = q.shape
         kv_heads = k.shape[1]
@@ -87,9 +88,9 @@ class ReconstructionStats:
         keys = torch.cat([self._keys, k], 2)[:, :, None].transpose(3, 4).float()
         step = max(1, MAX_WEIGHTS // (heads * keys.shape[-1]))
         for start in range(0, tokens, step):
-            block = q[..., start : start + step, :] * scaling
+            block = q[..., start : start + step, :]
             rows = block.shape[3]
-            weights = _causal_weights(block, keys[..., : past + start + rows])[..., self._sinks : past]
+            weights = _causal_weights(block, keys[..., : past + start + rows], softmax)[..., self._sinks : past]
             self.attention = torch.maximum(self.attention, weights.amax((2, 3)))
             if self.hidden_norms is not None:
                 relative = (weights / self.hidden_norms[:, None, None, start : start + rows, None]).amax(3)
@@ -126,11 +127,15 @@ def output_norms(values: Tensor, weight: Tensor, order: int = 2) -> Tensor:
     )
 
 
-def _causal_weights(q: Tensor, keys: Tensor) -> Tensor:
-    """Causal softmax(q keys); the last query attends to the last key. q: [B, Hkv, G, R, D]; keys: [B, Hkv, 1, D, S]."""
+def _causal_weights(q: Tensor, keys: Tensor, softmax: Softmax) -> Tensor:
+    """Causal weights; the last query attends to the last key. q: [B, Hkv, G, R, D]; keys: [B, Hkv, 1, D, S]."""
     rows = q.shape[3]
     logits = torch.matmul(q, keys)
     future = torch.ones(rows, rows, dtype=torch.bool, device=q.device).triu_(1)
     logits[..., -rows:].masked_fill_(future, -math.inf)
+    if softmax.is_special:
+        return softmax.weights(logits)
+    # In place: the weights of a long repetition fill the cache of a CPU.
+    logits.mul_(softmax.scaling)
     weights = logits.sub_(logits.amax(-1, keepdim=True)).exp_()
     return weights.div_(weights.sum(-1, keepdim=True))

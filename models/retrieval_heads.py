@@ -115,7 +115,7 @@ def _scores(prefill: Prefill) -> list[Tensor]:
     """The scores [Hkv] of each full-attention layer on one text."""
     scores = []
     for layer in prefill.layers:
-        if layer.is_sliding:
+        if not layer.is_full:
             continue
         rotary, queries = layer.stats.rotary, layer.stats.queries
         assert rotary is not None
@@ -128,6 +128,6 @@ def _scores(prefill: Prefill) -> list[Tensor]:
         q = rotate(q, cos[DISTANCE - 1 : DISTANCE], sin[DISTANCE - 1 : DISTANCE])
         q = q.reshape(keys.shape[1], -1, 1, keys.shape[3])
         k = rotate(k.expand(-1, -1, DISTANCE, -1), cos[:DISTANCE], sin[:DISTANCE])[0]
-        attention = (torch.matmul(q, k[:, None].transpose(2, 3)) * layer.scaling).softmax(-1)
+        attention = (torch.matmul(q, k[:, None].transpose(2, 3)) * layer.softmax.scaling).softmax(-1)
         scores.append(attention.cumsum(-1).mean((1, 2, 3)))
     return scores

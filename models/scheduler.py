@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic
 
@@ -92,9 +92,18 @@ class ContextScheduler:
         Args:
             on_failure: receives each job for whose context or question memory does not suffice, with the reason.
         """
-        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows):
+        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows, self.alike(recipe)):
             self.totals["samples"] += len(batch)
             yield batch
+
+    def alike(self, recipe: Recipe) -> Callable[[Job], Hashable]:
+        """What is equal for all jobs of a batch, because of the model."""
+        geometry = self.engine.geometry
+        if geometry.counts_positions:
+            return lambda job: (len(job.context), len(job.question))
+        # No state tolerates padding before a question, and caches that evict later cannot be joined.
+        evicts_later = recipe.evicts_while_writing or recipe.evicts_always
+        return (lambda job: len(job.question)) if geometry.has_states and evicts_later else lambda _: None
 
     def _questions(
         self, jobs: Sequence[J], recipe: Recipe, on_failure: Callable[[J, str], None]
@@ -204,8 +213,13 @@ class ContextScheduler:
         return prefill
 
 
-def in_batches(questions: Iterable[Question[J] | None], rows: int) -> Iterator[list[Question[J]]]:
-    """Questions in batches of up to `rows`, each cleared when the next one is requested; None ends a batch."""
+def in_batches(
+    questions: Iterable[Question[J] | None], rows: int, alike: Callable[[J], Hashable] = lambda _: None
+) -> Iterator[list[Question[J]]]:
+    """Questions in batches of up to `rows`, each cleared when the next one is requested; None ends a batch.
+
+    alike: equal for all jobs of a batch.
+    """
     batch: list[Question[J]] = []
     for question in questions:
         if question is None:  # memory is short: answer what is waiting first
@@ -213,7 +227,7 @@ def in_batches(questions: Iterable[Question[J] | None], rows: int) -> Iterator[l
                 yield batch
                 batch.clear()
             continue
-        if batch and not _can_share_batch(batch[0], question):
+        if batch and not (_can_share_batch(batch[0], question) and alike(batch[0].job) == alike(question.job)):
             yield batch
             batch.clear()
         batch.append(question)

@@ -115,8 +115,7 @@ class Scorer(nn.Module):
 def dimensions_of(geometry: Geometry, config: Any) -> dict[str, int]:
     """The DIMENSIONS of a model's scorer, given the configuration of its text decoder."""
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    layers = sum(window is None for window in geometry.windows)
-    return {"input_dim": config.hidden_size, "output_dim": kv_heads, "n_modules": layers}
+    return {"input_dim": config.hidden_size, "output_dim": kv_heads, "n_modules": len(geometry.full)}
 
 
 def default(pretrained: str) -> str | None:
@@ -176,14 +175,12 @@ def _load(name: str) -> Scorer:
 
 
 @contextmanager
-def attention_inputs(
-    base: Any, windows: Sequence[int | None], receive: Callable[[int, Tensor], None]
-) -> Iterator[None]:
-    """Within the block, call `receive` before each full-attention layer of a model attends.
+def attention_inputs(base: Any, layers: Sequence[int], receive: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, call `receive` before each of these layers of a model attends.
 
     Args:
         base: a causal LM of transformers without adapter wrappers.
-        windows: `Geometry.windows` of it.
+        layers: `Geometry.full` of it.
         receive: gets the index of the layer in the model and its attention input [B, T, d] (after the layer's input
             norm, where it has one).
 
@@ -191,7 +188,6 @@ def attention_inputs(
         UserError: attention layers that cannot be told from the model's modules.
     """
     modules = attention_modules(base)
-    layers = [index for index, window in enumerate(windows) if window is None]
     if not {*layers} <= {*modules}:
         raise unsupported(base.config.model_type, "has attention modules without a layer index")
 
@@ -204,14 +200,13 @@ def attention_inputs(
         yield
 
 
-def output_projections(base: Any, windows: Sequence[int | None]) -> dict[int, nn.Module]:
-    """The module that maps the heads' outputs to hidden states, of each full-attention layer by its index in a model.
+def output_projections(base: Any, layers: Sequence[int]) -> dict[int, nn.Module]:
+    """The module that maps the heads' outputs to hidden states, of each of these layers by its index in a model.
 
     Raises:
         UserError: attention layers with no such module, or with one of an unknown name.
     """
     modules = attention_modules(base)
-    layers = [index for index, window in enumerate(windows) if window is None]
     projections = {
         index: module
         for index in layers

@@ -24,6 +24,7 @@ def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: 
             "kv_dtype": str(context.dtype).removeprefix("torch."),
             "bytes_allocated": context.allocated_bytes,
             "bytes_read_per_step": context.read_bytes,
+            "state_bytes": context.state_bytes,
             "kept_tokens": context.kept_tokens(),
             "context_tokens": context.tokens,
             "prefill_s": prefill_s,

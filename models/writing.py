@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
 
 from lceval.kernels import paged
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.paged import KV, PagedKV, Softmax
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor
-from lceval.models.question import QuestionLayer, Rows, WindowKV, WindowLayer
+from lceval.models.question import NoKV, QuestionLayer, Rows, WindowKV, WindowLayer, merged
 from lceval.models.recipe import Recipe
+from lceval.models.states import NoKVLayer, StatefulCache, continuing
 
 
 class WritingLayer(QuestionLayer):
@@ -51,19 +51,21 @@ class WritingLayer(QuestionLayer):
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         super().lazy_initialization(k, v)
         # The context of a prompt that is a question only has no heads.
-        kv_heads, none = k.shape[1], k.new_zeros(0, k.shape[3])
-        slots = (none, none, torch.zeros(0, dtype=torch.int64, device=k.device))
-        empty = PagedKV.of_heads([slots] * kv_heads, [0] * kv_heads, kv_heads, like=none)
+        kv_heads, none = k.shape[1], torch.zeros(0, dtype=torch.int64, device=k.device)
+        slots = (k[0, 0, :0], v[0, 0, :0], none)
+        empty = PagedKV.of_heads([slots] * kv_heads, [0] * kv_heads, kv_heads, like=(k, v))
         self.contexts = tuple(kv if kv.counts else empty for kv in self.contexts)
 
-    def attend(self, q: Tensor, scaling: float) -> Tensor:
+    def observe(self, q: Tensor, softmax: Softmax) -> None:
         for row, state in enumerate(self.states):
             new = q[row : row + 1, :, self.padding(row, self.length - q.shape[2]) :]
-            state.add_queries(new, scaling, window=self.evictor.stats_spec.queries)
-        own = paged.attend_causal(q, *self.tail, scaling, None if self.start else self.rows.pads_on(q.device))
-        parts = [self._attend_context(kv, q[row : row + 1], scaling) for row, kv in enumerate(self.contexts)]
+            state.add_queries(new, softmax, window=self.evictor.stats_spec.queries)
+
+    def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        own = paged.attend_causal(q, *self.tail, softmax, None if self.start else self.rows.pads_on(q.device))
+        parts = [self._attend_context(kv, q[row : row + 1], softmax) for row, kv in enumerate(self.contexts)]
         o, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-        return paged.merge(o, lse, *own)
+        return merged(o, lse, *own, softmax)
 
     def padding(self, row: int, column: int) -> int:
         """How many columns from this one on are padding of a row."""
@@ -84,8 +86,8 @@ class WritingLayer(QuestionLayer):
         """Continue from these slots of each row, which include the tail."""
         self.contexts, self.start = tuple(slots), self.length
         # The question's columns are not needed again.
-        shape = (*self.keys.shape[:2], self.evictor.write_every, self.keys.shape[3])
-        self.keys, self.values = self.keys.new_empty(shape), self.values.new_empty(shape)
+        columns = self.evictor.write_every
+        self._replace(lambda old: old.new_empty(*old.shape[:2], columns, old.shape[3]))
 
     @property
     def own_bytes(self) -> int:
@@ -124,10 +126,13 @@ class WritingCache(QuestionCache):
         layers: list[Any] = [
             WindowLayer(kvs, rows, capacity)
             if isinstance(kvs[0], WindowKV)
+            else NoKVLayer()
+            if isinstance(kvs[0], NoKV)
             else WritingLayer(kvs, rows, capacity, engine.kernels, evictor)
             for kvs in zip(*(context.layers for context in contexts), strict=True)
         ]
-        Cache.__init__(self, layers=layers)
+        states = continuing([context.states for context in contexts])
+        StatefulCache.__init__(self, layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
         self.engine, self.evictor, self.recipe = engine, evictor, recipe
         prompts = (context.tokens + len(question) for context, question in zip(contexts, questions, strict=True))
@@ -151,8 +156,8 @@ class WritingCache(QuestionCache):
 
     def evict_if_due(self) -> None:
         """Evict if `every` tokens were written since the last eviction."""
-        if self.layers[0].length - self._evicted_at >= self.evictor.write_every:
-            self._evicted_at = self.layers[0].length
+        if self.first.length - self._evicted_at >= self.evictor.write_every:
+            self._evicted_at = self.first.length
             self._evict()
 
     def select(self, rows: Sequence[int]) -> None:
@@ -200,6 +205,6 @@ class WritingCache(QuestionCache):
         return k, v
 
     def _seen(self, row: int) -> int:
-        length, rows = self.layers[0].length, self.layers[0].rows
+        length, rows = self.first.length, self.first.rows
         seen: int = rows.tokens[row] + length - (rows.pads[row] if rows.pads else 0)
         return seen

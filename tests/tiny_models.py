@@ -31,6 +31,11 @@ def save_model(folder: Path, family: str = "llama", *, seed: int = 1, template: 
     """Write model and tokenizer; returns the folder's name. template: chat template of the tokenizer."""
     torch.manual_seed(seed)
     AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SHAPE, **shape)).save_pretrained(folder)
+    return save_tokenizer(folder, template)
+
+
+def save_tokenizer(folder: Path, template: str | None = None) -> str:
+    """Write the tokenizer of a tiny model; returns the folder's name."""
     words = {"[UNK]": 0, "</s>": 1, **{f"w{n}": n for n in range(2, 99)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

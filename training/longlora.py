@@ -66,8 +66,8 @@ def prepare(model: Any, config: LongLora) -> Any:
     """
     from peft import LoraConfig, get_peft_model  # heavy
 
-    if any(Geometry.of(model).windows):
-        raise UserError(f"{model.config.model_type} has sliding-window layers: LongLoRA requires full-attention layers")
+    if not Geometry.of(model).is_plain:
+        raise UserError(f"{model.config.model_type} has layers without plain full attention, which LongLoRA requires")
     if getattr(model.config, "attention_dropout", 0.0):
         raise UserError(f"attention_dropout={model.config.attention_dropout}: shifted attention requires 0")
     if config.window_tokens is not None:

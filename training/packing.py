@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lceval.core.errors import UserError
+from lceval.kernels.paged import Softmax
 from lceval.models.geometry import Geometry
 from lceval.models.policies import Evictor
 from lceval.models.prefill_stats import PrefillStats
@@ -88,8 +89,11 @@ class Packing:
     """
 
     def __init__(self, block: Tensor, kind: Tensor, geometry: Geometry, evictor: Evictor | None = None) -> None:
-        if any(geometry.windows):
-            raise UserError("models with sliding-window layers are not supported in training on shared contexts")
+        if not geometry.is_plain:
+            raise UserError(
+                "training on shared contexts requires plain full attention in every layer, which "
+                f"{geometry.model_type} does not have"
+            )
         self.context = int((kind == CONTEXT).sum())
         self._geometry = geometry
         self._evictor = check_trainable(evictor)
@@ -158,7 +162,7 @@ class Packing:
         if layer not in self.kept:
             s = self.context
             stats = PrefillStats(self._evictor.stats_spec, self._geometry.rotary)
-            stats.update(q[:, :, :s].float(), k[:, :, :s].float(), scaling)
+            stats.update(q[:, :, :s].float(), k[:, :, :s].float(), Softmax(scaling))
             if self._scoring is None:
                 self.kept[layer] = [self._mask(layer, stats, k[:, :, :s], v[:, :, :s], scaling)]
             else:
@@ -166,14 +170,15 @@ class Packing:
                 for question in self._questions:
                     keys, values = (torch.cat([x[:, :, :s], x[:, :, s + question]], 2) for x in (k, v))
                     with_question = stats.fork()
-                    with_question.update(q[:, :, s + question].float(), keys.float(), scaling)
+                    with_question.update(q[:, :, s + question].float(), keys.float(), Softmax(scaling))
                     self.kept[layer].append(self._mask(layer, with_question, keys, values, scaling))
         return self.kept[layer]
 
     def _mask(self, layer: int, stats: PrefillStats, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         assert self._evictor is not None
-        layers, question = len(self._geometry.windows), k.shape[2] - self.context
-        scores = self._evictor.scores(stats.view(k.float(), v.float(), scaling, layer, layers, question=question))
+        layers, question = len(self._geometry.layers), k.shape[2] - self.context
+        view = stats.view(k.float(), v.float(), Softmax(scaling), layer, layers, question=question)
+        scores = self._evictor.scores(view)
         return self._evictor.keep(scores[..., : self.context], layer, layers)
 
 

@@ -104,7 +104,11 @@ def bench(
 def _copied(model: LCFT, prefill: Prefill) -> DynamicCache:
     """A transformers cache with the same keys and values."""
     cache = DynamicCache(config=model.model.config)
+    for index, layer in prefill.state_layers.items():
+        layer.copy_to(cache.layers[index])
     for index, layer in enumerate(prefill.layers):
+        if not layer.attends:
+            continue
         k, v = layer.last if layer.is_sliding else (layer.keys, layer.values)
         cache.update(k[:, :, : layer.seen].clone(), v[:, :, : layer.seen].clone(), index)
     return cache

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import window as scoring
-from lceval.kernels.paged import KV
+from lceval.kernels.paged import KV, Softmax
 from lceval.kernels.select import top
 
 # First tokens, which receive attention whatever their content (attention sinks); query statistics exclude them.
@@ -142,7 +142,7 @@ class LayerView:
     Attributes:
         keys, values: [B, Hkv, S, D], keys after RoPE.
         queries: [B, H, W, D], the queries of the last W tokens, after RoPE; W is the largest window required.
-        scaling: factor of the attention logits, usually 1 / sqrt(D).
+        softmax: of the attention logits; its `scaling` is usually 1 / sqrt(D).
         layer, layers: index among the full-attention layers, and their number.
         column_sums: [B, Hkv, S] float32, causal attention received, summed over all queries, mean over G query heads.
         query_mean, query_cov: [B, H, D] and [B, H, D, D] float32 of the queries before RoPE, without the first SINKS.
@@ -165,7 +165,7 @@ class LayerView:
     keys: Tensor
     values: Tensor
     queries: Tensor
-    scaling: float
+    softmax: Softmax
     layer: int
     layers: int
     column_sums: Tensor | None = None
@@ -196,14 +196,16 @@ class LayerView:
         batch, kv_heads, length, dim = self.keys.shape
         w = q.shape[2]
         q = q.reshape(batch, kv_heads, -1, w, dim).float()
-        logits = torch.matmul(q, self.keys[:, :, None].transpose(3, 4).float()) * self.scaling
+        products = torch.matmul(q, self.keys[:, :, None].transpose(3, 4).float())
         future = torch.ones(w, length, dtype=torch.bool, device=q.device).triu_(length - w + 1)
-        return logits.masked_fill_(future, -math.inf).softmax(-1)
+        return self.softmax.weights(products.masked_fill_(future, -math.inf))
 
     def window_scores(self, window: int) -> Tensor:
         """`window_attention`, averaged over the last `window` tokens and the G query heads: [B, Hkv, S] float32."""
-        score = scoring.window_scores if self.kernels else scoring.reference_scores
-        return score(self.queries[:, :, -window:], self.keys, self.scaling)
+        queries = self.queries[:, :, -window:]
+        if self.kernels and not self.softmax.is_special:
+            return scoring.window_scores(queries, self.keys, self.softmax.scaling)
+        return scoring.reference_scores(queries, self.keys, self.softmax)
 
 
 @dataclass(frozen=True, kw_only=True)

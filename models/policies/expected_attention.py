@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lceval.kernels.paged import softmax_beside
 from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
 
 
@@ -49,6 +50,7 @@ class ExpectedAttention(Evictor):
         assert layer.query_mean is not None
         assert layer.query_cov is not None
         group = layer.query_mean.shape[1] // scores.shape[1]
+        scaling, sink = layer.softmax.scaling, layer.softmax.sink
         rotation = self._rotation(layer)
         mean = layer.query_mean @ rotation.T
         cov = rotation @ layer.query_cov @ rotation.T
@@ -59,7 +61,8 @@ class ExpectedAttention(Evictor):
             for head in range(kv_head * group, (kv_head + 1) * group):
                 linear = (keys @ mean[:, head, :, None]).squeeze(-1)
                 quadratic = (keys @ cov[:, head] * keys).sum(-1)
-                received += (layer.scaling * linear + layer.scaling**2 / 2 * quadratic).softmax(-1)
+                logits = scaling * linear + scaling**2 / 2 * quadratic
+                received += logits.softmax(-1) if sink is None else softmax_beside(logits, sink[head])
             norms = torch.linalg.vector_norm(layer.values[:, kv_head, SINKS:], dim=-1, dtype=torch.float32)
             scores[:, kv_head, SINKS:] = (received / group + self.eps) * norms
         return scores

@@ -58,7 +58,7 @@ class RKV(Evictor):
         scores = torch.arange(length, dtype=torch.float32, device=keys.device).add_(2).repeat(batch, kv_heads, 1)
         if old:
             q = layer.queries[:, :, layer.queries.shape[2] - w :].float().reshape(batch, kv_heads, -1, w, dim)
-            logits = torch.matmul(q, keys[:, :, None, :old].transpose(3, 4)).amax(2) * layer.scaling
+            logits = torch.matmul(q, keys[:, :, None, :old].transpose(3, 4)).amax(2) * layer.softmax.scaling
             importance = F.max_pool1d(logits.softmax(-1).mean(2), self.pool, stride=1, padding=self.pool // 2)
             scores[..., :old] = self.mix * importance - (1 - self.mix) * self._redundancy(keys)[..., :old]
         return scores

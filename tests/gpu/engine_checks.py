@@ -32,7 +32,7 @@ from workload import (
 )
 
 from lceval.kernels.fp8 import Fp8KV
-from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.paged import PAGE, PagedKV, Softmax
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective
@@ -198,7 +198,7 @@ class EngineChecks:
             for dtype in (torch.float64, self.setup.dtype)
         )
         values = {
-            "error": relative_error(layer.attend(q, scaling), expected),
+            "error": relative_error(layer.attend(q, Softmax(scaling)), expected),
             "sdpa_error": relative_error(sdpa, expected),
         }
         return bounded(values, error=max(FLOOR, EXACT_FACTOR * values["sdpa_error"]))

@@ -135,8 +135,8 @@ def test_the_run_folder_contains_identity_results_and_samples_with_telemetry(uni
     for row in rows:
         assert row["kv_bytes"] == pytest.approx(0.5 * row["kv_bytes_full"], rel=0.02)
         assert row["kv"].keys() >= {
-            "bytes_allocated", "bytes_read_per_step", "kept_tokens", "prefill_s", "shared_prefix", "compress_s",
-            "decode_s", "new_tokens", "peak_bytes", "truncated", "kv_dtype",
+            "bytes_allocated", "bytes_read_per_step", "state_bytes", "kept_tokens", "prefill_s", "shared_prefix",
+            "compress_s", "decode_s", "new_tokens", "peak_bytes", "truncated", "kv_dtype",
         }  # fmt: skip
         assert row["arguments"]["gen_args_0"]["arg_0"].startswith("<|im_start|>system")
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lceval.kernels import launch
-from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.paged import PAGE, PagedKV, Softmax
 from lceval.models import attention, context_file
 from lceval.models.diagnosis import Diagnosis, question_attention
 from lceval.models.engine import Engine
@@ -201,7 +201,7 @@ def test_bfloat16_over_large_key_biases_is_as_precise_as_sdpa(tokens: int, stepp
         F.scaled_dot_product_attention(*(x.to(dtype) for x in (q, k, v)), attn_mask=mask, enable_gqa=True).double()
         for dtype in (torch.float64, torch.bfloat16)
     )
-    ours = layer.attend(q, dim**-0.5).double()
+    ours = layer.attend(q, Softmax(dim**-0.5)).double()
     assert (ours - exact).norm() <= 2 * (sdpa - exact).norm()
 
 

@@ -137,9 +137,9 @@ def test_query_aware_scores_equal_those_of_context_and_question_in_one_prefill(
                 keys,
                 layer.values[:, :, :70],
                 torch.zeros(1, 6, 0, 16) if stats.queries is None else stats.queries,
-                layer.scaling,
+                layer.softmax,
                 len(scores),
-                runs.geometry.windows.count(None),
+                len(runs.geometry.full),
                 stats.column_sums,
                 stats.query_mean,
                 stats.query_cov,
@@ -175,26 +175,27 @@ def test_query_aware_questions_give_the_same_results_batched_and_alone(model: An
 def test_a_sliding_window_layer_stores_only_its_window(model: Any, engine: Any) -> None:
     runs = engine(16)
     context = compressed(runs, torch.randint(0, 99, (100,)), "knorm:0.5")
-    for window, layer in zip(runs.geometry.windows, context.layers, strict=True):
+    windows = [kind.window for kind in runs.geometry.layers]
+    for window, layer in zip(windows, context.layers, strict=True):
         if window is None:
             assert layer.counts == (50, 50)
         else:
             assert layer.k.shape[2] == window - 1
-    full = sum(2 * 2 * 16 * 4 * (100 if w is None else w - 1) for w in runs.geometry.windows)
+    full = sum(2 * 2 * 16 * 4 * (100 if w is None else w - 1) for w in windows)
     assert context.full_bytes == full
-    if None in runs.geometry.windows:
-        assert len(context.kept_tokens()) == runs.geometry.windows.count(None)
+    if None in windows:
+        assert len(context.kept_tokens()) == len(runs.geometry.full)
 
 
 @torch.inference_mode()
 def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: Any) -> None:
     """Against hooks on the projections: means over all tokens except the first four."""
     recipe, runs = parse("expected_attention:0.5"), engine(23)
-    if None not in runs.geometry.windows:
+    if not runs.geometry.full:
         pytest.skip("every layer has a sliding window: nothing is compressed")
     ids = torch.randint(0, 99, (80,)).tolist()
     prefill = runs.prefill(ids, recipe.stats_spec)
-    index = runs.geometry.windows.index(None)
+    index = runs.geometry.full[0]
     attn = model.model.layers[index].self_attn
     seen = {}
     last = getattr(attn, "q_norm", None) or attn.q_proj
@@ -215,8 +216,6 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
-        ("gemma2", {"layer_types": ["full_attention"] * 4}, "caps its attention logits"),
-        ("gpt_oss", {"layer_types": ["full_attention"] * 4, "num_local_experts": 2}, "attention sinks"),
         ("falcon", {"alibi": True}, "ALiBi"),
         ("bloom", {}, "ALiBi"),
         ("mpt", {}, "ALiBi"),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lceval.kernels import launch
+from lceval.kernels.paged import Softmax
 from lceval.kernels.window import received, reference, window_scores
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 260]
@@ -147,7 +148,7 @@ def test_reference_equals_what_the_policies_compute(length: int, tokens: int, gr
     from lceval.models.policies.base import LayerView
 
     q, k = tensors(2, 2, group, min(length, tokens), length, 32, "fp32")
-    want = LayerView(k, k, q, 0.2, 0, 1).window_attention(tokens).mean((2, 3))
+    want = LayerView(k, k, q, Softmax(0.2), 0, 1).window_attention(tokens).mean((2, 3))
     got = reference(q, k, 0.2)
     # The same products; torch sums the columns in another order.
     torch.testing.assert_close(got / q.shape[2], want, rtol=1e-5, atol=1e-7)

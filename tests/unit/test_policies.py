@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lceval.kernels.paged import Softmax
 from lceval.models.policies.adakv import AdaKV
 from lceval.models.policies.base import Amount, Evictor, LayerView, StatsSpec, StepEvictor, StepView
 from lceval.models.policies.expected_attention import ExpectedAttention
@@ -40,7 +41,7 @@ def view(length: int, layer: int = 0, batch: int = 1) -> LayerView:
     generator = torch.Generator().manual_seed(1000 * length + layer)
     keys, values = (torch.randn(batch, KV_HEADS, length, DIM, generator=generator) for _ in range(2))
     queries, raw = (torch.randn(batch, HEADS, length, DIM, generator=generator) for _ in range(2))
-    plain = LayerView(keys, values, queries, DIM**-0.5, layer=layer, layers=LAYERS)
+    plain = LayerView(keys, values, queries, Softmax(DIM**-0.5), layer=layer, layers=LAYERS)
     raw = raw[:, :, 4:] if length > 4 else raw
     centred = raw - raw.mean(2, keepdim=True)
     return replace(

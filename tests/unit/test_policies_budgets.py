@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lceval.kernels.paged import Softmax
 from lceval.models.policies.adakv import AdaKV
 from lceval.models.policies.base import SINKS, Amount, LayerView
 from lceval.models.policies.h2o import H2O
@@ -168,7 +169,7 @@ def test_kvzip_keeps_the_best_slots_of_all_layers_and_heads_after_the_protected_
     views = [
         LayerView(
             *3 * (torch.zeros(2, heads, length, 1),),
-            scaling=1.0,
+            softmax=Softmax(1.0),
             layer=layer,
             layers=layers,
             reconstruction=-s if plus else s,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lceval.kernels.paged import Softmax
 from lceval.models.policies.base import SINKS, Amount, LayerView
 from lceval.models.policies.expected_attention import ExpectedAttention
 
@@ -30,7 +31,7 @@ def view(length: int, rotated: int = DIM, spread: float = 1.0, batch: int = 2) -
         keys=normal(batch, KV_HEADS, length, DIM),
         values=normal(batch, KV_HEADS, length, DIM),
         queries=normal(batch, HEADS, 1, DIM),
-        scaling=DIM**-0.5,
+        softmax=Softmax(DIM**-0.5),
         layer=0,
         layers=1,
         query_mean=normal(batch, HEADS, DIM),
@@ -70,7 +71,8 @@ def test_scores_follow_the_formula_position_by_position(length: int, future: int
             for head in range(3 * kv_head, 3 * kv_head + 3):
                 cov = rotation @ layer.query_cov[b, head].double() @ rotation.T
                 keys = layer.keys[b, kv_head, SINKS:].double()
-                logits = [float(means[b, head] @ k * layer.scaling + k @ cov @ k * layer.scaling**2 / 2) for k in keys]
+                scaling = layer.softmax.scaling
+                logits = [float(means[b, head] @ k * scaling + k @ cov @ k * scaling**2 / 2) for k in keys]
                 total = sum(math.exp(x) for x in logits)
                 expected += torch.tensor([math.exp(x) / total / 3 for x in logits])
             norms = layer.values[b, kv_head, SINKS:].double().norm(dim=-1)
@@ -97,7 +99,7 @@ def test_the_expected_weight_is_the_mean_over_sampled_queries() -> None:
             root = torch.linalg.cholesky(layer.query_cov[0, head].double())
             noise = torch.randn(draws, DIM, generator=generator, dtype=torch.float64)
             queries = rotate(layer.query_mean[0, head].double() + noise @ root.T, length, DIM)
-            weights = (queries @ keys.T * layer.scaling).exp()
+            weights = (queries @ keys.T * layer.softmax.scaling).exp()
             mean += weights.mean(0) / weights.mean(0).sum() / 3
             error += weights.std(0) / weights.mean(0).sum() / 3 / math.sqrt(draws)
         got = scores[0, kv_head, SINKS:].double() / layer.values[0, kv_head, SINKS:].double().norm(dim=-1)
@@ -108,7 +110,7 @@ def test_the_expected_weight_is_the_mean_over_sampled_queries() -> None:
 def test_a_context_of_sinks_only_requires_no_statistics(length: int) -> None:
     layer = view(length)
     if length <= SINKS:
-        layer = LayerView(layer.keys, layer.values, layer.queries, 1.0, 0, 1)
+        layer = LayerView(layer.keys, layer.values, layer.queries, Softmax(1.0), 0, 1)
     scores = ExpectedAttention(amount=Amount(2)).scores(layer)
     assert scores.shape == (2, KV_HEADS, length)
     assert scores[..., :SINKS].eq(torch.inf).all()

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lceval.kernels.paged import Softmax
 from lceval.kernels.select import top
 from lceval.models.policies.base import Amount, LayerView, StepEvictor, StepView
 from lceval.models.policies.lacache import LaCache, Ladder
@@ -20,7 +21,7 @@ spans = st.integers(1, 20).flatmap(lambda span: st.tuples(st.just(span), st.inte
 
 def kept_by(policy: StepEvictor, length: int, layer: int = 0, layers: int = 1) -> list[int]:
     nothing = torch.zeros(1, 1, length, 1)
-    scores = policy.scores(LayerView(nothing, nothing, nothing, 1.0, layer, layers))
+    scores = policy.scores(LayerView(nothing, nothing, nothing, Softmax(1.0), layer, layers))
     return policy.select([scores])[0][0, 0].nonzero().squeeze(-1).tolist()
 
 

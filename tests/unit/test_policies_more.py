@@ -17,6 +17,7 @@ from tiny_models import llama
 from torch import Tensor
 
 from lceval.core.errors import UserError
+from lceval.kernels.paged import Softmax
 from lceval.models import attention, retrieval_heads
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView, StatsSpec, Wrapper
@@ -50,7 +51,7 @@ def view(length: int, question: int = 0, **more: Any) -> LayerView:
         keys=tensors(1, 1, KV_HEADS, total, DIM),
         values=tensors(2, 1, KV_HEADS, total, DIM),
         queries=tensors(3, 1, HEADS, 0, DIM),
-        scaling=DIM**-0.5,
+        softmax=Softmax(DIM**-0.5),
         layer=0,
         layers=1,
         question=question,
@@ -168,8 +169,8 @@ def test_the_attention_within_chunks_does_not_depend_on_how_tokens_arrive(length
     stats = PrefillStats(StatsSpec(chunk_attention=frozenset({chunks})), None)
     for start in range(0, length, steps):
         stop = min(start + steps, length)
-        stats.update(queries[:, :, start:stop], keys[:, :, :stop], 1.0)
-    received = stats.view(keys, keys, 1.0, 0, 1).chunk_attention[chunks]
+        stats.update(queries[:, :, start:stop], keys[:, :, :stop], Softmax(1.0))
+    received = stats.view(keys, keys, Softmax(1.0), 0, 1).chunk_attention[chunks]
     expected = torch.zeros(KV_HEADS, length - 5)
     for head in range(HEADS):
         for start in range(3, length - 2, 8):

@@ -243,7 +243,7 @@ def test_an_unsupported_model_or_window_is_an_error(base: Path) -> None:
         extend(model, 4 * WINDOW)
     small = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     small |= {"num_attention_heads": 2, "num_key_value_heads": 1}
-    with pytest.raises(UserError, match="mistral has sliding-window layers"):
+    with pytest.raises(UserError, match="mistral has layers without plain full attention"):
         prepare(Mistral(MistralConfig(**small, sliding_window=4)), LongLora())
     with pytest.raises(UserError, match=r"attention_dropout=0.1"):
         prepare(LlamaForCausalLM(LlamaConfig(**small, attention_dropout=0.1)), LongLora())

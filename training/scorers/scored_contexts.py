@@ -135,8 +135,8 @@ def observe(lm: Any, context: ScoredContext, recipe: ScorerRecipe) -> ScoredSlot
     Args:
         lm: the model, as lcft.
     """
-    windows = lm.engine.geometry.windows
-    received: dict[int, list[Tensor]] = {layer: [] for layer, window in enumerate(windows) if window is None}
+    layers = lm.engine.geometry.full
+    received: dict[int, list[Tensor]] = {layer: [] for layer in layers}
 
     def receive(layer: int, hidden: Tensor) -> None:
         # The prefill comes first; the inputs of a reconstruction are not those of the context.
@@ -145,7 +145,7 @@ def observe(lm: Any, context: ScoredContext, recipe: ScorerRecipe) -> ScoredSlot
 
     reconstructed = recipe.target != "attention"
     spec = StatsSpec(reconstruction=reconstructed, reconstruction_plus=recipe.target == "kvzip+")
-    with attention_inputs(lm.base, windows, receive):
+    with attention_inputs(lm.base, layers, receive):
         prefill = lm.engine.prefill(context.ids, spec)
     if recipe.target == "attention":
         paid = lm.engine.attention_paid(prefill, [[*pair.question, *pair.answer[:-1]] for pair in context.pairs])
