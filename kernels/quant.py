@@ -32,6 +32,7 @@ from torch import Tensor
 
 from lceval.kernels import paged
 from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.softmax import capped
 
 GROUP = 32
 BITS = (16, 8, 4, 2)
@@ -337,7 +338,7 @@ def _attend_pages(q: Tensor, k: Pool, v: Pool, value_dim: int, cap: float | None
     spans = _spans(k.words.shape[1], WORKSPACE // (rows * PAGE * dim))
     for span in spans:
         _scores(q, k.pages(span), scores[:, :, span])
-    scores = paged.capped(scores, cap)
+    scores = capped(scores, cap)
     lse = torch.logsumexp(scores, (2, 3))
     scores.sub_(lse[..., None, None]).exp_()
     o = q.new_zeros(rows, queries, value_dim)

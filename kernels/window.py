@@ -33,7 +33,8 @@ from lceval.kernels.launch import (
     tl,
     widened,
 )
-from lceval.kernels.paged import PAGE, Softmax
+from lceval.kernels.paged import PAGE
+from lceval.kernels.softmax import Softmax
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 
 # Weights that the reference materializes at once, in elements: small enough for a CPU cache.

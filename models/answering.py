@@ -68,7 +68,7 @@ class AnsweringLM(CheckedHFLM):
     def generate(self, questions: Iterable[Question[GenerateJob]], rows: int) -> list[Text]:
         """The answers, ordered by the index of their jobs, in batches of up to `rows` questions."""
         answers: dict[int, Text] = {}
-        for batch in in_batches(questions, rows, self.scheduler.alike(self.recipe)):
+        for batch in in_batches(questions, rows, self.scheduler.batch_key(self.recipe)):
             answers |= self._in_memory(batch, self._generate)
         return [answers[index] for index in sorted(answers)]
 

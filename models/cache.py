@@ -67,11 +67,6 @@ class Prefill(StatefulCache):
         self.reconstruction_plus: list[Tensor] | None = None
         self.output_norms: list[Tensor] | None = None
 
-    @classmethod
-    def for_model(cls, model: Any, tokens: int, stats_spec: StatsSpec) -> Prefill:
-        """An empty cache for a causal LM of transformers."""
-        return cls(Geometry.of(model), tokens, stats_spec)
-
     @property
     def keys(self) -> list[Tensor | None]:
         """Per layer the keys [B, Hkv, S, D] of the whole context; None for others than full-attention layers."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
-from lceval.kernels.paged import KV, PagedKV, Softmax
+from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.softmax import Softmax
 from lceval.models.engine import Engine
 from lceval.models.policies import Evictor, LayerView, StepEvictor, StepView
 from lceval.models.prefill_stats import SCORING

@@ -11,7 +11,8 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import CacheLayerMixin
 
 from lceval.kernels import paged
-from lceval.kernels.paged import PAGE, Softmax, attend_in_blocks
+from lceval.kernels.paged import PAGE, attend_in_blocks
+from lceval.kernels.softmax import Softmax
 from lceval.models.prefill_stats import PrefillStats
 
 # Queries per block in a sliding-window layer: their keys form a band, not the whole context.

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lceval.kernels import window
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.base import SINKS, Chunks
 from lceval.models.rotation import unrotate

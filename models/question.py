@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lceval.kernels import dispatch, paged
-from lceval.kernels.paged import KV, Around, PagedKV, Softmax, attention_logits
+from lceval.kernels.paged import KV, Around, PagedKV, attention_logits
 from lceval.kernels.select import top
+from lceval.kernels.softmax import Softmax
 from lceval.models.layers import AttendingLayer, attend_causal, first_visible, paired
 from lceval.models.policies import StepEvictor, StepView
 from lceval.models.prefill_stats import QueryAwareStats

@@ -92,11 +92,11 @@ class ContextScheduler:
         Args:
             on_failure: receives each job for whose context or question memory does not suffice, with the reason.
         """
-        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows, self.alike(recipe)):
+        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows, self.batch_key(recipe)):
             self.totals["samples"] += len(batch)
             yield batch
 
-    def alike(self, recipe: Recipe) -> Callable[[Job], Hashable]:
+    def batch_key(self, recipe: Recipe) -> Callable[[Job], Hashable]:
         """What is equal for all jobs of a batch, because of the model."""
         geometry = self.engine.geometry
         if geometry.counts_positions:
@@ -214,11 +214,11 @@ class ContextScheduler:
 
 
 def in_batches(
-    questions: Iterable[Question[J] | None], rows: int, alike: Callable[[J], Hashable] = lambda _: None
+    questions: Iterable[Question[J] | None], rows: int, key: Callable[[J], Hashable] = lambda _: None
 ) -> Iterator[list[Question[J]]]:
     """Questions in batches of up to `rows`, each cleared when the next one is requested; None ends a batch.
 
-    alike: equal for all jobs of a batch.
+    key: equal for all jobs of a batch.
     """
     batch: list[Question[J]] = []
     for question in questions:
@@ -227,7 +227,7 @@ def in_batches(
                 yield batch
                 batch.clear()
             continue
-        if batch and not (_can_share_batch(batch[0], question) and alike(batch[0].job) == alike(question.job)):
+        if batch and not (_can_share_batch(batch[0], question) and key(batch[0].job) == key(question.job)):
             yield batch
             batch.clear()
         batch.append(question)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import paged
-from lceval.kernels.paged import KV, PagedKV, Softmax
+from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.softmax import Softmax
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState

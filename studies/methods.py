@@ -1,9 +1,9 @@
 """The study of docs/studies/methods.md: every method at a quarter of the KV cache.
 
-python studies/methods.py run nqopen agnostic   measure; rerun the same command to resume
+python studies/methods.py run nqopen chunk      measure; rerun the same command to resume
 python studies/methods.py table                 rewrite docs/studies/methods-tables.md from the committed samples
 
-Tasks: nqopen, kvlookup. Parts: agnostic (the question is not known), aware, chunk (eviction while a context is read),
+Tasks: nqopen, kvlookup. Parts: query-agnostic, query-aware, chunk (eviction while a context is read),
 seconds (one recipe at a time). Run it where the repository is: a path is part of the samples' identity.
 """
 
@@ -36,12 +36,16 @@ NO_EVICTOR = [
 CHUNK = ":when=chunk"
 READING = ["streaming", "lacache", "tova", "snapkv", "knorm", "keydiff", "rkv", "kvzap"]
 HEADS = "tests/peers/text.txt"
-# Recipes, model arguments, and the number of contexts by task. Both tasks have 40 questions in these, but under `chunk`
-# UUIDs have 12: each of its recipes reads every context anew.
+# Recipes, model arguments, and the number of contexts by task: 40 questions in both, but for `seconds`. Each recipe of
+# `chunk` reads every context anew, so it is of one task.
 PARTS: dict[str, tuple[list[str], dict[str, Any], dict[str, int]]] = {
-    "agnostic": ([*AT_END, *NO_EVICTOR, *SLOW], {"heads": HEADS}, {"nqopen": 10, "kvlookup": 40}),
-    "aware": (["full", CONTROL, "snapkv:0.25", "finch:0.25"], {"query_aware": True}, {"nqopen": 10, "kvlookup": 40}),
-    "chunk": ([f"{name}:0.25{CHUNK}" for name in READING], {}, {"nqopen": 10, "kvlookup": 12}),
+    "query-agnostic": ([*AT_END, *NO_EVICTOR, *SLOW], {"heads": HEADS}, {"nqopen": 10, "kvlookup": 40}),
+    "query-aware": (
+        ["full", CONTROL, "snapkv:0.25", "finch:0.25"],
+        {"query_aware": True},
+        {"nqopen": 10, "kvlookup": 40},
+    ),
+    "chunk": ([f"{name}:0.25{CHUNK}" for name in READING], {}, {"nqopen": 10}),
     "seconds": ([*AT_END, *NO_EVICTOR, *SLOW], {"heads": HEADS}, {"nqopen": 1}),
 }
 Rows = dict[str, dict[str, Any]]
@@ -85,17 +89,17 @@ def table(name: str, part: str) -> str:
             *(f"{100 * value:.1f}" for value in (kv_share(own), mean(own, "gold_kept"))),
             interval(own, "gold_nll"),
             "" if recipe == CONTROL else interval(own, "gold_nll", by_recipe[CONTROL]),
-            *([f"{times[recipe]:.1f}"] if part == "agnostic" else []),
+            *([f"{times[recipe]:.1f}"] if part == "query-agnostic" else []),
         ]
         for recipe, own in sorted(by_recipe.items(), key=lambda item: mean(item[1], "gold_nll"))
     ]
     head = ["recipe", "KV bytes %", "gold kept %", "gold_nll", "Δ vs control"]
-    return markdown([*head, *(["seconds"] if part == "agnostic" else [])], body)
+    return markdown([*head, *(["seconds"] if part == "query-agnostic" else [])], body)
 
 
 def reading_table(name: str) -> str:
     """Eviction while a context is read against eviction at the end of the prefill, on the same questions."""
-    chunk, at_end = samples(name, "chunk"), samples(name, "agnostic")
+    chunk, at_end = samples(name, "chunk"), samples(name, "query-agnostic")
     body = []
     for method in READING:
         while_reading = chunk[f"{method}:0.25{CHUNK}"]
@@ -148,10 +152,9 @@ def tables() -> str:
     """All tables of the tables page."""
     parts = []
     for name, task in TASKS.items():
-        questions = len(next(iter(samples(name, "chunk").values())))
-        parts += [f"## {task}, query-agnostic", table(name, "agnostic")]
-        parts += [f"## {task}, query-aware", table(name, "aware")]
-        parts += [f"## {task}, evicted while reading ({questions} questions)", reading_table(name)]
+        parts += [f"## {task}, query-agnostic", table(name, "query-agnostic")]
+        parts += [f"## {task}, query-aware", table(name, "query-aware")]
+    parts += [f"## {TASKS['nqopen']}, evicted while a context is read", reading_table("nqopen")]
     return "\n\n".join(parts) + "\n"
 
 

@@ -9,7 +9,6 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -287,17 +286,21 @@ def test_the_tables_on_contexts_are_computed_from_their_samples(study_of: Callab
             assert len({row["cluster"] for row in rows}) == contexts
 
 
-def test_the_tables_on_recipes_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
-    study = study_of("recipes")
-    page = (DOCS / "studies" / "recipes-tables.md").read_text()
+def test_the_tables_on_methods_are_computed_from_their_samples(study_of: Callable[[str], ModuleType]) -> None:
+    study = study_of("methods")
+    page = (DOCS / "studies" / "methods-tables.md").read_text()
     assert page.endswith(study.MARK + study.tables())
-    for name, settings in study.STUDIES.items():
-        assert study.table(name) in page
-        rows = study.samples(name)
-        by_recipe = Counter(row["kv"] for row in rows)
-        assert set(by_recipe) == set(settings["recipes"])
-        assert set(by_recipe.values()) == {40}
-        assert len({row["cluster"] for row in rows}) == settings["contexts"]
+    for part, (recipes, _, contexts) in study.PARTS.items():
+        for name, count in contexts.items():
+            by_recipe = study.samples(name, part)
+            assert {*by_recipe} == {str(recipe.parse(text)) for text in ("full", *recipes)}
+            for rows in by_recipe.values():
+                assert len({row["cluster"] for row in rows.values()}) == count
+            # Both tasks have 40 questions: four on each of 10 contexts, or one on each of 40.
+            assert {len(rows) for rows in by_recipe.values()} == {count * (4 if name == "nqopen" else 1)}
+    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", (DOCS / "studies" / "methods.md").read_text())
+    assert len(intervals) >= 70
+    assert all(interval in page for interval in intervals)
 
 
 @pytest.mark.parametrize("name", ["mini", "tuned"])
@@ -336,7 +339,7 @@ def cells(page: Path) -> set[str]:
     return {cell.strip() for row in rows for cell in row if re.match(r" [-+]?\d", cell)}
 
 
-@pytest.mark.parametrize("name", ["contexts", "grpo", "modes", "recipes", "training"])
+@pytest.mark.parametrize("name", ["contexts", "grpo", "methods", "modes", "training"])
 def test_the_figures_in_a_studys_summary_table_are_those_of_its_tables(name: str) -> None:
     summary = cells(DOCS / "studies" / f"{name}.md")
     assert summary

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lceval.core.errors import UserError
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models.geometry import Geometry
 from lceval.models.policies import Evictor
 from lceval.models.prefill_stats import PrefillStats

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import window as scoring
-from lceval.kernels.paged import KV, Softmax
+from lceval.kernels.paged import KV
 from lceval.kernels.select import top
+from lceval.kernels.softmax import Softmax
 
 # First tokens, which receive attention whatever their content (attention sinks); query statistics exclude them.
 SINKS = 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import softmax_beside
+from lceval.kernels.softmax import softmax_beside
 from lceval.models.policies.base import SINKS, Evictor, LayerView, StatsSpec
 
 

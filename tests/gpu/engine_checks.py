@@ -32,10 +32,11 @@ from workload import (
 )
 
 from lceval.kernels.fp8 import Fp8KV
-from lceval.kernels.paged import PAGE, PagedKV, Softmax
+from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies import EVICTORS, SPARSE_ATTENTION
 from lceval.models.recipe import Recipe, parse
 

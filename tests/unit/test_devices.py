@@ -21,7 +21,8 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lceval.kernels import launch
-from lceval.kernels.paged import PAGE, PagedKV, Softmax
+from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.softmax import Softmax
 from lceval.models import attention, context_file
 from lceval.models.diagnosis import Diagnosis, question_attention
 from lceval.models.engine import Engine

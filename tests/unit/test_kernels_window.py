@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lceval.kernels import launch
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.kernels.window import received, reference, window_scores
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 260]

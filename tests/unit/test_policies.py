@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies.adakv import AdaKV
 from lceval.models.policies.base import Amount, Evictor, LayerView, StatsSpec, StepEvictor, StepView
 from lceval.models.policies.expected_attention import ExpectedAttention

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies.adakv import AdaKV
 from lceval.models.policies.base import SINKS, Amount, LayerView
 from lceval.models.policies.h2o import H2O

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies.base import SINKS, Amount, LayerView
 from lceval.models.policies.expected_attention import ExpectedAttention
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lceval.kernels.paged import Softmax
 from lceval.kernels.select import top
+from lceval.kernels.softmax import Softmax
 from lceval.models.policies.base import Amount, LayerView, StepEvictor, StepView
 from lceval.models.policies.lacache import LaCache, Ladder
 from lceval.models.policies.streaming import Streaming

@@ -17,7 +17,7 @@ from tiny_models import llama
 from torch import Tensor
 
 from lceval.core.errors import UserError
-from lceval.kernels.paged import Softmax
+from lceval.kernels.softmax import Softmax
 from lceval.models import attention, retrieval_heads
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView, StatsSpec, Wrapper
