@@ -179,9 +179,11 @@ class AnsweringLM(CheckedHFLM):
         return tokens[: min(ends) + 1] if ends else tokens
 
     @property
-    def _eos_ids(self) -> list[int]:
+    def _eos_ids(self) -> set[int]:
+        """Tokens that end an answer: the model's, and the tokenizer's, which lm-eval adds to the stop sequences."""
         eos = self.model.generation_config.eos_token_id
-        return [self.eot_token_id] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+        own = set() if eos is None else {eos} if isinstance(eos, int) else {*eos}
+        return own | {self.eot_token_id}
 
     def _text(self, tokens: list[int], until: list[str]) -> str:
         """Decode, and remove thinking and everything from a stop sequence on, as HFLM does."""
