@@ -80,7 +80,8 @@ def test_a_peak_of_memory_is_of_its_block_alone() -> None:
         torch.ones(10_000_000).sum()
     with memory.peak() as after:
         torch.ones(10).sum()
-    assert 40_000_000 <= (before.bytes or 0) < 60_000_000
+    # The system counts resident pages in batches.
+    assert 38_000_000 <= (before.bytes or 0) < 60_000_000
     assert after.bytes is not None
     assert after.bytes < 20_000_000
 

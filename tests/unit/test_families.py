@@ -219,8 +219,6 @@ def test_the_moments_of_the_queries_are_those_before_rope(model: Any, engine: An
         ("falcon", {"alibi": True}, "ALiBi"),
         ("bloom", {}, "ALiBi"),
         ("mpt", {}, "ALiBi"),
-        ("deepseek_v2", {"n_group": 1}, "MLA"),
-        ("deepseek_v3", {"n_group": 1}, "MLA"),
         ("t5", {"d_kv": 16}, "is an encoder-decoder model"),
     ],
 )
