@@ -6,6 +6,7 @@ text. So no model runs unless a context, a question and a step give the logits o
 
 from __future__ import annotations
 
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def _text(base: Any) -> Tensor:
     special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     drawn = torch.randperm(base.get_input_embeddings().num_embeddings, generator=torch.Generator().manual_seed(0))
     tokens = [token for token in drawn.tolist() if token not in special]
-    return torch.tensor([tokens[: CONTEXT + QUESTION + LAST]])
+    return torch.tensor([list(islice(cycle(tokens), CONTEXT + QUESTION + LAST))])
 
 
 def _over_our_cache(engine: Engine, ids: Tensor) -> Tensor:
