@@ -11,7 +11,7 @@ counts. This file is the CPU path and the reference for tests of the Triton kern
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +29,12 @@ MAX_SCORES = 1 << 21
 def is_view(k: Tensor, v: Tensor) -> bool:
     """Whether values are the first channels of the keys, as those of latent attention."""
     return v.data_ptr() == k.data_ptr() and k.numel() > 0
+
+
+def both(k: Tensor, v: Tensor, new: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """`new` of keys and of values; of values that are a view of the keys, the same view of the new keys."""
+    keys = new(k)
+    return keys, keys[..., : v.shape[-1]] if is_view(k, v) else new(v)
 
 
 def bytes_of(k: Tensor, v: Tensor) -> int:
@@ -155,9 +161,7 @@ class PagedKV:
         """
         rows, device = len(counts), like[0].device
         used = [-(-n // PAGE) for n in counts]
-        pool_k = like[0].new_zeros(sum(used), PAGE, like[0].shape[-1])
-        width = like[1].shape[-1]
-        pool_v = pool_k[..., :width] if is_view(*like) else like[1].new_zeros(sum(used), PAGE, width)
+        pool_k, pool_v = both(*like, lambda x: x.new_zeros(sum(used), PAGE, x.shape[-1]))
         positions = torch.zeros(sum(used), PAGE, dtype=torch.int32, device=device)
         table = torch.zeros(rows, max(used, default=0), dtype=torch.int32, device=device)
         first = 0

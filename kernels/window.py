@@ -41,7 +41,7 @@ from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 MAX_WEIGHTS = 1 << 21
 
 
-def reference(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
+def reference(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
     """The definition, in float32, in blocks of queries. Every test compares against this.
 
     The kernels have neither cap nor sink, which models with them therefore score here.
@@ -49,7 +49,7 @@ def reference(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
     Args:
         q: [B, H, T, D], queries of the last T of S positions, after RoPE.
         k: [B, Hkv, S, D], S >= T.
-        softmax: of the logits, or its scaling alone.
+        softmax: of the logits; its scaling is usually D ** -0.5.
 
     Returns:
         [B, Hkv, S] float32: summed over the queries, averaged over the G query heads.
@@ -59,7 +59,6 @@ def reference(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
     sums = torch.zeros(B, Hkv, S, dtype=torch.float32, device=q.device)
     if not T:
         return sums
-    softmax = softmax if isinstance(softmax, Softmax) else Softmax(softmax)
     q = q.reshape(B, Hkv, -1, T, D).float()
     keys = k[:, :, None].transpose(3, 4).float()
     step = max(1, MAX_WEIGHTS // (B * H * S))
@@ -207,14 +206,14 @@ def window_scores(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = 
     return _received(q, k, scaling, max(1, q.shape[2]), splits)
 
 
-def reference_scores(q: Tensor, k: Tensor, softmax: Softmax | float) -> Tensor:
+def reference_scores(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
     """`window_scores` by `reference`, wherever the tensors are."""
     return reference(q, k, softmax) / max(1, q.shape[2])
 
 
 def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:
     if not runs_kernels(q, "scoring"):
-        return reference(q, k, scaling) / divisor
+        return reference(q, k, Softmax(scaling)) / divisor
     if splits is None:
         R = q.shape[2] * (q.shape[1] // k.shape[1])
         blocks = -(-R // constants("lse", q.dtype, q.shape[3])["BLOCK_R"])

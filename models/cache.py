@@ -22,11 +22,12 @@ from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.rotated import Rotated
+from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
 from lceval.models.prefill_stats import SCORING, PrefillStats, QueryAwareStats
-from lceval.models.question import BoundedKV, BoundedLayer, NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, StateLayer, continuing
@@ -251,14 +252,12 @@ class CompressedContext:
         table, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((1, 0, 0), (1, 0)))
 
         def layer(kind: LayerKind) -> ContextLayer:
-            if not kind.attends:
-                return NoKV()
             if kind.window is not None:
                 return WindowKV(no_window, no_window, kind.window, kind.chunked)
-            return PagedKV(none, none, table, lens, None, ())
+            return PagedKV(none, none, table, lens, None, ()) if kind.attends else NoKV()
 
-        states = tuple(State((None,) * kind.states, (None,) * kind.states) for kind in geometry.layers)
         layers = tuple(layer(kind) for kind in geometry.layers)
+        states = tuple(State((None,) * kind.states, (None,) * kind.states) for kind in geometry.layers)
         return cls(layers, 0, dtype, 0, 0, 0.0, states if geometry.has_states else (), geometry.latent)
 
     @property

@@ -32,10 +32,11 @@ from lceval.kernels.paged import PagedKV, is_view
 from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective, indexed_keys
+from lceval.models.bounded import BoundedKV
 from lceval.models.cache import CompressedContext
 from lceval.models.policies import Evictor
 from lceval.models.policies.retrieval import Centroids, Nearest
-from lceval.models.question import BoundedKV, NoKV, WindowKV
+from lceval.models.question import NoKV, WindowKV
 from lceval.models.states import State
 
 FORMAT = "lceval context 1"

@@ -18,8 +18,14 @@ from lceval.models.policies import StatsSpec
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 # Layers of transformers with a state of fixed size instead of keys and values, and those without any cache.
 RECURRENT, NO_CACHE = ("linear_attention", "conv"), "dummy"
-# Models that transformers does not continue as it computes them in one pass.
-INEXACT = ("bamba",)
+# Differences that are too small for `selfcheck` in 16 bits, or for its few tokens.
+_CONTINUED = "is continued by transformers itself otherwise than it is computed in one pass"
+KNOWN = {
+    "bamba": _CONTINUED,
+    "dory": "computes its attention in a way of its own",
+    "jamba": _CONTINUED,
+    "recurrent_gemma": _CONTINUED,
+}
 
 
 @dataclass(frozen=True)
@@ -176,8 +182,8 @@ def _unsupported(model: Any, config: Any, kinds: Sequence[str]) -> str | None:
         getattr(part, "alibi", False) for part in (config, getattr(config, "attn_config", None))
     ):
         return "adds position biases to its attention logits (ALiBi)"
-    if config.model_type in INEXACT:
-        return "is continued inexactly by transformers itself where a question is longer than a chunk of its state"
+    if config.model_type in KNOWN:
+        return KNOWN[config.model_type]
     return None
 
 

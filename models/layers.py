@@ -19,7 +19,7 @@ from lceval.models.prefill_stats import PrefillStats
 BAND_ROWS = 512
 
 
-def attend_causal(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+def attend_dense(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
     """Causal attention; the last of the queries [B, H, T, D] attends to the last of the keys [B, Hkv, S, D], S >= T."""
     if softmax.is_special:
         return attend_in_blocks(q, k, v, softmax)
@@ -27,13 +27,6 @@ def attend_causal(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax.scaling, enable_gqa=True)
     mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax.scaling, enable_gqa=True)
-
-
-def paired(k: Tensor, v: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """A new buffer of keys [B, Hkv, L, D] and one of values, which is a view of it where `v` is a view of `k`."""
-    if paged.is_view(k, v):
-        return keys, keys[..., : v.shape[3]]
-    return keys, v.new_zeros(*keys.shape[:3], v.shape[3])
 
 
 class AttendingLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -86,7 +79,7 @@ class PrefillLayer(AttendingLayer):
     def lazy_initialization(self, k: Tensor, v: Tensor) -> None:
         # Whole pages, so that an unevicted context becomes pages without a copy.
         slots = -(-self.tokens // PAGE) * PAGE
-        self.keys, self.values = paired(k, v, k.new_zeros(*k.shape[:2], slots, k.shape[3]))
+        self.keys, self.values = paged.both(k, v, lambda x: x.new_zeros(*x.shape[:2], slots, x.shape[3]))
         self.is_initialized = True
 
     def append(self, k: Tensor, v: Tensor) -> None:
@@ -100,7 +93,7 @@ class PrefillLayer(AttendingLayer):
         self.stats.update(q, self.keys[:, :, : self.seen], softmax)
 
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
-        return attend_causal(q, self.keys[:, :, : self.seen], self.values[:, :, : self.seen], softmax)
+        return attend_dense(q, self.keys[:, :, : self.seen], self.values[:, :, : self.seen], softmax)
 
     def get_seq_length(self) -> int:
         return self.seen

@@ -20,8 +20,8 @@ from lceval.models.policies import StatsSpec
 from lceval.models.recipe import Recipe
 
 CONTEXT, QUESTION, LAST = 24, 7, 2
-# Of the logits' spread, by the bits of their dtype. Attention that is wrong differs by its whole.
-TOLERANCE = {32: 1e-4, 16: 0.15}
+# Distance as a share of the logits' spread, by bits. Rounding to 16 bits alone reaches 6% in small random models.
+TOLERANCE = {32: 1e-4, 16: 0.1}
 
 
 @torch.inference_mode()
@@ -48,8 +48,9 @@ def verify(engine: Engine, base: Any) -> None:
         if is_out_of_memory(error):
             raise
         raise unsupported(name, f"does not run over another cache than its own ({error})") from error
-    # Of the logits, not of the weights: under autocast they differ.
-    tolerance = TOLERANCE[32 if torch.finfo(expected.dtype).bits > 16 else 16]
+    # Autocast computes in 16 bits over weights of 32, and some models compute logits of 32 over weights of 16.
+    bits = min(torch.finfo(dtype).bits for dtype in (engine.dtype, expected.dtype))
+    tolerance = TOLERANCE[min(bits, 32)]
     expected = torch.cat([expected[CONTEXT:-LAST], expected[-1:]]).float()
     if logits.shape != expected.shape or not _error(logits, expected) < tolerance:
         raise unsupported(name, "computes its attention in a way of its own")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ def mean(rows: Rows, field: str) -> float:
 
 def interval(rows: Rows, field: str, without: Rows | None = None) -> str:
     """Mean, or mean difference, with its 95% interval over contexts."""
-    value: Callable[[str], float] = lambda key: rows[key][field] - (without[key][field] if without else 0)  # noqa: E731
-    numbers = cluster_bootstrap([value(key) for key in rows], [row["cluster"] for row in rows.values()])
+    values = [row[field] - (without[key][field] if without else 0) for key, row in rows.items()]
+    numbers = cluster_bootstrap(values, [row["cluster"] for row in rows.values()])
     middle, low, high = (f"{number:.3f}" for number in numbers)
     return f"{middle} [{low}, {high}]"
 

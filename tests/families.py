@@ -104,7 +104,7 @@ REFUSED = _by_name(
             bart bigbird_pegasus blenderbot-small doge marian mbart minimax modernbert-decoder pegasus plbart
         """,
         "computes its attention in a way of its own": """
-            bert bert-generation camembert data2vec-text diffllama dory electra ernie jamba jetmoe moshi recurrent_gemma
+            bert bert-generation camembert data2vec-text diffllama dory electra ernie jetmoe moshi
             roberta roberta-prelayernorm roc_bert whisper xlm-roberta xlm-roberta-xl
         """,
         "has an attention of its own": """
@@ -112,7 +112,7 @@ REFUSED = _by_name(
             xglm xlm
         """,
         "has compressed_sparse_attention": "deepseek_v4",
-        "is continued inexactly": "bamba",
+        "is continued by transformers itself otherwise": "bamba jamba recurrent_gemma",
         "has no attention layer": "falcon_mamba mamba",
         "has hybrid_sliding layers": "inkling2_loop_text inkling2_text inkling_text",
     }

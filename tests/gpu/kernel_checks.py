@@ -25,6 +25,7 @@ from lceval.kernels.launch import INTERPRETED
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.select import indexed_keys
+from lceval.kernels.softmax import Softmax
 
 # The query heads of a KV head: Qwen2.5-7B's, one, a divisor and a non-divisor of the 16 rows of a tile.
 GROUPS = (7, 1, 8, 24)
@@ -138,7 +139,7 @@ def _misplaced(kv: Any, expected: Any) -> int:
 def _window(setup: Setup) -> dict[str, Any]:
     k, _, _, _ = random_layer(setup)
     q, scaling = random_queries(setup, 1, 28, 64, setup.head_dim), setup.head_dim**-0.5
-    expected = window.reference(q, k, scaling)
+    expected = window.reference(q, k, Softmax(scaling))
     values = {"received": relative_error(window.received(q, k, scaling), expected)}
     values["window_scores"] = relative_error(window.window_scores(q, k, scaling), expected / 64)
     return bounded(values, received=SUMS_TOLERANCE, window_scores=SUMS_TOLERANCE)

@@ -24,11 +24,12 @@ from lceval.kernels import launch
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.softmax import Softmax
 from lceval.models import attention, context_file
+from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.diagnosis import Diagnosis, question_attention
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, SPARSE_ATTENTION, Evictor, retrieval
 from lceval.models.prefix import Job
-from lceval.models.question import BoundedKV, BoundedLayer, QuestionLayer, Rows
+from lceval.models.question import QuestionLayer, Rows
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 from lceval.models.scorer import Scorer

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import families
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import AttentionInterface, DynamicCache
 
 from lceval.core.errors import UserError
-from lceval.models import attention, selfcheck
+from lceval.models import attention, context_file, selfcheck
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.geometry import Geometry
@@ -211,9 +213,29 @@ def test_stores_and_sparse_attention_change_little(family: Any) -> None:
         assert 0 < (logits - full).abs().mean() < spread
 
 
+@torch.inference_mode()
+def test_a_saved_context_is_the_context(family: Any, tmp_path: Path) -> None:
+    engine, ids = engine_of(family), token_ids(1, CONTEXT + 9)
+    recipe = parse("knorm:0.5" if engine.geometry.full else "full")
+    context = compressed(engine, ids[0, :CONTEXT], str(recipe))
+    context_file.write(tmp_path / "context", context, ids[0, :CONTEXT].tolist(), {})
+    opened, _ = context_file.read(tmp_path / "context", {}, recipe.evictor, engine.layer_devices)
+    assert (opened.kept_bytes, opened.full_bytes) == (context.kept_bytes, context.full_bytes)
+    logits, expected = (engine.forward(one.fork(9), ids[:, CONTEXT:]) for one in (opened, context))
+    assert torch.equal(logits, expected)
+
+
+def test_rounding_to_16_bits_is_no_reason_to_refuse(family: Any) -> None:
+    model = copy.deepcopy(family).to(torch.bfloat16)
+    # It raises where it refuses.
+    selfcheck.verify(engine_of(model), model)
+    assert model.config._attn_implementation == attention.NAME
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", families.REFUSED)
-def test_what_cannot_be_served_is_refused_in_one_line(family: str) -> None:
-    model = families.model(family)
+def test_what_cannot_be_served_is_refused_in_one_line(family: str, dtype: torch.dtype) -> None:
+    model = families.model(family).to(dtype)
     with pytest.raises(UserError, match=families.REFUSED[family]) as error:
         selfcheck.verify(engine_of(model), model)
     assert "\n" not in str(error.value)
@@ -227,6 +249,10 @@ def test_the_page_on_models_has_every_family(family: Any) -> None:
 def test_most_families_are_served() -> None:
     page = families.PAGE.read_text()
     assert len(families.SERVED) >= 90
-    assert f"{len(families.SERVED)} architectures" in page
+    assert f"{len(families.SERVED)} architectures run" in page
+    assert (
+        f"{len(families.SERVED)} architectures of transformers run"
+        in (families.PAGE.parents[1] / "README.md").read_text()
+    )
     assert {*families.REFUSED, *families.NOT_BUILT} <= {*families.FAMILIES}
     assert all(f"`{name}`" in page for name in families.FAMILIES)

@@ -56,7 +56,7 @@ def grid_case(dtype: str, group: int, dim: int, tokens: int, device: str = "cpu"
     worst = 0.0
     for i, length in enumerate(LENGTHS):
         q, k = tensors(2 - i % 2, 2, group, min(tokens, length), length, dim, dtype)
-        want = reference(q, k, dim**-0.5)
+        want = reference(q, k, Softmax(dim**-0.5))
         if length % 4 == 0:
             got = received(q.to(device), k.to(device), dim**-0.5, splits=(None, 3)[i % 2])
         else:
@@ -82,7 +82,7 @@ def chunked_case() -> float:
 def sharp_case() -> float:
     """Logits of up to 40, whose rounding is most of the error: most weights are zeros or ones."""
     q, k = tensors(1, 2, 2, 40, 200, 64, "fp32")
-    return error(received(q * 3, k * 3, 0.125), reference(q * 3, k * 3, 0.125))
+    return error(received(q * 3, k * 3, 0.125), reference(q * 3, k * 3, Softmax(0.125)))
 
 
 def hypothesis_case() -> float:
@@ -100,7 +100,7 @@ def hypothesis_case() -> float:
     def run(length: int, tokens: int, group: int, dim: int, splits: int | None) -> None:
         q, k = tensors(1, 2, group, min(length, tokens), length, dim, "fp32")
         got = received(q, k, 0.2, splits=splits)
-        worst.append(error(got, reference(q, k, 0.2)))
+        worst.append(error(got, reference(q, k, Softmax(0.2))))
         torch.testing.assert_close(got.sum(-1), torch.full((1, 2), float(q.shape[2])), rtol=1e-5, atol=0)
 
     run()
@@ -149,7 +149,7 @@ def test_reference_equals_what_the_policies_compute(length: int, tokens: int, gr
 
     q, k = tensors(2, 2, group, min(length, tokens), length, 32, "fp32")
     want = LayerView(k, k, q, Softmax(0.2), 0, 1).window_attention(tokens).mean((2, 3))
-    got = reference(q, k, 0.2)
+    got = reference(q, k, Softmax(0.2))
     # The same products; torch sums the columns in another order.
     torch.testing.assert_close(got / q.shape[2], want, rtol=1e-5, atol=1e-7)
 
@@ -158,8 +158,8 @@ def test_reference_equals_what_the_policies_compute(length: int, tokens: int, gr
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_tensors_take_the_reference(dtype: str) -> None:
     q, k = tensors(1, 2, 3, 10, 100, 64, dtype)
-    assert torch.equal(received(q, k, 0.125), reference(q, k, 0.125))
-    assert torch.equal(window_scores(q, k, 0.125), reference(q, k, 0.125) / 10)
+    assert torch.equal(received(q, k, 0.125), reference(q, k, Softmax(0.125)))
+    assert torch.equal(window_scores(q, k, 0.125), reference(q, k, Softmax(0.125)) / 10)
 
 
 def test_no_queries_give_zeros() -> None:
