@@ -166,11 +166,11 @@ def test_a_model_without_output_projections_is_refused_for_kvzip_plus_only() -> 
     attentions = [layer.self_attn for layer in model.model.layers]
     attentions[1].mixing = attentions[1].o_proj
     del attentions[1].o_proj
-    engine(model).check(KVzip(amount=Amount(1)).stats_spec)
+    engine(model).check(Recipe(KVzip(amount=Amount(1))))
     with pytest.raises(
         UserError, match=r"^kvzip with plus=true and criticalkv require an output projection .*llama does not have"
     ):
-        engine(model).check(KVzip(amount=Amount(1), plus=True).stats_spec)
+        engine(model).check(Recipe(KVzip(amount=Amount(1), plus=True)))
 
 
 # Chat templates -------------------------------------------------------------------------------------
