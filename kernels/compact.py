@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels.launch import DTYPES, HEAD_DIMS, INTERPRETED, jit, runs_kernels, tl
-from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.paged import PAGE, PagedKV, is_view
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
 from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant, head_dims
 
@@ -219,6 +219,11 @@ def constants(kernel: str, head_dim: int, bits: int = 0, bfloat: bool = False) -
     return sizes | ({"BLOCK_S": 32 if head_dim <= 128 else 16} if kernel == "values" else {})
 
 
+def fits(k: Tensor, v: Tensor) -> bool:
+    """Whether the kernels compact these keys and values: not a view of one as the other, and D and E in HEAD_DIMS."""
+    return k.shape[-1] in HEAD_DIMS and v.shape[-1] in HEAD_DIMS and not is_view(k, v)
+
+
 def gather(k: Tensor, v: Tensor, keep: Tensor, counts: Sequence[int]) -> PagedKV:
     """The kept slots of a dense cache, as `PagedKV.gather`.
 
@@ -226,7 +231,7 @@ def gather(k: Tensor, v: Tensor, keep: Tensor, counts: Sequence[int]) -> PagedKV
     TRITON_INTERPRET=1 was set before the import.
 
     Args:
-        k, v: [B, Hkv, S, D], D a multiple of 16 up to 256, rows contiguous.
+        k, v: [B, Hkv, S, D] and [B, Hkv, S, E] for which `fits`, rows contiguous.
         keep: [B, Hkv, S] bool.
         counts: kept tokens of each head, row by row, on the host: they size the pages and must equal the mask's. A
             policy with one budget for all heads knows them; `keep.sum(-1).flatten().tolist()` synchronizes.
@@ -356,7 +361,7 @@ def _check(
     k: Tensor, v: Tensor, keep: Tensor | None, counts: Sequence[int], k_bits: int, v_bits: int, residual: int
 ) -> None:
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.ndim != 4 or tensor.shape != k.shape or tensor.shape[3] not in HEAD_DIMS:
+        if tensor.ndim != 4 or tensor.shape[:3] != k.shape[:3] or tensor.shape[3] not in HEAD_DIMS:
             raise ValueError(f"{name} must be k's [B, Hkv, S, D], D a multiple of 16 up to 256, {tuple(tensor.shape)}")
         if tensor.device != k.device or tensor.dtype != k.dtype or k.dtype not in DTYPES:
             raise ValueError(f"{name} must be on {k.device} in one of {DTYPES}, got {tensor.device}, {tensor.dtype}")

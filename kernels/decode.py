@@ -1,20 +1,23 @@
 # ruff: noqa: N803, N806
 """Decode attention over a paged cache whose KV heads keep different counts (split-KV flash-decoding).
 
-o_h = softmax(scaling * q_h K^T) V over the kept slots of query head h's KV head. The slots of a KV head are in the
-pages listed in its row of `table`; the first `lens[b, h]` of them are valid. One program processes one share of one
-KV head's pages for all its G = H // Hkv query heads, so K and V cross the memory bus once, and writes a partial o_i
-with its log-sum-exp lse_i. Shares are merged by
+o_h = softmax(scaling * q_h K^T) V over the kept slots of query head h's KV head, with capped logits if the model has
+them. The slots of a KV head are in the pages listed in its row of `table`; the first `lens[b, h]` of them are valid.
+One program processes one share of one KV head's pages for all its G = H // Hkv query heads, so K and V cross the memory
+bus once, and writes a partial o_i with its log-sum-exp lse_i. Shares are merged by
 
     lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) o_i.
 
 The device computes the shares from each head's page count, so a launch never waits for `lens`.
+
+Keys can be wider than values. Their product with the query is then the sum of two, over the first channels, as many as
+values have, and over the rest. The values of latent attention are the first channels of its keys, and are read once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
 
 import torch
@@ -25,35 +28,41 @@ from lceval.kernels.launch import (
     BLOCK_G,
     DTYPES,
     HEAD_DIMS,
+    LATENT_DIMS,
     MAX_SPLITS,
     OPTIONS,
+    ROTATED_DIMS,
     jit,
     multiprocessors,
     runs_kernels,
     tl,
     widened,
 )
-from lceval.kernels.paged import PAGE
-from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, with_single
+from lceval.kernels.paged import PAGE, is_view
+from lceval.kernels.softmax import capped, log2_logits
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths, with_single
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, cap: float | None = None
+) -> tuple[Tensor, Tensor]:
     """The definition, in float32. Every test compares against this, never against the kernel.
 
     Args:
         q: [B, H, D], one query token per sequence, after RoPE.
-        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages; uint8 are codes of kernels/fp8.py.
+        k, v: [P, PAGE, D] and [P, PAGE, E], the layer's pool of key pages and of value pages; uint8 are codes of
+            kernels/fp8.py.
         table: [B, Hkv, M] int32, page ids of each KV head, in order.
         lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
-        scaling: factor on q K^T, usually D ** -0.5.
+        scaling, cap: as in `Softmax`.
 
     Returns:
-        o [B, H, D] float32 and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
+        o [B, H, E] float32 and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
     """
-    B, H, D = q.shape
+    B, H, _ = q.shape
     G = H // table.shape[1]
     k, v = (fp8.decode(x) if x.dtype == torch.uint8 else x for x in (k, v))
-    o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
+    o = torch.zeros(B, H, v.shape[2], dtype=torch.float32, device=q.device)
     lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
     # A loop, because heads keep different counts: a batch padded to the longest head took 0.9 times as long on two
     # CPU cores if three heads keep 600 slots each, but 5 times as long if they keep 6000, 600 and 100.
@@ -62,7 +71,7 @@ def reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scal
             if n > 0:
                 pages = table[b, h, : -(-n // PAGE)]
                 heads = slice(h * G, (h + 1) * G)
-                scores = scaling * (q[b, heads].float() @ k[pages].flatten(0, 1)[:n].float().T)
+                scores = capped(scaling * (q[b, heads].float() @ k[pages].flatten(0, 1)[:n].float().T), cap)
                 lse[b, heads] = scores.logsumexp(-1)
                 o[b, heads] = scores.softmax(-1) @ v[pages].flatten(0, 1)[:n].float()
     return o, lse
@@ -86,11 +95,14 @@ def split_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, o_ptr, lse_ptr, scaling, G, kv_heads,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs,
     stride_tb, stride_th, stride_lb, stride_lh,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
-    FP8: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr, E: tl.constexpr,
+    E_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, FP8: tl.constexpr,
+    LATENT: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one share of one KV head's pages. o: [B, H, splits, D], lse: [B, H, splits], contiguous."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """Attend to one share of one KV head's pages. o: [B, H, splits, E], lse: [B, H, splits], contiguous.
+
+    A key has D + REST channels, a value E: the first of the key if LATENT.
+    """
     LN2: tl.constexpr = 0.6931471805599453
     TILES: tl.constexpr = PAGE // BLOCK_S
 
@@ -109,15 +121,21 @@ def split_kernel(  # type: ignore[no-untyped-def]
 
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, D_PAD)
+    offs_e = tl.arange(0, E_PAD)
     offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < D
-    mask_q = (offs_g < G)[:, None] & mask_d[None, :]
+    mask_e = offs_e < E
+    mask_g = (offs_g < G)[:, None]
     q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
-    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_g & mask_d[None, :], other=0.0)
+    if REST:
+        offs_r = D + tl.arange(0, REST_PAD)
+        mask_r = offs_r < D + REST
+        q_rest = tl.load(q_row[:, None] + offs_r[None, :], mask=mask_g & mask_r[None, :], other=0.0)
 
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
-    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_G, E_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
     # The page id is loaded one tile ahead: loaded in the tile that uses it, it would be a second level of loads to
     # pipeline, which leaves one tile in flight at num_stages=3 instead of two.
@@ -127,14 +145,24 @@ def split_kernel(  # type: ignore[no-untyped-def]
         row = (tile % TILES * BLOCK_S + offs_s)[:, None]
         # Past the last slot the page is uninitialised; a NaN there is not removed by a weight of zero.
         mask_s = slot < n
-        mask = mask_s[:, None] & mask_d[None, :]
-        k = tl.load(k_ptr + page * stride_kp + row * stride_ks + offs_d[None, :], mask=mask, other=0)
-        v = tl.load(v_ptr + page * stride_vp + row * stride_vs + offs_d[None, :], mask=mask, other=0)
+        key = k_ptr + page * stride_kp + row * stride_ks
+        k = tl.load(key + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0)
         if FP8:
             k = e4m3(k).to(q.dtype)
-            v = e4m3(v).to(q.dtype)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
-        scores = tl.where(mask_s[None, :], scores, float("-inf"))
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST:
+            k_rest = tl.load(key + offs_r[None, :], mask=mask_s[:, None] & mask_r[None, :], other=0)
+            if FP8:
+                k_rest = e4m3(k_rest).to(q.dtype)
+            products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
+        if LATENT:
+            v = k
+        else:
+            value = v_ptr + page * stride_vp + row * stride_vs
+            v = tl.load(value + offs_e[None, :], mask=mask_s[:, None] & mask_e[None, :], other=0)
+            if FP8:
+                v = e4m3(v).to(q.dtype)
+        scores = tl.where(mask_s[None, :], log2_logits(products, scaling, CAP), float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
@@ -149,19 +177,37 @@ def split_kernel(  # type: ignore[no-untyped-def]
     out = (bh * G + offs_g) * splits + split
     tl.store(lse_ptr + out, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=offs_g < G)
     o = (acc / l[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
+    tl.store(o_ptr + out[:, None] * E + offs_e[None, :], o, mask=mask_g & mask_e[None, :])
 
 
-def split_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `split_kernel`; with `OPTIONS` they define the AOT variants.
+def split_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[str, int]:
+    """The sizes of `split_kernel`; with `OPTIONS` they define the AOT variants.
 
     A 16-bit tile of K or V is 16 KiB at head_dim 128 and 256. Two of each in flight take 70 KiB of shared memory: three
     programs per multiprocessor on an H100, two on an A100, one on a consumer card. Float32 uses no tensor cores here
     ("ieee", not tf32) and unrolls into FMAs: 32 slots at head_dim 128 spilled.
     """
-    D_PAD = 1 << (head_dim - 1).bit_length()
-    BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
-    return {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+    D = min(head_dim, value_dim)
+    sizes = {"D": D, "REST": head_dim - D, "E": value_dim}
+    sizes |= {f"{name}_PAD": padded(size) for name, size in sizes.items()}
+    BLOCK_S = 16 if dtype == torch.float32 else 64 if sizes["D_PAD"] <= 128 else 32
+    return sizes | {"PAGE": PAGE, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+
+
+def padded(size: int) -> int:
+    """The smallest power of two that is not below size, at least 16, as tensor cores need it; 0 of 0."""
+    return max(16, 1 << (size - 1).bit_length()) if size else 0
+
+
+def options(dtype: torch.dtype, constants: Mapping[str, float]) -> dict[str, int | bool]:
+    """The launch options of `split_kernel`.
+
+    Keys wider than values spilled with four warps in float32 and over codes; with three stages a tile of latents in
+    float32 exceeds the shared memory of consumer cards.
+    """
+    wide, exact = constants["REST"] > 0, dtype == torch.float32
+    warps = 8 if wide and (exact or constants["FP8"]) else 4
+    return OPTIONS | {"num_warps": warps, "num_stages": 2 if wide and exact else 3}
 
 
 def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
@@ -179,7 +225,15 @@ def choose_splits(rows: int, pages: int, multiprocessors: int) -> int:
 
 
 def decode(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, *, splits: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    lens: Tensor,
+    scaling: float,
+    cap: float | None = None,
+    *,
+    splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query token per sequence over the kept slots of a paged, ragged cache.
 
@@ -187,15 +241,16 @@ def decode(
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
-        q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
-        k, v: [P, PAGE, D] in q's dtype, or uint8 (codes of kernels/fp8.py, without their scales), rows contiguous.
+        q: [B, H, D] float16, bfloat16 or float32, any G = H // Hkv.
+        k, v: [P, PAGE, D] and [P, PAGE, E] in q's dtype, or uint8 (codes of kernels/fp8.py, without their scales), rows
+            contiguous. D and E are multiples of 16 up to 256; up to 576 and 512 if v is a view of k.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
         lens: [B, Hkv] int32 in [0, M * PAGE]; checked if lens is on the host.
-        scaling: factor on q K^T, usually D ** -0.5.
+        scaling, cap: as in `Softmax`.
         splits: number of shares per KV head; None chooses it from M and the device.
 
     Returns:
-        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
+        o [B, H, E] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf where lens == 0).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
@@ -203,34 +258,36 @@ def decode(
     """
     _check(q, k, v, table, lens, splits)
     if not runs_kernels(q, "decode"):
-        o, lse = reference(q, k, v, table, lens, scaling)
+        o, lse = reference(q, k, v, table, lens, scaling, cap)
         return o.to(q.dtype), lse
     if splits is None:
         B, Hkv, M = table.shape
         splits = choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M, multiprocessors(q))
-    dtype = q.dtype
+    dtype, latent = q.dtype, is_latent(k, v)
     q, k, v = widened(q, k, v)
-    o, lse = _launch(q, k, v, table, lens, scaling, splits)
+    o, lse = _launch(q, k, v, table, lens, scaling, cap, latent, splits)
     return o.to(dtype), lse
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, splits: int
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, scaling: float, cap: float | None, latent: bool,
+    splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, Hkv = table.shape[:2]
-    G, D = q.shape[1] // Hkv, q.shape[2]
-    part_o, part_lse = merge.outputs(q, splits)
+    G = q.shape[1] // Hkv
+    part_o, part_lse = merge.outputs(q, v.shape[2], splits)
     strides = [stride for t in (q, k, v, table, lens) for stride in t.stride()[:2]]
-    constants = split_constants(q.dtype, D) | {"FP8": int(k.dtype == torch.uint8)}
+    constants = split_constants(q.dtype, q.shape[2], v.shape[2]) | kinds(cap, latent, k.dtype == torch.uint8)
+    chosen = options(q.dtype, constants)
     with torch.cuda.device(q.get_device()):
         split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
-            q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **OPTIONS
-        )
+            q, k, v, table, lens, part_o, part_lse, scaling, G, Hkv, *strides, **constants, **chosen
+        )  # fmt: skip
     return (part_o, part_lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits: int | None) -> None:
-    check_cache(q, k, v, splits, pools=(torch.uint8,), table=table, lens=lens)
+    check_cache(q, k, v, splits, pools=(torch.uint8,), latents=True, table=table, lens=lens)
     B, H, _ = q.shape
     Hkv, M = table.shape[1:]
     if table.dtype != torch.int32 or lens.dtype != torch.int32:
@@ -246,12 +303,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, splits:
 
 
 def check_cache(
-    q: Tensor, k: Tensor, v: Tensor, splits: int | None, pools: tuple[torch.dtype, ...] = (), **indices: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    splits: int | None,
+    pools: tuple[torch.dtype, ...] = (),
+    latents: bool = False,
+    **indices: Tensor,
 ) -> None:
     """Check queries, pools of pages, the number of splits, and the axes and device of the other arguments.
 
     Args:
         pools: dtypes of k and v other than q's.
+        latents: whether values can be a view of wide keys.
         indices: by name, with three axes; `lens` has two.
 
     Raises:
@@ -265,36 +329,73 @@ def check_cache(
             raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
         if axes == 3 and tensor.stride(2) != 1 and tensor.shape[2] > 1:
             raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
-    D = q.shape[2]
-    if D not in HEAD_DIMS:
-        raise ValueError(f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)}")
+    D, E = q.shape[2], v.shape[2]
+    if not fits(D, E, latent=latents and is_latent(k, v)):
+        raise ValueError(
+            f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)} and values of {E}"
+        )
     if q.dtype not in DTYPES or k.dtype != v.dtype or k.dtype not in (q.dtype, *pools):
         raise ValueError(f"q, k, v must share one of {DTYPES}, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if k.shape[1:] != (PAGE, D) or v.shape != k.shape:
-        raise ValueError(f"k and v must be [P, {PAGE}, {D}], got {tuple(k.shape)} and {tuple(v.shape)}")
+    if k.shape[1:] != (PAGE, D) or v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"k and v must be [P, {PAGE}, {D}] and [P, {PAGE}, E], got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
+
+
+def is_latent(k: Tensor, v: Tensor) -> bool:
+    """Whether values are the first channels of wider keys."""
+    return is_view(k, v) and v.shape[-1] < k.shape[-1]
+
+
+def fits(head_dim: int, value_dim: int, *, latent: bool = False) -> bool:
+    """Whether the kernels have keys and values of these numbers of channels."""
+    if latent:
+        return value_dim in LATENT_DIMS and head_dim - value_dim in ROTATED_DIMS
+    return head_dim in HEAD_DIMS and value_dim in HEAD_DIMS
+
+
+def kinds(cap: float | None = None, latent: bool = False, codes: bool = False) -> dict[str, float]:
+    """The compile-time arguments of `split_kernel` that say how it reads and weighs."""
+    return {"CAP": cap or 0.0, "LATENT": int(latent), "FP8": int(codes)}
 
 
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = tile_limits(168, "decode.split")
 # bfloat16 stays within 168 here too. Float16 would spill two registers there, so two programs run.
 LIMITS |= tile_limits(188, "decode.fp8")
+LIMITS |= tile_limits(255, "decode.latent")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `decode` uses."""
     for (dtype, dim), codes in product(head_dims(), (False, True)):
-        data, f32, i32, stored = f"*{dtype}", "*fp32", "*i32", "*u8" if codes else f"*{dtype}"
-        pointers = {"q_ptr": data, "k_ptr": stored, "v_ptr": stored, "table_ptr": i32, "lens_ptr": i32}
-        shares = Variant(
-            kernel="decode.fp8" if codes else "decode.split",
-            name=f"{dtype} D{dim}",
-            fn=split_kernel,
-            pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
-            floats=("scaling",),
-            aligned=("stride_q", "stride_k", "stride_v"),
-            constants=split_constants(TORCH[dtype], dim) | {"FP8": int(codes)},
-            options=OPTIONS,
-        )
+        shares = split_variant(dtype, dim, dim, codes=codes)
         yield from [shares] if codes else with_single(shares)
+    # Gemma 2; MiMo-V2; DeepSeek-V3.
+    yield split_variant("bf16", 128, 128, cap=50.0)
+    yield split_variant("bf16", 256, 256, cap=50.0)
+    yield split_variant("bf16", 192, 128)
+    yield split_variant("bf16", 576, 512, latent=True)
+    yield split_variant("bf16", 576, 512, latent=True, codes=True)
+    yield split_variant("fp32", 576, 512, latent=True)
+
+
+def split_variant(
+    dtype: str, dim: int, value_dim: int, *, cap: float | None = None, latent: bool = False, codes: bool = False
+) -> Variant:
+    """`split_kernel` for one dtype and one kind of keys and values."""
+    data, f32, i32, stored = f"*{dtype}", "*fp32", "*i32", "*u8" if codes else f"*{dtype}"
+    pointers = {"q_ptr": data, "k_ptr": stored, "v_ptr": stored, "table_ptr": i32, "lens_ptr": i32}
+    constants = split_constants(TORCH[dtype], dim, value_dim) | kinds(cap, latent, codes)
+    return Variant(
+        kernel="decode.latent" if latent else "decode.fp8" if codes else "decode.split",
+        name=f"{dtype} {widths(dim, value_dim)}{' cap' if cap else ''}{' fp8' if latent and codes else ''}",
+        fn=split_kernel,
+        pointers=pointers | {"o_ptr": f32, "lse_ptr": f32},
+        floats=("scaling",),
+        aligned=("stride_q", "stride_k", "stride_v"),
+        constants=constants,
+        options=options(TORCH[dtype], constants),
+    )

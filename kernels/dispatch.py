@@ -16,35 +16,35 @@ from lceval.kernels.rotated import Rotated, rotate
 from lceval.kernels.select import Selective
 
 
-def attend(q: Tensor, kv: KV, scaling: float) -> tuple[Tensor, Tensor]:
-    """As `KV.attend` without a cap, by a kernel for one query token and a layout that has one.
+def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
+    """As `KV.attend`, by a kernel for one query token and a layout that has one.
 
-    The rest runs in PyTorch: several tokens (prefill of a question), sparse attention over quantized slots, faiss.
+    The rest runs in PyTorch: several tokens (prefill of a question), sparse attention over quantized slots, faiss,
+    quantized latents, and widths that the kernels do not have (`decode.fits`).
 
     Args:
         q: [R, H, T, D]; the rows share the one sequence of `kv`.
 
     Returns:
-        o [R, H, T, D] and lse [R, H, T] float32.
+        o [R, H, T, E] and lse [R, H, T] float32.
     """
     if isinstance(kv, Rotated):
-        o, lse = attend(rotate(q), kv.kv, scaling)
+        o, lse = attend(rotate(q), kv.kv, scaling, cap)
         return rotate(o), lse
-    if q.shape[2] != 1:
-        return kv.attend(q, scaling)
+    pages = kv.kv if isinstance(kv, Fp8KV) else kv
+    latent = isinstance(pages, PagedKV) and decode.is_latent(pages.k, pages.v)
+    if q.shape[2] != 1 or not decode.fits(q.shape[3], kv.value_dim, latent=latent):
+        return kv.attend(q, scaling, cap)
     one, rows = q[:, :, 0].contiguous(), q.shape[0]
-    if isinstance(kv, PagedKV):
-        o, lse = decode.decode(one, kv.k, kv.v, kv.table.expand(rows, -1, -1), kv.lens.expand(rows, -1), scaling)
-    elif isinstance(kv, Fp8KV):
-        codes = kv.kv
-        o, lse = decode.decode(
-            kv.scaled(one), codes.k, codes.v, codes.table.expand(rows, -1, -1), codes.lens.expand(rows, -1), scaling
-        )
-        o = kv.unscaled(o)
+    if isinstance(pages, PagedKV):
+        table, lens = pages.table.expand(rows, -1, -1), pages.lens.expand(rows, -1)
+        scaled = kv.scaled(one) if isinstance(kv, Fp8KV) else one
+        o, lse = decode.decode(scaled, pages.k, pages.v, table, lens, scaling, cap)
+        o = kv.unscaled(o) if isinstance(kv, Fp8KV) else o
     elif isinstance(kv, QuantKV):
-        o, lse = decode_quantised(one, kv, scaling)
+        o, lse = decode_quantised(one, kv, scaling, cap)
     elif isinstance(kv, Selective) and isinstance(kv.kv, PagedKV) and isinstance(kv.index, Bits | Bounds):
-        o, lse = decode_selected(one, kv, scaling)
+        o, lse = decode_selected(one, kv, scaling, cap)
     else:
-        return kv.attend(q, scaling)
+        return kv.attend(q, scaling, cap)
     return o[:, :, None], lse[:, :, None]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lceval.kernels import paged
-from lceval.kernels.paged import PAGE, Around, PagedKV
+from lceval.kernels.paged import PAGE, Around, PagedKV, is_view
 
 LARGEST = 448.0
 # A smaller scale would push 16-bit queries, which it multiplies, below their normal range.
@@ -57,12 +57,14 @@ class Fp8KV(Around):
         # What follows the last slot of a head may be anything.
         empty = (page[:, None] * PAGE + torch.arange(PAGE, device=used.device) >= counts[owner][:, None])[..., None]
         parts = []
-        for pool in (kv.k, kv.v):
+        for pool in (kv.k,) if is_view(kv.k, kv.v) else (kv.k, kv.v):
             x = pool.float().masked_fill(empty, 0.0)
             largest = x.new_zeros(len(counts)).scatter_reduce_(0, owner, x.abs().amax((1, 2)), "amax")
             scale = torch.exp2((largest / LARGEST).log2().ceil()).clamp(min=SMALLEST_SCALE)
             parts.append((encode(x / scale[owner][:, None, None]), scale.view(kv.lens.shape)))
-        (k, k_scale), (v, v_scale) = parts
+        (k, k_scale), (v, v_scale) = parts[0], parts[-1]
+        # A view of the keys stays one.
+        v = v[..., : kv.value_dim]
         return cls(PagedKV(k, v, kv.table, kv.lens, kv.positions, kv.counts), k_scale, v_scale, kv.k.dtype)
 
     @property

@@ -25,32 +25,34 @@ from lceval.kernels.launch import BLOCK_G, jit, multiprocessors, runs_kernels, t
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.scan import scan
 from lceval.kernels.select import Selective
+from lceval.kernels.softmax import capped, log2_logits
 from lceval.kernels.topk import top_indices
-from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, with_single
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths, with_single
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int, scaling: float
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
+    scaling: float, cap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, in float32. Every test compares against this, never against the kernel.
 
     Args:
         q: [B', H, D], one query token per row; rows b' of B' / B share sequence b' // (B' / B).
-        k, v: [P, PAGE, D], the layer's pool of key pages and of value pages.
+        k, v: [P, PAGE, D] and [P, PAGE, E], the layer's pool of key pages and of value pages.
         table: [B, Hkv, M] int32, page ids of each KV head, in order.
         lens: [B, Hkv] int32, kept slots of each KV head (0 is legal).
         chosen: [B', Hkv, C] int32, units to read of each head above the budget; -1 for none.
         unit: consecutive slots per unit; a head's last unit may be shorter.
         budget: heads with at most this many slots are read completely.
-        scaling: factor on q K^T, usually D ** -0.5.
+        scaling, cap: as in `Softmax`.
 
     Returns:
-        o [B', H, D] float32 and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
+        o [B', H, E] float32 and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
     """
-    rows, H, D = q.shape
+    rows, H, _ = q.shape
     B, Hkv = lens.shape
     G = H // Hkv
-    o = torch.zeros(rows, H, D, dtype=torch.float32, device=q.device)
+    o = torch.zeros(rows, H, v.shape[2], dtype=torch.float32, device=q.device)
     lse = torch.full((rows, H), -math.inf, dtype=torch.float32, device=q.device)
     for row in range(rows):
         b = row // (rows // B)
@@ -63,7 +65,7 @@ def reference(
                 slots = slots[(slots >= 0) & (slots < n)]
             page, row_in_page = table[b, h, slots // PAGE].long(), slots % PAGE
             heads = slice(h * G, (h + 1) * G)
-            scores = scaling * (q[row, heads].float() @ k[page, row_in_page].float().T)
+            scores = capped(scaling * (q[row, heads].float() @ k[page, row_in_page].float().T), cap)
             lse[row, heads] = scores.logsumexp(-1)
             o[row, heads] = scores.softmax(-1) @ v[page, row_in_page].float()
     return o, lse
@@ -76,11 +78,15 @@ _jit = jit("G", "shared", "kv_heads", "budget", "unit", "count", "stride_tb", "s
 def gather_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, chosen_ptr, o_ptr, lse_ptr, scaling,
     G, shared, kv_heads, budget, unit, count,
-    stride_qb, stride_qh, stride_pp, stride_ps, stride_tb, stride_th,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    stride_qb, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs, stride_tb, stride_th,
+    D: tl.constexpr, D_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr, E: tl.constexpr,
+    E_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, SAME: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one share of the slots read of one KV head. o: [B', H, splits, D], lse: [B', H, splits], contiguous."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """Attend to one share of the slots read of one KV head. o: [B', H, splits, E], lse: [B', H, splits], contiguous.
+
+    A key has D + REST channels, a value E. SAME: whether K and V have the same strides and channels.
+    """
     LN2: tl.constexpr = 0.6931471805599453
 
     # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
@@ -101,16 +107,22 @@ def gather_kernel(  # type: ignore[no-untyped-def]
 
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, D_PAD)
+    offs_e = tl.arange(0, E_PAD)
     offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < D
-    mask_q = (offs_g < G)[:, None] & mask_d[None, :]
+    mask_e = offs_e < E
+    mask_g = (offs_g < G)[:, None]
     q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
-    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_g & mask_d[None, :], other=0.0)
+    if REST:
+        offs_r = D + tl.arange(0, REST_PAD)
+        mask_r = offs_r < D + REST
+        q_rest = tl.load(q_row[:, None] + offs_r[None, :], mask=mask_g & mask_r[None, :], other=0.0)
 
     # A finite floor: a tile without slots (the missing end of a short last unit) gives no NaN and has no weight.
     m = tl.full([BLOCK_G], -3.0e38, tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
-    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_G, E_PAD], tl.float32)
     chosen_ptr += bh * count
     page_ptr = table_ptr + sequence * stride_tb + h * stride_th
     for tile in range(first, last):
@@ -121,13 +133,20 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         # Unsigned comparison, so that a negative slot is past the end.
         mask_s = (i < reads) & (slot.to(tl.uint32, bitcast=True) < n.to(tl.uint32, bitcast=True))
         page = tl.load(page_ptr + slot // PAGE, mask=mask_s, other=0).to(tl.int64)
-        # K and V have the same strides, which saves a set of 64-bit addresses.
-        at = (page * stride_pp + slot % PAGE * stride_ps)[:, None] + offs_d[None, :]
+        key = (page * stride_kp + slot % PAGE * stride_ks)[:, None]
+        at = key + offs_d[None, :]
         mask = mask_s[:, None] & mask_d[None, :]
         k = tl.load(k_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_ptr + at, mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
-        scores = tl.where(mask_s[None, :], scores, float("-inf"))
+        if SAME:  # saves a set of 64-bit addresses
+            v = tl.load(v_ptr + at, mask=mask, other=0.0)
+        else:
+            value = v_ptr + (page * stride_vp + slot % PAGE * stride_vs)[:, None]
+            v = tl.load(value + offs_e[None, :], mask=mask_s[:, None] & mask_e[None, :], other=0.0)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST:
+            k_rest = tl.load(k_ptr + key + offs_r[None, :], mask=mask_s[:, None] & mask_r[None, :], other=0.0)
+            products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
+        scores = tl.where(mask_s[None, :], log2_logits(products, scaling, CAP), float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
@@ -141,7 +160,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     out = (bh * G + offs_g) * splits + split
     tl.store(lse_ptr + out, tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2), mask=offs_g < G)
     o = (acc / l[:, None]).to(o_ptr.dtype.element_ty)
-    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], o, mask=mask_q)
+    tl.store(o_ptr + out[:, None] * E + offs_e[None, :], o, mask=mask_g & mask_e[None, :])
 
 
 # Unit, page and row of a slot are three dependent loads: with four stages each is one stage ahead of the next, and one
@@ -154,18 +173,18 @@ def gather_options(dtype: torch.dtype) -> dict[str, int | bool]:
     return OPTIONS | {"num_warps": 8 if dtype == torch.float32 else 4}
 
 
-def gather_constants(dtype: torch.dtype, head_dim: int) -> dict[str, int]:
-    """The compile-time arguments of `gather_kernel`: `decode`'s, but 16 KiB per tile also at head_dim 64.
+def gather_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[str, int]:
+    """The sizes of `gather_kernel`: `decode`'s, but 16 KiB per tile also at head_dim 64.
 
     A tile of 64 slots at head_dim 64 spilled on an H100, and put half as many bytes in flight.
     """
-    constants = split_constants(dtype, head_dim)
+    constants = split_constants(dtype, head_dim, value_dim)
     return constants | ({"BLOCK_S": 128} if dtype != torch.float32 and constants["D_PAD"] <= 64 else {})
 
 
 def gather_decode(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
-    scaling: float, *, splits: int | None = None,
+    scaling: float, cap: float | None = None, *, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one query token per row over the chosen units of every KV head above the budget.
 
@@ -173,16 +192,16 @@ def gather_decode(
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
-        q: [B', H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256; B' a multiple of B.
-        k, v: [P, PAGE, D] in q's dtype, rows contiguous, strides the same.
+        q: [B', H, D] float16, bfloat16 or float32; B' a multiple of B.
+        k, v: [P, PAGE, D] and [P, PAGE, E] in q's dtype, rows contiguous; D and E are multiples of 16 up to 256.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last used page.
         lens: [B, Hkv] int32 in [0, M * PAGE], contiguous.
         chosen: [B', Hkv, C] int32, contiguous; -1 and units past a head's end are no slots.
-        unit, budget, scaling: as in `reference`.
+        unit, budget, scaling, cap: as in `reference`.
         splits: number of shares per head; None chooses it from the budget and the device.
 
     Returns:
-        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
+        o [B', H, E] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf over an empty head).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
@@ -190,7 +209,7 @@ def gather_decode(
     """
     _check(q, k, v, table, lens, chosen, unit, budget, splits)
     if not runs_kernels(q, "gather_decode"):
-        o, lse = reference(q, k, v, table, lens, chosen, unit, budget, scaling)
+        o, lse = reference(q, k, v, table, lens, chosen, unit, budget, scaling, cap)
         return o.to(q.dtype), lse
     if splits is None:
         rows, Hkv, count = chosen.shape
@@ -199,28 +218,29 @@ def gather_decode(
         splits = choose_splits(programs, -(-reads // PAGE), multiprocessors(q))
     dtype = q.dtype
     q, k, v = widened(q, k, v)
-    o, lse = _launch(q, k, v, table, lens, chosen, unit, budget, scaling, splits)
+    o, lse = _launch(q, k, v, table, lens, chosen, unit, budget, scaling, cap, splits)
     return o.to(dtype), lse
 
 
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, lens: Tensor, chosen: Tensor, unit: int, budget: int,
-    scaling: float, splits: int,
+    scaling: float, cap: float | None, splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, H, D = q.shape
     Hkv, count = chosen.shape[1:]
     G = H // Hkv
-    part_o, part_lse = merge.outputs(q, splits)
-    strides = [stride for t in (q, k, table) for stride in t.stride()[:2]]
+    part_o, part_lse = merge.outputs(q, v.shape[2], splits)
+    strides = [stride for t in (q, k, v, table) for stride in t.stride()[:2]]
+    constants = gather_constants(q.dtype, D, v.shape[2]) | kinds(k.stride() == v.stride() and k.shape == v.shape, cap)
     with torch.cuda.device(q.get_device()):
         gather_kernel[(rows * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, chosen, part_o, part_lse, scaling, G, rows // len(lens), Hkv, budget, unit, count,
-            *strides, **gather_constants(q.dtype, D), **gather_options(q.dtype),
+            *strides, **constants, **gather_options(q.dtype),
         )  # fmt: skip
     return (part_o, part_lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
 
-def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Tensor, Tensor]:
+def decode_selected(q: Tensor, selective: Selective, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """`Selective.attend` for one query token per row: scan, select, attend, without waiting for the device.
 
     CUDA tensors run the kernels; others run `Selective.attend`, or the kernels if TRITON_INTERPRET=1 was set
@@ -229,10 +249,10 @@ def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Te
     Args:
         q: [B', H, D] float16, bfloat16 or float32; B' = B or, where B = 1, any number of rows.
         selective: over a `PagedKV`, with an index of `Bits` or `Bounds`.
-        scaling: factor on q K^T, usually D ** -0.5.
+        scaling, cap: as in `Softmax`; estimates are not capped.
 
     Returns:
-        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log, of what was selected; zeros and -inf over an
+        o [B', H, E] in q's dtype and lse [B', H] float32 (natural log, of what was selected; zeros and -inf over an
         empty head).
 
     Raises:
@@ -245,11 +265,11 @@ def decode_selected(q: Tensor, selective: Selective, scaling: float) -> tuple[Te
         kinds = f"{type(kv).__name__} by {type(index).__name__}"
         raise TypeError(f"decode_selected reads a PagedKV by Bits or Bounds, got {kinds}")
     if not runs_kernels(q, "decoding"):
-        o, lse = selective.attend(q[:, :, None], scaling)
+        o, lse = selective.attend(q[:, :, None], scaling, cap)
         return o[:, :, 0], lse[:, :, 0]
     scores, sizes = scan(q, index, kv.lens, kv.counts, selective.budget, scaling)
     chosen = top_indices(scores.flatten(0, 1), sizes.flatten(), selective.units).view(*sizes.shape, -1)
-    return gather_decode(q, kv.k, kv.v, kv.table, kv.lens, chosen, index.unit, selective.budget, scaling)
+    return gather_decode(q, kv.k, kv.v, kv.table, kv.lens, chosen, index.unit, selective.budget, scaling, cap)
 
 
 def _check(
@@ -259,8 +279,6 @@ def _check(
     check_cache(q, k, v, splits, table=table, chosen=chosen, lens=lens)
     rows, H, _ = q.shape
     B, Hkv = lens.shape
-    if k.stride() != v.stride():
-        raise ValueError(f"k and v must have the same strides, got {k.stride()} and {v.stride()}")
     if not B * Hkv or rows % B or H % Hkv:
         raise ValueError(f"lens must be [B, Hkv], B a divisor of {rows}, Hkv of {H}, got {tuple(lens.shape)}")
     if table.shape[:2] != lens.shape:
@@ -275,23 +293,33 @@ def _check(
         raise ValueError(f"unit must be at least 1 and budget at least 0, got {unit} and {budget}")
 
 
+def kinds(same: bool, cap: float | None) -> dict[str, float]:
+    """The compile-time arguments of `gather_kernel` that say how it reads and weighs."""
+    return {"SAME": int(same), "CAP": cap or 0.0}
+
+
 LIMITS = tile_limits(168, "gather.split")
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `gather_decode` uses; the merge is `decode`'s."""
     for dtype, dim in head_dims():
-        data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
-        pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
-        yield from with_single(
-            Variant(
-                kernel="gather.split",
-                name=f"{dtype} D{dim}",
-                fn=gather_kernel,
-                pointers=pointers | {"chosen_ptr": i32, "o_ptr": f32, "lse_ptr": f32},
-                floats=("scaling",),
-                aligned=("stride_q", "stride_p"),
-                constants=gather_constants(TORCH[dtype], dim),
-                options=gather_options(TORCH[dtype]),
-            )
-        )
+        yield from with_single(gather_variant(dtype, dim, dim))
+    yield gather_variant("bf16", 256, 256, cap=50.0)
+    yield gather_variant("bf16", 192, 128)
+
+
+def gather_variant(dtype: str, dim: int, value_dim: int, *, cap: float | None = None) -> Variant:
+    """`gather_kernel` for one dtype and one kind of keys and values."""
+    data, f32, i32 = f"*{dtype}", "*fp32", "*i32"
+    pointers = {"q_ptr": data, "k_ptr": data, "v_ptr": data, "table_ptr": i32, "lens_ptr": i32}
+    return Variant(
+        kernel="gather.split",
+        name=f"{dtype} {widths(dim, value_dim)}{' cap' if cap else ''}",
+        fn=gather_kernel,
+        pointers=pointers | {"chosen_ptr": i32, "o_ptr": f32, "lse_ptr": f32},
+        floats=("scaling",),
+        aligned=("stride_q", "stride_k", "stride_v"),
+        constants=gather_constants(TORCH[dtype], dim, value_dim) | kinds(dim == value_dim, cap),
+        options=gather_options(TORCH[dtype]),
+    )

@@ -22,6 +22,8 @@ INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 16)
+# Channels of a latent and of the rotated key beside it (multi-head latent attention).
+LATENT_DIMS, ROTATED_DIMS = range(16, 513, 16), range(16, 65, 16)
 # Rows of one tensor-core tile. More query heads per KV head are split over several programs.
 BLOCK_G = 16
 MAX_SPLITS = 128

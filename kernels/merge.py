@@ -10,11 +10,12 @@ The shares are contiguous float32; `rest` is the result of another kernel over o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import HEAD_DIMS, INTERPRETED, MAX_SPLITS, OPTIONS, jit, runs_kernels, tl
+from lceval.kernels.launch import HEAD_DIMS, INTERPRETED, LATENT_DIMS, MAX_SPLITS, OPTIONS, jit, runs_kernels, tl
 from lceval.kernels.variant import SHARED, USED_HEAD_DIMS, Limit, Variant
 
 
@@ -132,11 +133,11 @@ def launch(
     return o, lse
 
 
-def outputs(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
-    """What a decode kernel writes for q [B, H, D]: float32 shares o [B, H, splits, D] and lse [B, H, splits] to merge,
-    or, of a single share, the result itself: o [B, H, D] in q's dtype and lse [B, H] float32."""
+def outputs(q: Tensor, value_dim: int, splits: int) -> tuple[Tensor, Tensor]:
+    """What a decode kernel writes for q [B, H, D]: float32 shares o [B, H, splits, E] and lse [B, H, splits] to merge,
+    or, of a single share, the result itself: o [B, H, E] in q's dtype and lse [B, H] float32. E: value_dim."""
     shape, dtype = (q.shape[:2], q.dtype) if splits == 1 else ((*q.shape[:2], splits), torch.float32)
-    o = torch.empty((*shape, q.shape[2]), dtype=dtype, device=q.device)
+    o = torch.empty((*shape, value_dim), dtype=dtype, device=q.device)
     return o, torch.empty(shape, dtype=torch.float32, device=q.device)
 
 
@@ -147,7 +148,7 @@ def variants() -> Iterator[Variant]:
     """The specialisations that `merge` uses; the dtype only changes the first load and the last store."""
     pointers = dict.fromkeys(("part_o_ptr", "part_lse_ptr", "rest_lse_ptr", "lse_ptr"), "*fp32")
     pointers |= {"rest_o_ptr": "*bf16", "o_ptr": "*bf16"}
-    for dim in USED_HEAD_DIMS["bf16"]:
-        for rest in (False, True):
-            name = f"bf16 D{dim}{' with the rest' if rest else ''}"
-            yield Variant("merge", name, merge_kernel, pointers, (), (), constants(dim, rest), OPTIONS)
+    # Latents are never merged with a rest here.
+    for dim, rest in [*product(USED_HEAD_DIMS["bf16"], (False, True)), (LATENT_DIMS[-1], False)]:
+        name = f"bf16 D{dim}{' with the rest' if rest else ''}"
+        yield Variant("merge", name, merge_kernel, pointers, (), (), constants(dim, rest), OPTIONS)

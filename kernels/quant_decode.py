@@ -29,7 +29,6 @@ from lceval.kernels import decode, merge
 from lceval.kernels.launch import (
     BLOCK_G,
     DTYPES,
-    HEAD_DIMS,
     MAX_SPLITS,
     jit,
     multiprocessors,
@@ -39,19 +38,20 @@ from lceval.kernels.launch import (
 )
 from lceval.kernels.paged import PAGE
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
-from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
+from lceval.kernels.softmax import capped, log2_logits
+from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths
 
 
 def reference(
-    q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float
+    q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The definition, in float32: attention over the dequantized slots. Every test compares against this.
 
     Arguments and results as for `decode_pages`, but o is float32.
     """
-    B, H, D = q.shape
-    G = H // table.shape[1]
-    o = torch.zeros(B, H, D, dtype=torch.float32, device=q.device)
+    B, H, _ = q.shape
+    G, E = H // table.shape[1], channels(v)
+    o = torch.zeros(B, H, E, dtype=torch.float32, device=q.device)
     lse = torch.full((B, H), -math.inf, dtype=torch.float32, device=q.device)
     for b, counts in enumerate(((lens - newest) // PAGE).tolist()):
         for h, n in enumerate(counts):
@@ -59,10 +59,15 @@ def reference(
                 page = table[b, h, :n].long().repeat_interleave(PAGE)
                 slot = torch.arange(PAGE, device=q.device).repeat(n)
                 heads = slice(h * G, (h + 1) * G)
-                scores = scaling * (q[b, heads].float() @ k.take_keys(page, slot).float().T)
+                scores = capped(scaling * (q[b, heads].float() @ k.take_keys(page, slot).float().T), cap)
                 lse[b, heads] = scores.logsumexp(-1)
-                o[b, heads] = scores.softmax(-1) @ v.take_values(page, slot, D).float()
+                o[b, heads] = scores.softmax(-1) @ v.take_values(page, slot, E).float()
     return o, lse
+
+
+def channels(v: Pool) -> int:
+    """E, the channels of the values of a pool; a multiple of 16, hence of the codes in a word."""
+    return v.words.shape[2] * (1 if v.bits == 16 else 32 // v.bits)
 
 
 # As in decode.py: one binary for every G and every table length.
@@ -89,20 +94,20 @@ def expand(words, scale, zero, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl
 def quant_split_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, table_ptr, lens_ptr, newest_ptr,
     o_ptr, lse_ptr, scaling, G, kv_heads, stride_qb, stride_qh, stride_tb, stride_th,
-    D: tl.constexpr, D_PAD: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr, K_BITS: tl.constexpr,
-    V_BITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, PAGE: tl.constexpr,
+    GROUP: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr,
+    CAP: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one share of one KV head's pages. o: [B, H, splits, D], lse: [B, H, splits], contiguous."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """Attend to one share of one KV head's pages. o: [B, H, splits, E], lse: [B, H, splits], contiguous."""
     LN2: tl.constexpr = 0.6931471805599453
     TILES: tl.constexpr = PAGE // BLOCK_S
     # A word packs K_PER slots of a channel, or V_PER channels of a slot; with 16 bits one number is one word.
     K_PER: tl.constexpr = 32 // K_BITS if K_BITS < 16 else 1
     V_PER: tl.constexpr = 32 // V_BITS if V_BITS < 16 else 1
     K_ROWS: tl.constexpr = BLOCK_S // K_PER
-    V_WORDS: tl.constexpr = (D + V_PER - 1) // V_PER
-    C: tl.constexpr = (D + GROUP - 1) // GROUP
-    C_PAD: tl.constexpr = D_PAD // GROUP
+    V_WORDS: tl.constexpr = (E + V_PER - 1) // V_PER
+    C: tl.constexpr = (E + GROUP - 1) // GROUP
+    C_PAD: tl.constexpr = E_PAD // GROUP
 
     # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
     bh = tl.program_id(0).to(tl.int64)
@@ -117,21 +122,22 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
 
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, D_PAD)
+    offs_e = tl.arange(0, E_PAD)
     offs_s = tl.arange(0, BLOCK_S)
     offs_w = tl.arange(0, K_ROWS)
     offs_c = tl.arange(0, C_PAD)
     offs_v = offs_c[None, :, None] * (GROUP // V_PER) + tl.arange(0, GROUP // V_PER)[None, None, :]
     mask_d = offs_d < D
+    mask_e = offs_e < E
     mask_c = (offs_c < C)[None, :]
     mask_g = offs_g < G
-    mask_q = mask_g[:, None] & mask_d[None, :]
     q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
-    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_q, other=0.0)
+    q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_g[:, None] & mask_d[None, :], other=0.0)
     dtype: tl.constexpr = q.dtype
 
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
-    acc = tl.zeros([BLOCK_G, D_PAD], tl.float32)
+    acc = tl.zeros([BLOCK_G, E_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
     # Loaded one tile ahead, as in decode.py.
     page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
@@ -151,7 +157,7 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
             v_zero = tl.load(v_zero_ptr + at_v, mask=mask_c, other=0.0).to(tl.float32) - v_scale
             v = tl.load(v_ptr + v_row[:, None, None] * V_WORDS + offs_v, mask=offs_v < V_WORDS, other=0)
         else:
-            v = tl.load(v_ptr + v_row[:, None] * D + offs_d[None, :], mask=mask_d[None, :], other=0.0)
+            v = tl.load(v_ptr + v_row[:, None] * E + offs_e[None, :], mask=mask_e[None, :], other=0.0)
         k_row = (page * TILES + row) * K_ROWS + offs_w
         mask_k = mask_d[:, None]
         k = tl.load(k_ptr + k_row[None, :] * D + offs_d[:, None], mask=mask_k, other=0)
@@ -162,13 +168,16 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
             scale = scale.to(tl.float32) * (1 << K_BITS)
             zero = zero.to(tl.float32) - centre[:, None] - scale
             k = expand(k, scale, zero, K_BITS, 0, 1).to(dtype).reshape(D_PAD, BLOCK_S)
-        scores = tl.dot(q, k, input_precision="ieee") * (scaling * LOG2E)
+        products = tl.dot(q, k, input_precision="ieee")
+        if K_BITS < 16 and CAP > 0:  # otherwise the common part is added to lse
+            products += bias[:, None]
+        scores = log2_logits(products, scaling, CAP)
         m_new = tl.maximum(m, tl.max(scores, 1))
         alpha = tl.exp2(m - m_new)
         p = tl.exp2(scores - m_new[:, None])
         l = l * alpha + tl.sum(p, 1)  # noqa: E741
         if V_BITS < 16:
-            v = expand(v, v_scale[:, :, None], v_zero[:, :, None], V_BITS, 0, 1).to(dtype).reshape(BLOCK_S, D_PAD)
+            v = expand(v, v_scale[:, :, None], v_zero[:, :, None], V_BITS, 0, 1).to(dtype).reshape(BLOCK_S, E_PAD)
         acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
         page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
@@ -177,11 +186,11 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     empty = last <= first
     l = tl.where(empty, 1.0, l)  # noqa: E741
     lse = (m + tl.log2(l)) * LN2
-    if K_BITS < 16:
+    if K_BITS < 16 and CAP == 0:
         lse += bias * scaling
     out = (bh * G + offs_g) * splits + split
     tl.store(lse_ptr + out, tl.where(empty, float("-inf"), lse), mask=mask_g)
-    tl.store(o_ptr + out[:, None] * D + offs_d[None, :], acc / l[:, None], mask=mask_q)
+    tl.store(o_ptr + out[:, None] * E + offs_e[None, :], acc / l[:, None], mask=mask_g[:, None] & mask_e[None, :])
 
 
 def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | bool]:
@@ -200,19 +209,21 @@ def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | b
     return chosen | {"num_warps": 2 if small else 4}
 
 
-def split_constants(dtype: torch.dtype, head_dim: int, k_bits: int, v_bits: int) -> dict[str, int]:
+def split_constants(
+    dtype: torch.dtype, head_dim: int, value_dim: int, k_bits: int, v_bits: int, cap: float | None = None
+) -> dict[str, float]:
     """The compile-time arguments of `quant_split_kernel`.
 
     A page per iteration where registers suffice: half as many reductions, and every load wide enough for an
     asynchronous copy. Float32 uses no tensor cores here and unrolls into multiply-adds, as in decode.py.
     """
-    D_PAD = max(GROUP, 1 << (head_dim - 1).bit_length())
-    BLOCK_S = 16 if dtype == torch.float32 else 64 if D_PAD <= 128 else 32
-    sizes = {"D": head_dim, "D_PAD": D_PAD, "PAGE": PAGE, "GROUP": GROUP, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
-    return sizes | {"K_BITS": k_bits, "V_BITS": v_bits}
+    D_PAD, E_PAD = (max(GROUP, decode.padded(dim)) for dim in (head_dim, value_dim))
+    BLOCK_S = 16 if dtype == torch.float32 else 64 if max(D_PAD, E_PAD) <= 128 else 32
+    sizes = {"D": head_dim, "D_PAD": D_PAD, "E": value_dim, "E_PAD": E_PAD, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
+    return sizes | {"PAGE": PAGE, "GROUP": GROUP, "K_BITS": k_bits, "V_BITS": v_bits, "CAP": cap or 0.0}
 
 
-def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Tensor]:
+def decode_quantised(q: Tensor, kv: QuantKV, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """As `QuantKV.attend` for one token: attention over the quantized pages and the newest slots together.
 
     On CUDA three launches (four if the residual is long), without waiting for the device. Rows that share a sequence
@@ -221,10 +232,10 @@ def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Te
     Args:
         q: [B', H, D] in the model's dtype; B' = B or, if sequences are shared, R consecutive rows for each of B.
         kv: the quantized slots of B sequences.
-        scaling: factor on q K^T, usually D ** -0.5.
+        scaling, cap: as in `Softmax`.
 
     Returns:
-        o [B', H, D] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf for empty heads).
+        o [B', H, E] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf for empty heads).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
@@ -234,49 +245,42 @@ def decode_quantised(q: Tensor, kv: QuantKV, scaling: float) -> tuple[Tensor, Te
     if q.ndim != 3 or q.shape[0] % max(1, sequences) or q.shape[1] % max(1, kv_heads):
         raise ValueError(f"q must be [B', H, D], multiples of {sequences} and {kv_heads}, got {tuple(q.shape)}")
     if not runs_kernels(q, "decoding"):
-        o, lse = kv.attend(q[:, :, None], scaling)
+        o, lse = kv.attend(q[:, :, None], scaling, cap)
         return o[:, :, 0], lse[:, :, 0]
     rows, heads, dim = q.shape
     shape = (sequences, rows // sequences, kv_heads, heads // kv_heads)
     q = q.reshape(*shape, dim).transpose(1, 2).reshape(sequences, -1, dim)
     new = kv.residual
-    o, lse = decode.decode(q, new.k, new.v, new.table, new.lens, scaling)
+    o, lse = decode.decode(q, new.k, new.v, new.table, new.lens, scaling, cap)
     if any(kv.pages):
-        o, lse = decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, rest=(o, lse))
+        o, lse = decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, cap, rest=(o, lse))
     transposed = (sequences, kv_heads, rows // sequences, heads // kv_heads)
-    o = o.view(*transposed, dim).transpose(1, 2).reshape(rows, heads, dim)
+    o = o.view(*transposed, -1).transpose(1, 2).reshape(rows, heads, -1)
     return o, lse.view(transposed).transpose(1, 2).reshape(rows, heads)
 
 
 def decode_pages(
-    q: Tensor,
-    k: Pool,
-    v: Pool,
-    table: Tensor,
-    lens: Tensor,
-    newest: Tensor,
-    scaling: float,
-    *,
-    rest: tuple[Tensor, Tensor] | None = None,
-    splits: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float, cap: float | None = None,
+    *, rest: tuple[Tensor, Tensor] | None = None, splits: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attention of one query token per sequence over each KV head's quantized pages.
 
     CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
     TRITON_INTERPRET=1 was set before the import. No gradient flows through the kernels.
 
     Args:
-        q: [B, H, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
-        k, v: pools of P pages in the layout of kernels/quant.py, contiguous.
+        q: [B, H, D] float16, bfloat16 or float32, any G = H // Hkv.
+        k, v: pools of P pages in the layout of kernels/quant.py, contiguous. Keys have D channels, values E; both are
+            multiples of 16 up to 256.
         table: [B, Hkv, M] int32; page ids must lie in [0, P) up to each head's last page.
         lens, newest: [B, Hkv] int32, contiguous: kept slots of each head, and the number of them outside its quantized
             pages. Pages are full: a head has (lens - newest) // PAGE of them (0 is legal). Checked only if on the host.
-        scaling: factor on q K^T, usually D ** -0.5.
-        rest: o [B, H, D] and lse [B, H] over other slots, merged into the result.
+        scaling, cap: as in `Softmax`.
+        rest: o [B, H, E] and lse [B, H] over other slots, merged into the result.
         splits: number of shares per KV head; None chooses it from M and the device.
 
     Returns:
-        o [B, H, D] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf for empty heads).
+        o [B, H, E] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf for empty heads).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
@@ -284,32 +288,25 @@ def decode_pages(
     """
     _check(q, k, v, table, lens, newest, splits)
     if not runs_kernels(q, "decode_pages"):
-        o, lse = reference(q, k, v, table, lens, newest, scaling)
+        o, lse = reference(q, k, v, table, lens, newest, scaling, cap)
         return merge.merge(o[:, :, None], lse[..., None], rest, q.dtype)
     if splits is None:
         B, Hkv, M = table.shape
         # Half the pages: shares of at least four pages, which have half the bytes or fewer, for the same overhead.
         splits = decode.choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M // 2, multiprocessors(q))
     k, v = (Pool(x.bits, *widened(*x.tensors)) for x in (k, v))
-    o, lse = _launch(widened(q)[0], k, v, table, lens, newest, scaling, rest, splits)
+    o, lse = _launch(widened(q)[0], k, v, table, lens, newest, scaling, cap, rest, splits)
     return o.to(q.dtype), lse
 
 
 def _launch(
-    q: Tensor,
-    k: Pool,
-    v: Pool,
-    table: Tensor,
-    lens: Tensor,
-    newest: Tensor,
-    scaling: float,
-    rest: tuple[Tensor, Tensor] | None,
-    splits: int,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Tensor, scaling: float, cap: float | None,
+    rest: tuple[Tensor, Tensor] | None, splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     B, H, D = q.shape
-    Hkv = table.shape[1]
+    Hkv, E = table.shape[1], channels(v)
     G = H // Hkv
-    part_o = torch.empty((B, H, splits, D), dtype=torch.float32, device=q.device)
+    part_o = torch.empty((B, H, splits, E), dtype=torch.float32, device=q.device)
     part_lse = torch.empty((B, H, splits), dtype=torch.float32, device=q.device)
     # With 16 bits the pointers to scale and zero are not read.
     pools = [t for x in (k, v) for t in (x.tensors if x.bits < 16 else [x.words] * 3)]
@@ -317,7 +314,7 @@ def _launch(
     with torch.cuda.device(q.get_device()):
         quant_split_kernel[(B * Hkv, splits, -(-G // BLOCK_G))](
             q, *pools, table, lens, newest, part_o, part_lse, scaling, G, Hkv, *strides,
-            **split_constants(q.dtype, D, k.bits, v.bits), **options(q.dtype, D, k.bits),
+            **split_constants(q.dtype, D, E, k.bits, v.bits, cap), **options(q.dtype, D, k.bits),
         )  # fmt: skip
     return merge.merge(part_o, part_lse, rest, q.dtype)
 
@@ -335,18 +332,21 @@ def _check(q: Tensor, k: Pool, v: Pool, table: Tensor, lens: Tensor, newest: Ten
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
     B, H, D = q.shape
     Hkv, M = table.shape[1:]
-    if D not in HEAD_DIMS or q.stride(2) != 1:
+    E = channels(v)
+    if not decode.fits(D, E) or q.stride(2) != 1:
         raise ValueError(
-            f"q must be [B, H, D], contiguous in D, a multiple of 16 up to 256, got {tuple(q.shape)} in {q.stride()}"
+            f"q must be [B, H, D], contiguous in D, a multiple of 16 up to 256, got {tuple(q.shape)} in {q.stride()} "
+            f"and values of {E}"
         )
     if q.dtype not in DTYPES:
         raise ValueError(f"q must be one of {DTYPES}, got {q.dtype}")
     stored = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float16
     for name, pool in (("k", k), ("v", v)):
         P, bits = pool.words.shape[0], pool.bits
-        shape = (P, PAGE * bits // 32, D) if name == "k" else (P, PAGE, -(-D * bits // 32))
-        group = (P, PAGE // GROUP, D) if name == "k" else (P, PAGE, -(-D // GROUP))
-        expected = [(shape, torch.int32), (group, stored), (group, stored)] if bits < 16 else [((P, PAGE, D), q.dtype)]
+        shape = (P, PAGE * bits // 32, D) if name == "k" else (P, PAGE, -(-E * bits // 32))
+        group = (P, PAGE // GROUP, D) if name == "k" else (P, PAGE, -(-E // GROUP))
+        whole = (P, PAGE, D if name == "k" else E)
+        expected = [(shape, torch.int32), (group, stored), (group, stored)] if bits < 16 else [(whole, q.dtype)]
         actual = [(tuple(t.shape), t.dtype) for t in pool.tensors]
         if bits not in BITS or actual != expected:
             raise ValueError(f"{name} of {bits} bits must be {expected} for q {tuple(q.shape)} {q.dtype}, got {actual}")
@@ -377,11 +377,15 @@ GATED_BITS = {"fp16": ((4, 4),), "bf16": ((8, 8), (4, 4), (2, 2), (8, 4)), "fp32
 def variants() -> Iterator[Variant]:
     """The specialisations that `decode_pages` uses, for the pairs of `GATED_BITS`."""
     for dtype, dim in head_dims():
-        yield from (split_variant(dtype, dim, *bits) for bits in GATED_BITS[dtype])
+        yield from (split_variant(dtype, dim, dim, *bits) for bits in GATED_BITS[dtype])
+    yield split_variant("bf16", 256, 256, 4, 4, cap=50.0)
+    yield split_variant("bf16", 192, 128, 4, 4)
 
 
-def split_variant(dtype: str, dim: int, k_bits: int, v_bits: int) -> Variant:
-    """`quant_split_kernel` for one dtype, head_dim and pair of bits."""
+def split_variant(
+    dtype: str, dim: int, value_dim: int, k_bits: int, v_bits: int, *, cap: float | None = None
+) -> Variant:
+    """`quant_split_kernel` for one dtype, numbers of channels and pair of bits."""
     pointers = {"q_ptr": f"*{dtype}", "o_ptr": "*fp32", "lse_ptr": "*fp32"}
     pointers |= dict.fromkeys(("table_ptr", "lens_ptr", "newest_ptr"), "*i32")
     stored = "*bf16" if dtype == "bf16" else "*fp16"
@@ -390,11 +394,11 @@ def split_variant(dtype: str, dim: int, k_bits: int, v_bits: int) -> Variant:
         pointers |= {f"{name}_ptr": words, f"{name}_scale_ptr": group, f"{name}_zero_ptr": group}
     return Variant(
         kernel="quant_decode.split",
-        name=f"{dtype} D{dim} kv{k_bits}v{v_bits}",
+        name=f"{dtype} {widths(dim, value_dim)} kv{k_bits}v{v_bits}{' cap' if cap else ''}",
         fn=quant_split_kernel,
         pointers=pointers,
         floats=("scaling",),
         aligned=("stride_q",),
-        constants=split_constants(TORCH[dtype], dim, k_bits, v_bits),
+        constants=split_constants(TORCH[dtype], dim, value_dim, k_bits, v_bits, cap),
         options=options(TORCH[dtype], dim, k_bits),
     )

@@ -1,4 +1,4 @@
-"""How the products of queries and keys become attention weights: scaling, cap and sink."""
+"""How the products of queries and keys become attention weights: scaling, cap and sink, in PyTorch and in kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from lceval.kernels.launch import jit, tl
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,15 @@ def capped(logits: Tensor, cap: float | None) -> Tensor:
         return logits
     hidden = logits == -torch.inf
     return logits.div_(cap).tanh_().mul_(cap).masked_fill_(hidden, -torch.inf)
+
+
+@jit()
+def log2_logits(products, scaling, CAP: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Logits times log2(e), whose exponentials kernels compute by exp2, of products q k^T float32; CAP: 0.0 without."""
+    LOG2E: tl.constexpr = 1.4426950408889634  # noqa: N806
+    if CAP > 0:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        exponential = tl.exp2(products * (scaling * (2.0 * LOG2E / CAP)))
+        return (1.0 - 2.0 / (exponential + 1.0)) * (CAP * LOG2E)
+    else:
+        return products * (scaling * LOG2E)

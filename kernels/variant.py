@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,7 @@ class Variant:
     pointers: dict[str, str]
     floats: tuple[str, ...]
     aligned: tuple[str, ...]
-    constants: dict[str, int]
+    constants: Mapping[str, float]
     options: dict[str, int | bool]
 
 
@@ -58,6 +58,11 @@ SHARED = 99 * 1024
 def head_dims() -> Iterator[tuple[str, int]]:
     """Every dtype and head dimension in use."""
     return ((dtype, dim) for dtype, dims in USED_HEAD_DIMS.items() for dim in dims)
+
+
+def widths(dim: int, value_dim: int) -> str:
+    """The numbers of channels of keys and values in the name of a variant."""
+    return f"D{dim}" if dim == value_dim else f"D{dim} E{value_dim}"
 
 
 def tile_limits(registers: int, *kernels: str) -> dict[tuple[str, str], Limit]:

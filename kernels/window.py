@@ -1,13 +1,15 @@
 # ruff: noqa: N803, N806
 """Attention that every key receives from the last T queries: the scores of SnapKV, TOVA and H2O, in two passes over K.
 
-With a_gts = softmax_s(scaling * q_gt k_s), where query t attends to the keys up to S - T + t,
+With a_gts = softmax_s(scaling * q_gt k_s), where query t attends to the keys up to S - T + t, with the model's cap and
+sinks,
 
     received_s = 1/G sum_g sum_t a_gts            (`received`: H2O's column sums)
     window_s   = 1/T received_s                   (`window_scores`: SnapKV, TOVA, attention of a question)
 
 for each KV head and its G = H // Hkv query heads. Softmax needs a row's sum before any of its weights, so the first
-pass computes only lse_gt (split into shares of the keys if there are few rows), and the second recomputes the logits
+pass computes only lse_gt (split into shares of the keys if there are few rows; a sink is one more share), and the
+second recomputes the logits
 and sums exp(logit - lse) over the rows. At most one tile of weights is materialized.
 
 Rows are packed token by token, r = t * G + g: K crosses the bus once for all G heads, and the rows of a tile have
@@ -18,6 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +38,7 @@ from lceval.kernels.launch import (
     widened,
 )
 from lceval.kernels.paged import PAGE
-from lceval.kernels.softmax import Softmax
+from lceval.kernels.softmax import Softmax, log2_logits
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
 
 # Weights that the reference materializes at once, in elements: small enough for a CPU cache.
@@ -43,8 +47,6 @@ MAX_WEIGHTS = 1 << 21
 
 def reference(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
     """The definition, in float32, in blocks of queries. Every test compares against this.
-
-    The kernels have neither cap nor sink, which models with them therefore score here.
 
     Args:
         q: [B, H, T, D], queries of the last T of S positions, after RoPE.
@@ -81,10 +83,9 @@ _jit = jit("G", "kv_heads", "T", "S")
 def lse_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, lse_ptr, scaling, G, kv_heads, T, S,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """The log-sum-exp of a block of rows over one share of the keys. lse: [splits, B, Hkv, T * G], contiguous."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
     # The last rows attend to the most keys, so they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -115,7 +116,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
         slot = tile * BLOCK_S + offs_s
         mask = (slot < S)[:, None] & mask_d[None, :]
         k = tl.load(k_head + slot.to(tl.int64)[:, None] * stride_ks + offs_d[None, :], mask=mask, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scaling * LOG2E)
+        scores = log2_logits(tl.dot(q, tl.trans(k), input_precision="ieee"), scaling, CAP)
         scores = tl.where(slot[None, :] <= newest[:, None], scores, float("-inf"))
         m_new = tl.maximum(m, tl.max(scores, 1))
         # A share can start after a row's last key.
@@ -131,7 +132,7 @@ def lse_kernel(  # type: ignore[no-untyped-def]
 def received_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, lse_ptr, out_ptr, scaling, weight, G, kv_heads, T, S,
     stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_ks,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, CAP: tl.constexpr,
 ):  # fmt: skip
     """Column sums of one tile of keys. lse: [B, Hkv, T * G], out: [B, Hkv, S], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -159,13 +160,13 @@ def received_kernel(  # type: ignore[no-untyped-def]
         q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_r[:, None] & mask_d[None, :], other=0.0)
         # Rows past the last have weight exp(-inf).
         lse = tl.load(lse_head + offs_r, mask=mask_r, other=float("inf")) * LOG2E
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee") * (scaling * LOG2E) - lse[None, :]
+        scores = log2_logits(tl.dot(k, tl.trans(q), input_precision="ieee"), scaling, CAP) - lse[None, :]
         visible = slot[:, None] <= (S - T + t)[None, :]
         acc += tl.sum(tl.exp2(tl.where(visible, scores, float("-inf"))), 1)
     tl.store(out_ptr + bh * S + slot, acc * weight, mask=mask_s)
 
 
-def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
+def constants(kernel: str, dtype: torch.dtype, head_dim: int, cap: float | None = None) -> dict[str, Any]:
     """The compile-time arguments of `lse` or `received`; with `OPTIONS` they define the AOT variants.
 
     The stationary operand has 64 rows, one warp group's HGMMA tile; with two or three tiles of the streamed operand it
@@ -174,10 +175,15 @@ def constants(kernel: str, dtype: torch.dtype, head_dim: int) -> dict[str, int]:
     D_PAD = 1 << (head_dim - 1).bit_length()
     stays, streams = (16, 16) if dtype == torch.float32 else (64, 64 if D_PAD <= 128 else 32)
     BLOCK_R, BLOCK_S = (stays, streams) if kernel == "lse" else (streams, stays)
-    return {"D": head_dim, "D_PAD": D_PAD, "BLOCK_R": BLOCK_R, "BLOCK_S": BLOCK_S}
+    return {"D": head_dim, "D_PAD": D_PAD, "BLOCK_R": BLOCK_R, "BLOCK_S": BLOCK_S, "CAP": cap or 0.0}
 
 
-def received(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None) -> Tensor:
+def fits(k: Tensor) -> bool:
+    """Whether the kernels have keys of this number of channels."""
+    return k.shape[-1] in HEAD_DIMS
+
+
+def received(q: Tensor, k: Tensor, softmax: Softmax, *, splits: int | None = None) -> Tensor:
     """Causal attention that every key receives from the last T queries: sum over queries, mean over G query heads.
 
     CUDA tensors run the kernels, without waiting for the device; others run `reference`, or the kernels if
@@ -186,7 +192,7 @@ def received(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None)
     Args:
         q: [B, H, T, D] float16, bfloat16 or float32, D a multiple of 16 up to 256, any G = H // Hkv.
         k: [B, Hkv, S, D] in q's dtype, S >= T; the last query sees the last key.
-        scaling: factor on q K^T, usually D ** -0.5.
+        softmax: of the logits.
         splits: shares of the keys in the first pass; None chooses them from the shapes and the device.
 
     Returns:
@@ -197,13 +203,13 @@ def received(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None)
         RuntimeError: CUDA tensors without triton installed.
     """
     _check(q, k, splits)
-    return _received(q, k, scaling, 1, splits)
+    return _received(q, k, softmax, 1, splits)
 
 
-def window_scores(q: Tensor, k: Tensor, scaling: float, *, splits: int | None = None) -> Tensor:
+def window_scores(q: Tensor, k: Tensor, softmax: Softmax, *, splits: int | None = None) -> Tensor:
     """As `received`, averaged over the T queries too: [B, Hkv, S] float32, each at most 1. Zeros where T == 0."""
     _check(q, k, splits)
-    return _received(q, k, scaling, max(1, q.shape[2]), splits)
+    return _received(q, k, softmax, max(1, q.shape[2]), splits)
 
 
 def reference_scores(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
@@ -211,18 +217,18 @@ def reference_scores(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
     return reference(q, k, softmax) / max(1, q.shape[2])
 
 
-def _received(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int | None) -> Tensor:
+def _received(q: Tensor, k: Tensor, softmax: Softmax, divisor: int, splits: int | None) -> Tensor:
     if not runs_kernels(q, "scoring"):
-        return reference(q, k, Softmax(scaling)) / divisor
+        return reference(q, k, softmax) / divisor
     if splits is None:
         R = q.shape[2] * (q.shape[1] // k.shape[1])
         blocks = -(-R // constants("lse", q.dtype, q.shape[3])["BLOCK_R"])
         splits = choose_splits(max(1, k.shape[0] * k.shape[1] * blocks), -(-k.shape[2] // PAGE), multiprocessors(q))
     q, k = widened(q, k)
-    return _launch(q, k, scaling, divisor, splits)
+    return _launch(q, k, softmax, divisor, splits)
 
 
-def _launch(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int) -> Tensor:
+def _launch(q: Tensor, k: Tensor, softmax: Softmax, divisor: int, splits: int) -> Tensor:
     B, H, T, D = q.shape
     Hkv, S = k.shape[1:3]
     G = H // Hkv
@@ -232,13 +238,16 @@ def _launch(q: Tensor, k: Tensor, scaling: float, divisor: int, splits: int) -> 
     part = torch.empty((splits, B, Hkv, T * G), dtype=torch.float32, device=q.device)
     shapes = (G, Hkv, T, S, *q.stride()[:3], *k.stride()[:3])
     with torch.cuda.device(q.get_device()):
-        sizes = constants("lse", q.dtype, D)
+        sizes = constants("lse", q.dtype, D, softmax.cap)
         grid = (-(-T * G // sizes["BLOCK_R"]), B * Hkv, splits)
-        lse_kernel[grid](q, k, part, scaling, *shapes, **sizes, **OPTIONS)
+        lse_kernel[grid](q, k, part, softmax.scaling, *shapes, **sizes, **OPTIONS)
         lse = part[0] if splits == 1 else part.logsumexp(0)
-        sizes = constants("received", q.dtype, D)
+        if softmax.sink is not None:
+            sink = softmax.sink.to(lse.device, torch.float32).view(Hkv, 1, G)
+            lse = torch.logaddexp(lse.view(B, Hkv, T, G), sink).view_as(lse)
+        sizes = constants("received", q.dtype, D, softmax.cap)
         received_kernel[(-(-S // sizes["BLOCK_S"]), B * Hkv)](
-            q, k, lse, out, scaling, 1 / (G * divisor), *shapes, **sizes, **OPTIONS
+            q, k, lse, out, softmax.scaling, 1 / (G * divisor), *shapes, **sizes, **OPTIONS
         )
     return out
 
@@ -268,16 +277,16 @@ LIMITS = tile_limits(168, "window.lse", "window.received")
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `received` and `window_scores` use."""
-    for dtype, dim in head_dims():
+    for (dtype, dim), cap in [*product(head_dims(), (None,)), (("bf16", 256), 50.0)]:
         for kernel, fn in (("lse", lse_kernel), ("received", received_kernel)):
             pointers = {"q_ptr": f"*{dtype}", "k_ptr": f"*{dtype}", "lse_ptr": "*fp32"}
             yield Variant(
                 kernel=f"window.{kernel}",
-                name=f"{dtype} D{dim}",
+                name=f"{dtype} D{dim}{' cap' if cap else ''}",
                 fn=fn,
                 pointers=pointers if kernel == "lse" else pointers | {"out_ptr": "*fp32"},
                 floats=("scaling",) if kernel == "lse" else ("scaling", "weight"),
                 aligned=("stride_q", "stride_k"),
-                constants=constants(kernel, TORCH[dtype], dim),
+                constants=constants(kernel, TORCH[dtype], dim, cap),
                 options=OPTIONS,
             )

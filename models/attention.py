@@ -14,7 +14,7 @@ from lceval.kernels import launch
 from lceval.kernels.paged import attend_in_blocks
 from lceval.kernels.softmax import Softmax
 from lceval.models import latent
-from lceval.models.geometry import Geometry, unsupported
+from lceval.models.geometry import unsupported
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
@@ -87,17 +87,12 @@ def prefill_chunk(chunk: int | str, device: torch.device) -> int:
     return CUDA_CHUNK if device.type == "cuda" else 0
 
 
-def use_kernels(attn: str, device: torch.device, geometry: Geometry) -> bool:
+def use_kernels(attn: str, device: torch.device) -> bool:
     """Whether decoding uses the Triton kernels.
 
     Raises:
-        UserError: attn=triton where they cannot run on `device`, or not with this model.
+        UserError: attn=triton where they cannot run on `device`.
     """
-    if geometry.caps or geometry.widths_differ:
-        if attn == "triton":
-            what = "caps its attention logits" if geometry.caps else "has keys and values of different widths"
-            raise UserError(f"{geometry.model_type} {what}, which the kernels do not support: use attn=auto")
-        return False
     available = launch.AVAILABLE and (device.type == "cuda" or launch.INTERPRETED)
     if attn == "triton" and not available:
         raise UserError(f"attn=triton requires triton and a CUDA device, got {device}: use attn=auto")

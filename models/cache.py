@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from lceval.kernels import compact
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
@@ -84,6 +83,7 @@ class Prefill(StatefulCache):
         of_layers: int = sum(layer.kv_bytes for layer in self.layers)
         return of_layers + sum(layer.nbytes for layer in self.state_layers.values())
 
+    @torch.inference_mode()
     def compress(
         self, recipe: Recipe, *, consume: bool, question_cache: QuestionCache | None = None
     ) -> CompressedContext:
@@ -114,11 +114,11 @@ class Prefill(StatefulCache):
                 continue
             mask, counts = masks[index]
             kv: PagedKV | QuantKV | Rotated | Fp8KV
-            if self.kernels and isinstance(recipe.quantizer, Quantizer):
+            if isinstance(recipe.quantizer, Quantizer) and self.kernels and layer.compacts:
                 # One pass: the kept slots are never materialized as full-precision pages.
                 kv, pages, copied = self._quantize(layer, mask, counts, recipe.quantizer), 0, 0
             else:
-                kept = self._kept(layer, mask, counts)
+                kept = layer.kept(mask, counts, kernels=self.kernels)
                 in_place = kept.k.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
                 copied = 0 if in_place else kept.allocated_bytes
                 # Bytes already counted with the pages, whether they are the prefill's buffers or copies.
@@ -171,12 +171,6 @@ class Prefill(StatefulCache):
             with record_function(SCORING):
                 scores.append(evictor.scores(view)[..., : self.tokens])
         return evictor.select(scores)
-
-    def _kept(self, layer: PrefillLayer, mask: Tensor | None, counts: Sequence[int]) -> PagedKV:
-        if mask is None:
-            return PagedKV.full(layer.keys, layer.values, layer.seen)
-        k, v = layer.keys[:, :, : layer.seen], layer.values[:, :, : layer.seen]
-        return compact.gather(k, v, mask, counts) if self.kernels else PagedKV.gather(k, v, mask)
 
     @staticmethod
     def _quantize(

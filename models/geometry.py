@@ -60,7 +60,6 @@ class Geometry:
         shares: whether layers read the keys and values of another layer.
         caps: whether attention logits are capped.
         sinks: whether attention layers have learned sinks.
-        widths_differ: whether a key has another number of channels than a value.
         latent: whether the cache has latents instead of keys and values (`models.latent`).
         counts_positions: whether the model takes positions from the length of the cache, so that rows must agree.
         rotary: cos and sin [n, R] of RoPE in the full-attention layers at positions [n]; None without RoPE, or where it
@@ -72,7 +71,6 @@ class Geometry:
     shares: bool
     caps: bool
     sinks: bool
-    widths_differ: bool
     latent: bool
     counts_positions: bool
     rotary: Callable[[Tensor], tuple[Tensor, Tensor]] | None
@@ -102,7 +100,6 @@ class Geometry:
             shares="reuse" in (getattr(config, "kv_sharing_modes", None) or ()),
             caps=bool(getattr(config, "attn_logit_softcapping", None)),
             sinks=any(name.endswith("sinks") for name, _ in model.named_parameters()),
-            widths_differ=bool(getattr(config, "v_head_dim", None)),
             latent=bool(getattr(config, "kv_lora_rank", None)),
             counts_positions=bool(getattr(config, "attn_temperature_tuning", None)),
             rotary=None if rotary_emb is None else partial(_rotary, rotary_emb, {"layer_type": FULL} if typed else {}),

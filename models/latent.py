@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear
 
-from lceval.models.reconstruction import output_weight
+from lceval.models.reconstruction import is_linear, output_weight
 
 # Layers that have stored tokens and wait for the queries of the same pass, by their index in the model: the expanded
 # keys that transformers passes to its attention function do not say where they come from.
@@ -49,10 +48,10 @@ def expanded_output(module: Any, o: Tensor) -> Tensor:
 def _projections(module: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """W_UK [H, nope, rank] and W_UV [H, v_head_dim, rank], in the dtype of `like`."""
     projection = module.kv_b_proj
-    if type(projection) is Linear:
+    if is_linear(projection):
         weight = projection.weight
     else:
-        # An adapter's update is the same in every pass.
+        # Quantized, or with an adapter: the same in every pass.
         if not hasattr(projection, "lceval_weight"):
             projection.lceval_weight = output_weight(projection, like).T.to(like.dtype)
         weight = projection.lceval_weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import CacheLayerMixin
 
-from lceval.kernels import paged
-from lceval.kernels.paged import PAGE, attend_in_blocks
+from lceval.kernels import compact, paged
+from lceval.kernels.paged import PAGE, PagedKV, attend_in_blocks
 from lceval.kernels.softmax import Softmax
 from lceval.models.prefill_stats import PrefillStats
 
@@ -107,6 +108,18 @@ class PrefillLayer(AttendingLayer):
     def kv_bytes(self) -> int:
         """Bytes of all `tokens` tokens, without page slack."""
         return self.buffer_bytes * self.tokens // self.keys.shape[2]
+
+    @property
+    def compacts(self) -> bool:
+        """Whether the Triton kernels can compact its keys and values."""
+        return compact.fits(self.keys, self.values)
+
+    def kept(self, mask: Tensor | None, counts: Sequence[int], *, kernels: bool) -> PagedKV:
+        """The tokens in `mask` [B, Hkv, S], of which each head has `counts`; all of them, without a copy, if None."""
+        if mask is None:
+            return PagedKV.full(self.keys, self.values, self.seen)
+        k, v = self.keys[:, :, : self.seen], self.values[:, :, : self.seen]
+        return compact.gather(k, v, mask, counts) if kernels and self.compacts else PagedKV.gather(k, v, mask)
 
     def release(self) -> None:
         """Free the keys and values."""

@@ -28,7 +28,6 @@ from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
-from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
 from lceval.models.policies.duo import HeadPattern
 from lceval.models.prefix import Choice, GenerateJob, J, ScoreJob, fit
@@ -121,7 +120,7 @@ class LCFT(AnsweringLM):
             self.model,
             base,
             chunk=self.prefill_chunk,
-            kernels=attention.use_kernels(attn, self.device, Geometry.of(base)),
+            kernels=attention.use_kernels(attn, self.device),
             autocast=self._autocast,
             repetition=Repetition.of(self.tokenizer, partial(self.tok_encode, add_special_tokens=False)),
         )

@@ -60,8 +60,8 @@ class PrefillStats:
                 last = torch.cat([self.queries, last], 2)[:, :, -self.stats_spec.queries :]
             self.queries = last
         if self.stats_spec.column_sums:
-            kernel = self._kernels and not softmax.is_special
-            sums = window.received(q, k, softmax.scaling) if kernel else window.reference(q, k, softmax)
+            received = window.received if self._kernels and window.fits(k) else window.reference
+            sums = received(q, k, softmax)
             if self.column_sums is not None:
                 sums[..., : self.column_sums.shape[-1]] += self.column_sums
             self.column_sums = sums

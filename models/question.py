@@ -195,8 +195,7 @@ class QuestionLayer(TailLayer):
 
     def _attend_context(self, kv: KV, q: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
         if self.kernels:
-            assert softmax.cap is None, "no kernel caps logits"
-            return dispatch.attend(q, kv, softmax.scaling)
+            return dispatch.attend(q, kv, softmax.scaling, softmax.cap)
         return kv.attend(q, softmax.scaling, softmax.cap)
 
 

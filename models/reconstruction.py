@@ -97,13 +97,19 @@ class ReconstructionStats:
                 self.relative = relative if self.relative is None else torch.maximum(self.relative, relative)
 
 
+def is_linear(projection: Any) -> bool:
+    """Whether a module is a linear layer whose weight is a plain matrix; torchao puts quantized ones into `Linear`."""
+    return type(projection) is nn.Linear and type(projection.weight) is nn.Parameter
+
+
 def output_weight(projection: Any, like: Tensor) -> Tensor:
     """The matrix [H * D, d] float32 of an attention's output projection, with the update of an adapter.
 
     like: a tensor with the dtype and device of the projection's input.
     """
-    if type(projection) is nn.Linear:
-        return projection.weight.T.to(like.device, torch.float32)
+    if is_linear(projection):
+        matrix: Tensor = projection.weight
+        return matrix.T.to(like.device, torch.float32)
     # A layer of an adapter, quantized or transposed: what it does to unit vectors, without its bias.
     width = projection.nx if isinstance(projection, Conv1D) else projection.in_features
     unit = torch.eye(width, dtype=like.dtype, device=like.device)

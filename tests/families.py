@@ -191,20 +191,21 @@ def model(family: str, **shape: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
 
 
-def row(family: str, geometry: Geometry) -> str:
+def row(model: Any) -> str:
     """The line of an architecture in docs/models.md."""
+    geometry, config = Geometry.of(model), model.config.get_text_config()
     kinds = dict.fromkeys(_kind(layer) for layer in geometry.layers)
     notes = [
         *(["learned sinks"] if geometry.sinks else []),
         *(["capped logits"] if geometry.caps else []),
-        *(["keys wider than values"] if geometry.widths_differ and not geometry.latent else []),
+        *(["keys wider than values"] if getattr(config, "v_head_dim", None) and not geometry.latent else []),
         *(["latents"] if geometry.latent else []),
         *(["layers share keys"] if geometry.shares else []),
         *(["positions from the length of the cache"] if geometry.counts_positions else []),
     ]
     compressed = f"{len(geometry.full)} of {len(geometry.layers)}"
     moments = "" if geometry.rotary is None or geometry.caps else "yes"
-    return f"| `{family}` | {', '.join(kinds)} | {compressed} | {moments} | {', '.join(notes)} |"
+    return f"| `{config.model_type}` | {', '.join(kinds)} | {compressed} | {moments} | {', '.join(notes)} |"
 
 
 def _kind(layer: LayerKind) -> str:
@@ -215,7 +216,7 @@ def _kind(layer: LayerKind) -> str:
 def table() -> str:
     """All lines of docs/models.md, and what is refused or not tried."""
     lines = ["| architecture | layers | compressed | `expected_attention` | notes |", "| --- | --- | --- | --- | --- |"]
-    lines += [row(family, Geometry.of(model(family))) for family in SERVED]
+    lines += [row(model(family)) for family in SERVED]
     for title, names in (("Refused", REFUSED), ("Not tried", NOT_BUILT)):
         lines += ["", f"### {title}", "| reason | architectures |", "| --- | --- |"]
         for reason in dict.fromkeys(names.values()):

@@ -22,6 +22,8 @@ from lceval.bench.machine import machine
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.kernels import compact, dispatch
 from lceval.kernels.paged import KV, PAGE, PagedKV
+from lceval.kernels.softmax import Softmax
+from lceval.kernels.window import window_scores
 from lceval.models.policies import Quantizer
 from lceval.models.recipe import parse
 
@@ -199,8 +201,6 @@ def prefill_side(
     device: str, dtype: torch.dtype, shape: Shape = LLAMA_8B, length: int = PREFILL_LENGTH
 ) -> dict[str, Any]:
     """The cost of scoring a layer and compacting it to 25%, relative to its prefill (attention and four matmuls)."""
-    from lceval.kernels.window import window_scores
-
     q, k, v = (
         torch.randn(1, n, length, shape.dim, device=device, dtype=dtype) for n in (shape.heads, *[shape.kv_heads] * 2)
     )
@@ -226,8 +226,8 @@ def prefill_side(
     order = torch.rand(1, shape.kv_heads, length, device=device).argsort(-1).argsort(-1)
     keep = order < torch.tensor(counts, device=device)[:, None]
     window = q[:, :, -64:].contiguous()
-    scaling = shape.dim**-0.5
-    scoring = seconds_of([lambda: window_scores(window, k, scaling)], device)
+    softmax = Softmax(shape.dim**-0.5)
+    scoring = seconds_of([lambda: window_scores(window, k, softmax)], device)
     compacting = seconds_of([lambda: compact.gather(k, v, keep, counts)], device)
     quantizing = seconds_of([lambda: compact.quantize(k, v, keep, counts, 4, 4)], device)
     prefill = seconds_of([layer], device)

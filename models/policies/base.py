@@ -204,9 +204,8 @@ class LayerView:
     def window_scores(self, window: int) -> Tensor:
         """`window_attention`, averaged over the last `window` tokens and the G query heads: [B, Hkv, S] float32."""
         queries = self.queries[:, :, -window:]
-        if self.kernels and not self.softmax.is_special:
-            return scoring.window_scores(queries, self.keys, self.softmax.scaling)
-        return scoring.reference_scores(queries, self.keys, self.softmax)
+        scores = scoring.window_scores if self.kernels and scoring.fits(self.keys) else scoring.reference_scores
+        return scores(queries, self.keys, self.softmax)
 
 
 @dataclass(frozen=True, kw_only=True)

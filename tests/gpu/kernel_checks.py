@@ -29,6 +29,12 @@ from lceval.kernels.softmax import Softmax
 
 # The query heads of a KV head: Qwen2.5-7B's, one, a divisor and a non-divisor of the 16 rows of a tile.
 GROUPS = (7, 1, 8, 24)
+# Channels of keys and of values, the cap, whether values are the first channels of the keys.
+KINDS = {
+    "capped logits": (128, 128, 5.0, False),
+    "wide keys": (192, 128, None, False),
+    "latents": (576, 512, None, True),
+}
 BITS = ((8, 8), (4, 4), (2, 2), (8, 4), (16, 4))
 UNIT = 16
 # Those of the kernels' tests (`GPU_TOLERANCE` where they have one), here of the relative error. Sums of attention
@@ -46,6 +52,8 @@ def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield f"figures {FIRST}", partial(_figures, setup, FIRST)
     for group in GROUPS:
         yield f"error decode.split and merge, {group} heads a KV head", partial(_decode, setup, group)
+    for name, kind in KINDS.items():
+        yield f"error decode of {name}", partial(_kind, setup, *kind)
     yield "error merge with the rest", partial(_merge, setup)
     for bits in BITS:
         yield f"codes compact.keys and compact.values, {bits[0]} and {bits[1]} bits", partial(_quantize, setup, bits)
@@ -81,6 +89,18 @@ def _decode(setup: Setup, group: int) -> dict[str, Any]:
         values |= {f"{name}_o": relative_error(o, expected[0]), f"{name}_lse": lse_error(lse, expected[1])}
     tolerance, of_lse = TOLERANCE[setup.dtype], LSE_TOLERANCE[setup.dtype]
     return bounded(values, split_o=tolerance, single_o=tolerance, split_lse=of_lse, single_lse=of_lse)
+
+
+def _kind(setup: Setup, dim: int, value_dim: int, cap: float | None, latent: bool) -> dict[str, Any]:
+    shape = random_layer(setup)[2].shape
+    k, v = (random_queries(setup, *shape, channels) for channels in (dim, value_dim))
+    kv = PagedKV.gather(k, k[..., :value_dim] if latent else v, random_layer(setup)[2])
+    q, scaling = random_queries(setup, 2, shape[1] * 8, dim), dim**-0.5
+    table, lens = kv.table.expand(2, -1, -1), kv.lens.expand(2, -1)
+    expected_o, expected_lse = decode.reference(q, kv.k, kv.v, table, lens, scaling, cap)
+    o, lse = dispatch.attend(q[:, :, None], kv, scaling, cap)
+    values = {"o": relative_error(o[:, :, 0], expected_o), "lse": lse_error(lse[:, :, 0], expected_lse)}
+    return bounded(values, o=TOLERANCE[setup.dtype], lse=LSE_TOLERANCE[setup.dtype])
 
 
 def _merge(setup: Setup) -> dict[str, Any]:
@@ -138,10 +158,10 @@ def _misplaced(kv: Any, expected: Any) -> int:
 
 def _window(setup: Setup) -> dict[str, Any]:
     k, _, _, _ = random_layer(setup)
-    q, scaling = random_queries(setup, 1, 28, 64, setup.head_dim), setup.head_dim**-0.5
-    expected = window.reference(q, k, Softmax(scaling))
-    values = {"received": relative_error(window.received(q, k, scaling), expected)}
-    values["window_scores"] = relative_error(window.window_scores(q, k, scaling), expected / 64)
+    q, softmax = random_queries(setup, 1, 28, 64, setup.head_dim), Softmax(setup.head_dim**-0.5)
+    expected = window.reference(q, k, softmax)
+    values = {"received": relative_error(window.received(q, k, softmax), expected)}
+    values["window_scores"] = relative_error(window.window_scores(q, k, softmax), expected / 64)
     return bounded(values, received=SUMS_TOLERANCE, window_scores=SUMS_TOLERANCE)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lceval import packaged
 from lceval.core.errors import UserError
@@ -33,6 +34,18 @@ def test_it_answers_under_hf_from_its_folder(hf: Any) -> None:
     prompt = hf.apply_chat_template([{"role": "user", "content": question}])
     request = Instance("generate_until", {}, (prompt, {"until": [], "max_gen_toks": 16}), 0)
     assert hf.generate_until([request], disable_tqdm=True) == ["The capital of France is Paris."]
+
+
+def test_lcft_reads_a_gguf_file_as_the_folder_converted_from_it(smollm2: str) -> None:
+    from lceval.models.lcft import LCFT
+
+    file = packaged.gguf_path()
+    options: dict[str, Any] = {"kv": "snapkv:0.5:window=8", "device": "cpu", "dtype": "float32"}
+    direct, converted = LCFT(str(file.parent), gguf_file=file.name, **options), LCFT(smollm2, **options)
+    text = "The quick brown fox jumps over the lazy dog."
+    assert direct.tok_encode(text) == converted.tok_encode(text)
+    ids = torch.tensor([direct.tok_encode(text)])
+    assert torch.equal(direct.base(input_ids=ids).logits, converted.base(input_ids=ids).logits)
 
 
 def test_it_is_converted_once_and_nothing_half_done_is_left(smollm2: str) -> None:

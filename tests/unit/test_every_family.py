@@ -20,7 +20,6 @@ from lceval.core.errors import UserError
 from lceval.models import attention, context_file, selfcheck
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
-from lceval.models.geometry import Geometry
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 
@@ -242,8 +241,7 @@ def test_what_cannot_be_served_is_refused_in_one_line(family: str, dtype: torch.
 
 
 def test_the_page_on_models_has_every_family(family: Any) -> None:
-    geometry, name = Geometry.of(family), family.config.get_text_config().model_type
-    assert families.row(name, geometry) in families.PAGE.read_text()
+    assert families.row(family) in families.PAGE.read_text()
 
 
 def test_most_families_are_served() -> None:

@@ -34,7 +34,13 @@ for name, dims in variant.USED_HEAD_DIMS.items():
             table = torch.zeros(batch, kv_heads, pages, dtype=torch.int32)
             lens = torch.zeros(batch, kv_heads, dtype=torch.int32)
             for splits in (1, 2, 16, 17):
-                decode._launch(q, pool, pool, table, lens, 0.1, splits)
+                decode._launch(q, pool, pool, table, lens, 0.1, None, False, splits)
+for dim, value_dim, cap, latent in [(128, 128, 50.0, False), (192, 128, None, False), (576, 512, None, True)]:
+    k = torch.empty(5, 64, dim, dtype=torch.bfloat16)
+    v = k[..., :value_dim] if latent else torch.empty(5, 64, value_dim, dtype=torch.bfloat16)
+    q = torch.empty(1, 16, dim, dtype=torch.bfloat16)
+    table, lens = torch.zeros(1, 1, 9, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    decode._launch(q, k, v, table, lens, 0.1, cap, latent, 4)
 report(aot.variants())
 """
 
@@ -66,8 +72,8 @@ def test_launches_are_of_gated_variants_and_a_growing_cache_needs_no_new_one() -
         row[1] |= {"rest_o_ptr": "*bf16", "o_ptr": "*bf16"}
         assert row in result["gated"]
     dims = {name: len(dims) for name, dims in variant.USED_HEAD_DIMS.items()}
-    assert len(merges) == sum(dims.values())
-    assert len(splits) == 2 * dims["fp16"] + 2 * dims["bf16"] + dims["fp32"]
+    assert len(merges) == sum(dims.values()) + 1  # 512 channels
+    assert len(splits) == 2 * dims["fp16"] + 2 * dims["bf16"] + dims["fp32"] + 3
 
 
 @pytest.mark.parametrize(

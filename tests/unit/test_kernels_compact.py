@@ -27,11 +27,13 @@ LENGTHS = [0, 1, 15, 17, 63, 64, 65, 260]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def tensors(batch: int, lens: list[int], length: int, dim: int, dtype: str) -> tuple[Tensor, Tensor, Tensor, list[int]]:
+def tensors(
+    batch: int, lens: list[int], length: int, dim: int, dtype: str, value_dim: int = 0
+) -> tuple[Tensor, Tensor, Tensor, list[int]]:
     """k, v, keep and counts; k is a slice of a longer buffer, as in a prefill, and some groups are hard to quantize."""
     rng = torch.Generator().manual_seed(len(lens) + dim)
-    shape = batch, len(lens), length + 7, dim
-    k, v = (torch.randn(shape, generator=rng) for _ in "kv")
+    shape = batch, len(lens), length + 7
+    k, v = (torch.randn(*shape, width, generator=rng) for width in (dim, value_dim or dim))
     k[:, 0, :, 1] *= 1000  # an outlier channel
     v[:, 0, ::3] = 0.1  # constant groups, not exact in 16 bits
     v[:, 0, 1::3] = 0
@@ -59,14 +61,16 @@ def differing(got: Any, want: Any, name: str = "") -> list[str]:
     return [] if got == want else [f"{name}: {got} for {want}"]
 
 
-def gather_case(dtype: str, dim: int, device: str = "cpu") -> list[str]:
-    k, v, keep, counts = tensors(2, LENGTHS, 270, dim, dtype)
+def gather_case(dtype: str, dim: int, value_dim: int = 0, device: str = "cpu") -> list[str]:
+    k, v, keep, counts = tensors(2, LENGTHS, 270, dim, dtype, value_dim)
     got = gather(k.to(device), v.to(device), keep.to(device), counts)
     return differing(got, PagedKV.gather(k, v, keep))
 
 
-def quantize_case(dtype: str, dim: int, k_bits: int, v_bits: int, residual: int, device: str = "cpu") -> list[str]:
-    k, v, keep, counts = tensors(1, [*LENGTHS[:-1], 130, 300], 310, dim, dtype)
+def quantize_case(
+    dtype: str, dim: int, k_bits: int, v_bits: int, residual: int, value_dim: int = 0, device: str = "cpu"
+) -> list[str]:
+    k, v, keep, counts = tensors(1, [*LENGTHS[:-1], 130, 300], 310, dim, dtype, value_dim)
     got = quantize(k.to(device), v.to(device), keep.to(device), counts, k_bits, v_bits, residual)
     return differing(got, QuantKV.quantize(PagedKV.gather(k, v, keep), k_bits, v_bits, residual))
 
@@ -123,6 +127,9 @@ QUANTIZE = {
 CASES: dict[str, Callable[..., list[str]]] = {
     **{name: partial(gather_case, *case) for name, case in GATHER.items()},
     **{name: partial(quantize_case, *case) for name, case in QUANTIZE.items()},
+    "gather-D192-E128": partial(gather_case, "bf16", 192, 128),
+    "D48-E32-K4-V2": partial(quantize_case, "fp16", 48, 4, 2, 20, 32),
+    "D80-E144-K16-V4": partial(quantize_case, "fp32", 80, 16, 4, 20, 144),
     "all kept": all_kept_case,
     "none kept": none_kept_case,
     "long": long_case,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from typing import Any
 
 import interpreter
 import pytest
@@ -34,14 +35,14 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 5e-3}
 LSE_TOLERANCE = 1e-5
 
 
-def ragged(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> Cache:
+def ragged(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0, *, value_dim: int = 0) -> Cache:
     """k, v, table, lens of a cache in shuffled pages; slots and pages that the kernel must not read are NaN."""
     rng = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lens, dtype=torch.int32)
     used = -(-counts // PAGE)
     spare = 2
     pool = int(used.sum()) + spare
-    k, v = (torch.full((pool, PAGE, dim), math.nan, dtype=dtype) for _ in "kv")
+    k, v = (torch.full((pool, PAGE, width), math.nan, dtype=dtype) for width in (dim, value_dim or dim))
     order = torch.randperm(pool, generator=rng).int()
     table = torch.zeros(*counts.shape, int(used.max()), dtype=torch.int32)
     first = 0
@@ -52,7 +53,7 @@ def ragged(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -
         for i, page in enumerate(pages.tolist()):
             kept = min(PAGE, n - i * PAGE)
             k[page, :kept] = torch.randn(kept, dim, generator=rng).to(dtype)
-            v[page, :kept] = torch.randn(kept, dim, generator=rng).to(dtype)
+            v[page, :kept] = torch.randn(kept, v.shape[2], generator=rng).to(dtype)
     return k, v, table, counts
 
 
@@ -82,6 +83,26 @@ def grid_case(dtype: str, batch: int, group: int, dim: int, pool: str = "", devi
     q = queries(batch, lens.shape[1] * group, dim, DTYPES[dtype])
     o, lse = decode(*(x.to(device) for x in (q, *cache)), dim**-0.5, splits=3)
     return errors((o.cpu(), lse.cpu()), reference(q, *cache, dim**-0.5))
+
+
+def variant_case(
+    dtype: str,
+    dim: int,
+    value_dim: int,
+    cap: float | None = None,
+    latent: bool = False,
+    codes: bool = False,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """What models other than Llama have: capped logits, keys wider or narrower than values, latents."""
+    k, v, table, lens = ragged([LENGTHS], dim, DTYPES[dtype], value_dim=value_dim)
+    k, v = (fp8.encode(x) if codes else x for x in (k, v))
+    k, v = (x.to(device) for x in (k, v))
+    cache = (k, k[..., :value_dim] if latent else v, table.to(device), lens.to(device))
+    # Logits up to about 4, twice the smallest cap.
+    q = (2 * queries(1, 3 * len(LENGTHS), dim, DTYPES[dtype])).to(device)
+    o, lse = decode(q, *cache, dim**-0.5, cap, splits=3)
+    return errors((o.cpu(), lse.cpu()), tuple(x.cpu() for x in reference(q, *cache, dim**-0.5, cap)))
 
 
 def splits_case(splits: int) -> dict[str, float]:
@@ -178,6 +199,19 @@ GRID: dict[str, tuple[str, int, int, int] | tuple[str, int, int, int, str]] = {
     "-".join([interpreter.LABELS[case[0]], f"B{case[1]}", f"G{case[2]}", f"D{case[3]}", *case[4:]]): case
     for case in (*PAIRS, *ODD, *CODES)
 }
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "cap-D64": ("fp32", 64, 64, 2.0),
+    "cap-D128": ("fp16", 128, 128, 2.0),
+    "cap-fp8": ("fp32", 64, 64, 2.0, False, True),
+    "D48-E32": ("fp32", 48, 32),
+    "D192-E128": ("fp16", 192, 128),
+    "D192-E128-fp8": ("fp16", 192, 128, None, False, True),
+    "D80-E144": ("fp32", 80, 144),
+    "latent-D48-E32": ("fp32", 48, 32, None, True),
+    "latent-D576-E512": ("fp16", 576, 512, None, True),
+    "latent-D576-E512-cap": ("fp32", 576, 512, 2.0, True),
+    "latent-D576-E512-fp8": ("fp16", 576, 512, None, True, True),
+}
 PROPERTIES: dict[str, Callable[[], dict[str, float]]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16, 128)},
     "permuted": permuted_case,
@@ -188,25 +222,29 @@ PROPERTIES: dict[str, Callable[[], dict[str, float]]] = {
 }
 
 
-CASES: dict[str, Callable[[], dict[str, float]]] = {n: partial(grid_case, *c) for n, c in GRID.items()} | PROPERTIES
+CASES: dict[str, Callable[[], dict[str, float]]] = {
+    **{n: partial(grid_case, *c) for n, c in GRID.items()},
+    **{n: partial(variant_case, *c) for n, c in VARIANTS.items()},
+    **PROPERTIES,
+}
 
 
 # --- tests --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("case", [*GRID, *VARIANTS])
 def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], dict[str, float]]) -> None:
     error = interpreted(case)
-    assert error["o"] <= TOLERANCE[GRID[case][0]]
+    assert error["o"] <= TOLERANCE[(GRID | VARIANTS)[case][0]]
     assert error["lse"] <= LSE_TOLERANCE
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", GRID)
+@pytest.mark.parametrize("case", [*GRID, *VARIANTS])
 def test_compiled_kernels_agree_with_the_reference(case: str) -> None:
-    error = grid_case(*GRID[case], device="cuda")
-    assert error["o"] <= TOLERANCE[GRID[case][0]]
+    error = CASES[case](device="cuda")  # type: ignore[call-arg]
+    assert error["o"] <= TOLERANCE[(GRID | VARIANTS)[case][0]]
     assert error["lse"] <= LSE_TOLERANCE
 
 
@@ -274,7 +312,8 @@ BAD: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], str]] = {
     "head dim": ({"q": lambda q: q[..., :60]}, r"multiple of 16 up to 256, got \(1, 4, 60\)"),
     "dtypes": ({"q": Tensor.half}, "q, k, v must share .* got torch.float16"),
     "double": ({"q": Tensor.double, "k": Tensor.double, "v": Tensor.double}, "got torch.float64"),
-    "page size": ({"k": lambda k: k[:, :32]}, r"must be \[P, 64, 64\], got \(4, 32, 64\)"),
+    "page size": ({"k": lambda k: k[:, :32]}, r"must be \[P, 64, 64\] and .*, got \(4, 32, 64\)"),
+    "value dim": ({"v": lambda v: v[..., :60]}, r"multiple of 16 up to 256, .* and values of 60"),
     "v shape": ({"v": lambda v: v[:1]}, r"got \(4, 64, 64\) and \(1, 64, 64\)"),
     "table dtype": ({"table": Tensor.long}, "table and lens must be torch.int32, got torch.int64"),
     "table batch": ({"table": lambda t: t.repeat(2, 1, 1)}, r"must be \[1, Hkv, M\].*got \(2, 2, 2\)"),

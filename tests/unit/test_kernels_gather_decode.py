@@ -42,12 +42,12 @@ GPU_TOLERANCE = TOLERANCE | {"bf16": 1e-2}
 LSE_TOLERANCE = 1e-5
 
 
-def cache(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> PagedKV:
+def cache(lens: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0, *, value_dim: int = 0) -> PagedKV:
     """Heads that keep `lens` slots of one context, in order."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor(lens)
     shape = (*counts.shape, max(1, int(counts.max())))
-    k, v = (torch.randn(*shape, dim, generator=generator).to(dtype) for _ in range(2))
+    k, v = (torch.randn(*shape, width, generator=generator).to(dtype) for width in (dim, value_dim or dim))
     return PagedKV.gather(k, v, torch.rand(shape, generator=generator).argsort(-1).argsort(-1) < counts[..., None])
 
 
@@ -104,6 +104,16 @@ def grid_case(dtype: str, unit: int, batch: int, shared: int, group: int, dim: i
     return errors(gather_decode(*on_device, splits=2), reference(*args))  # type: ignore[arg-type]
 
 
+def variant_case(dtype: str, dim: int, value_dim: int, cap: float | None = None, device: str = "cpu") -> Case:
+    """Capped logits, and keys and values of different widths."""
+    kv = shuffled(cache([LENGTHS], dim, DTYPES[dtype], value_dim=value_dim))
+    # Logits up to about 4, twice the cap.
+    q = 2 * queries(2, 3 * len(LENGTHS), dim, DTYPES[dtype])
+    args = q, kv.k, kv.v, kv.table, kv.lens, choose(kv, 2, 16, 6), 16, 63, dim**-0.5, cap
+    on_device = [x.to(device) if isinstance(x, Tensor) else x for x in args]
+    return errors(gather_decode(*on_device, splits=2), reference(*args))  # type: ignore[arg-type]
+
+
 def splits_case(splits: int) -> Case:
     kv = shuffled(cache([[300, 40, 0]], 64, torch.float32))
     args = queries(2, 6, 64, torch.float32), kv.k, kv.v, kv.table, kv.lens, choose(kv, 2, 7, 20), 7, 40, 0.125
@@ -117,6 +127,14 @@ def permuted_case() -> Case:
     args = q, kv.k, kv.v, kv.table, kv.lens
     permuted = gather_decode(*args, chosen[..., torch.randperm(90)], 1, 40, 0.125)
     return errors(permuted, gather_decode(*args, chosen, 1, 40, 0.125))
+
+
+def strided_case() -> Case:
+    """Values side by side with others in one pool."""
+    kv = shuffled(cache([[300, 40]], 64, torch.float32))
+    q, rest = queries(1, 6, 64, torch.float32), (kv.table, kv.lens, choose(kv, 1, 7, 20), 7, 40, 0.125)
+    strided = gather_decode(q, kv.k, torch.stack([kv.v, kv.v], 1)[:, 0], *rest)
+    return errors(strided, gather_decode(q, kv.k, kv.v, *rest))
 
 
 def short_unit_case() -> Case:
@@ -181,6 +199,12 @@ GRID = {
     ]
     + [("fp32", 5, 1, 1, 17, 96), ("fp16", 1, 1, 1, 2, 256), ("bf16", 16, 1, 1, 4, 64), ("bf16", 1, 2, 1, 3, 128)]
 }
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "cap-D64": ("fp32", 64, 64, 2.0),
+    "cap-D128": ("fp16", 128, 128, 2.0),
+    "D48-E32-cap": ("fp32", 48, 32, 2.0),
+    "D192-E128": ("fp16", 192, 128),
+}
 STEPS = {
     f"step {case[0]}-unit{case[1]}-B{case[2]}-shared{case[3]}": case
     for case in product(["fp32", "fp16"], [1, 16], [1, 2], [1, 2])
@@ -188,6 +212,7 @@ STEPS = {
 PROPERTIES: dict[str, Callable[[], Case]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 128)},
     "permuted": permuted_case,
+    "strided": strided_case,
     "short unit": short_unit_case,
     "hypothesis": hypothesis_case,
 }
@@ -195,6 +220,7 @@ PROPERTIES: dict[str, Callable[[], Case]] = {
 
 CASES: dict[str, Callable[[], Case]] = {
     **{name: partial(grid_case, *case) for name, case in GRID.items()},
+    **{name: partial(variant_case, *case) for name, case in VARIANTS.items()},
     **{name: partial(step_case, *case) for name, case in STEPS.items()},
     **PROPERTIES,
 }
@@ -220,7 +246,7 @@ for name, dims in variant.USED_HEAD_DIMS.items():
                 chosen = topk._launch(scores.flatten(0, 1), sizes.flatten(), 48 // index.unit)
                 chosen = chosen.view(rows, heads, -1)
                 for splits in (1, 16, 17):
-                    gather_decode._launch(q, pool, pool, table, lens, chosen, index.unit, 50, 0.1, splits)
+                    gather_decode._launch(q, pool, pool, table, lens, chosen, index.unit, 50, 0.1, None, splits)
 report(v for module in (scan, topk, gather_decode) for v in module.variants())
 """
 
@@ -232,7 +258,7 @@ def assert_close(error: Case, dtype: str, tolerance: dict[str, float] = TOLERANC
 
 @pytest.mark.parametrize("case", CASES)
 def test_kernels_agree_with_the_reference(case: str, interpreted: Callable[[str], Case]) -> None:
-    dtypes = {name: str(row[0]) for name, row in [*GRID.items(), *STEPS.items()]}
+    dtypes = {name: str(row[0]) for name, row in [*GRID.items(), *VARIANTS.items(), *STEPS.items()]}
     assert_close(interpreted(case), dtypes.get(case, "fp32"))
 
 
@@ -294,7 +320,7 @@ BAD: dict[str, tuple[Case, str]] = {
     "q axes": ({"q": lambda q: q[:, None]}, r"q must have 3 axes, got shape \(2, 1, 4, 64\)"),
     "head dim": ({"q": lambda q: q[..., :60]}, r"multiple of 16 up to 256, got \(2, 4, 60\)"),
     "dtypes": ({"q": Tensor.half}, "q, k, v must share .* got torch.float16"),
-    "page size": ({"k": lambda k: k[:, :32]}, r"must be \[P, 64, 64\], got \(4, 32, 64\)"),
+    "page size": ({"k": lambda k: k[:, :32]}, r"must be \[P, 64, 64\] and .*, got \(4, 32, 64\)"),
     "group": ({"q": lambda q: q[:, :3]}, r"Hkv of 3, got \(1, 2\)"),
     "table": ({"table": lambda t: t[:, :1]}, r"table must be \[1, 2, M\] as lens, got \(1, 1, 2\)"),
     "chosen": ({"chosen": lambda c: c[:1]}, r"chosen must be \[2, 2, C\], C at least 1, got \(1, 2, 10\)"),
@@ -303,7 +329,6 @@ BAD: dict[str, tuple[Case, str]] = {
     "chosen layout": ({"chosen": lambda c: c.mT.contiguous().mT}, "last axis of chosen must be contiguous"),
     "lens layout": ({"lens": lambda n: n.expand(2, -1), "table": lambda t: t.expand(2, -1, -1)}, "got strides"),
     "device": ({"k": lambda k: k.to("meta")}, "k must be on q's device, cpu, got meta"),
-    "strides": ({"v": lambda v: torch.stack([v, v], 1)[:, 0]}, "k and v must have the same strides"),
     "unit": ({"unit": lambda _: 0}, "unit must be at least 1 and budget at least 0, got 0 and 40"),
     "splits": ({"splits": lambda _: 129}, "splits must be 1 to 128, got 129"),
 }

@@ -37,11 +37,12 @@ TOLERANCE = {"fp32": 1e-5, "fp16": 2e-3, "bf16": 2e-2}
 LSE_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-4, "bf16": 4e-3}
 
 
-def cache(counts: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0) -> PagedKV:
+def cache(counts: list[list[int]], dim: int, dtype: torch.dtype, seed: int = 0, *, value_dim: int = 0) -> PagedKV:
     """Random slots; the keys have channels far from zero, as those of models do."""
     rng = torch.Generator().manual_seed(seed)
-    shape = (len(counts), len(counts[0]), max(map(max, counts)) + 1, dim)
-    k, v, offset = (torch.randn(s, generator=rng) for s in (shape, shape, (*shape[:2], 1, dim)))
+    shape = (len(counts), len(counts[0]), max(map(max, counts)) + 1)
+    sizes = (*shape, dim), (*shape, value_dim or dim), (*shape[:2], 1, dim)
+    k, v, offset = (torch.randn(size, generator=rng) for size in sizes)
     keep = torch.arange(shape[2]) < torch.tensor(counts)[..., None]
     return PagedKV.gather((k + 4 * offset).to(dtype), v.to(dtype), keep)
 
@@ -101,19 +102,26 @@ def worst(*measured: Error) -> Error:
 
 
 def grid_case(
-    dtype: str, group: int, dim: int, bits: tuple[int, int], lengths: list[int] = LENGTHS, device: str = "cpu"
+    dtype: str,
+    group: int,
+    dim: int,
+    bits: tuple[int, int],
+    lengths: list[int] = LENGTHS,
+    value_dim: int = 0,
+    cap: float | None = None,
+    device: str = "cpu",
 ) -> Error:
     """Pages alone against the reference; pages with the newest slots against attention over the dequantized cache."""
-    kv = shuffled(QuantKV.quantize(cache([lengths], dim, DTYPES[dtype]), *bits, residual=0))
+    kv = shuffled(QuantKV.quantize(cache([lengths], dim, DTYPES[dtype], value_dim=value_dim), *bits, residual=0))
     q = queries(1, len(lengths) * group, dim, DTYPES[dtype])
     scaling = 0.3 * dim**-0.5
     moved = on(kv, device)
-    pages = decode_pages(q.to(device), *of_pages(moved), scaling, splits=3)
-    whole = decode_quantised(q.to(device), moved, scaling)
+    pages = decode_pages(q.to(device), *of_pages(moved), scaling, cap, splits=3)
+    whole = decode_quantised(q.to(device), moved, scaling, cap)
     # Slots that are not in pages are compared in float32: q and they are exact in it.
     new = replace(kv.residual, k=kv.residual.k.float(), v=kv.residual.v.float())
-    want = reference(q, *of_pages(kv), scaling)
-    o, lse = new.attend(q.float()[:, :, None], scaling)
+    want = reference(q, *of_pages(kv), scaling, cap)
+    o, lse = new.attend(q.float()[:, :, None], scaling, cap)
     want_whole = merge.reference(want[0][:, :, None], want[1][..., None], (o[:, :, 0], lse[:, :, 0]))
     return worst(errors(pages, want), errors(whole, want_whole))
 
@@ -180,7 +188,7 @@ def hypothesis_case() -> Error:
 SHORT = [0, 63, 64, 130]
 # Every G and every D in both dtypes, every number of bits on both sides; then padded and the widest head_dim, more
 # query heads than one tile, bfloat16 (float32 arithmetic in the interpreter).
-GRID = {
+GRID: dict[str, tuple[Any, ...]] = {
     f"{interpreter.LABELS[dtype]}-G{group}-D{dim}-kv{bits[0]}v{bits[1]}": (dtype, group, dim, bits, lengths)
     for dtype, group, dim, bits, lengths in [
         ("fp32", 1, 64, (8, 4), LENGTHS),
@@ -198,6 +206,15 @@ GRID = {
         ("bf16", 4, 64, (8, 2), SHORT),
         ("bf16", 2, 128, (16, 2), SHORT),
     ]
+} | {
+    # Capped logits (of about 1.5 at most, with the offsets of the keys), and keys wider and narrower than values.
+    "cap-D64": ("fp32", 3, 64, (4, 4), SHORT, 64, 1.0),
+    "cap-D128": ("fp16", 2, 128, (2, 8), SHORT, 128, 1.0),
+    "cap-16-bit-keys": ("fp32", 2, 64, (16, 4), SHORT, 64, 1.0),
+    "D48-E32": ("fp32", 2, 48, (4, 2), SHORT, 32),
+    "D80-E144": ("fp32", 2, 80, (8, 4), SHORT, 144, 1.0),
+    "D192-E128": ("fp16", 3, 192, (4, 4), SHORT, 128),
+    "D64-E32-16-bit-values": ("fp32", 2, 64, (2, 16), SHORT, 32),
 }
 PROPERTIES: dict[str, Callable[[], Error]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 7)},
@@ -324,16 +341,16 @@ def pool(bits, dim, dtype, keys):
     return Pool(bits, torch.empty(5, *words, dtype=torch.int32), *(torch.empty(5, *group, dtype=stored) for _ in "sz"))
 
 merge.merge = lambda *args: None
-for name, dims in variant.USED_HEAD_DIMS.items():
+gated = quant_decode.GATED_BITS
+cases = [(name, dim, dim, bits, None) for name, dim in variant.head_dims() for bits in gated[name]]
+for name, dim, value_dim, bits, cap in [*cases, ("bf16", 256, 256, (4, 4), 50.0), ("bf16", 192, 128, (4, 4), None)]:
     dtype = variant.TORCH[name]
-    for dim in dims:
-        for bits in quant_decode.GATED_BITS[name]:
-            k, v = (pool(b, dim, dtype, keys) for b, keys in zip(bits, (True, False)))
-            for batch, kv_heads, group, pages in [(1, 1, 1, 1), (1, 8, 4, 16), (2, 4, 3, 17), (2, 16, 8, 33)]:
-                q = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
-                table, lens = (torch.zeros(batch, kv_heads, *x, dtype=torch.int32) for x in ((pages,), ()))
-                for splits in (1, 2, 16, 17):
-                    quant_decode._launch(q, k, v, table, lens, lens, 0.1, None, splits)
+    k, v = pool(bits[0], dim, dtype, True), pool(bits[1], value_dim, dtype, False)
+    for batch, kv_heads, group, pages in [(1, 1, 1, 1), (1, 8, 4, 16), (2, 4, 3, 17), (2, 16, 8, 33)]:
+        q = torch.empty(batch, kv_heads * group, dim, dtype=dtype)
+        table, lens = (torch.zeros(batch, kv_heads, *x, dtype=torch.int32) for x in ((pages,), ()))
+        for splits in (1, 2, 16, 17):
+            quant_decode._launch(q, k, v, table, lens, lens, 0.1, cap, None, splits)
 report(quant_decode.variants())
 """
 

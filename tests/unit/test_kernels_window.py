@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import interpreter
 import pytest
@@ -20,6 +21,8 @@ from torch import Tensor
 from lceval.kernels import launch
 from lceval.kernels.softmax import Softmax
 from lceval.kernels.window import received, reference, window_scores
+
+PLAIN = Softmax(0.125)
 
 LENGTHS = [0, 1, 15, 17, 63, 64, 65, 260]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -51,23 +54,31 @@ def error(got: Tensor, want: Tensor) -> float:
     return float(((got.cpu() - want).abs().amax(-1) / most).max())
 
 
-def grid_case(dtype: str, group: int, dim: int, tokens: int, device: str = "cpu") -> float:
+def softmax_of(dim: int, heads: int, cap: float | None, sinks: bool) -> Softmax:
+    sink = torch.linspace(-2, 5, heads) if sinks else None
+    return Softmax(dim**-0.5, cap, sink)
+
+
+def grid_case(
+    dtype: str, group: int, dim: int, tokens: int, cap: float | None = None, sinks: bool = False, device: str = "cpu"
+) -> float:
     """Every length, `tokens` queries or as many as there are, mean and sum in turn."""
     worst = 0.0
     for i, length in enumerate(LENGTHS):
         q, k = tensors(2 - i % 2, 2, group, min(tokens, length), length, dim, dtype)
-        want = reference(q, k, Softmax(dim**-0.5))
+        softmax = softmax_of(dim, q.shape[1], cap, sinks)
+        want = reference(q, k, softmax)
         if length % 4 == 0:
-            got = received(q.to(device), k.to(device), dim**-0.5, splits=(None, 3)[i % 2])
+            got = received(q.to(device), k.to(device), softmax, splits=(None, 3)[i % 2])
         else:
-            got = window_scores(q.to(device), k.to(device), dim**-0.5) * q.shape[2]
+            got = window_scores(q.to(device), k.to(device), softmax) * q.shape[2]
         worst = max(worst, error(got, want))
     return worst
 
 
 def splits_case(splits: int) -> float:
     q, k = tensors(1, 2, 3, 64, 300, 64, "fp16")
-    return error(received(q, k, 0.125, splits=splits), received(q, k, 0.125, splits=1))
+    return error(received(q, k, PLAIN, splits=splits), received(q, k, PLAIN, splits=1))
 
 
 def chunked_case() -> float:
@@ -75,14 +86,14 @@ def chunked_case() -> float:
     q, k = tensors(1, 2, 3, 300, 300, 64, "fp16")
     total = torch.zeros(1, 2, 300)
     for start, end in ((0, 7), (7, 130), (130, 300)):
-        total[..., :end] += received(q[:, :, start:end], k[:, :, :end], 0.125)
-    return error(total, received(q, k, 0.125))
+        total[..., :end] += received(q[:, :, start:end], k[:, :, :end], PLAIN)
+    return error(total, received(q, k, PLAIN))
 
 
 def sharp_case() -> float:
     """Logits of up to 40, whose rounding is most of the error: most weights are zeros or ones."""
     q, k = tensors(1, 2, 2, 40, 200, 64, "fp32")
-    return error(received(q * 3, k * 3, 0.125), reference(q * 3, k * 3, Softmax(0.125)))
+    return error(received(q * 3, k * 3, PLAIN), reference(q * 3, k * 3, PLAIN))
 
 
 def hypothesis_case() -> float:
@@ -99,7 +110,7 @@ def hypothesis_case() -> float:
     )
     def run(length: int, tokens: int, group: int, dim: int, splits: int | None) -> None:
         q, k = tensors(1, 2, group, min(length, tokens), length, dim, "fp32")
-        got = received(q, k, 0.2, splits=splits)
+        got = received(q, k, Softmax(0.2), splits=splits)
         worst.append(error(got, reference(q, k, Softmax(0.2))))
         torch.testing.assert_close(got.sum(-1), torch.full((1, 2), float(q.shape[2])), rtol=1e-5, atol=0)
 
@@ -108,13 +119,19 @@ def hypothesis_case() -> float:
 
 
 # Every dtype with every G, and with every D. The interpreter takes a millisecond a tile, and float32's tiles are small.
-GRID = {
+GRID: dict[str, tuple[Any, ...]] = {
     f"{dtype}-G{group}-D{dim}-T{tokens}": (dtype, group, dim, tokens)
     for dtype, *counts in (("fp32", 12, 1, 17, 5), ("fp16", 64, 1, 17, 40))
     for group, dim, tokens in zip((1, 3, 4, 8), (64, 128, 64, 128), counts, strict=True)
 } | {
     f"{interpreter.LABELS[c[0]]}-G{c[1]}-D{c[2]}": c
     for c in (("fp16", 4, 96, 64), ("fp16", 2, 256, 64), ("bf16", 4, 128, 9))
+}
+# Capped logits, learned sinks, both.
+GRID |= {
+    "cap-D64": ("fp16", 3, 64, 20, 0.5),
+    "sinks-D64": ("fp32", 4, 64, 17, None, True),
+    "cap-sinks-D80": ("fp32", 3, 80, 9, 0.5, True),
 }
 PROPERTIES: dict[str, Callable[[], float]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 5, 16)},
@@ -158,13 +175,13 @@ def test_reference_equals_what_the_policies_compute(length: int, tokens: int, gr
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cpu_tensors_take_the_reference(dtype: str) -> None:
     q, k = tensors(1, 2, 3, 10, 100, 64, dtype)
-    assert torch.equal(received(q, k, 0.125), reference(q, k, Softmax(0.125)))
-    assert torch.equal(window_scores(q, k, 0.125), reference(q, k, Softmax(0.125)) / 10)
+    assert torch.equal(received(q, k, PLAIN), reference(q, k, PLAIN))
+    assert torch.equal(window_scores(q, k, PLAIN), reference(q, k, PLAIN) / 10)
 
 
 def test_no_queries_give_zeros() -> None:
     q, k = tensors(2, 2, 3, 0, 70, 64, "fp32")
-    assert torch.equal(window_scores(q, k, 0.125), torch.zeros(2, 2, 70))
+    assert torch.equal(window_scores(q, k, PLAIN), torch.zeros(2, 2, 70))
 
 
 BAD: dict[str, tuple[dict[str, Callable[[Tensor], Tensor]], str]] = {
@@ -185,7 +202,7 @@ def test_a_bad_argument_is_refused_with_its_shape(case: str) -> None:
     args = dict(zip("qk", tensors(1, 2, 2, 10, 100, 64, "fp32"), strict=True))
     args |= {name: change(args[name]) for name, change in changes.items()}
     with pytest.raises(ValueError, match=message):
-        received(args["q"], args["k"], 0.125)
+        received(args["q"], args["k"], PLAIN)
 
 
 if __name__ == "__main__":

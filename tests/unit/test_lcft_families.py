@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import families
 import pytest
 import torch
-from lm_eval.api.instance import Instance
+from answers import QUESTIONS, answered, assert_equal
 from lm_eval.models.huggingface import HFLM
 from tiny_models import save_tokenizer
 
+from lceval.cli import invoke
 from lceval.models import attention
 from lceval.models.lcft import LCFT
 
 FAMILIES = ["qwen3_5_text", "nemotron_h", "falcon_h1", "lfm2", "gpt_oss", "gemma2", "gemma3n_text", "llama4_text"]
 FAMILIES += ["deepseek_v3", "kimi_linear"]
-QUESTIONS = [(90, "w7 w8 w9"), (90, "w4"), (90, "w5 w6 w7 w8 w9 w10"), (61, "w3 w2"), (61, "w8 w9 w1 w5")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -25,33 +28,6 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     path: Path = tmp_path_factory.mktemp("models") / request.param
     families.model(request.param).save_pretrained(path)
     return save_tokenizer(path)
-
-
-def requests(method: str) -> list[Instance]:
-    """Questions of different lengths on two contexts."""
-    instances = []
-    for number, (tokens, question) in enumerate(QUESTIONS):
-        context = " ".join(f"w{3 + (n * n + tokens) % 96}" for n in range(tokens))
-        doc = {"context": context, "docs": [{"pid": "a", "text": context}], "gold_pids": ["a"], "answers": ["w5 w9"]}
-        prompt = f"{context} {question}"
-        if method == "generate_until":
-            arguments: list[Any] = [{"max_gen_toks": 6, "until": []}]
-        else:
-            arguments = [" w3 w4", " w5"]
-        instances += [Instance(method, doc, (prompt, x), i, ("t", number, 1)) for i, x in enumerate(arguments)]
-    return instances
-
-
-def answered(model: Any, method: str) -> list[Any]:
-    return list(getattr(model, method)(requests(method), disable_tqdm=True))
-
-
-def assert_equal(ours: list[Any], theirs: list[Any], method: str) -> None:
-    if method == "generate_until":
-        assert [str(text) for text in ours] == [str(text) for text in theirs]
-    else:
-        assert [score for score, _ in ours] == pytest.approx([score for score, _ in theirs], abs=1e-3)
-        assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
 @pytest.mark.parametrize("method", ["generate_until", "loglikelihood"])
@@ -107,6 +83,37 @@ def test_the_text_model_of_a_multimodal_checkpoint_answers(family: str, tmp_path
     assert len(answers) == len(QUESTIONS)
     assert all(answer.meta["kv"]["status"] == "ok" for answer in answers)
     assert all(0.4 < answer.meta["kv"]["kept_share"] < 1 for answer in answers)
+
+
+def command_line(whole: Any, folder: Path) -> list[str]:
+    """The arguments of a run of a multimodal model, which is saved in `folder`."""
+    whole.save_pretrained(folder / "model")
+    # The contexts are longer than these small models' positions.
+    arguments = f"pretrained={folder / 'model'},tokenizer={save_tokenizer(folder / 'tokenizer')},max_length=4096"
+    line = ["--model", "lcft", "--model_args", f"{arguments},kv=snapkv:0.5", "--tasks", "lc_filings_ao_1k"]
+    return [*line, "--limit", "2", "--gen_kwargs", "max_gen_toks=8", "--device", "cpu", "--output_path"]
+
+
+def responses(folder: Path) -> list[Any]:
+    (file,) = folder.rglob("samples_*.jsonl")
+    return [json.loads(line)["resps"] for line in file.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("family", families.MULTIMODAL)
+def test_a_multimodal_checkpoint_runs_from_its_folder(family: str, tmp_path: Path, capfd: Any) -> None:
+    line = command_line(families.multimodal(family), tmp_path)
+    assert invoke(["run", *line, str(tmp_path / "run")]) == 0
+    assert len(responses(tmp_path / "run")) == 2
+    assert "snapkv:0.5" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_lm_eval_itself_runs_a_multimodal_checkpoint_from_its_folder(tmp_path: Path) -> None:
+    line = command_line(families.multimodal("gemma3"), tmp_path)
+    command = [sys.executable, "-m", "lm_eval", *line, str(tmp_path / "run"), "--log_samples"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert len(responses(tmp_path / "run")) == 2
 
 
 def has_states(folder: str) -> bool:
