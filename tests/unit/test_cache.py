@@ -165,9 +165,9 @@ def test_every_kind_of_context_is_decoded_through_its_kernel(tiny: Any, recipe: 
         kinds = {type(layer.kv if isinstance(layer, Rotated) else layer) for layer in context.layers}
         for kind in kinds if kernels else ():
             # Called for everything that has no kernel.
-            def attend(kv: Any, q: Tensor, scaling: float, original: Any = kind.attend) -> Any:
+            def attend(kv: Any, q: Tensor, *softmax: Any, original: Any = kind.attend) -> Any:
                 torch_tokens.append(q.shape[2])
-                return original(kv, q, scaling)
+                return original(kv, q, *softmax)
 
             monkeypatch.setattr(kind, "attend", attend)
         cache = context.fork(6, kernels=kernels)
