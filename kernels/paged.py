@@ -308,12 +308,8 @@ def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple
     q: [B, H, T, D]. `kv` has B sequences, or one that all B share.
     Returns o [B, H, T, D] in q's dtype and lse [B, H, T] float32 (natural log; zeros and -inf over an empty head).
     """
-    batch, heads, tokens, dim = q.shape
     sequences, kv_heads = kv.lens.shape
-    group = heads // kv_heads
-    # Rows with the same keys are adjacent: [sequences * Hkv, rows, D].
-    rows = q.reshape(sequences, batch // sequences, kv_heads, group, tokens, dim).transpose(1, 2)
-    rows = rows.reshape(sequences * kv_heads, -1, dim)
+    rows = folded(q, sequences, kv_heads)
     o = rows.new_empty(*rows.shape[:2], kv.value_dim)
     lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
     if isinstance(kv, PagedKV) and len(set(kv.counts)) == 1:
@@ -325,11 +321,20 @@ def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple
             k, v = kv.head(row)
             one = slice(row, row + 1)
             _attend_rows(rows[one], k[None], v[None], scaling, cap, o[one], lse[one])
-    shape = (sequences, kv_heads, batch // sequences, group, tokens)
-    return (
-        o.view(*shape, -1).transpose(1, 2).reshape(batch, heads, tokens, -1),
-        lse.view(shape).transpose(1, 2).reshape(batch, heads, tokens),
-    )
+    return unfolded(o, q.shape, kv_heads), unfolded(lse[..., None], q.shape, kv_heads)[..., 0]
+
+
+def folded(x: Tensor, sequences: int, kv_heads: int) -> Tensor:
+    """[B', H, T, C] to [sequences * Hkv, rows, C]: rows with the same keys are adjacent."""
+    batch, heads, tokens, last = x.shape
+    x = x.reshape(sequences, batch // sequences, kv_heads, heads // kv_heads, tokens, last)
+    return x.transpose(1, 2).reshape(sequences * kv_heads, -1, last)
+
+
+def unfolded(x: Tensor, shape: torch.Size, kv_heads: int) -> Tensor:
+    """The inverse of `folded`: [sequences * Hkv, rows, C] to [B', H, T, C], where `shape` is that of q."""
+    x = x.view(x.shape[0] // kv_heads, kv_heads, -1, shape[1] // kv_heads, shape[2], x.shape[-1])
+    return x.transpose(1, 2).reshape(*shape[:3], x.shape[-1])
 
 
 def _attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:

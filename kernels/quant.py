@@ -309,14 +309,14 @@ class QuantKV:
         if not any(self.pages):
             return o, lse
         shape = self.lens.shape
-        rows, row_o, row_lse = (_rows(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
+        rows, row_o, row_lse = (paged.folded(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
         for heads, k, v in self._heads():
             # Scores of a long question are computed in blocks of pages, as many as paged.MAX_SCORES allows.
             for span in _spans(k.words.shape[1], paged.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
                 part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span), self.value_dim, cap)
                 row_o[heads] = paged.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
                 row_lse[heads, :, 0] = torch.logaddexp(part_lse, row_lse[heads, :, 0])
-        return _unrows(row_o, q.shape, shape[1]).to(q.dtype), _unrows(row_lse, q.shape, shape[1])[..., 0]
+        return paged.unfolded(row_o, q.shape, shape[1]).to(q.dtype), paged.unfolded(row_lse, q.shape, shape[1])[..., 0]
 
     def _heads(self) -> Iterator[tuple[slice, Pool, Pool]]:
         """Rows and their pages: all at once if every head has the same number, else one head at a time."""
@@ -386,19 +386,6 @@ def _spans(pages: int, limit: int) -> list[slice]:
     """Slices of at most `limit` pages, of nearly equal size."""
     step = -(-pages // -(-pages // max(1, limit)))
     return [slice(start, min(start + step, pages)) for start in range(0, pages, step)]
-
-
-def _rows(x: Tensor, sequences: int, kv_heads: int) -> Tensor:
-    """[B', H, T, C] to [sequences * Hkv, rows, C]: rows with the same keys are adjacent."""
-    batch, heads, tokens, last = x.shape
-    x = x.reshape(sequences, batch // sequences, kv_heads, heads // kv_heads, tokens, last)
-    return x.transpose(1, 2).reshape(sequences * kv_heads, -1, last)
-
-
-def _unrows(x: Tensor, shape: torch.Size, kv_heads: int) -> Tensor:
-    """The inverse of `_rows`: [sequences * Hkv, rows, C] to [B', H, T, C], where `shape` is that of q."""
-    x = x.view(x.shape[0] // kv_heads, kv_heads, -1, shape[1] // kv_heads, shape[2], x.shape[-1])
-    return x.transpose(1, 2).reshape(*shape[:3], x.shape[-1])
 
 
 def _table(pages: Sequence[int], lens: Tensor) -> Tensor:

@@ -226,37 +226,31 @@ def split_constants(
 def decode_quantised(q: Tensor, kv: QuantKV, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
     """As `QuantKV.attend` for one token: attention over the quantized pages and the newest slots together.
 
-    On CUDA three launches (four if the residual is long), without waiting for the device. Rows that share a sequence
-    are processed together, as additional query heads.
+    On CUDA three launches (four if the residual is long), without waiting for the device.
 
     Args:
-        q: [B', H, D] in the model's dtype; B' = B or, if sequences are shared, R consecutive rows for each of B.
+        q: [B, H, D] in the model's dtype, any G = H // Hkv.
         kv: the quantized slots of B sequences.
         scaling, cap: as in `Softmax`.
 
     Returns:
-        o [B', H, E] in q's dtype and lse [B', H] float32 (natural log; zeros and -inf for empty heads).
+        o [B, H, E] in q's dtype and lse [B, H] float32 (natural log; zeros and -inf for empty heads).
 
     Raises:
         ValueError: a shape, dtype, device or layout that does not fit.
         RuntimeError: CUDA tensors without triton installed.
     """
     sequences, kv_heads = kv.lens.shape
-    if q.ndim != 3 or q.shape[0] % max(1, sequences) or q.shape[1] % max(1, kv_heads):
-        raise ValueError(f"q must be [B', H, D], multiples of {sequences} and {kv_heads}, got {tuple(q.shape)}")
+    if q.ndim != 3 or q.shape[0] != sequences or q.shape[1] % max(1, kv_heads):
+        raise ValueError(f"q must be [{sequences}, H, D], H a multiple of {kv_heads}, got {tuple(q.shape)}")
     if not runs_kernels(q, "decoding"):
         o, lse = kv.attend(q[:, :, None], scaling, cap)
         return o[:, :, 0], lse[:, :, 0]
-    rows, heads, dim = q.shape
-    shape = (sequences, rows // sequences, kv_heads, heads // kv_heads)
-    q = q.reshape(*shape, dim).transpose(1, 2).reshape(sequences, -1, dim)
     new = kv.residual
-    o, lse = decode.decode(q, new.k, new.v, new.table, new.lens, scaling, cap)
-    if any(kv.pages):
-        o, lse = decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, cap, rest=(o, lse))
-    transposed = (sequences, kv_heads, rows // sequences, heads // kv_heads)
-    o = o.view(*transposed, -1).transpose(1, 2).reshape(rows, heads, -1)
-    return o, lse.view(transposed).transpose(1, 2).reshape(rows, heads)
+    rest = decode.decode(q, new.k, new.v, new.table, new.lens, scaling, cap)
+    if not any(kv.pages):
+        return rest
+    return decode_pages(q, kv.k, kv.v, kv.table, kv.lens, new.lens, scaling, cap, rest=rest)
 
 
 def decode_pages(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from lceval.kernels import decode, gather_decode, launch, paged, quant_decode, scan
+from lceval.kernels import decode, gather_decode, launch, merge, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.rotated import Rotated
 from lceval.models import attention
@@ -155,10 +155,10 @@ STEPS = ["full", "ragged", *KINDS]
 
 @torch.inference_mode()
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the next test runs it where Triton interprets its kernels")
-@pytest.mark.parametrize("recipe", KINDS)
-def test_every_kind_of_context_is_decoded_through_its_kernel(tiny: Any, recipe: str, monkeypatch: Any) -> None:
-    ids = torch.randint(0, 99, (1, 300), generator=torch.Generator().manual_seed(3))
-    questions = torch.randint(0, 99, (2, 6), generator=torch.Generator().manual_seed(4))
+@pytest.mark.parametrize("recipe", STEPS)
+def test_every_kind_of_context_is_read_through_its_kernel(tiny: Any, recipe: str, monkeypatch: Any) -> None:
+    ids = torch.randint(0, 99, (1, 200), generator=torch.Generator().manual_seed(3))
+    questions = torch.randint(0, 99, (2, 3), generator=torch.Generator().manual_seed(4))
     context = compressed(tiny, ids, parse_recipe(recipe))
     answers, torch_tokens = [], []
     for kernels in (False, True):
@@ -172,10 +172,42 @@ def test_every_kind_of_context_is_decoded_through_its_kernel(tiny: Any, recipe: 
             monkeypatch.setattr(kind, "attend", attend)
         cache = context.fork(6, kernels=kernels)
         cache.select([0, 0])
-        tiny(questions[:, :5], cache=cache)
-        answers.append(tiny(questions[:, 5:], cache=cache).logits)
+        answers.append(torch.cat([tiny(part, cache=cache).logits for part in questions.split([2, 1], 1)], 1))
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
-    assert set(torch_tokens) == {5}
+    # Only sparse attention of several tokens has no kernel.
+    assert set(torch_tokens) == ({2} if parse_recipe(recipe).sparse_attention else set())
+
+
+class Launched:
+    """Stands for a kernel and counts its launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.count = kernel, 0
+
+    def __getitem__(self, grid: Any) -> Any:
+        self.count += 1
+        return self.kernel[grid]
+
+
+@torch.inference_mode()
+@pytest.mark.skipif(not launch.INTERPRETED, reason="a test below runs it where Triton interprets its kernels")
+@pytest.mark.parametrize(("recipe", "most"), [("full", 2), ("ragged", 2), ("fp8", 2), ("int4", 4)])
+def test_the_launches_of_a_question_do_not_depend_on_its_length(
+    tiny: Any, recipe: str, most: int, monkeypatch: Any
+) -> None:
+    kernels = [Launched(decode.split_kernel), Launched(merge.merge_kernel), Launched(quant_decode.quant_split_kernel)]
+    for module, name, kernel in zip(
+        (decode, merge, quant_decode), ("split_kernel", "merge_kernel", "quant_split_kernel"), kernels, strict=True
+    ):
+        monkeypatch.setattr(module, name, kernel)
+    ids = torch.randint(0, 99, (1, 200), generator=torch.Generator().manual_seed(3))
+    context, launches = compressed(tiny, ids, parse_recipe(recipe)), []
+    # Eleven tokens take three tiles of query heads.
+    for tokens in (1, 11):
+        before = sum(kernel.count for kernel in kernels)
+        tiny(torch.full((1, tokens), 7), cache=context.fork(tokens, kernels=True))
+        launches.append(sum(kernel.count for kernel in kernels) - before)
+    assert 0 < launches[1] <= launches[0] <= most * LAYERS
 
 
 class Waits(TorchDispatchMode):
@@ -241,11 +273,11 @@ def test_decoding_through_the_kernels_gives_the_same_results() -> None:
         "no:cacheprovider",
         __file__,
         "-k",
-        "(evicted_positions_masked and ragged) or through_its_kernel or host_wait",
+        "(evicted_positions_masked and ragged) or through_its_kernel or of_a_question or host_wait",
     ]
     ran = subprocess.run(command, env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stdout
-    assert f"{len(LENGTHS) + len(KINDS) + len(STEPS)} passed" in ran.stdout
+    assert f"{len(LENGTHS) + 2 * len(STEPS) + 4} passed" in ran.stdout
 
 
 @torch.inference_mode()
