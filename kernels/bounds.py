@@ -16,7 +16,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import attention_logits
+from lceval.kernels.dense import attention_logits
 from lceval.kernels.select import mean_softmax
 
 

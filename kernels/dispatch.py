@@ -7,9 +7,10 @@ from torch import Tensor
 from lceval.kernels import decode
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
+from lceval.kernels.dense import folded, unfolded
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.gather_decode import decode_selected
-from lceval.kernels.paged import KV, PagedKV, folded, unfolded
+from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.quant_decode import decode_quantised
 from lceval.kernels.rotated import Rotated, rotate

@@ -4,7 +4,7 @@
     lse = log(sum_i exp(lse_i)),   o = sum_i exp(lse_i - lse) o_i
 
 The shares are contiguous float32; `rest` is the result of another kernel over other slots, in the queries' dtype.
-`paged.merge` merges two results of any shape in several launches.
+`dense.merge` merges two results of any shape in several launches.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from lceval.kernels import paged
+from lceval.kernels import dense
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.softmax import capped
 
@@ -309,14 +309,14 @@ class QuantKV:
         if not any(self.pages):
             return o, lse
         shape = self.lens.shape
-        rows, row_o, row_lse = (paged.folded(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
+        rows, row_o, row_lse = (dense.folded(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
         for heads, k, v in self._heads():
-            # Scores of a long question are computed in blocks of pages, as many as paged.MAX_SCORES allows.
-            for span in _spans(k.words.shape[1], paged.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
+            # Scores of a long question are computed in blocks of pages, as many as dense.MAX_SCORES allows.
+            for span in _spans(k.words.shape[1], dense.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
                 part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span), self.value_dim, cap)
-                row_o[heads] = paged.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
+                row_o[heads] = dense.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
                 row_lse[heads, :, 0] = torch.logaddexp(part_lse, row_lse[heads, :, 0])
-        return paged.unfolded(row_o, q.shape, shape[1]).to(q.dtype), paged.unfolded(row_lse, q.shape, shape[1])[..., 0]
+        return dense.unfolded(row_o, q.shape, shape[1]).to(q.dtype), dense.unfolded(row_lse, q.shape, shape[1])[..., 0]
 
     def _heads(self) -> Iterator[tuple[slice, Pool, Pool]]:
         """Rows and their pages: all at once if every head has the same number, else one head at a time."""

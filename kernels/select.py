@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV, Around, attention_logits
+from lceval.kernels.dense import attention_logits
+from lceval.kernels.paged import KV, Around
 
 # Query tokens are processed in blocks of at most this many scores; computing them can need several times that memory.
 MAX_SCORES = 1 << 22

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from lceval.core.errors import UserError
 from lceval.kernels import launch
-from lceval.kernels.paged import attend_in_blocks
+from lceval.kernels.dense import attend_in_blocks
 from lceval.kernels.softmax import Softmax
 from lceval.models import latent
 from lceval.models.geometry import unsupported

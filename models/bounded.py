@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.kernels.paged import Around, PagedKV, attention_logits
+from lceval.kernels.dense import attention_logits
+from lceval.kernels.paged import Around, PagedKV
 from lceval.kernels.select import top
 from lceval.kernels.softmax import Softmax
 from lceval.models.layers import AttendingLayer

@@ -12,7 +12,8 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import CacheLayerMixin
 
 from lceval.kernels import compact, paged
-from lceval.kernels.paged import PAGE, PagedKV, attend_in_blocks
+from lceval.kernels.dense import attend_in_blocks
+from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.softmax import Softmax
 from lceval.models.prefill_stats import PrefillStats
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.kernels import dispatch, paged
-from lceval.kernels.paged import KV, PagedKV, attention_logits
+from lceval.kernels import dense, dispatch, paged
+from lceval.kernels.dense import attention_logits
+from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.softmax import Softmax
 from lceval.models.layers import AttendingLayer, attend_dense, first_visible
 from lceval.models.prefill_stats import QueryAwareStats
@@ -178,7 +179,7 @@ class QuestionLayer(TailLayer):
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
         if self.collector is not None:
             return self._attend_uncompressed(q, softmax)
-        own = paged.attend_causal(q, *self.tail, softmax, self.rows.pads_on(q.device))
+        own = dense.attend_causal(q, *self.tail, softmax, self.rows.pads_on(q.device))
         if not any(self.rows.tokens):
             return softmax.with_sink(*own)
         parts = [self._attend_context(self.contexts[owner], q[rows], softmax) for owner, rows in self.rows.groups()]
@@ -200,8 +201,8 @@ class QuestionLayer(TailLayer):
 
 
 def merged(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor, softmax: Softmax) -> Tensor:
-    """`paged.merge` of all keys, and then of the sink."""
-    o = paged.merge(o1, lse1, o2, lse2)
+    """`dense.merge` of all keys, and then of the sink."""
+    o = dense.merge(o1, lse1, o2, lse2)
     return o if softmax.sink is None else softmax.with_sink(o, torch.logaddexp(lse1, lse2))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels import paged
+from lceval.kernels import dense
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.softmax import Softmax
 from lceval.models.cache import CompressedContext, QuestionCache
@@ -63,7 +63,7 @@ class WritingLayer(QuestionLayer):
             state.add_queries(new, softmax, window=self.evictor.stats_spec.queries)
 
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
-        own = paged.attend_causal(q, *self.tail, softmax, None if self.start else self.rows.pads_on(q.device))
+        own = dense.attend_causal(q, *self.tail, softmax, None if self.start else self.rows.pads_on(q.device))
         parts = [self._attend_context(kv, q[row : row + 1], softmax) for row, kv in enumerate(self.contexts)]
         o, lse = (torch.cat(x) for x in zip(*parts, strict=True))
         return merged(o, lse, *own, softmax)

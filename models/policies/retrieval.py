@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV, attention_logits
+from lceval.kernels.dense import attention_logits
+from lceval.kernels.paged import KV
 from lceval.kernels.select import mean_softmax, selective
 from lceval.models.policies.base import SINKS, Amount
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
-from lceval.kernels import decode, gather_decode, launch, merge, paged, quant_decode, scan
+from lceval.kernels import decode, dense, gather_decode, launch, merge, paged, quant_decode, scan
 from lceval.kernels.paged import PagedKV
 from lceval.kernels.rotated import Rotated
+from lceval.kernels.softmax import Softmax
 from lceval.models import attention
 from lceval.models.cache import CompressedContext
 from lceval.models.engine import Engine
@@ -473,7 +474,7 @@ def test_splitting_the_keys_and_merging_equals_the_whole() -> None:
     keep[:, :, :37] = True
     a, b = (paged.attend(q, PagedKV.gather(k, v, part), 0.3) for part in (keep, ~keep))
     whole, lse = paged.attend(q, PagedKV.gather(k, v, torch.ones_like(keep)), 0.3)
-    torch.testing.assert_close(paged.merge(*a, *b), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dense.merge(*a, *b), whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.logaddexp(a[1], b[1]), lse)
 
 
@@ -487,10 +488,29 @@ def test_an_empty_head_gives_zeros_and_minus_infinity() -> None:
     assert lse[:, :3].isfinite().all()
 
 
+@pytest.mark.parametrize("bias", [0.0, 300.0])
+@pytest.mark.parametrize(("dtype", "of_o"), [(torch.float32, 1e-5), (torch.float16, 1e-3), (torch.bfloat16, 5e-3)])
+def test_attention_on_a_cpu_keeps_large_logits_apart_in_16_bits(dtype: torch.dtype, of_o: float, bias: float) -> None:
+    """Keys of Qwen2.5 have biases of hundreds, which leave a 16-bit logit no decimals."""
+    rng = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, n, 64, generator=rng) for n in (3, 200, 200))
+    k[..., 5] += bias
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    logits = (q.double() @ k.double().mT) / 8
+    for o, lse in (
+        paged.attend(q, PagedKV.gather(k, v, torch.ones(1, 2, 200, dtype=torch.bool)), 0.125),
+        dense.attend_causal(q[:, :, :1], k, v, Softmax(0.125)),
+    ):
+        rows = o.shape[2]
+        torch.testing.assert_close(o.double(), (logits.softmax(-1) @ v.double())[:, :, :rows], rtol=0, atol=of_o)
+        torch.testing.assert_close(lse.double(), logits.logsumexp(-1)[:, :, :rows], rtol=1e-5, atol=1e-4)
+
+
 def test_long_questions_are_computed_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = torch.randn(1, 6, 50, 8), torch.randn(1, 2, 90, 8)
     kv = PagedKV.gather(k, k, torch.ones(1, 2, 90, dtype=torch.bool))
-    whole = paged.attend(q, kv, 1.0)
-    monkeypatch.setattr(paged, "MAX_SCORES", 1000)
-    for blocks, expected in zip(paged.attend(q, kv, 1.0), whole, strict=True):
+    # With a cap: without one, a CPU has a fused attention.
+    whole = paged.attend(q, kv, 1.0, 9.0)
+    monkeypatch.setattr(dense, "MAX_SCORES", 1000)
+    for blocks, expected in zip(paged.attend(q, kv, 1.0, 9.0), whole, strict=True):
         torch.testing.assert_close(blocks, expected)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lceval.kernels import paged, quant
+from lceval.kernels import dense, quant
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import GROUP, QuantKV, ceil16, pack, reference, unpack
 from lceval.kernels.rotated import Rotated, rotate
@@ -230,8 +230,8 @@ def test_blocks_of_pages_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: s
     blocks = QuantKV.quantize(kv, 4, 2)
     for a, b in ((whole.k, blocks.k), (whole.v, blocks.v)):
         assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
-    for max_scores in (paged.MAX_SCORES, 5000, 1):
-        monkeypatch.setattr(paged, "MAX_SCORES", max_scores)
+    for max_scores in (dense.MAX_SCORES, 5000, 1):
+        monkeypatch.setattr(dense, "MAX_SCORES", max_scores)
         for actual, expected in zip(blocks.attend(q, 0.25), results, strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
