@@ -35,23 +35,23 @@ def folded(x: Tensor, sequences: int, kv_heads: int) -> Tensor:
 
 def unfolded(x: Tensor, shape: torch.Size, kv_heads: int) -> Tensor:
     """The inverse of `folded`: [sequences * Hkv, rows, C] to [B', H, T, C], where `shape` is that of q."""
-    x = x.view(x.shape[0] // kv_heads, kv_heads, -1, shape[1] // kv_heads, shape[2], x.shape[-1])
+    x = x.reshape(x.shape[0] // kv_heads, kv_heads, -1, shape[1] // kv_heads, shape[2], x.shape[-1])
     return x.transpose(1, 2).reshape(*shape[:3], x.shape[-1])
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None, o: Tensor, lse: Tensor) -> None:
-    """q [R, M, D] over k, v [R, N, D] into o [R, M, D] and lse [R, M], in blocks of M."""
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | None) -> tuple[Tensor, Tensor]:
+    """q [R, M, D] over k [R, N, D] and v [R, N, E]: o [R, M, E] and lse [R, M] float32, in blocks of M."""
+    shape = q.shape[:2]
     if k.shape[1] == 0:
-        o.zero_()
-        lse.fill_(-torch.inf)
-        return
+        return q.new_zeros(*shape, v.shape[2]), torch.full(shape, -torch.inf, device=q.device)
     if _is_fused(q, v, cap):
-        o[:], lse[:] = _fused(q, k, v, scaling)
-        return
+        return _fused(q, k, v, scaling)
+    o, lse = q.new_empty(*shape, v.shape[2]), torch.empty(shape, dtype=torch.float32, device=q.device)
     step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
     for start in range(0, q.shape[1], step):
         block = slice(start, start + step)
         o[:, block], lse[:, block] = _weigh(attention_logits(q[:, block], k, scaling, cap), v)
+    return o, lse
 
 
 def _is_fused(q: Tensor, v: Tensor, cap: float | None) -> bool:

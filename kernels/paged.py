@@ -293,15 +293,12 @@ def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple
     """
     sequences, kv_heads = kv.lens.shape
     rows = folded(q, sequences, kv_heads)
-    o = rows.new_empty(*rows.shape[:2], kv.value_dim)
-    lse = torch.empty(rows.shape[:2], dtype=torch.float32, device=q.device)
     if isinstance(kv, PagedKV) and len(set(kv.counts)) == 1:
         n = kv.counts[0]
         k, v = (pool.view(len(kv.counts), -1, pool.shape[-1])[:, :n] for pool in (kv.k, kv.v))
-        attend_rows(rows, k, v, scaling, cap, o, lse)
+        o, lse = attend_rows(rows, k, v, scaling, cap)
     else:
-        for row in range(len(kv.counts)):
-            k, v = kv.head(row)
-            one = slice(row, row + 1)
-            attend_rows(rows[one], k[None], v[None], scaling, cap, o[one], lse[one])
+        heads = (kv.head(row) for row in range(len(kv.counts)))
+        parts = [attend_rows(rows[i : i + 1], k[None], v[None], scaling, cap) for i, (k, v) in enumerate(heads)]
+        o, lse = (torch.cat(x) for x in zip(*parts, strict=True))
     return unfolded(o, q.shape, kv_heads), unfolded(lse[..., None], q.shape, kv_heads)[..., 0]
