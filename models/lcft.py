@@ -26,6 +26,7 @@ from lceval.models import adapter, attention, boundary, recipe, retrieval_heads,
 from lceval.models import scorer as scorers
 from lceval.models.answering import A, Answer, AnsweringLM
 from lceval.models.arguments import check_arguments, check_mode
+from lceval.models.dealing import Processes
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.policies import StatsSpec
@@ -137,6 +138,10 @@ class LCFT(AnsweringLM):
             context_cache_bytes=int(prefix_cache_gib * 2**30),
             totals=self.totals,
         )
+        if hasattr(self, "accelerator"):
+            # HFLM deals out documents only where it sees several GPUs, and by the number of a process on its machine.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        self.processes = Processes(self.rank, self.world_size)
         attention.install(base)
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
             selfcheck.verify(self.engine, base)
@@ -154,6 +159,7 @@ class LCFT(AnsweringLM):
         self.recipe, self.scorer = self._bound(kv, scorer)
         self.totals.clear()
         self.totals.update(totals or {})
+        self._pooled = Counter(self.totals)
 
     @contextmanager
     def sharing_prefills(
@@ -293,20 +299,36 @@ class LCFT(AnsweringLM):
         fitting = fit(jobs, self.max_length, self.overlong, [str(request.task_name) for request in requests])
         self.totals["too_long"] += len(jobs) - len(fitting)
         answered = {job.index for job in fitting}
-        responses: dict[int, A] = {}
+        too_long: dict[int, A] = {}
         for job in jobs:
             if job.index not in answered:
-                responses |= job.unanswered(failed("overlong"))
+                too_long |= job.unanswered(failed("overlong"))
+        responses: dict[int, A] = {}
 
         def on_failure(job: J, reason: str) -> None:
             self.totals["failed"] += 1
             responses.update(job.unanswered(failed(reason)))
 
-        for batch in self._batches(fitting, len(jobs), method, disable_tqdm, on_failure):
-            for index, response in self._in_memory(batch, answer):
-                responses[index] = response
-                self.cache_hook.add_partial(method, requests[index].args, response)
+        own = self.processes.dealt(fitting)
+        for batch in self._batches(own, len(own) + len(too_long), method, disable_tqdm, on_failure):
+            answers = dict(self._in_memory(batch, answer))
+            responses |= answers
+            if self.processes.count == 1:
+                self._keep(method, requests, answers)
+        if self.processes.count > 1:
+            responses = self.processes.returned(responses)
+            self._keep(method, requests, responses)
+            # Every process reports the counts of all.
+            others = self.processes.summed(self.totals - self._pooled) - (self.totals - self._pooled)
+            self.totals.update(others)
+            self._pooled = Counter(self.totals)
+        responses |= too_long
         return [responses[index] for index in range(len(requests))]
+
+    def _keep(self, method: str, requests: Sequence[Instance], answers: Mapping[int, Any]) -> None:
+        """Write answers to lm-eval's `--use_cache` file."""
+        for index, response in answers.items():
+            self.cache_hook.add_partial(method, requests[index].args, response)
 
     def _batches(
         self, jobs: Sequence[J], total: int, what: str, disable_tqdm: bool, on_failure: Callable[[J, str], None]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from lceval.core.answers import Score, Text
 from lceval.core.errors import UserError
@@ -54,6 +54,10 @@ class Job:
     def room(self) -> int:
         """Maximum number of tokens after the context: question and answer."""
         return len(self.question) + self.answer_tokens
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        """The same prompt with other indices of its requests."""
+        return replace(self, index=number(self.index))
 
     def can_share_batch(self, other: Job) -> bool:
         """Whether both can be rows of one batch."""
@@ -106,6 +110,10 @@ class ScoreJob(Job):
     """A prompt with all of its continuations, which are scored together."""
 
     choices: tuple[Choice, ...]
+
+    def renumbered(self, number: Callable[[int], int]) -> Self:
+        choices = tuple(replace(choice, index=number(choice.index)) for choice in self.choices)
+        return replace(super().renumbered(number), choices=choices)
 
     @property
     def answer_tokens(self) -> int:

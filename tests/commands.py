@@ -2,7 +2,8 @@
 
 python tests/commands.py [PATTERN]     run those that contain PATTERN (default: all)
 
-Needs an installed lceval. Prints a line for each command: `ran` with its seconds, `dry run`, or `parsed` and why.
+Needs an installed lceval. Prints a line for each command: `ran` with its seconds, with a limit where the command has
+none, `dry run`, or `parsed` and why.
 Exit code 1 if one failed.
 """
 
@@ -140,9 +141,13 @@ def run_all(pattern: str) -> Iterator[tuple[str, str, float, str]]:
                 except Exception as error:
                     yield command, f"parsed: {reason}", 0.0, str(error)
                 continue
-            long = re.match(r"lceval sweep (?!.*--dry-run)", command)
-            seconds, error = _run(f"{command.partition(' > ')[0]} --dry-run" if long else command, folder)
-            yield command, "dry run" if long else "ran", seconds, error
+            how, added = "ran", ""
+            if re.match(r"lceval sweep (?!.*--dry-run)", command):
+                how, added = "dry run", " --dry-run"
+            elif re.search(r"\b(lm_eval|lceval run) ", command) and "--limit" not in command:
+                how, added = "ran with --limit 2", " --limit 2"
+            seconds, error = _run(command.partition(" > ")[0] + added if added else command, folder)
+            yield command, how, seconds, error
 
 
 def _run(command: str, folder: Path) -> tuple[float, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from lceval.core.errors import UserError
+from lceval.core.paths import named
 
 # Half of a surrogate pair, as a truncated answer may end with, becomes \ud83d: the same text in JSON.
 _HALF_PAIRS = "backslashreplace"
@@ -136,7 +137,7 @@ def _encoded(value: Mapping[str, Any], indent: int | None = None) -> bytes:
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """A new file beside `file` that replaces it if the block succeeds, and is deleted otherwise."""
-    partial = file.with_name(f".{file.name}.{os.getpid()}.part")
+    partial = named(file).with_name(f".{file.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as out:
             yield out

@@ -30,6 +30,17 @@ def plain_name(name: str, what: str) -> str:
     return name
 
 
+def named(file: Path) -> Path:
+    """`file`, unless it has no name, as the empty path, `.` and `/`.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not file.name:
+        raise UserError(f"{file}: is a folder; pass a file")
+    return file
+
+
 def not_a_link(file: Path) -> Path:
     """`file`, unless it is a symbolic link, which could lead out of a folder that somebody else made.
 

@@ -17,6 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.paths import named
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def alone(path: Path, judge: str, *, wait: bool = False) -> Iterator[None]:
     Raises:
         UserError: another process has the lock, and `wait` is not set.
     """
-    lock = path.with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
+    lock = named(path).with_name(f"{path.name}.{hashlib.sha256(judge.encode()).hexdigest()[:8]}.lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         opened = lock.open("w")

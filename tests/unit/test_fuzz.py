@@ -1212,6 +1212,7 @@ def run_command(argv: list[str]) -> tuple[int, str, str]:
 @example(["sweep", "--dry-run", "../../grid.yaml", "--set", f"models=[{'m' * 300}]"], {})
 @example(["sweep", "--dry-run", "../../grid.yaml", "--set", 'models=["\\uD83D"]'], {})
 @example(["judge", "../../runs/full", "--judge", "rule", "--replies", "/dev/null/x"], {})
+@example(["judge", "../../runs/full", "--judge", "rule", "--replies", ""], {})
 @example(["judge", "../../runs/snapkv", "--judge", "rule", "--replies", "r"], sample(doc__answers=[3]))
 @example(["judge", "../../runs/snapkv", "--judge", "rule", "--replies", "r"], sample(doc__docs=3))
 @example(["judge", "../../runs/snapkv", "--judge", "rule", "--replies", "r"], sample(subem=HUGE))
