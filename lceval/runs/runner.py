@@ -7,6 +7,7 @@ and it is finished by lm-eval from stored answers only, so a killed run resumes 
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any, Generic, Protocol, TypeVar
 
+from lceval.core.errors import UserError
 from lceval.core.interrupt import finishing_samples
 from lceval.records.responses import Responses
 from lceval.runs.configuration import Context, contexts_of, tasks_of
@@ -130,9 +132,18 @@ class RecipeSide:
 
 
 class Runner:
-    """Evaluates run folders, and keeps the loaded model while the next ones need the same."""
+    """Evaluates run folders, and keeps the loaded model while the next ones need the same.
+
+    Raises:
+        UserError: one of several processes, which would share a run folder.
+    """
 
     def __init__(self) -> None:
+        if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise UserError(
+                f"a run folder belongs to one process, and this is one of {processes}: use `accelerate launch -m "
+                "lm_eval --model lcft`, or `lceval sweep --workers N`"
+            )
         self._model: Any = None
         self._key: object = None
 

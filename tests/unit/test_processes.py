@@ -63,6 +63,16 @@ def test_two_processes_give_the_answers_of_one_and_prefill_each_context_once(tmp
             assert given[f"{method} totals"] == dict(alone.totals)
 
 
+def test_a_run_folder_belongs_to_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from lceval.cli import invoke
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = f"pretrained={save_model(tmp_path / 'model')}"
+    line = ["--model", "lcft", "--model_args", arguments, "--tasks", "lc_filings_ao_1k"]
+    assert invoke(["run", *line, "--output_path", str(tmp_path / "run")]) == 2
+    assert "a run folder belongs to one process, and this is one of 2: use `accelerate" in capsys.readouterr().err
+
+
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     main(sys.argv[1], Path(sys.argv[2]))
