@@ -363,8 +363,8 @@ def kinds(cap: float | None = None, latent: bool = False, codes: bool = False) -
 
 # 168 registers allow three programs of 128 threads per multiprocessor (65,536 registers).
 LIMITS = tile_limits(168, "decode.split")
-# bfloat16 stays within 168 here too. Float16 would spill two registers there, so two programs run.
-LIMITS |= tile_limits(188, "decode.fp8")
+# bfloat16 stays within 168 here too. Float16 would spill two registers there, so two programs run, up to 255 each.
+LIMITS |= tile_limits(192, "decode.fp8")
 LIMITS |= tile_limits(255, "decode.latent")
 
 

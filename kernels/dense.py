@@ -44,7 +44,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | No
     shape = q.shape[:2]
     if k.shape[1] == 0:
         return q.new_zeros(*shape, v.shape[2]), torch.full(shape, -torch.inf, device=q.device)
-    if _is_fused(q, v, cap):
+    if _is_fused(q, k, v, cap):
         return _fused(q, k, v, scaling)
     o, lse = q.new_empty(*shape, v.shape[2]), torch.empty(shape, dtype=torch.float32, device=q.device)
     step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
@@ -54,8 +54,10 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | No
     return o, lse
 
 
-def _is_fused(q: Tensor, v: Tensor, cap: float | None) -> bool:
-    return q.device.type == "cpu" and cap is None and q.shape[-1] == v.shape[-1]
+def _is_fused(q: Tensor, k: Tensor, v: Tensor, cap: float | None) -> bool:
+    # Under autocast, queries and keys can have two dtypes.
+    same = q.dtype == k.dtype == v.dtype and q.shape[-1] == v.shape[-1]
+    return same and q.device.type == "cpu" and cap is None
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -65,7 +67,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Ten
     16 bits too. Over 600 slots of 3 x 64, a step's attention to context and tail takes half the time of `_weigh`.
     """
     o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[None], k[None], v[None], scale=scaling)
-    return o[0], lse[0]
+    return o[0], lse[0].float()
 
 
 def _weigh(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +91,7 @@ def attend_causal(
     kv_heads, length = k.shape[1:3]
     grouped = q.reshape(batch * kv_heads, -1, dim)
     shape = batch, heads, tokens
-    if tokens == 1 and pads is None and window is None and _is_fused(q, v, softmax.cap):
+    if tokens == 1 and pads is None and window is None and _is_fused(q, k, v, softmax.cap):
         o, lse = _fused(grouped, k.flatten(0, 1), v.flatten(0, 1), softmax.scaling)
         return o.reshape(*shape, -1), lse.reshape(shape)
     scores = attention_logits(grouped, k.flatten(0, 1), softmax.scaling, softmax.cap).view(batch, kv_heads, -1, length)
