@@ -263,7 +263,7 @@ def decode(
     if splits is None:
         B, Hkv, M = table.shape
         splits = choose_splits(B * Hkv * -(-(q.shape[1] // Hkv) // BLOCK_G), M, multiprocessors(q))
-    dtype, latent = q.dtype, is_latent(k, v)
+    dtype, latent = q.dtype, is_view(k, v)
     q, k, v = widened(q, k, v)
     o, lse = _launch(q, k, v, table, lens, scaling, cap, latent, splits)
     return o.to(dtype), lse
@@ -330,7 +330,7 @@ def check_cache(
         if axes == 3 and tensor.stride(2) != 1 and tensor.shape[2] > 1:
             raise ValueError(f"the last axis of {name} must be contiguous, got strides {tensor.stride()}")
     D, E = q.shape[2], v.shape[2]
-    if not fits(D, E, latent=latents and is_latent(k, v)):
+    if not fits(D, E, latent=latents and is_view(k, v)):
         raise ValueError(
             f"q must be [B, H, D] with D a multiple of 16 up to 256, got {tuple(q.shape)} and values of {E}"
         )
@@ -342,11 +342,6 @@ def check_cache(
         )
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1 to {MAX_SPLITS}, got {splits}")
-
-
-def is_latent(k: Tensor, v: Tensor) -> bool:
-    """Whether values are the first channels of wider keys."""
-    return is_view(k, v) and v.shape[-1] < k.shape[-1]
 
 
 def fits(head_dim: int, value_dim: int, *, latent: bool = False) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lceval.kernels.softmax import Softmax
+from lceval.kernels.softmax import Softmax, capped
 
 # Scores of a long question over a long context are computed in row blocks of at most this many elements: small enough
 # for a CPU cache; larger blocks took twice as long.
@@ -23,7 +23,7 @@ def attention_logits(q: Tensor, k: Tensor, scaling: float, cap: float | None = N
     else:
         wide = torch.promote_types(q.dtype, torch.float32)
         logits = torch.bmm(q.to(wide) * scaling, k.to(wide).transpose(1, 2))
-    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+    return capped(logits, cap)
 
 
 def folded(x: Tensor, sequences: int, kv_heads: int) -> Tensor:

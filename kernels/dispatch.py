@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lceval.kernels import decode
@@ -10,11 +11,15 @@ from lceval.kernels.bounds import Bounds
 from lceval.kernels.dense import folded, unfolded
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.gather_decode import decode_selected
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.launch import BLOCK_G
+from lceval.kernels.paged import KV, PagedKV, is_view
 from lceval.kernels.quant import QuantKV
 from lceval.kernels.quant_decode import decode_quantised
 from lceval.kernels.rotated import Rotated, rotate
 from lceval.kernels.select import Selective
+
+# Queries over one KV head in one launch: CUDA's grids have at most 65,535 programs in that direction.
+MAX_ROWS = 65_535 * BLOCK_G
 
 
 def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple[Tensor, Tensor]:
@@ -35,11 +40,16 @@ def attend(q: Tensor, kv: KV, scaling: float, cap: float | None = None) -> tuple
         o, lse = attend(rotate(q), kv.kv, scaling, cap)
         return rotate(o), lse
     pages = kv.kv if isinstance(kv, Fp8KV) else kv
-    latent = isinstance(pages, PagedKV) and decode.is_latent(pages.k, pages.v)
+    latent = isinstance(pages, PagedKV) and is_view(pages.k, pages.v)
     if not decode.fits(q.shape[3], kv.value_dim, latent=latent):
         return kv.attend(q, scaling, cap)
     if isinstance(pages, PagedKV | QuantKV):
         sequences, kv_heads = kv.lens.shape
+        most = max(1, MAX_ROWS * kv_heads * sequences // (q.shape[0] * q.shape[1]))
+        if q.shape[2] > most:
+            parts = [attend(part, kv, scaling, cap) for part in torch.split(q, most, 2)]
+            o, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+            return o, lse
         rows = folded(q, sequences, kv_heads).view(sequences, -1, q.shape[3])
         if isinstance(pages, QuantKV):
             o, lse = decode_quantised(rows, pages, scaling, cap)

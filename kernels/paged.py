@@ -24,8 +24,8 @@ PAGE = 64
 
 
 def is_view(k: Tensor, v: Tensor) -> bool:
-    """Whether values are the first channels of the keys, as those of latent attention."""
-    return v.data_ptr() == k.data_ptr() and k.numel() > 0
+    """Whether values are the first channels of wider keys, as those of latent attention."""
+    return v.data_ptr() == k.data_ptr() and v.shape[-1] < k.shape[-1] and k.numel() > 0
 
 
 def both(k: Tensor, v: Tensor, new: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,15 @@
 # ruff: noqa: N803, N806
 """Attention that every key receives from the last T queries: the scores of SnapKV, TOVA and H2O, in two passes over K.
 
-With a_gts = softmax_s(scaling * q_gt k_s), where query t attends to the keys up to S - T + t, with the model's cap and
-sinks,
+With a_gts = softmax_s(scaling * q_gt k_s), with the model's cap and sinks, where query t attends to the keys up to
+S - T + t,
 
     received_s = 1/G sum_g sum_t a_gts            (`received`: H2O's column sums)
     window_s   = 1/T received_s                   (`window_scores`: SnapKV, TOVA, attention of a question)
 
 for each KV head and its G = H // Hkv query heads. Softmax needs a row's sum before any of its weights, so the first
 pass computes only lse_gt (split into shares of the keys if there are few rows; a sink is one more share), and the
-second recomputes the logits
-and sums exp(logit - lse) over the rows. At most one tile of weights is materialized.
+second recomputes the logits and sums exp(logit - lse) over the rows. At most one tile of weights is materialized.
 
 Rows are packed token by token, r = t * G + g: K crosses the bus once for all G heads, and the rows of a tile have
 nearly the same last key. Pooling, scores of the window itself and budgets belong to the policies.

@@ -92,10 +92,10 @@ def _decode(setup: Setup, group: int) -> dict[str, Any]:
 
 
 def _kind(setup: Setup, dim: int, value_dim: int, cap: float | None, latent: bool) -> dict[str, Any]:
-    shape = random_layer(setup)[2].shape
-    k, v = (random_queries(setup, *shape, channels) for channels in (dim, value_dim))
-    kv = PagedKV.gather(k, k[..., :value_dim] if latent else v, random_layer(setup)[2])
-    q, scaling = random_queries(setup, 2, shape[1] * 8, dim), dim**-0.5
+    keep = random_layer(setup)[2]
+    k, v = (random_queries(setup, *keep.shape, channels) for channels in (dim, value_dim))
+    kv = PagedKV.gather(k, k[..., :value_dim] if latent else v, keep)
+    q, scaling = random_queries(setup, 2, keep.shape[1] * 8, dim), dim**-0.5
     table, lens = kv.table.expand(2, -1, -1), kv.lens.expand(2, -1)
     expected_o, expected_lse = decode.reference(q, kv.k, kv.v, table, lens, scaling, cap)
     o, lse = dispatch.attend(q[:, :, None], kv, scaling, cap)

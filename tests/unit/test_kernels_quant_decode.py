@@ -141,6 +141,18 @@ def shared_case(sequences: int) -> Error:
     return errors((got_o[:, :, 0], got_lse[:, :, 0]), (o[:, :, 0], lse[:, :, 0]))
 
 
+def pieces_case() -> Error:
+    """More queries than one launch takes."""
+    kv = QuantKV.quantize(cache([[200, 70]], 64, torch.float32), 4, 4, residual=10)
+    q = queries(10, 6, 64, torch.float32).view(2, 5, 6, 64).transpose(1, 2)
+    most, dispatch.MAX_ROWS = dispatch.MAX_ROWS, 6 * 2
+    try:
+        pieces = dispatch.attend(q, kv, 0.1)
+    finally:
+        dispatch.MAX_ROWS = most
+    return errors(pieces, dispatch.attend(q, kv, 0.1))
+
+
 def empty_case() -> Error:
     """No slot; no whole page; and no page in the pools, with the kernels called nonetheless."""
     measured = []
@@ -220,6 +232,7 @@ GRID: dict[str, tuple[Any, ...]] = {
 PROPERTIES: dict[str, Callable[[], Error]] = {
     **{f"splits={n}": partial(splits_case, n) for n in (2, 7)},
     **{f"sequences={n}": partial(shared_case, n) for n in (1, 2)},
+    "pieces": pieces_case,
     "empty": empty_case,
     "merge": merge_case,
     "hypothesis": hypothesis_case,
