@@ -6,6 +6,7 @@ fork. With `kv=full` the results are those of `--model hf`.
 
 from __future__ import annotations
 
+import atexit
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -141,6 +142,8 @@ class LCFT(AnsweringLM):
         if hasattr(self, "accelerator"):
             # HFLM deals out documents only where it sees several GPUs, and by the number of a process on its machine.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+            # A group of processes that is still there when Python ends sometimes aborts a process that has done its work.
+            atexit.register(self.accelerator.end_training)
         self.processes = Processes(self.rank, self.world_size)
         attention.install(base)
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
