@@ -142,7 +142,7 @@ class LCFT(AnsweringLM):
         if hasattr(self, "accelerator"):
             # HFLM deals out documents only where it sees several GPUs, and by the number of a process on its machine.
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            # A group of processes that is still there when Python ends sometimes aborts a process that has done its work.
+            # A group that is still there when Python ends sometimes aborts a process that has done its work.
             atexit.register(self.accelerator.end_training)
         self.processes = Processes(self.rank, self.world_size)
         attention.install(base)
