@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from lceval.core.answers import Score, Text
+from lceval.models import decoding
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.checked_hflm import CheckedHFLM
 from lceval.models.diagnosis import Diagnosis
@@ -138,35 +140,55 @@ class AnsweringLM(CheckedHFLM):
         if not new_tokens:
             self._account(batch, cache, question_s=opening_s, decode_s=0.0)
             return [(question.job.index, Text("", question.meta)) for question in batch]
-        # generate() derives positions from the attention mask and skips the cached tokens.
-        rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
-        whole, mask = (torch.tensor(x, device=self.device) for x in zip(*rows, strict=True))
+        select = decoding.selection(self.model.generation_config, batch[0].job.sampling)
         cache.start_clock()
-        finite = FiniteLogits()
         start = time.perf_counter()
         with cache.writing() if isinstance(cache, WritingCache) else nullcontext():
-            out = self._model_generate(
-                context=whole,
-                logits_processor=LogitsProcessorList([finite]),
-                attention_mask=mask,
-                stop=until,
-                max_length=whole.shape[1] + new_tokens,
-                cache=cache,
-                **batch[0].job.sampling,
-            )
+            if select is None:
+                written = self._written_by_transformers(batch, cache, ids)
+            else:
+                written = self._written(cache, ids, select, until, new_tokens)
         end = time.perf_counter()
         first_token = cache.first_step or end
         self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
         texts = []
-        rows = out[:, whole.shape[1] :].tolist()
-        for question, row, not_finite in zip(batch, rows, finite.failed(len(batch)), strict=True):
+        for question, tokens, not_finite in zip(batch, written.rows, written.failed, strict=True):
             if not_finite:
                 texts += self._not_finite(question)
                 continue
-            tokens = self._until_eos(row)
             question.meta["kv"] |= {"decode_tokens": max(0, len(tokens) - 1), "new_tokens": len(tokens)}
             texts.append((question.job.index, Text(self._text(tokens, until), question.meta)))
         return texts
+
+    def _written(
+        self, cache: QuestionCache, ids: Tensor, select: decoding.Selection, until: Sequence[str], limit: int
+    ) -> decoding.Written:
+        def step(tokens: Tensor) -> Tensor:
+            return self.engine.forward(cache, tokens, keep=1)[:, -1]
+
+        decode = partial(self.tok_decode, skip_special_tokens=False)
+        ends = decoding.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
+        return decoding.write(step(ids), step, select, ends, self._pad, limit)
+
+    def _written_by_transformers(
+        self, batch: Sequence[Question[GenerateJob]], cache: QuestionCache, ids: Tensor
+    ) -> decoding.Written:
+        """What `generate` writes: it derives positions from the attention mask and skips the cached tokens."""
+        job = batch[0].job
+        rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
+        whole, mask = (torch.tensor(x, device=self.device) for x in zip(*rows, strict=True))
+        finite = FiniteLogits()
+        out = self._model_generate(
+            context=whole,
+            logits_processor=LogitsProcessorList([finite]),
+            attention_mask=mask,
+            stop=list(job.until),
+            max_length=whole.shape[1] + job.max_new_tokens,
+            cache=cache,
+            **job.sampling,
+        )
+        written = out[:, whole.shape[1] :].tolist()
+        return decoding.Written([self._until_eos(row) for row in written], finite.failed(len(batch)))
 
     def _not_finite(self, question: Question[J]) -> list[tuple[int, Any]]:
         self.totals["failed"] += 1

@@ -26,7 +26,7 @@ class FiniteLogits(LogitsProcessor):  # type: ignore[misc]
     def __init__(self) -> None:
         self._failed: Tensor | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor | None, scores: Tensor) -> Tensor:
         """Logits [B, V] in, logits [B, V] out."""
         failed = ~scores.amax(-1).isfinite()
         self._failed = failed if self._failed is None else self._failed | failed
