@@ -23,7 +23,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import lceval
-from lceval.kernels import compact, decode, gather_decode, merge, quant_decode, scan, shifted, topk, window
+from lceval.kernels import compact, decode, gather_decode, merge, quant_decode, scan, shifted, step, topk, window
 from lceval.kernels.launch import INTERPRETED
 from lceval.kernels.variant import INSTRUCTIONS, Limit, Variant
 
@@ -45,7 +45,7 @@ class CompiledVariant:
     instructions: dict[str, int]
 
 
-MODULES = (decode, scan, topk, gather_decode, window, compact, shifted, merge, quant_decode)
+MODULES = (decode, step, scan, topk, gather_decode, window, compact, shifted, merge, quant_decode)
 """All modules with kernels; each defines the specialisations of its launchers and their limits."""
 
 

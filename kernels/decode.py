@@ -91,6 +91,63 @@ def e4m3(codes):  # type: ignore[no-untyped-def]
 
 
 @_jit
+def attend_tiles(  # type: ignore[no-untyped-def]
+    q, q_rest, m, l, acc, k_ptr, v_ptr, page_ptr, first, last, low, n, scaling,  # noqa: E741
+    stride_kp, stride_ks, stride_vp, stride_vs,
+    D: tl.constexpr, D_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr, E: tl.constexpr,
+    E_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_S: tl.constexpr, FP8: tl.constexpr, LATENT: tl.constexpr,
+    CAP: tl.constexpr,
+):  # fmt: skip
+    """Continue a softmax m [G] (log2), l [G], acc [G, E] of queries q [G, D] over the tiles from `first` to `last`.
+
+    The slots from `low` to `n` count; every tile has one. Their pages are listed at `page_ptr`.
+    """
+    TILES: tl.constexpr = PAGE // BLOCK_S
+    offs_d = tl.arange(0, D_PAD)
+    offs_e = tl.arange(0, E_PAD)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_d = offs_d < D
+    mask_e = offs_e < E
+    if REST:
+        offs_r = D + tl.arange(0, REST_PAD)
+        mask_r = offs_r < D + REST
+    # The page id is loaded one tile ahead: loaded in the tile that uses it, it would be a second level of loads to
+    # pipeline, which leaves one tile in flight at num_stages=3 instead of two.
+    page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
+    for tile in range(first, last):
+        slot = tile * BLOCK_S + offs_s
+        row = (tile % TILES * BLOCK_S + offs_s)[:, None]
+        # Past the last slot the page is uninitialised; a NaN there is not removed by a weight of zero.
+        mask_s = (slot >= low) & (slot < n)
+        key = k_ptr + page * stride_kp + row * stride_ks
+        k = tl.load(key + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0)
+        if FP8:
+            k = e4m3(k).to(q.dtype)
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if REST:
+            k_rest = tl.load(key + offs_r[None, :], mask=mask_s[:, None] & mask_r[None, :], other=0)
+            if FP8:
+                k_rest = e4m3(k_rest).to(q.dtype)
+            products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
+        if LATENT:
+            v = k
+        else:
+            value = v_ptr + page * stride_vp + row * stride_vs
+            v = tl.load(value + offs_e[None, :], mask=mask_s[:, None] & mask_e[None, :], other=0)
+            if FP8:
+                v = e4m3(v).to(q.dtype)
+        scores = tl.where(mask_s[None, :], log2_logits(products, scaling, CAP), float("-inf"))
+        m_new = tl.maximum(m, tl.max(scores, 1))
+        alpha = tl.exp2(m - m_new)
+        p = tl.exp2(scores - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+        page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
+    return m, l, acc
+
+
+@_jit
 def split_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, table_ptr, lens_ptr, o_ptr, lse_ptr, scaling, G, kv_heads,
     stride_qb, stride_qh, stride_kp, stride_ks, stride_vp, stride_vs,
@@ -122,7 +179,6 @@ def split_kernel(  # type: ignore[no-untyped-def]
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, D_PAD)
     offs_e = tl.arange(0, E_PAD)
-    offs_s = tl.arange(0, BLOCK_S)
     mask_d = offs_d < D
     mask_e = offs_e < E
     mask_g = (offs_g < G)[:, None]
@@ -132,44 +188,18 @@ def split_kernel(  # type: ignore[no-untyped-def]
         offs_r = D + tl.arange(0, REST_PAD)
         mask_r = offs_r < D + REST
         q_rest = tl.load(q_row[:, None] + offs_r[None, :], mask=mask_g & mask_r[None, :], other=0.0)
+    else:
+        q_rest = q
 
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, E_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
-    # The page id is loaded one tile ahead: loaded in the tile that uses it, it would be a second level of loads to
-    # pipeline, which leaves one tile in flight at num_stages=3 instead of two.
-    page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
-    for tile in range(first, last):
-        slot = tile * BLOCK_S + offs_s
-        row = (tile % TILES * BLOCK_S + offs_s)[:, None]
-        # Past the last slot the page is uninitialised; a NaN there is not removed by a weight of zero.
-        mask_s = slot < n
-        key = k_ptr + page * stride_kp + row * stride_ks
-        k = tl.load(key + offs_d[None, :], mask=mask_s[:, None] & mask_d[None, :], other=0)
-        if FP8:
-            k = e4m3(k).to(q.dtype)
-        products = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if REST:
-            k_rest = tl.load(key + offs_r[None, :], mask=mask_s[:, None] & mask_r[None, :], other=0)
-            if FP8:
-                k_rest = e4m3(k_rest).to(q.dtype)
-            products = tl.dot(q_rest, tl.trans(k_rest), products, input_precision="ieee")
-        if LATENT:
-            v = k
-        else:
-            value = v_ptr + page * stride_vp + row * stride_vs
-            v = tl.load(value + offs_e[None, :], mask=mask_s[:, None] & mask_e[None, :], other=0)
-            if FP8:
-                v = e4m3(v).to(q.dtype)
-        scores = tl.where(mask_s[None, :], log2_logits(products, scaling, CAP), float("-inf"))
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(scores - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
-        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
-        page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
+    m, l, acc = attend_tiles(  # noqa: E741
+        q, q_rest, m, l, acc, k_ptr, v_ptr, page_ptr, first, last, 0, n, scaling,
+        stride_kp, stride_ks, stride_vp, stride_vs,
+        D, D_PAD, REST, REST_PAD, E, E_PAD, PAGE, BLOCK_S, FP8, LATENT, CAP,
+    )  # fmt: skip
 
     # A share without slots writes zeros and -inf, which have weight 0 in the merge.
     empty = last <= first

@@ -26,7 +26,7 @@ from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
 from lceval.models.prefill_stats import SCORING, PrefillStats, QueryAwareStats
-from lceval.models.question import NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import NoKV, QuestionLayer, Rows, Steps, TailLayer, WindowKV, WindowLayer
 from lceval.models.recipe import Recipe
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, StateLayer, continuing
@@ -326,6 +326,13 @@ class QuestionCache(StatefulCache):
         states = continuing([contexts[owner].states for owner in rows.owners])
         super().__init__(layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
+        self._share_steps()
+
+    def _share_steps(self) -> None:
+        self.steps = Steps()
+        for layer in self.layers:
+            if isinstance(layer, QuestionLayer):
+                layer.steps = self.steps
 
     def start_clock(self) -> None:
         """Set `first_step` to the start time of the second forward pass from now."""
@@ -338,6 +345,7 @@ class QuestionCache(StatefulCache):
             # The second call starts once the first token is decoded: it marks the start of decoding.
             if self._passes == 2:
                 self.first_step = time.perf_counter()
+            self.steps.start(self.first.length)
         return super().update(k, v, layer_idx, *args, **kwargs)
 
     def collect(self, collectors: Sequence[QueryAwareStats | ReconstructionStats | None]) -> None:
@@ -364,6 +372,7 @@ class QuestionCache(StatefulCache):
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
         other.state_layers = continuing([self.states])
+        other._share_steps()
         return other
 
     @classmethod
@@ -379,6 +388,7 @@ class QuestionCache(StatefulCache):
             for layers in zip(*(c.layers for c in caches), strict=True)
         ]
         other.state_layers = continuing([cache.states for cache in caches])
+        other._share_steps()
         return other
 
     def select(self, rows: Sequence[int]) -> None:

@@ -6,15 +6,18 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import is_not
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lceval.kernels import dense, dispatch, paged
+from lceval.kernels import dense, dispatch, paged, step
 from lceval.kernels.dense import attention_logits
-from lceval.kernels.paged import KV, PagedKV
+from lceval.kernels.fp8 import Fp8KV
+from lceval.kernels.paged import KV, PAGE, PagedKV
+from lceval.kernels.queue import Queue, Workspace
 from lceval.kernels.softmax import Softmax
 from lceval.models.layers import AttendingLayer, attend_dense, first_visible
 from lceval.models.prefill_stats import QueryAwareStats
@@ -38,7 +41,11 @@ class Rows:
 
     def pads_on(self, device: torch.device) -> Tensor | None:
         """`pads` [B] int64 on a device; None without padding."""
-        return None if self.pads is None else self._copied("pads", self.pads, device)
+        return None if self.pads is None else self.padding_on(device)
+
+    def padding_on(self, device: torch.device) -> Tensor:
+        """`pads` [B] int64 on a device; zeros without padding."""
+        return self._copied("pads", self.pads or (0,) * len(self.tokens), device)
 
     def starts_on(self, device: torch.device) -> Tensor:
         """[B] int64 on a device, the position of the tail's first column in each row, negative in padding."""
@@ -156,12 +163,36 @@ def _grown(x: Tensor, columns: int) -> Tensor:
     return torch.cat([x, x.new_empty(*x.shape[:2], columns - x.shape[2], x.shape[3])], 2)
 
 
+class Steps:
+    """What the layers of a batch share in decoding steps by `kernels.step`.
+
+    Attributes:
+        workspace: the queues of the work, and partial results.
+    """
+
+    def __init__(self) -> None:
+        self.workspace = Workspace()
+        self._lengths: dict[torch.device, Tensor] = {}
+
+    def length_on(self, device: torch.device, length: int) -> Tensor:
+        """The number of columns before a pass as [1] int32 on a device, where `start` keeps it up to date."""
+        if device not in self._lengths:
+            self._lengths[device] = torch.tensor([length], dtype=torch.int32, device=device)
+        return self._lengths[device]
+
+    def start(self, length: int) -> None:
+        """A pass starts after `length` columns."""
+        for on_device in self._lengths.values():
+            on_device.fill_(length)
+
+
 class QuestionLayer(TailLayer):
     """A tail after compressed contexts without a sliding window.
 
     Attributes:
         collector: statistics of the queries over an uncompressed context.
         receive: called with the queries [B, H, T, D] and the softmax of every pass.
+        steps: shared with the other layers of the batch; None where no step is a single launch.
     """
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
@@ -169,6 +200,26 @@ class QuestionLayer(TailLayer):
         self.kernels = kernels
         self.collector: QueryAwareStats | ReconstructionStats | None = None
         self.receive: Callable[[Tensor, Softmax], None] | None = None
+        self.steps: Steps | None = None
+        self._fed: tuple[Tensor, Tensor] | None = None
+        self._queue: tuple[tuple[object, ...], int, Queue] | None = None
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        self._fed = None
+        if not self._is_step(k, v):
+            super().append(k, v)
+            return
+        stop, columns = self.length + 1, self.keys.shape[2]
+        if stop > columns or columns % PAGE:
+            pages = -(-(columns if stop <= columns else 2 * stop) // PAGE)
+            self._replace(lambda old: _grown(old, pages * PAGE))
+        # The launch that attends writes them.
+        self._fed, self.length = (k, v), stop
+
+    def _is_step(self, k: Tensor, v: Tensor) -> bool:
+        """Whether attention over these new tokens, and their append, is a single launch."""
+        plain = self.kernels and self.collector is None and self.receive is None and self.steps is not None
+        return plain and k.shape[2] == 1 and step.fits(self.contexts, k, v)
 
     def observe(self, q: Tensor, softmax: Softmax) -> None:
         if self.receive is not None:
@@ -179,12 +230,30 @@ class QuestionLayer(TailLayer):
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
         if self.collector is not None:
             return self._attend_uncompressed(q, softmax)
+        if self._fed is not None:
+            k, v = self._fed
+            if q.dtype == k.dtype:
+                return self._step(q, k, v, softmax)
+            # Under autocast.
+            self.keys[:, :, self.length - 1 : self.length], self.values[:, :, self.length - 1 : self.length] = k, v
         own = dense.attend_causal(q, *self.tail, softmax, self.rows.pads_on(q.device))
         if not any(self.rows.tokens):
             return softmax.with_sink(*own)
         parts = [self._attend_context(self.contexts[owner], q[rows], softmax) for owner, rows in self.rows.groups()]
         past = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
         return merged(past[0], past[1], *own, softmax)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
+        assert self.steps is not None
+        tail, heads, device = (self.keys, self.values), q.shape[1], q.device
+        # Each is replaced where it changes.
+        known = (self.contexts, self.rows, self.keys)
+        if self._queue is None or self._queue[1] != heads or any(map(is_not, self._queue[0], known)):
+            queue = self.steps.workspace.queue(self.contexts, self.rows.owners, tail, heads)
+            self._queue = known, heads, queue
+        length, pads = self.steps.length_on(device, self.length - 1), self.rows.padding_on(device)
+        codes = isinstance(self.contexts[0], Fp8KV)
+        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax, codes=codes)
 
     def _attend_uncompressed(self, q: Tensor, softmax: Softmax) -> Tensor:
         """Attention over an uncompressed context: one product is faster than two that are merged."""

@@ -57,6 +57,10 @@ class WritingLayer(QuestionLayer):
         empty = PagedKV.of_heads([slots] * kv_heads, [0] * kv_heads, kv_heads, like=(k, v))
         self.contexts = tuple(kv if kv.counts else empty for kv in self.contexts)
 
+    def _is_step(self, k: Tensor, v: Tensor) -> bool:
+        # The slots of a row move on, and its columns with them.
+        return False
+
     def observe(self, q: Tensor, softmax: Softmax) -> None:
         for row, state in enumerate(self.states):
             new = q[row : row + 1, :, self.padding(row, self.length - q.shape[2]) :]
@@ -135,6 +139,7 @@ class WritingCache(QuestionCache):
         states = continuing([context.states for context in contexts])
         StatefulCache.__init__(self, layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
+        self._share_steps()
         self.engine, self.evictor, self.recipe = engine, evictor, recipe
         prompts = (context.tokens + len(question) for context, question in zip(contexts, questions, strict=True))
         self.prompts = [tokens if evictor.keeps_prompt else 0 for tokens in prompts]

@@ -1,0 +1,184 @@
+"""One launch a decoding step: the kernel against the definition, over several contexts, tails and steps.
+
+The cases run in a child process under Triton's interpreter (tests/interpreter.py), as those of test_kernels_decode.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kernels_decode import DTYPES, TOLERANCE, ragged
+
+from lceval.kernels import fp8, step
+from lceval.kernels.fp8 import Fp8KV
+from lceval.kernels.launch import BLOCK_G
+from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.queue import TAIL_SPAN, Workspace, _items
+from lceval.kernels.softmax import Softmax
+
+# Kept slots of each KV head of three contexts, of which the last has no tokens.
+CONTEXTS = [(0, 1, 65, 300), (700, 64, 17, 0), ()]
+OWNERS = (0, 0, 0, 1, 2)
+PADS = (0, 3, 70, 0, 5)
+# Tokens in the tails: none, one, past the longest padding, past a whole item.
+LENGTHS = (0, 1, 72, TAIL_SPAN + 90)
+
+
+def context(counts: Sequence[int], dim: int, value_dim: int, dtype: torch.dtype, seed: int, latent: bool) -> PagedKV:
+    if not counts:
+        none = torch.empty(0, PAGE, 0, dtype=dtype)
+        return PagedKV(none, none, torch.empty(1, 0, 0, dtype=torch.int32), torch.empty(1, 0), None, ())
+    k, v, table, lens = ragged([list(counts)], dim, dtype, seed, value_dim=value_dim)
+    return PagedKV(k, k[..., :value_dim] if latent else v, table, lens, None, tuple(counts))
+
+
+def step_case(
+    dtype: str,
+    group: int,
+    dim: int,
+    value_dim: int = 0,
+    cap: float | None = None,
+    sinks: bool = False,
+    latent: bool = False,
+    codes: bool = False,
+    device: str = "cpu",
+) -> dict[str, float]:
+    """The largest error over steps at several lengths of the tails, by one queue, and whether the tokens were kept."""
+    number, value_dim = DTYPES[dtype], value_dim or dim
+    kv_heads, rows = len(CONTEXTS[0]), len(OWNERS)
+    rng = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=rng).to(number).to(device)
+
+    contexts: list[Any] = [context(n, dim, value_dim, number, i, latent) for i, n in enumerate(CONTEXTS)]
+    if codes:
+        contexts = [in_fp8(kv) for kv in contexts if kv.counts]
+    owners, pads = (OWNERS[:4], PADS[:4]) if codes else (OWNERS, PADS)
+    rows, heads = len(owners), group * kv_heads
+    contexts = [moved(kv, device) for kv in contexts]
+    columns = 2 * TAIL_SPAN
+    keys = torch.full((rows, kv_heads, columns, dim), math.nan, dtype=number, device=device)
+    values = keys[..., :value_dim] if latent else keys.new_full((*keys.shape[:3], value_dim), math.nan)
+    softmax = Softmax(dim**-0.5, cap, random(heads) if sinks else None)
+    queue = Workspace().queue(contexts, owners, (keys, values), heads)
+    on_device = torch.tensor(pads, device=device)
+    worst, kept = 0.0, 1.0
+    for length in LENGTHS:
+        for row, pad in enumerate(pads):
+            written = slice(pad, max(pad, length))
+            keys[row, :, written] = random(kv_heads, written.stop - pad, dim)
+            if not latent:
+                values[row, :, written] = random(kv_heads, written.stop - pad, value_dim)
+        q, k = (2 * random(rows, heads, 1, dim)), random(rows, kv_heads, 1, dim)
+        v = k[..., :value_dim] if latent else random(rows, kv_heads, 1, value_dim)
+        want = step.reference(
+            q[:, :, 0].cpu(), k[:, :, 0].cpu(), v[:, :, 0].cpu(), (keys.cpu(), values.cpu()), length, pads,
+            [moved(contexts[owner], "cpu") for owner in owners], Softmax(dim**-0.5, cap, cpu(softmax.sink)),
+        )  # fmt: skip
+        place = torch.tensor([length], dtype=torch.int32, device=device)
+        o = step.attend(q, k, v, (keys, values), place, on_device, queue, softmax, codes=codes)
+        error = (o[:, :, 0].cpu().float() - want).abs().amax(-1) / want.abs().amax(-1)
+        worst = max(worst, error.max().item())
+        appended = torch.equal(keys[:, :, length], k[:, :, 0]) and torch.equal(values[:, :, length], v[:, :, 0])
+        kept = min(kept, float(appended and not queue.arrived.any()))
+    return {"o": worst, "kept": kept}
+
+
+def in_fp8(kv: PagedKV) -> Fp8KV:
+    pages = PagedKV(fp8.encode(kv.k), fp8.encode(kv.v), kv.table, kv.lens, None, kv.counts)
+    scales = torch.tensor([[0.5, 1.0, 2.0, 0.25]])
+    return Fp8KV(pages, scales, scales.flip(1), kv.k.dtype)
+
+
+def cpu(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.cpu()
+
+
+def moved(kv: Any, device: str) -> Any:
+    if isinstance(kv, Fp8KV):
+        return Fp8KV(moved(kv.kv, device), kv.k_scale.to(device), kv.v_scale.to(device), kv.dtype)
+    k = kv.k.to(device)
+    v = k[..., : kv.v.shape[-1]] if kv.v.data_ptr() == kv.k.data_ptr() else kv.v.to(device)
+    return PagedKV(k, v, kv.table.to(device), kv.lens.to(device), None, kv.counts)
+
+
+CASES: dict[str, Callable[[], dict[str, float]]] = {
+    f"{interpreter.LABELS[case[0]]} {' '.join(map(str, case[1:]))}": partial(step_case, *case)
+    for case in [
+        ("fp32", 1, 16),
+        ("fp32", 3, 64),
+        ("fp32", 20, 32),
+        ("fp16", 8, 96),
+        ("fp32", 2, 32, 32, 2.0),
+        ("fp32", 3, 32, 32, None, True),
+        ("fp16", 3, 48, 32, 2.0, True),
+        ("fp32", 4, 80, 64, None, False, True),
+        ("fp32", 3, 64, 64, None, False, False, True),
+    ]
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_is_attention_over_context_tail_and_new_token(
+    case: str, interpreted: Callable[[str], dict[str, float]]
+) -> None:
+    error = interpreted(case)
+    assert error["o"] <= TOLERANCE[case.split()[0]]
+    assert error["kept"] == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES)
+def test_a_compiled_step_is_attention_over_context_tail_and_new_token(case: str) -> None:
+    error = CASES[case](device="cuda")  # type: ignore[call-arg]
+    assert error["o"] <= TOLERANCE[case.split()[0]]
+    assert error["kept"] == 1.0
+
+
+@given(
+    counts=st.lists(st.lists(st.integers(0, 5000), min_size=2, max_size=2).map(tuple), min_size=1, max_size=3),
+    group=st.integers(1, 40),
+    rows=st.lists(st.integers(1, 20), min_size=3, max_size=3),
+    target=st.integers(1, 600),
+    pages=st.integers(1, 40),
+)
+def test_a_queue_has_every_slot_once_in_items_of_about_one_size(
+    counts: list[tuple[int, ...]], group: int, rows: list[int], target: int, pages: int
+) -> None:
+    owners = [owner for owner, n in zip(range(len(counts)), rows, strict=False) for _ in range(n)]
+    layout = [(of, -(-max(of) // PAGE)) for of in counts]
+    items, tiles = _items(layout, owners, group, 2, pages, target)
+    seen: dict[tuple[int, int], int] = {}
+    for source, row, among, head, first, _, start, stop, tile in items:
+        begin, end, tails, expected = tiles[tile]
+        of_tile = [item for item in items if item[8] == tile]
+        assert len(of_tile) == expected
+        assert all(item[8] == tile for item in [*items[begin:end], *items[tails : tails + expected - end + begin]])
+        assert among * min(group, BLOCK_G) <= BLOCK_G
+        assert stop - start > 0
+        assert start % PAGE == 0
+        for own in range(row, row + among):
+            for query in range(first, min(group, first + BLOCK_G)):
+                key = (own, head * group + query)
+                seen[key] = seen.get(key, 0) + stop - start
+                assert source in (0, 1 + owners[own])
+    for row, owner in enumerate(owners):
+        for head in range(2 * group):
+            assert seen[row, head] == counts[owner][head // group] + pages * PAGE
+    spans = [-(-(stop - start) // PAGE) for source, *_, start, stop, _ in items if source]
+    if spans:
+        assert max(spans) <= max(2, -(-sum(spans) // target), -(-max(map(max, counts)) // PAGE // 128) + 1)
+
+
+if __name__ == "__main__":
+    interpreter.main(CASES)
