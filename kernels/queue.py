@@ -23,14 +23,14 @@ from lceval.kernels.paged import PAGE, PagedKV
 PROGRAMS, SHORTEST = 4, 2
 # Tokens of a tail in one item. Items past the end of what was written end at once.
 TAIL_SPAN = 8 * PAGE
-# Columns of `Queue.items`, `Queue.tiles` and `Queue.sources`.
+# Columns of `WorkQueue.items`, `WorkQueue.tiles` and `WorkQueue.sources`.
 ITEM, TILE, SOURCE = 9, 4, 5
 
 Stored = PagedKV | Fp8KV
 
 
 @dataclass(frozen=True)
-class Queue:
+class WorkQueue:
     """The items of one layer. A tile are up to `BLOCK_G` queries over one KV head: of rows that share a context.
 
     Attributes:
@@ -64,7 +64,7 @@ class Workspace:
 
     def queue(
         self, contexts: Sequence[Stored], owners: Sequence[int], tail: tuple[Tensor, Tensor], heads: int
-    ) -> Queue:
+    ) -> WorkQueue:
         """The queue of a layer.
 
         Args:
@@ -80,12 +80,9 @@ class Workspace:
         key = layout, tuple(owners), heads, kv_heads, pages, keys.device
         if key not in self._items:
             target = PROGRAMS * multiprocessors(keys)
-            items, tiles = _items(layout, owners, heads // kv_heads, kv_heads, pages, target)
-            self._items[key] = (
-                torch.tensor(items, dtype=torch.int32, device=keys.device).view(-1, ITEM),
-                torch.tensor(tiles, dtype=torch.int32, device=keys.device).view(-1, TILE),
-                -(-pages * PAGE // TAIL_SPAN),
-            )
+            both = items_of(layout, owners, heads // kv_heads, kv_heads, pages, target)
+            items, tiles = (torch.tensor(x, dtype=torch.int32, device=keys.device) for x in both)
+            self._items[key] = items, tiles, -(-pages * PAGE // TAIL_SPAN)
         items, tiles, spans = self._items[key]
         table = torch.arange(len(owners) * kv_heads * pages, dtype=torch.int32, device=keys.device)
         alive = [keys, values, table]
@@ -99,7 +96,7 @@ class Workspace:
             alive += tensors
             addresses.append([*(x.data_ptr() for x in tensors), 0, 0][:SOURCE])
         sources = torch.tensor(addresses, dtype=torch.int64, device=keys.device)
-        return Queue(items, tiles, spans, sources, *self._partial(items, tiles, values), tuple(alive))
+        return WorkQueue(items, tiles, spans, sources, *self._partial(items, tiles, values), tuple(alive))
 
     def _partial(self, items: Tensor, tiles: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._parts is None or len(self._parts[0]) < len(items) or len(self._parts[2]) < len(tiles):
@@ -111,7 +108,7 @@ class Workspace:
         return self._parts
 
 
-def _items(
+def items_of(
     layout: Sequence[tuple[tuple[int, ...], int]],
     owners: Sequence[int],
     group: int,
@@ -119,7 +116,7 @@ def _items(
     pages: int,
     target: int,
 ) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
-    """`Queue.items` and `Queue.tiles`.
+    """`WorkQueue.items` and `WorkQueue.tiles`.
 
     Args:
         layout: of each context the kept slots of its KV heads, and the width of its page table.
@@ -139,7 +136,7 @@ def _items(
             place, stop = head * layout[owner][1], min(slot + span, count)
             items.append((1 + owner, row, rows, head, first, place, slot, stop, number))
         of_context.append((begin, len(items)))
-    described = []
+    described: list[tuple[int, ...]] = []
     for number, ((_, row, rows, head, first), bounds) in enumerate(zip(tiles, of_context, strict=True)):
         begin = len(items)
         for own in range(row, row + rows):

@@ -13,7 +13,7 @@ writes a partial result; the last one of a tile merges them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 
 import torch
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lceval.kernels import decode
 from lceval.kernels.fp8 import Fp8KV
-from lceval.kernels.launch import DTYPES, INTERPRETED, jit, tl
+from lceval.kernels.launch import DTYPES, INTERPRETED, jit, runs_kernels, tl
 from lceval.kernels.paged import KV, PagedKV, is_view
-from lceval.kernels.queue import ITEM, SOURCE, TILE, Queue
+from lceval.kernels.queue import ITEM, SOURCE, TILE, WorkQueue
 from lceval.kernels.softmax import Softmax, log2_logits
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths
 
@@ -221,14 +221,14 @@ def fits(contexts: Sequence[object], k: Tensor, v: Tensor) -> bool:
 
     k, v: [..., D] and [..., E], keys and values of the same kind as the contexts'.
     """
-    known = {type(kv) for kv in contexts} in ({PagedKV}, {Fp8KV}) and k.dtype in DTYPES
+    known = {type(kv) for kv in contexts} in ({PagedKV}, {Fp8KV}) and k.dtype in DTYPES and runs_kernels(k, "step")
     # The interpreter represents bf16 as raw 16-bit integers.
     known &= not (INTERPRETED and k.dtype == torch.bfloat16)
     return known and decode.fits(k.shape[-1], v.shape[-1], latent=is_view(k, v))
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], length: Tensor, pads: Tensor, queue: Queue,
+    q: Tensor, k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], length: Tensor, pads: Tensor, queue: WorkQueue,
     softmax: Softmax, *, codes: bool = False,
 ) -> Tensor:  # fmt: skip
     """Append the new token to the tails, and attend.
@@ -254,7 +254,7 @@ def attend(
         step_kernel[(len(queue.items),)](
             q, k, v, queue.sources, queue.items, queue.tiles, length, pads, q if softmax.sink is None else softmax.sink,
             queue.part_o, queue.part_lse, queue.arrived, o, softmax.scaling, H // k.shape[1], k.shape[1], queue.spans,
-            tail[0].shape[2], *strides, **sizes, **decode.options(q.dtype, sizes),
+            tail[0].shape[2], *strides, **sizes, **options(q.dtype, sizes),
         )  # fmt: skip
     return o
 
@@ -265,6 +265,12 @@ def constants(
     """The compile-time arguments of `step_kernel`."""
     sizes = decode.split_constants(dtype, head_dim, value_dim) | decode.kinds(softmax.cap, latent, codes)
     return sizes | {"SINK": int(softmax.sink is not None), "ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
+
+
+def options(dtype: torch.dtype, sizes: Mapping[str, float]) -> dict[str, int | bool]:
+    """The launch options: those of `decode`, but contexts in fp8, whose tails are not, spilled at 256 channels."""
+    chosen = decode.options(dtype, sizes)
+    return chosen | {"num_warps": 8} if sizes["FP8"] and sizes["D_PAD"] == 256 else chosen
 
 
 LIMITS = tile_limits(255, "step", "step.latent")
@@ -299,5 +305,5 @@ def variant(
         floats=("scaling",),
         aligned=("stride_",),
         constants=sizes,
-        options=decode.options(TORCH[dtype], sizes),
+        options=options(TORCH[dtype], sizes),
     )

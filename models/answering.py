@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from lceval.core.answers import Score, Text
-from lceval.models import decoding
+from lceval.models import generation
 from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.checked_hflm import CheckedHFLM
 from lceval.models.diagnosis import Diagnosis
@@ -140,7 +140,7 @@ class AnsweringLM(CheckedHFLM):
         if not new_tokens:
             self._account(batch, cache, question_s=opening_s, decode_s=0.0)
             return [(question.job.index, Text("", question.meta)) for question in batch]
-        select = decoding.selection(self.model.generation_config, batch[0].job.sampling)
+        select = generation.selection(self.model.generation_config, batch[0].job.sampling)
         cache.start_clock()
         start = time.perf_counter()
         with cache.writing() if isinstance(cache, WritingCache) else nullcontext():
@@ -161,18 +161,18 @@ class AnsweringLM(CheckedHFLM):
         return texts
 
     def _written(
-        self, cache: QuestionCache, ids: Tensor, select: decoding.Selection, until: Sequence[str], limit: int
-    ) -> decoding.Written:
+        self, cache: QuestionCache, ids: Tensor, select: generation.Selection, until: Sequence[str], limit: int
+    ) -> generation.Written:
         def step(tokens: Tensor) -> Tensor:
             return self.engine.forward(cache, tokens, keep=1)[:, -1]
 
         decode = partial(self.tok_decode, skip_special_tokens=False)
-        ends = decoding.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
-        return decoding.write(step(ids), step, select, ends, self._pad, limit)
+        ends = generation.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
+        return generation.write(step(ids), step, select, ends, self._pad, limit)
 
     def _written_by_transformers(
         self, batch: Sequence[Question[GenerateJob]], cache: QuestionCache, ids: Tensor
-    ) -> decoding.Written:
+    ) -> generation.Written:
         """What `generate` writes: it derives positions from the attention mask and skips the cached tokens."""
         job = batch[0].job
         rows = whole_rows([q.job for q in batch], cache.get_seq_length() + ids.shape[1], self._pad)
@@ -188,7 +188,7 @@ class AnsweringLM(CheckedHFLM):
             **job.sampling,
         )
         written = out[:, whole.shape[1] :].tolist()
-        return decoding.Written([self._until_eos(row) for row in written], finite.failed(len(batch)))
+        return generation.Written([self._until_eos(row) for row in written], finite.failed(len(batch)))
 
     def _not_finite(self, question: Question[J]) -> list[tuple[int, Any]]:
         self.totals["failed"] += 1

@@ -17,7 +17,7 @@ from lceval.kernels import dense, dispatch, paged, step
 from lceval.kernels.dense import attention_logits
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
-from lceval.kernels.queue import Queue, Workspace
+from lceval.kernels.queue import WorkQueue, Workspace
 from lceval.kernels.softmax import Softmax
 from lceval.models.layers import AttendingLayer, attend_dense, first_visible
 from lceval.models.prefill_stats import QueryAwareStats
@@ -202,7 +202,7 @@ class QuestionLayer(TailLayer):
         self.receive: Callable[[Tensor, Softmax], None] | None = None
         self.steps: Steps | None = None
         self._fed: tuple[Tensor, Tensor] | None = None
-        self._queue: tuple[tuple[object, ...], int, Queue] | None = None
+        self._queue: tuple[tuple[object, ...], int, WorkQueue] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         self._fed = None

@@ -417,8 +417,8 @@ def test_evicting_while_decoding_keeps_the_budget_and_attends_to_the_kept_slots(
     ids = torch.randint(0, 99, (1, 120), generator=torch.Generator().manual_seed(3))
     context = compressed(tiny, ids[:, :100], parse(recipe))
     cache = context.fork(20)
-    for step in range(100, 120):
-        logits = tiny(ids[:, step : step + 1], cache=cache).logits
+    for at in range(100, 120):
+        logits = tiny(ids[:, at : at + 1], cache=cache).logits
         assert logits.isfinite().all()
         for layer in cache.layers:
             assert layer.slots[0].k.shape[2] <= 40

@@ -21,7 +21,7 @@ from lceval.kernels import fp8, step
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import BLOCK_G
 from lceval.kernels.paged import PAGE, PagedKV
-from lceval.kernels.queue import TAIL_SPAN, Workspace, _items
+from lceval.kernels.queue import TAIL_SPAN, Workspace, items_of
 from lceval.kernels.softmax import Softmax
 
 # Kept slots of each KV head of three contexts, of which the last has no tokens.
@@ -157,7 +157,7 @@ def test_a_queue_has_every_slot_once_in_items_of_about_one_size(
 ) -> None:
     owners = [owner for owner, n in zip(range(len(counts)), rows, strict=False) for _ in range(n)]
     layout = [(of, -(-max(of) // PAGE)) for of in counts]
-    items, tiles = _items(layout, owners, group, 2, pages, target)
+    items, tiles = items_of(layout, owners, group, 2, pages, target)
     seen: dict[tuple[int, int], int] = {}
     for source, row, among, head, first, _, start, stop, tile in items:
         begin, end, tails, expected = tiles[tile]

@@ -11,7 +11,7 @@ from lm_eval.api.instance import Instance
 from tiny_models import save_model
 from transformers import GenerationConfig
 
-from lceval.models import decoding
+from lceval.models import generation
 from lceval.models.lcft import LCFT
 
 # Under each of five lists of stop strings.
@@ -53,14 +53,14 @@ def test_texts_are_those_of_generate(
     model = LCFT(folder, kv="snapkv:0.5:window=8", device="cpu", dtype="float32", batch_size=rows)
     # Random logits are flat: these let some answers end by the end token, early and late.
     model.model.lm_head.weight.data[1] += 0.02
-    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", every)
-    written, own = [], decoding.selection
+    monkeypatch.setitem(generation.LOOK_EVERY, "cpu", every)
+    written, own = [], generation.selection
     # Rows that wait for others draw random numbers too, in generate for longer: batches are sampled without stops.
     for until in STOPS[: 1 if sampled and rows > 1 else None]:
         asked = requests(until, **(SAMPLED if sampled else {}))
-        monkeypatch.setattr(decoding, "selection", own)
+        monkeypatch.setattr(generation, "selection", own)
         ours, counts = texts(model, asked)
-        monkeypatch.setattr(decoding, "selection", lambda *_: None)
+        monkeypatch.setattr(generation, "selection", lambda *_: None)
         theirs, most = texts(model, asked)
         assert ours == theirs
         # In a batch, generate goes on after a stop until all rows have one.
@@ -70,11 +70,11 @@ def test_texts_are_those_of_generate(
 
 
 def test_an_answer_ends_with_the_first_token_that_completes_a_stop_or_is_an_end() -> None:
-    ends = decoding.Ends(frozenset([1]), ("b c", "zz"), lambda tokens: " ".join("abcdz"[t - 2] for t in tokens))
+    ends = generation.Ends(frozenset([1]), ("b c", "zz"), lambda tokens: " ".join("abcdz"[t - 2] for t in tokens))
     assert ends.after([2, 3, 4, 5]) == 3
     assert ends.after([2, 3, 3, 4], seen=3) == 4
     assert ends.after([6, 6]) is None, "z z is not zz"
-    assert decoding.Ends(frozenset([4]), (), str).after([2, 3, 4, 5]) == 3
+    assert generation.Ends(frozenset([4]), (), str).after([2, 3, 4, 5]) == 3
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_an_answer_ends_with_the_first_token_that_completes_a_stop_or_is_an_end(
     ],
 )
 def test_what_the_loop_does_not_do_is_left_to_generate(config: dict[str, Any], sampling: dict[str, Any]) -> None:
-    assert decoding.selection(GenerationConfig(**config), sampling) is None
+    assert generation.selection(GenerationConfig(**config), sampling) is None
 
 
 def test_settings_without_effect_are_no_reason_to_leave_the_loop() -> None:
     config = GenerationConfig(temperature=0.6, top_p=0.9, do_sample=True, repetition_penalty=1.0, eos_token_id=[1, 2])
-    greedy = decoding.selection(config, {"do_sample": False, "temperature": 0.0})
+    greedy = generation.selection(config, {"do_sample": False, "temperature": 0.0})
     assert greedy is not None
     assert greedy.warpers is None
-    sampled = decoding.selection(config, {"do_sample": True, "temperature": 0.7})
+    sampled = generation.selection(config, {"do_sample": True, "temperature": 0.7})
     assert sampled is not None
     assert [type(warper).__name__[:4] for warper in sampled.warpers] == ["Temp", "TopK", "TopP"]
