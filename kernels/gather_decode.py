@@ -17,10 +17,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lceval.kernels import merge
+from lceval.kernels import merge, tiles
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.decode import check_cache, choose_splits, split_constants
+from lceval.kernels.decode import check_cache, choose_splits
 from lceval.kernels.launch import BLOCK_G, jit, multiprocessors, runs_kernels, tl, widened
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.scan import scan
@@ -178,7 +178,7 @@ def gather_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[
 
     A tile of 64 slots at head_dim 64 spilled on an H100, and put half as many bytes in flight.
     """
-    constants = split_constants(dtype, head_dim, value_dim)
+    constants = tiles.constants(dtype, head_dim, value_dim)
     return constants | ({"BLOCK_S": 128} if dtype != torch.float32 and constants["D_PAD"] <= 64 else {})
 
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lceval.kernels import decode, merge
+from lceval.kernels import decode, merge, tiles
 from lceval.kernels.launch import (
     BLOCK_G,
     DTYPES,
@@ -217,7 +217,7 @@ def split_constants(
     A page per iteration where registers suffice: half as many reductions, and every load wide enough for an
     asynchronous copy. Float32 uses no tensor cores here and unrolls into multiply-adds, as in decode.py.
     """
-    D_PAD, E_PAD = (max(GROUP, decode.padded(dim)) for dim in (head_dim, value_dim))
+    D_PAD, E_PAD = (max(GROUP, tiles.padded(dim)) for dim in (head_dim, value_dim))
     BLOCK_S = 16 if dtype == torch.float32 else 64 if max(D_PAD, E_PAD) <= 128 else 32
     sizes = {"D": head_dim, "D_PAD": D_PAD, "E": value_dim, "E_PAD": E_PAD, "BLOCK_G": BLOCK_G, "BLOCK_S": BLOCK_S}
     return sizes | {"PAGE": PAGE, "GROUP": GROUP, "K_BITS": k_bits, "V_BITS": v_bits, "CAP": cap or 0.0}

@@ -19,7 +19,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lceval.kernels import decode
+from lceval.kernels import decode, tiles
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import DTYPES, INTERPRETED, jit, runs_kernels, tl
 from lceval.kernels.paged import KV, PagedKV, is_view
@@ -147,7 +147,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
     if FP8:
         if is_tail:
-            m, l, acc = decode.attend_tiles(  # noqa: E741
+            m, l, acc = tiles.attend_tiles(  # noqa: E741
                 q, q_rest, m, l, acc, tail_k, tail_v, page_ptr, low // BLOCK_S, last_tile, low, n, scaling,
                 PAGE * KD, KD, PAGE * VD, VD,
                 D, D_PAD, REST, REST_PAD, E, E_PAD, PAGE, BLOCK_S, 0, LATENT, CAP,
@@ -157,14 +157,14 @@ def step_kernel(  # type: ignore[no-untyped-def]
             v_scale = tl.load(tl.load(address + 4).to(tl.pointer_type(tl.float32)) + head)
             k_codes = tl.multiple_of(keys.to(tl.pointer_type(tl.uint8)), 16)
             v_codes = tl.multiple_of(values.to(tl.pointer_type(tl.uint8)), 16)
-            m, l, acc = decode.attend_tiles(  # noqa: E741
+            m, l, acc = tiles.attend_tiles(  # noqa: E741
                 q, q_rest, m, l, acc, k_codes, v_codes, page_ptr, low // BLOCK_S, last_tile, low, n,
                 scaling * k_scale, PAGE * KD, KD, PAGE * VD, VD,
                 D, D_PAD, REST, REST_PAD, E, E_PAD, PAGE, BLOCK_S, 1, LATENT, CAP,
             )  # fmt: skip
             acc *= v_scale
     else:
-        m, l, acc = decode.attend_tiles(  # noqa: E741
+        m, l, acc = tiles.attend_tiles(  # noqa: E741
             q, q_rest, m, l, acc, tail_k, tail_v, page_ptr, low // BLOCK_S, last_tile, low, n, scaling,
             PAGE * KD, KD, PAGE * VD, VD,
             D, D_PAD, REST, REST_PAD, E, E_PAD, PAGE, BLOCK_S, 0, LATENT, CAP,
@@ -263,13 +263,13 @@ def constants(
     dtype: torch.dtype, head_dim: int, value_dim: int, softmax: Softmax, *, latent: bool = False, codes: bool = False
 ) -> dict[str, float]:
     """The compile-time arguments of `step_kernel`."""
-    sizes = decode.split_constants(dtype, head_dim, value_dim) | decode.kinds(softmax.cap, latent, codes)
+    sizes = tiles.constants(dtype, head_dim, value_dim) | tiles.kinds(softmax.cap, latent, codes)
     return sizes | {"SINK": int(softmax.sink is not None), "ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
 
 
 def options(dtype: torch.dtype, sizes: Mapping[str, float]) -> dict[str, int | bool]:
     """The launch options: those of `decode`, but contexts in fp8, whose tails are not, spilled at 256 channels."""
-    chosen = decode.options(dtype, sizes)
+    chosen = tiles.options(dtype, sizes)
     return chosen | {"num_warps": 8} if sizes["FP8"] and sizes["D_PAD"] == 256 else chosen
 
 

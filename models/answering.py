@@ -18,8 +18,8 @@ from transformers import LogitsProcessorList
 
 from lceval.core.answers import Score, Text
 from lceval.models import generation
-from lceval.models.cache import CompressedContext, QuestionCache
 from lceval.models.checked_hflm import CheckedHFLM
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory

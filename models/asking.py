@@ -24,7 +24,7 @@ from lceval.core.answers import Text
 from lceval.core.digests import digest_of
 from lceval.core.errors import InfrastructureError, UserError
 from lceval.models import chunkwise, context_file, recipe
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.faults import OUT_OF_MEMORY, is_out_of_memory
 from lceval.models.lcft import LCFT
 from lceval.models.prefix import GenerateJob

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from lceval.models.cache import CompressedContext, QuestionCache, synchronize
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor
+from lceval.models.prefill import synchronize
 from lceval.models.question import WindowKV
 from lceval.models.recipe import Recipe
 from lceval.models.states import State

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 
 
 class ContextCache:

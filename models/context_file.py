@@ -33,7 +33,7 @@ from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.select import Selective, indexed_keys
 from lceval.models.bounded import BoundedKV
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.policies import Evictor
 from lceval.models.policies.retrieval import Centroids, Nearest
 from lceval.models.question import NoKV, WindowKV

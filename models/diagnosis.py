@@ -17,8 +17,9 @@ from lceval.models.policies import LayerView, StatsSpec
 from lceval.models.policies.snapkv import SnapKV
 
 if TYPE_CHECKING:
-    from lceval.models.cache import CompressedContext, Prefill, QuestionCache
+    from lceval.models.compressed import CompressedContext, QuestionCache
     from lceval.models.engine import Engine
+    from lceval.models.prefill import Prefill
     from lceval.models.prefix import Job
 
 WINDOW = SnapKV.window

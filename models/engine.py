@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from lceval.core.errors import UserError
-from lceval.models.cache import CompressedContext, Prefill, QuestionCache, synchronize
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
+from lceval.models.prefill import Prefill, synchronize
 from lceval.models.prefill_stats import SCORING, QueryAwareStats
 from lceval.models.question import Rows
 from lceval.models.recipe import Recipe

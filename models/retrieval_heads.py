@@ -13,10 +13,10 @@ from torch import Tensor
 
 from lceval.core.errors import UserError
 from lceval.core.io import read_object, read_text
-from lceval.models.cache import Prefill
 from lceval.models.engine import Engine
 from lceval.models.policies.base import StatsSpec
 from lceval.models.policies.duo import HeadPattern
+from lceval.models.prefill import Prefill
 from lceval.models.rotation import rotate, unrotate
 
 SCORES, CONFIG = "full_attention_heads.tsv", "config.json"

@@ -11,12 +11,13 @@ from typing import Any, Generic
 import torch
 
 from lceval.models import chunkwise
-from lceval.models.cache import CompressedContext, Prefill, QuestionCache
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.context_cache import ContextCache
 from lceval.models.diagnosis import Diagnosis
 from lceval.models.engine import Engine
 from lceval.models.faults import OUT_OF_MEMORY, is_out_of_memory
 from lceval.models.policies import StatsSpec
+from lceval.models.prefill import Prefill
 from lceval.models.prefix import J, Job, by_context
 from lceval.models.recipe import Recipe
 from lceval.models.telemetry import telemetry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.prefix import Job
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lceval.kernels import dense
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.softmax import Softmax
-from lceval.models.cache import CompressedContext, QuestionCache
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor

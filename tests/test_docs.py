@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lceval.core.errors import UserError
 from lceval.models import attention, policies, recipe
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import EVICTORS, QUANTIZERS, SPARSE_ATTENTION, LayerView, Quantizer, StatsSpec

@@ -18,9 +18,10 @@ from transformers import DynamicCache
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
 from lceval.models import attention, chunkwise
-from lceval.models.cache import CompressedContext, Prefill
+from lceval.models.compressed import CompressedContext
 from lceval.models.lcft import LCFT
 from lceval.models.policies import StatsSpec
+from lceval.models.prefill import Prefill
 from lceval.models.recipe import Recipe, parse
 
 SEED = 0

@@ -20,7 +20,7 @@ from lceval.bench.decoding import SEED
 from lceval.bench.machine import device, machine
 from lceval.core.errors import UserError
 from lceval.models import chunkwise
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.prefill_stats import SCORING

@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from lceval.models import reconstruction
-from lceval.models.cache import CompressedContext, Prefill, QuestionCache
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.lcft import LCFT
 from lceval.models.policies import StatsSpec
+from lceval.models.prefill import Prefill
 from lceval.models.recipe import parse
 from lceval.models.retrieval_heads import pattern_of
 from lceval.models.writing import WritingCache

@@ -23,7 +23,7 @@ from lceval.kernels.paged import PagedKV
 from lceval.kernels.rotated import Rotated
 from lceval.kernels.softmax import Softmax
 from lceval.models import attention
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.engine import Engine
 from lceval.models.policies import EVICTORS, Amount, Evictor, LayerView
 from lceval.models.question import QuestionLayer

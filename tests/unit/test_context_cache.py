@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lceval.kernels.paged import PagedKV
-from lceval.models.cache import CompressedContext
+from lceval.models.compressed import CompressedContext
 from lceval.models.context_cache import ContextCache
 
 

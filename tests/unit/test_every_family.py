@@ -18,7 +18,7 @@ from transformers import AttentionInterface, DynamicCache
 
 from lceval.core.errors import UserError
 from lceval.models import attention, context_file, selfcheck
-from lceval.models.cache import CompressedContext, QuestionCache
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from lceval.core.errors import UserError
 from lceval.models import attention
-from lceval.models.cache import CompressedContext, QuestionCache
+from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.geometry import Geometry
 from lceval.models.policies import LayerView

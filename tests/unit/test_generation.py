@@ -37,10 +37,10 @@ def requests(until: Sequence[str], **sampling: Any) -> list[Instance]:
     return instances
 
 
-def texts(model: LCFT, asked: list[Instance]) -> tuple[list[str], list[int]]:
+def texts(model: LCFT, instances: list[Instance]) -> tuple[list[str], list[int]]:
     """The answers, and how many tokens each has."""
     torch.manual_seed(7)
-    answers = model.generate_until(asked, disable_tqdm=True)
+    answers = model.generate_until(instances, disable_tqdm=True)
     return [str(answer) for answer in answers], [answer.meta["kv"]["new_tokens"] for answer in answers]
 
 
@@ -57,11 +57,11 @@ def test_texts_are_those_of_generate(
     written, own = [], generation.selection
     # Rows that wait for others draw random numbers too, in generate for longer: batches are sampled without stops.
     for until in STOPS[: 1 if sampled and rows > 1 else None]:
-        asked = requests(until, **(SAMPLED if sampled else {}))
+        instances = requests(until, **(SAMPLED if sampled else {}))
         monkeypatch.setattr(generation, "selection", own)
-        ours, counts = texts(model, asked)
+        ours, counts = texts(model, instances)
         monkeypatch.setattr(generation, "selection", lambda *_: None)
-        theirs, most = texts(model, asked)
+        theirs, most = texts(model, instances)
         assert ours == theirs
         # In a batch, generate goes on after a stop until all rows have one.
         assert counts == most if rows == 1 else all(a <= b for a, b in zip(counts, most, strict=True))
