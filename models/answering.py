@@ -25,6 +25,7 @@ from lceval.models.engine import Engine
 from lceval.models.faults import NOT_FINITE, OUT_OF_MEMORY, FiniteLogits, is_out_of_memory
 from lceval.models.prefix import GenerateJob, J, ScoreJob, padded, whole_rows
 from lceval.models.recipe import Recipe
+from lceval.models.replay import Steps
 from lceval.models.scheduler import ContextScheduler, Question, in_batches
 from lceval.models.writing import WritingCache
 
@@ -163,12 +164,10 @@ class AnsweringLM(CheckedHFLM):
     def _written(
         self, cache: QuestionCache, ids: Tensor, select: generation.Selection, until: Sequence[str], limit: int
     ) -> generation.Written:
-        def step(tokens: Tensor) -> Tensor:
-            return self.engine.forward(cache, tokens, keep=1)[:, -1]
-
+        logits = self.engine.forward(cache, ids, keep=1)[:, -1]
         decode = partial(self.tok_decode, skip_special_tokens=False)
         ends = generation.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
-        return generation.write(step(ids), step, select, ends, self._pad, limit)
+        return generation.write(logits, Steps(self.engine, cache, limit - 1), select, ends, self._pad, limit)
 
     def _written_by_transformers(
         self, batch: Sequence[Question[GenerateJob]], cache: QuestionCache, ids: Tensor

@@ -18,7 +18,7 @@ from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.prefill_stats import QueryAwareStats
-from lceval.models.question import NoKV, QuestionLayer, Rows, Steps, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import NoKV, Progress, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, continuing
 
@@ -137,13 +137,13 @@ class QuestionCache(StatefulCache):
         states = continuing([contexts[owner].states for owner in rows.owners])
         super().__init__(layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
-        self._share_steps()
+        self._share_progress()
 
-    def _share_steps(self) -> None:
-        self.steps = Steps()
+    def _share_progress(self) -> None:
+        self.progress = Progress()
         for layer in self.layers:
             if isinstance(layer, QuestionLayer):
-                layer.steps = self.steps
+                layer.progress = self.progress
 
     def start_clock(self) -> None:
         """Set `first_step` to the start time of the second forward pass from now."""
@@ -156,7 +156,7 @@ class QuestionCache(StatefulCache):
             # The second call starts once the first token is decoded: it marks the start of decoding.
             if self._passes == 2:
                 self.first_step = time.perf_counter()
-            self.steps.start(self.first.length)
+            self.progress.start(self.first.length)
         return super().update(k, v, layer_idx, *args, **kwargs)
 
     def collect(self, collectors: Sequence[QueryAwareStats | ReconstructionStats | None]) -> None:
@@ -174,8 +174,26 @@ class QuestionCache(StatefulCache):
     def next_positions(self, tokens: int, device: torch.device) -> Tensor:
         """[B, T] int64, positions of the next tokens of each row."""
         rows: Rows = self.first.rows
-        length = self.first.length
-        return (rows.starts_on(device)[:, None] + torch.arange(length, length + tokens, device=device)).clamp_(min=0)
+        self.progress.start(self.first.length)
+        columns = torch.arange(tokens, device=device)
+        # Where the length is on the device, a recorded pass reads it there.
+        columns += self.progress.on(device) if self.progress.is_on(device) else self.first.length
+        return (rows.starts_on(device)[:, None] + columns).clamp_(min=0)
+
+    def steps_alike(self, steps: int) -> bool:
+        """Whether each of the next `steps` steps is the same launches over the same tensors."""
+        attending = [layer for layer in self.layers if layer.attends]
+        return not self.state_layers and all(
+            isinstance(layer, QuestionLayer) and layer.is_step and layer.length + steps <= layer.keys.shape[2]
+            for layer in attending
+        )
+
+    def count_to(self, length: int) -> None:
+        """Take note of passes that were replayed on the device: each tail has `length` columns."""
+        self.progress.length = length
+        for layer in self.layers:
+            if layer.attends:
+                layer.length = length
 
     def fork(self) -> QuestionCache:
         """An independent copy; contexts stay shared."""
@@ -183,7 +201,7 @@ class QuestionCache(StatefulCache):
         other.__dict__ |= self.__dict__
         other.layers = [layer.fork() for layer in self.layers]
         other.state_layers = continuing([self.states])
-        other._share_steps()
+        other._share_progress()
         return other
 
     @classmethod
@@ -199,7 +217,7 @@ class QuestionCache(StatefulCache):
             for layers in zip(*(c.layers for c in caches), strict=True)
         ]
         other.state_layers = continuing([cache.states for cache in caches])
-        other._share_steps()
+        other._share_progress()
         return other
 
     def select(self, rows: Sequence[int]) -> None:

@@ -29,6 +29,7 @@ class Engine:
 
     Attributes:
         scorers: those that prefills can apply, by digest.
+        records_steps: whether decoding steps can be recorded; False once one could not.
 
     Args:
         model: the model that generates: a transformers model, or a PEFT model around it.
@@ -61,6 +62,7 @@ class Engine:
         self._repetition = repetition
         self.device = base.device
         self.dtype = base.dtype
+        self.records_steps = True
 
     def check(self, kv: Recipe) -> None:
         """Check that the model has what a recipe requires.
@@ -269,6 +271,7 @@ class Engine:
                 use_cache=True,
                 logits_to_keep=keep,
             )
+        cache.progress.advance(ids.shape[1])
         logits: Tensor = out.logits
         return logits
 

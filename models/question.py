@@ -163,27 +163,41 @@ def _grown(x: Tensor, columns: int) -> Tensor:
     return torch.cat([x, x.new_empty(*x.shape[:2], columns - x.shape[2], x.shape[3])], 2)
 
 
-class Steps:
-    """What the layers of a batch share in decoding steps by `kernels.step`.
+class Progress:
+    """How far a batch is, where `kernels.step` reads it, and the workspace of its launches; all layers share it.
 
     Attributes:
+        length: columns of the tails before the current pass.
         workspace: the queues of the work, and partial results.
     """
 
     def __init__(self) -> None:
+        self.length = 0
         self.workspace = Workspace()
-        self._lengths: dict[torch.device, Tensor] = {}
+        self._on_device: dict[torch.device, Tensor] = {}
 
-    def length_on(self, device: torch.device, length: int) -> Tensor:
-        """The number of columns before a pass as [1] int32 on a device, where `start` keeps it up to date."""
-        if device not in self._lengths:
-            self._lengths[device] = torch.tensor([length], dtype=torch.int32, device=device)
-        return self._lengths[device]
+    def on(self, device: torch.device) -> Tensor:
+        """`length` as [1] int32 on a device, where it is kept up to date."""
+        if device not in self._on_device:
+            self._on_device[device] = torch.tensor([self.length], dtype=torch.int32, device=device)
+        return self._on_device[device]
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether `length` is on a device."""
+        return device in self._on_device
 
     def start(self, length: int) -> None:
         """A pass starts after `length` columns."""
-        for on_device in self._lengths.values():
-            on_device.fill_(length)
+        if length != self.length:
+            self.length = length
+            for on_device in self._on_device.values():
+                on_device.fill_(length)
+
+    def advance(self, tokens: int) -> None:
+        """A pass over `tokens` tokens ends."""
+        self.length += tokens
+        for on_device in self._on_device.values():
+            on_device.add_(tokens)
 
 
 class QuestionLayer(TailLayer):
@@ -192,7 +206,7 @@ class QuestionLayer(TailLayer):
     Attributes:
         collector: statistics of the queries over an uncompressed context.
         receive: called with the queries [B, H, T, D] and the softmax of every pass.
-        steps: shared with the other layers of the batch; None where no step is a single launch.
+        progress: shared with the other layers of the batch; None outside a batch.
     """
 
     def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
@@ -200,7 +214,7 @@ class QuestionLayer(TailLayer):
         self.kernels = kernels
         self.collector: QueryAwareStats | ReconstructionStats | None = None
         self.receive: Callable[[Tensor, Softmax], None] | None = None
-        self.steps: Steps | None = None
+        self.progress: Progress | None = None
         self._fed: tuple[Tensor, Tensor] | None = None
         self._queue: tuple[tuple[object, ...], int, WorkQueue] | None = None
 
@@ -216,9 +230,14 @@ class QuestionLayer(TailLayer):
         # The launch that attends writes them.
         self._fed, self.length = (k, v), stop
 
+    @property
+    def is_step(self) -> bool:
+        """Whether the last pass was a single launch, and the next can be."""
+        return self._fed is not None
+
     def _is_step(self, k: Tensor, v: Tensor) -> bool:
         """Whether attention over these new tokens, and their append, is a single launch."""
-        plain = self.kernels and self.collector is None and self.receive is None and self.steps is not None
+        plain = self.kernels and self.collector is None and self.receive is None and self.progress is not None
         return plain and k.shape[2] == 1 and step.fits(self.contexts, k, v)
 
     def observe(self, q: Tensor, softmax: Softmax) -> None:
@@ -244,14 +263,14 @@ class QuestionLayer(TailLayer):
         return merged(past[0], past[1], *own, softmax)
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
-        assert self.steps is not None
+        assert self.progress is not None
         tail, heads, device = (self.keys, self.values), q.shape[1], q.device
         # Each is replaced where it changes.
         known = (self.contexts, self.rows, self.keys)
         if self._queue is None or self._queue[1] != heads or any(map(is_not, self._queue[0], known)):
-            queue = self.steps.workspace.queue(self.contexts, self.rows.owners, tail, heads)
+            queue = self.progress.workspace.queue(self.contexts, self.rows.owners, tail, heads)
             self._queue = known, heads, queue
-        length, pads = self.steps.length_on(device, self.length - 1), self.rows.padding_on(device)
+        length, pads = self.progress.on(device), self.rows.padding_on(device)
         codes = isinstance(self.contexts[0], Fp8KV)
         return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax, codes=codes)
 

@@ -139,7 +139,7 @@ class WritingCache(QuestionCache):
         states = continuing([context.states for context in contexts])
         StatefulCache.__init__(self, layers, states, is_latent=contexts[0].is_latent)
         self.start_clock()
-        self._share_steps()
+        self._share_progress()
         self.engine, self.evictor, self.recipe = engine, evictor, recipe
         prompts = (context.tokens + len(question) for context, question in zip(contexts, questions, strict=True))
         self.prompts = [tokens if evictor.keeps_prompt else 0 for tokens in prompts]

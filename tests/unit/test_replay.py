@@ -1,0 +1,160 @@
+"""A decoding step that was recorded once, and is replayed, computes what each step computes.
+
+CUDA graphs need a GPU. Here a recorder stands for them: it repeats the operations of a pass, PyTorch's and the launches
+of the kernel, into the same tensors, so whatever a step reads from the host shows. The cases run in a child process
+under Triton's interpreter (tests/interpreter.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import interpreter
+import pytest
+import torch
+from tiny_models import llama
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lceval.kernels import step
+from lceval.kernels.paged import PAGE
+from lceval.models import attention
+from lceval.models.compressed import QuestionCache
+from lceval.models.engine import Engine
+from lceval.models.recipe import parse
+from lceval.models.reconstruction import Repetition
+from lceval.models.replay import BEFORE, Steps
+
+RECIPES = ("full", "adakv:0.5:window=8", "fp8")
+CONTEXTS, QUESTIONS, STEPS = (30, 20), ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3]), 9
+
+
+class Recording(TorchDispatchMode):
+    """Records the operations of a block, which leave no trace; `replay` repeats them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], None]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, schema = kwargs or {}, func._schema
+        written = [x for x, of in zip(args, schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
+        self._before += [(x, x.clone()) for x in written]
+        out = func(*args, **kwargs)
+        if written:
+            self.calls.append(lambda: func(*args, **kwargs))
+        else:
+            self.calls.append(lambda: _copy(out, func(*args, **kwargs)))
+        return out
+
+    def launch(self, kernel: Any, grid: Any, *args: Any, **constants: Any) -> None:
+        self.calls.append(lambda: kernel[grid](*args, **constants))
+
+    def undo(self) -> None:
+        for x, before in reversed(self._before):
+            x.copy_(before)
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def _copy(to: Any, of: Any) -> None:
+    for x, new in zip(to, of, strict=True) if isinstance(to, (tuple, list)) else [(to, of)]:
+        if x.data_ptr() != new.data_ptr():  # a view needs no repetition
+            x.copy_(new)
+
+
+class Launches:
+    """Stands for the kernel: within a recording its launches are recorded instead."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.recording: Recording | None = None
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return partial(self.recording.launch, self.kernel, grid) if self.recording else self.kernel[grid]
+
+
+def recorded(launches: Launches, run: Callable[[], None]) -> Callable[[], None]:
+    with Recording() as recording:
+        launches.recording = recording
+        run()
+    launches.recording = None
+    recording.undo()
+    return recording.replay
+
+
+def tiny_engine() -> Engine:
+    model = llama()
+    attention.install(model)
+    return Engine(model, model, chunk=0, kernels=True, autocast=nullcontext, repetition=Repetition((5,), (7,)))
+
+
+def question_cache(engine: Engine, recipe: str, room: int) -> tuple[QuestionCache, torch.Tensor]:
+    """Questions of three lengths on two contexts, and their last logits."""
+    kv = parse(recipe)
+    ids = [torch.randint(0, 99, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in CONTEXTS]
+    one, two = (engine.prefill(of, kv.stats_spec).compress(kv, consume=True) for of in ids)
+    cache = engine.batch([one, one, two], QUESTIONS, room)
+    longest = max(map(len, QUESTIONS))
+    padded = torch.tensor([[0] * (longest - len(question)) + question for question in QUESTIONS])
+    return cache, engine.forward(cache, padded, keep=1)[:, -1]
+
+
+@torch.inference_mode()
+def room_case() -> dict[str, float]:
+    """Whether as many steps as a tail has room for are launches over the same tensors, and one more."""
+    cache, logits = question_cache(engine := tiny_engine(), "full", STEPS)
+    engine.forward(cache, logits.argmax(-1)[:, None])
+    left = PAGE - cache.first.length
+    return {"within": float(cache.steps_alike(left)), "beyond": float(cache.steps_alike(left + 1))}
+
+
+@torch.inference_mode()
+def replay_case(recipe: str) -> dict[str, float]:
+    """The largest difference between steps that are replayed and that are not, and how often a step was recorded."""
+    engine = tiny_engine()
+    launches, recordings = Launches(step.step_kernel), []
+    step.step_kernel = launches
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        recordings.append(recorded(launches, run))
+        return recordings[-1]
+
+    worst, sides = 0.0, []
+    for of in (record, None):
+        cache, logits = question_cache(engine, recipe, STEPS)
+        feed = Steps(engine, cache, STEPS, of)
+        tokens = logits.argmax(-1)
+        results = [feed((tokens + number)[:, None] % 99).clone() for number in range(STEPS)]
+        results.append(engine.forward(cache, tokens[:, None], keep=1)[:, -1])  # the cache knows what was replayed
+        sides.append(results)
+    for ours, theirs in zip(*sides, strict=True):
+        worst = max(worst, (ours - theirs).abs().max().item())
+    return {"difference": worst, "recordings": len(recordings)}
+
+
+CASES: dict[str, Callable[[], dict[str, float]]] = {recipe: partial(replay_case, recipe) for recipe in RECIPES}
+CASES["room"] = room_case
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replayed_steps_are_those_that_run_one_by_one(
+    recipe: str, interpreted: Callable[[str], dict[str, float]]
+) -> None:
+    assert STEPS > BEFORE + 2
+    result = interpreted(recipe)
+    assert result["recordings"] == 1
+    assert result["difference"] <= 1e-5
+
+
+def test_no_step_is_recorded_that_would_write_past_the_tails(interpreted: Callable[[str], dict[str, float]]) -> None:
+    assert interpreted("room") == {"within": 1.0, "beyond": 0.0}
+
+
+if __name__ == "__main__":
+    interpreter.main(CASES)
