@@ -38,7 +38,8 @@ from lceval.kernels.launch import (
 )
 from lceval.kernels.paged import PAGE
 from lceval.kernels.quant import BITS, GROUP, Pool, QuantKV
-from lceval.kernels.softmax import capped, log2_logits
+from lceval.kernels.quant_tiles import attend_codes
+from lceval.kernels.softmax import capped
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths
 
 
@@ -75,22 +76,6 @@ _jit = jit("G", "kv_heads", "stride_tb", "stride_th")
 
 
 @_jit
-def expand(words, scale, zero, BITS: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Codes FIRST, FIRST + STEP, ... of each word c: scale * (1 + c / 2**BITS) + zero, along new axes of 2."""
-    if STEP * BITS == 32:
-        # A code in the upper bits of the fraction of 1.0 needs no conversion, which has a quarter of the throughput.
-        TOP: tl.constexpr = 23 - BITS
-        AT: tl.constexpr = FIRST * BITS
-        code = words << (TOP - AT) if AT <= TOP else words >> (AT - TOP)
-        x = (code & (((1 << BITS) - 1) << TOP)) | 0x3F800000
-        return x.to(tl.float32, bitcast=True) * scale + zero
-    else:
-        even = expand(words, scale, zero, BITS, FIRST, 2 * STEP)
-        odd = expand(words, scale, zero, BITS, FIRST + STEP, 2 * STEP)
-        return tl.join(even, odd)
-
-
-@_jit
 def quant_split_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, table_ptr, lens_ptr, newest_ptr,
     o_ptr, lse_ptr, scaling, G, kv_heads, stride_qb, stride_qh, stride_tb, stride_th,
@@ -101,13 +86,6 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     """Attend to one share of one KV head's pages. o: [B, H, splits, E], lse: [B, H, splits], contiguous."""
     LN2: tl.constexpr = 0.6931471805599453
     TILES: tl.constexpr = PAGE // BLOCK_S
-    # A word packs K_PER slots of a channel, or V_PER channels of a slot; with 16 bits one number is one word.
-    K_PER: tl.constexpr = 32 // K_BITS if K_BITS < 16 else 1
-    V_PER: tl.constexpr = 32 // V_BITS if V_BITS < 16 else 1
-    K_ROWS: tl.constexpr = BLOCK_S // K_PER
-    V_WORDS: tl.constexpr = (E + V_PER - 1) // V_PER
-    C: tl.constexpr = (E + GROUP - 1) // GROUP
-    C_PAD: tl.constexpr = E_PAD // GROUP
 
     # 64-bit offsets: 2**18 pages of 64 x 128 are 2**31 elements.
     bh = tl.program_id(0).to(tl.int64)
@@ -123,71 +101,25 @@ def quant_split_kernel(  # type: ignore[no-untyped-def]
     offs_g = tl.program_id(2) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, D_PAD)
     offs_e = tl.arange(0, E_PAD)
-    offs_s = tl.arange(0, BLOCK_S)
-    offs_w = tl.arange(0, K_ROWS)
-    offs_c = tl.arange(0, C_PAD)
-    offs_v = offs_c[None, :, None] * (GROUP // V_PER) + tl.arange(0, GROUP // V_PER)[None, None, :]
     mask_d = offs_d < D
     mask_e = offs_e < E
-    mask_c = (offs_c < C)[None, :]
     mask_g = offs_g < G
     q_row = q_ptr + b * stride_qb + (h * G + offs_g) * stride_qh
     q = tl.load(q_row[:, None] + offs_d[None, :], mask=mask_g[:, None] & mask_d[None, :], other=0.0)
-    dtype: tl.constexpr = q.dtype
 
     m = tl.full([BLOCK_G], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, E_PAD], tl.float32)
     page_ptr = table_ptr + b * stride_tb + h * stride_th
-    # Loaded one tile ahead, as in decode.py.
-    page = tl.load(page_ptr + first // TILES, mask=first < last, other=0).to(tl.int64)
-    if K_BITS < 16:
-        group = page * (PAGE // GROUP) * D + offs_d
-        # Without pages the pool may be empty.
-        mask = offs_d < tl.where(first < last, D, 0)
-        centre = tl.load(k_zero_ptr + group, mask=mask, other=0.0).to(tl.float32)
-        centre += tl.load(k_scale_ptr + group, mask=mask, other=0.0).to(tl.float32) * (1 << (K_BITS - 1))
-        bias = tl.sum(q.to(tl.float32) * centre[None, :], 1)
-    for tile in range(first, last):
-        row = tile % TILES
-        v_row = page * PAGE + row * BLOCK_S + offs_s
-        if V_BITS < 16:
-            at_v = v_row[:, None] * C + offs_c[None, :]
-            v_scale = tl.load(v_scale_ptr + at_v, mask=mask_c, other=0.0).to(tl.float32) * (1 << V_BITS)
-            v_zero = tl.load(v_zero_ptr + at_v, mask=mask_c, other=0.0).to(tl.float32) - v_scale
-            v = tl.load(v_ptr + v_row[:, None, None] * V_WORDS + offs_v, mask=offs_v < V_WORDS, other=0)
-        else:
-            v = tl.load(v_ptr + v_row[:, None] * E + offs_e[None, :], mask=mask_e[None, :], other=0.0)
-        k_row = (page * TILES + row) * K_ROWS + offs_w
-        mask_k = mask_d[:, None]
-        k = tl.load(k_ptr + k_row[None, :] * D + offs_d[:, None], mask=mask_k, other=0)
-        if K_BITS < 16:
-            at_k = (page * PAGE + row * BLOCK_S + offs_w * K_PER)[None, :] // GROUP * D + offs_d[:, None]
-            scale = tl.load(k_scale_ptr + at_k, mask=mask_k, other=0.0)
-            zero = tl.load(k_zero_ptr + at_k, mask=mask_k, other=0.0)
-            scale = scale.to(tl.float32) * (1 << K_BITS)
-            zero = zero.to(tl.float32) - centre[:, None] - scale
-            k = expand(k, scale, zero, K_BITS, 0, 1).to(dtype).reshape(D_PAD, BLOCK_S)
-        products = tl.dot(q, k, input_precision="ieee")
-        if K_BITS < 16 and CAP > 0:  # otherwise the common part is added to lse
-            products += bias[:, None]
-        scores = log2_logits(products, scaling, CAP)
-        m_new = tl.maximum(m, tl.max(scores, 1))
-        alpha = tl.exp2(m - m_new)
-        p = tl.exp2(scores - m_new[:, None])
-        l = l * alpha + tl.sum(p, 1)  # noqa: E741
-        if V_BITS < 16:
-            v = expand(v, v_scale[:, :, None], v_zero[:, :, None], V_BITS, 0, 1).to(dtype).reshape(BLOCK_S, E_PAD)
-        acc = tl.dot(p.to(dtype), v, acc * alpha[:, None], input_precision="ieee")
-        m = m_new
-        page = tl.load(page_ptr + (tile + 1) // TILES, mask=tile + 1 < last, other=0).to(tl.int64)
+    m, l, acc = attend_codes(  # noqa: E741
+        q, m, l, acc, k_ptr, k_scale_ptr, k_zero_ptr, v_ptr, v_scale_ptr, v_zero_ptr, page_ptr, first, last, scaling,
+        D, D_PAD, E, E_PAD, PAGE, GROUP, K_BITS, V_BITS, BLOCK_S, CAP,
+    )  # fmt: skip
 
     # A share without pages writes zeros and -inf, which have weight 0 in the merge.
     empty = last <= first
     l = tl.where(empty, 1.0, l)  # noqa: E741
     lse = (m + tl.log2(l)) * LN2
-    if K_BITS < 16 and CAP == 0:
-        lse += bias * scaling
     out = (bh * G + offs_g) * splits + split
     tl.store(lse_ptr + out, tl.where(empty, float("-inf"), lse), mask=mask_g)
     tl.store(o_ptr + out[:, None] * E + offs_e[None, :], acc / l[:, None], mask=mask_g[:, None] & mask_e[None, :])

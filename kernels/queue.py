@@ -9,24 +9,41 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lceval.kernels import paged
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import BLOCK_G, MAX_SPLITS, multiprocessors
 from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.quant import QuantKV
 
 # Programs that are in flight on a multiprocessor at a time, and the pages below which a program is not worth its start.
 PROGRAMS, SHORTEST = 4, 2
 # Tokens of a tail in one item. Items past the end of what was written end at once.
 TAIL_SPAN = 8 * PAGE
 # Columns of `WorkQueue.items`, `WorkQueue.tiles` and `WorkQueue.sources`.
-ITEM, TILE, SOURCE = 9, 4, 5
+ITEM, TILE, SOURCE = 9, 4, 7
 
-Stored = PagedKV | Fp8KV
+Stored = PagedKV | Fp8KV | QuantKV
+
+
+class Codes(NamedTuple):
+    """How contexts are stored: whether in 8-bit floats, and the bits of the codes of keys and values, 0 without codes.
+
+    A quantized context has two sources, an odd one with its newest slots, and an even one with its codes.
+    """
+
+    fp8: bool = False
+    k_bits: int = 0
+    v_bits: int = 0
+
+    @classmethod
+    def of(cls, kv: Stored) -> Codes:
+        """Those of a context."""
+        return cls(isinstance(kv, Fp8KV), *((kv.k.bits, kv.v.bits) if isinstance(kv, QuantKV) else ()))
 
 
 @dataclass(frozen=True)
@@ -38,10 +55,11 @@ class WorkQueue:
             first page in its source's table, first slot, last slot (exclusive), tile.
         tiles: [N', TILE] int32: first and last item (exclusive) of the context, first item of the tails, items in all.
         spans: items of one row's tail.
-        sources: [1 + contexts, SOURCE] int64, addresses of keys, values, page table, key scales and value scales; the
-            first are the tails'.
+        sources: [N'', SOURCE] int64, addresses of keys, values, page table, key scales, value scales, key zeros and
+            value zeros (0 where there are none); the first are the tails'.
         part_o: [>= N, BLOCK_G, E] float32, and part_lse: [>= N, BLOCK_G] float32: what the programs write.
         arrived: [>= N'] int32, zeros between two steps.
+        codes: of all contexts.
         alive: the tensors behind the addresses.
     """
 
@@ -52,6 +70,7 @@ class WorkQueue:
     part_o: Tensor
     part_lse: Tensor
     arrived: Tensor
+    codes: Codes
     alive: tuple[Tensor, ...]
 
 
@@ -75,8 +94,7 @@ class Workspace:
         """
         keys, values = tail
         kv_heads, pages = keys.shape[1], keys.shape[2] // PAGE
-        stored = [kv.kv if isinstance(kv, Fp8KV) else kv for kv in contexts]
-        layout = tuple((kv.counts, kv.table.shape[-1]) for kv in stored)
+        layout = tuple(tuple((counts, table.shape[-1]) for counts, table, _ in _parts(kv)) for kv in contexts)
         key = layout, tuple(owners), heads, kv_heads, pages, keys.device
         if key not in self._items:
             target = PROGRAMS * multiprocessors(keys)
@@ -85,18 +103,16 @@ class Workspace:
             self._items[key] = items, tiles, -(-pages * PAGE // TAIL_SPAN)
         items, tiles, spans = self._items[key]
         table = torch.arange(len(owners) * kv_heads * pages, dtype=torch.int32, device=keys.device)
-        alive = [keys, values, table]
-        addresses = [[keys.data_ptr(), values.data_ptr(), table.data_ptr(), 0, 0]]
-        for kv, pool in zip(contexts, stored, strict=True):
-            assert pool.k.is_contiguous()
-            assert paged.is_view(pool.k, pool.v) or pool.v.is_contiguous()
-            tensors = [pool.k, pool.v, pool.table]
-            if isinstance(kv, Fp8KV):
-                tensors += [kv.k_scale, kv.v_scale]
-            alive += tensors
-            addresses.append([*(x.data_ptr() for x in tensors), 0, 0][:SOURCE])
-        sources = torch.tensor(addresses, dtype=torch.int64, device=keys.device)
-        return WorkQueue(items, tiles, spans, sources, *self._partial(items, tiles, values), tuple(alive))
+        sources: list[list[Tensor | None]] = [[keys, values, table]]
+        sources += [[k, v, table, *scales] for kv in contexts for _, table, (k, v, *scales) in _parts(kv)]
+        alive = tuple(x for source in sources for x in source if x is not None)
+        # Values that are a view of the keys have their rows.
+        assert all(x.is_contiguous() or x.data_ptr() == y.data_ptr() for y, x in pairwise(alive))
+        addresses = [[0 if x is None else x.data_ptr() for x in source] for source in sources]
+        addresses = [[*source, *[0] * (SOURCE - len(source))] for source in addresses]
+        on_device = torch.tensor(addresses, dtype=torch.int64, device=keys.device)
+        parts = self._partial(items, tiles, values)
+        return WorkQueue(items, tiles, spans, on_device, *parts, Codes.of(contexts[0]), alive)
 
     def _partial(self, items: Tensor, tiles: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self._parts is None or len(self._parts[0]) < len(items) or len(self._parts[2]) < len(tiles):
@@ -108,8 +124,23 @@ class Workspace:
         return self._parts
 
 
+Part = tuple[tuple[int, ...], Tensor, list[Tensor | None]]
+
+
+def _parts(kv: Stored) -> list[Part]:
+    """The counts, the page table, and the keys, values, scales and zeros of each source of a context."""
+    if isinstance(kv, Fp8KV):
+        return [(kv.counts, kv.kv.table, [kv.kv.k, kv.kv.v, kv.k_scale, kv.v_scale])]
+    if isinstance(kv, PagedKV):
+        return [(kv.counts, kv.table, [kv.k, kv.v])]
+    codes = [kv.k.words, kv.v.words, kv.k.scale, kv.v.scale, kv.k.zero, kv.v.zero]
+    newest = kv.residual
+    slots = tuple(pages * PAGE for pages in kv.pages)
+    return [(newest.counts, newest.table, [newest.k, newest.v]), (slots, kv.table, codes)]
+
+
 def items_of(
-    layout: Sequence[tuple[tuple[int, ...], int]],
+    layout: Sequence[Sequence[tuple[tuple[int, ...], int]]],
     owners: Sequence[int],
     group: int,
     kv_heads: int,
@@ -119,22 +150,26 @@ def items_of(
     """`WorkQueue.items` and `WorkQueue.tiles`.
 
     Args:
-        layout: of each context the kept slots of its KV heads, and the width of its page table.
+        layout: of each source of each context the slots of its KV heads, and the width of its page table. All
+            contexts have as many sources.
         group: query heads of a KV head.
         pages: pages of a row's tail.
         target: how many items are sought.
     """
     tiles = list(_tiles(owners, group, kv_heads))
-    counts = [layout[owner][0][head] if layout[owner][0] else 0 for owner, _, _, head, _ in tiles]
-    used = [-(-count // PAGE) for count in counts]
+    counts = [[of[head] if of else 0 for of, _ in layout[owner]] for owner, _, _, head, _ in tiles]
+    used = [sum(-(-count // PAGE) for count in of) for of in counts]
     span = max(SHORTEST, -(-sum(used) // max(1, target)), -(-max(used, default=0) // MAX_SPLITS)) * PAGE
     items: list[tuple[int, ...]] = []
     of_context = []
-    for number, ((owner, row, rows, head, first), count) in enumerate(zip(tiles, counts, strict=True)):
+    for number, ((owner, row, rows, head, first), parts) in enumerate(zip(tiles, counts, strict=True)):
         begin = len(items)
-        for slot in range(0, count, span):
-            place, stop = head * layout[owner][1], min(slot + span, count)
-            items.append((1 + owner, row, rows, head, first, place, slot, stop, number))
+        for part, count in enumerate(parts):
+            source, place = 1 + owner * len(parts) + part, head * layout[owner][part][1]
+            items += [
+                (source, row, rows, head, first, place, slot, min(slot + span, count), number)
+                for slot in range(0, count, span)
+            ]
         of_context.append((begin, len(items)))
     described: list[tuple[int, ...]] = []
     for number, ((_, row, rows, head, first), bounds) in enumerate(zip(tiles, of_context, strict=True)):

@@ -23,7 +23,10 @@ from lceval.kernels import decode, tiles
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import DTYPES, INTERPRETED, jit, runs_kernels, tl
 from lceval.kernels.paged import KV, PagedKV, is_view
-from lceval.kernels.queue import ITEM, SOURCE, TILE, WorkQueue
+from lceval.kernels.quant import GROUP, QuantKV
+from lceval.kernels.quant_decode import GATED_BITS
+from lceval.kernels.quant_tiles import attend_codes
+from lceval.kernels.queue import ITEM, SOURCE, TILE, Codes, WorkQueue
 from lceval.kernels.softmax import Softmax, log2_logits
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits, widths
 
@@ -74,7 +77,7 @@ def step_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, D_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, FP8: tl.constexpr,
     LATENT: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr,
-    SOURCE: tl.constexpr,
+    SOURCE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Attend to one item; the last program of a tile merges what the others wrote. o: [B, H, E], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -125,17 +128,17 @@ def step_kernel(  # type: ignore[no-untyped-def]
     column = (row0 * heads + head) * capacity + length
     # Of a program that does not start from it, no channel is loaded; of one that does not append it, none is stored.
     loaded = tl.where(own, KD, 0)
-    stored = tl.where(own & (g0 == 0), KD, 0)
+    appended = tl.where(own & (g0 == 0), KD, 0)
     k = tl.load(new_k + offs_d, mask=offs_d < tl.minimum(loaded, D), other=0.0)
     v = tl.load(new_v + offs_e, mask=offs_e < tl.where(own, E, 0), other=0.0)
-    tl.store(tail_k + column * KD + offs_d, k, mask=offs_d < tl.minimum(stored, D))
+    tl.store(tail_k + column * KD + offs_d, k, mask=offs_d < tl.minimum(appended, D))
     products = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1)
     if REST:
         offs_r = D + tl.arange(0, REST_PAD)
         mask_r = offs_r < KD
         q_rest = tl.load(q_row[:, None] + offs_r[None, :], mask=mask_m[:, None] & mask_r[None, :], other=0.0)
         k_rest = tl.load(new_k + offs_r, mask=offs_r < loaded, other=0.0)
-        tl.store(tail_k + column * KD + offs_r, k_rest, mask=offs_r < stored)
+        tl.store(tail_k + column * KD + offs_r, k_rest, mask=offs_r < appended)
         products += tl.sum(q_rest.to(tl.float32) * k_rest.to(tl.float32)[None, :], 1)
     else:
         q_rest = q
@@ -145,12 +148,28 @@ def step_kernel(  # type: ignore[no-untyped-def]
     l = tl.where(own, 1.0, 0.0) + tl.zeros([BLOCK_G], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_G, E_PAD], tl.float32) + v.to(tl.float32)[None, :]
 
-    if FP8:
-        if is_tail:
+    # Of two kinds of slots, a program has one.
+    is_codes = source > 0 if FP8 else (source > 0) & (source % 2 == 0)
+    if K_BITS or FP8:
+        if not is_codes:
             m, l, acc = tiles.attend_tiles(  # noqa: E741
                 q, q_rest, m, l, acc, tail_k, tail_v, page_ptr, low // BLOCK_S, last_tile, low, n, scaling,
                 PAGE * KD, KD, PAGE * VD, VD,
                 D, D_PAD, REST, REST_PAD, E, E_PAD, PAGE, BLOCK_S, 0, LATENT, CAP,
+            )  # fmt: skip
+        elif K_BITS:
+            k_kind: tl.constexpr = tl.int32 if K_BITS < 16 else dtype
+            v_kind: tl.constexpr = tl.int32 if V_BITS < 16 else dtype
+            scale_kind: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
+            k_words = tl.multiple_of(keys.to(tl.pointer_type(k_kind)), 16)
+            v_words = tl.multiple_of(values.to(tl.pointer_type(v_kind)), 16)
+            k_scales = tl.multiple_of(tl.load(address + 3).to(tl.pointer_type(scale_kind)), 16)
+            v_scales = tl.multiple_of(tl.load(address + 4).to(tl.pointer_type(scale_kind)), 16)
+            k_zeros = tl.multiple_of(tl.load(address + 5).to(tl.pointer_type(scale_kind)), 16)
+            v_zeros = tl.multiple_of(tl.load(address + 6).to(tl.pointer_type(scale_kind)), 16)
+            m, l, acc = attend_codes(  # noqa: E741
+                q, m, l, acc, k_words, k_scales, k_zeros, v_words, v_scales, v_zeros, page_ptr, first // BLOCK_S,
+                last_tile, scaling, D, D_PAD, E, E_PAD, PAGE, GROUP, K_BITS, V_BITS, BLOCK_S, CAP,
             )  # fmt: skip
         else:
             k_scale = tl.load(tl.load(address + 3).to(tl.pointer_type(tl.float32)) + head)
@@ -217,19 +236,27 @@ def step_kernel(  # type: ignore[no-untyped-def]
 
 
 def fits(contexts: Sequence[object], k: Tensor, v: Tensor) -> bool:
-    """Whether the kernel has this layout: slots in full precision, or all in fp8, of widths that `decode` has.
+    """Whether the kernel has this layout: all contexts in full precision, in fp8 or over codes, of widths that `decode`
+    has, and over codes equal ones of keys and values.
 
     k, v: [..., D] and [..., E], keys and values of the same kind as the contexts'.
     """
-    known = {type(kv) for kv in contexts} in ({PagedKV}, {Fp8KV}) and k.dtype in DTYPES and runs_kernels(k, "step")
+    if k.dtype not in DTYPES or not runs_kernels(k, "step"):
+        return False
     # The interpreter represents bf16 as raw 16-bit integers.
-    known &= not (INTERPRETED and k.dtype == torch.bfloat16)
+    if INTERPRETED and k.dtype == torch.bfloat16:
+        return False
+    bits = {Codes.of(kv) if isinstance(kv, QuantKV) else None for kv in contexts}
+    if bits != {None}:
+        dims = k.shape[-1], v.shape[-1]
+        return None not in bits and len(bits) == 1 and decode.fits(*dims) and dims[0] == dims[1] >= GROUP
+    known = {type(kv) for kv in contexts} in ({PagedKV}, {Fp8KV})
     return known and decode.fits(k.shape[-1], v.shape[-1], latent=is_view(k, v))
 
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], length: Tensor, pads: Tensor, queue: WorkQueue,
-    softmax: Softmax, *, codes: bool = False,
+    softmax: Softmax,
 ) -> Tensor:  # fmt: skip
     """Append the new token to the tails, and attend.
 
@@ -238,7 +265,6 @@ def attend(
         tail: as for `Workspace.queue`, which made `queue`.
         length: [1] int32, columns of the tails that are written; the token becomes the next.
         pads: [B] int64, columns of padding at the start of each tail.
-        codes: whether the contexts are in fp8.
 
     Returns:
         [B, H, 1, E] in q's dtype.
@@ -248,7 +274,7 @@ def attend(
     E = v.shape[2]
     latent = is_view(*tail)
     o = torch.empty(B, H, 1, E, dtype=q.dtype, device=q.device)
-    sizes = constants(q.dtype, D, E, softmax, latent=latent, codes=codes)
+    sizes = constants(q.dtype, D, E, softmax, queue.codes, latent=latent)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     with torch.cuda.device(q.get_device()):
         step_kernel[(len(queue.items),)](
@@ -260,10 +286,11 @@ def attend(
 
 
 def constants(
-    dtype: torch.dtype, head_dim: int, value_dim: int, softmax: Softmax, *, latent: bool = False, codes: bool = False
+    dtype: torch.dtype, head_dim: int, value_dim: int, softmax: Softmax, codes: Codes, *, latent: bool = False
 ) -> dict[str, float]:
     """The compile-time arguments of `step_kernel`."""
-    sizes = tiles.constants(dtype, head_dim, value_dim) | tiles.kinds(softmax.cap, latent, codes)
+    sizes = tiles.constants(dtype, head_dim, value_dim) | tiles.kinds(softmax.cap, latent, codes.fp8)
+    sizes |= {"K_BITS": codes.k_bits, "V_BITS": codes.v_bits, "GROUP": GROUP}
     return sizes | {"SINK": int(softmax.sink is not None), "ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
 
 
@@ -274,13 +301,16 @@ def options(dtype: torch.dtype, sizes: Mapping[str, float]) -> dict[str, int | b
 
 
 LIMITS = tile_limits(255, "step", "step.latent")
+_FULL = Codes()
 
 
 def variants() -> Iterator[Variant]:
     """The specialisations that `attend` uses."""
     plain = Softmax(1.0)
-    for (dtype, dim), codes in product(head_dims(), (False, True)):
-        yield variant(dtype, dim, dim, plain, codes=codes)
+    for dtype, dim in head_dims():
+        gated = GATED_BITS[dtype] if dim == 128 else ((4, 4),)
+        stored = [Codes(), Codes(fp8=True), *(Codes(False, *bits) for bits in gated)]
+        yield from (variant(dtype, dim, dim, plain, codes) for codes in stored)
     # Gemma 2; gpt-oss; MiMo-V2; DeepSeek-V3.
     yield variant("bf16", 256, 256, Softmax(1.0, cap=50.0))
     yield variant("bf16", 64, 64, Softmax(1.0, sink=torch.empty(0)))
@@ -289,14 +319,15 @@ def variants() -> Iterator[Variant]:
 
 
 def variant(
-    dtype: str, dim: int, value_dim: int, softmax: Softmax, *, latent: bool = False, codes: bool = False
+    dtype: str, dim: int, value_dim: int, softmax: Softmax, codes: Codes = _FULL, *, latent: bool = False
 ) -> Variant:
     """`step_kernel` for one dtype and one kind of keys and values."""
-    sizes = constants(TORCH[dtype], dim, value_dim, softmax, latent=latent, codes=codes)
+    sizes = constants(TORCH[dtype], dim, value_dim, softmax, codes, latent=latent)
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v", "sink", "o")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("items", "tiles", "length", "arrived")}
     pointers |= {"sources_ptr": "*i64", "pads_ptr": "*i64", "part_o_ptr": "*fp32", "part_lse_ptr": "*fp32"}
-    kind = f"{' cap' if softmax.cap else ''}{' sink' if softmax.sink is not None else ''}{' fp8' if codes else ''}"
+    kind = f"{' cap' if softmax.cap else ''}{' sink' if softmax.sink is not None else ''}{' fp8' if codes.fp8 else ''}"
+    kind += f" kv{codes.k_bits}v{codes.v_bits}" if codes.k_bits else ""
     return Variant(
         kernel="step.latent" if latent else "step",
         name=f"{dtype} {widths(dim, value_dim)}{kind}",

@@ -15,7 +15,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from lceval.kernels import dense, dispatch, paged, step
 from lceval.kernels.dense import attention_logits
-from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.kernels.queue import WorkQueue, Workspace
 from lceval.kernels.softmax import Softmax
@@ -271,8 +270,7 @@ class QuestionLayer(TailLayer):
             queue = self.progress.workspace.queue(self.contexts, self.rows.owners, tail, heads)
             self._queue = known, heads, queue
         length, pads = self.progress.on(device), self.rows.padding_on(device)
-        codes = isinstance(self.contexts[0], Fp8KV)
-        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax, codes=codes)
+        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax)
 
     def _attend_uncompressed(self, q: Tensor, softmax: Softmax) -> Tensor:
         """Attention over an uncompressed context: one product is faster than two that are merged."""

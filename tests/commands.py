@@ -30,6 +30,7 @@ NOT_RUN = (
     (r"openai:", "needs an endpoint"),
     (r"tests/gpu|^accelerate ", "needs a GPU"),
     (r"…|PEER_PYTHON", "has a placeholder"),
+    (r"--plan .*runs/", "needs a run of hundreds of samples"),
     (r"predictions\.jsonl|preds\.jsonl|baseline\.json runs/new", "needs a file of yours"),
     (r"^python studies/\S+ (?!table)|^lceval bench|^pytest |tests/peers/ruler", "takes long"),
 )
@@ -38,13 +39,16 @@ DATA = r"nqopen|quality|kvlookup|squad|musique|calibrate|infinitebench|preset mi
 GATED = r"--require-kappa|--gate"
 # The run folders that the documentation's commands name, from two small evaluations.
 FOLDERS = {
-    "demo/full": ("full", "base", "new"),
+    "demo/full": ("full",),
     "demo/snapkv-0.25": ("snapkv",),
     "demo": ("sweep", "grid"),
+    "gold": ("base", "new"),
     "rj": ("a", "b"),
 }
 PREPARATION = (
     "lceval demo --output_path runs/demo --limit 4",
+    "lceval run --model lcft --model_args pretrained=smollm2-135m,diagnose=gold --tasks lc_filings_ao_1k --limit 4 "
+    "--output_path runs/gold",
     "lceval run --model lcft --model_args pretrained=smollm2-135m --tasks lc_filings_rj_1k --limit 2 "
     "--output_path runs/rj",
 )
@@ -146,6 +150,8 @@ def run_all(pattern: str) -> Iterator[tuple[str, str, float, str]]:
                 how, added = "dry run", " --dry-run"
             elif re.search(r"\b(lm_eval|lceval run) ", command) and "--limit" not in command:
                 how, added = "ran with --limit 2", " --limit 2"
+                # Without its chat template the model goes on until it is stopped.
+                added += " --gen_kwargs max_gen_toks=64" if "lm_eval run" in command else ""
             seconds, error = _run(command.partition(" > ")[0] + added if added else command, folder)
             yield command, how, seconds, error
 

@@ -193,7 +193,7 @@ class Launched:
 @torch.inference_mode()
 @pytest.mark.skipif(not launch.INTERPRETED, reason="a test below runs it where Triton interprets its kernels")
 @pytest.mark.parametrize(
-    ("recipe", "of_step", "of_question"), [("full", 1, 2), ("ragged", 1, 2), ("fp8", 1, 2), ("int4", 4, 4)]
+    ("recipe", "of_step", "of_question"), [("full", 1, 2), ("ragged", 1, 2), ("fp8", 1, 2), ("int4", 1, 4)]
 )
 def test_the_launches_of_a_question_do_not_depend_on_its_length(
     tiny: Any, recipe: str, of_step: int, of_question: int, monkeypatch: Any

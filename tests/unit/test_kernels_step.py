@@ -21,6 +21,7 @@ from lceval.kernels import fp8, step
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import BLOCK_G
 from lceval.kernels.paged import PAGE, PagedKV
+from lceval.kernels.quant import Pool, QuantKV
 from lceval.kernels.queue import TAIL_SPAN, Workspace, items_of
 from lceval.kernels.softmax import Softmax
 
@@ -48,7 +49,7 @@ def step_case(
     cap: float | None = None,
     sinks: bool = False,
     latent: bool = False,
-    codes: bool = False,
+    codes: str = "",
     device: str = "cpu",
 ) -> dict[str, float]:
     """The largest error over steps at several lengths of the tails, by one queue, and whether the tokens were kept."""
@@ -61,7 +62,8 @@ def step_case(
 
     contexts: list[Any] = [context(n, dim, value_dim, number, i, latent) for i, n in enumerate(CONTEXTS)]
     if codes:
-        contexts = [in_fp8(kv) for kv in contexts if kv.counts]
+        stored = STORED[codes]
+        contexts = [stored(kv) for kv in contexts if kv.counts]
     owners, pads = (OWNERS[:4], PADS[:4]) if codes else (OWNERS, PADS)
     rows, heads = len(owners), group * kv_heads
     contexts = [moved(kv, device) for kv in contexts]
@@ -85,7 +87,7 @@ def step_case(
             [moved(contexts[owner], "cpu") for owner in owners], Softmax(dim**-0.5, cap, cpu(softmax.sink)),
         )  # fmt: skip
         place = torch.tensor([length], dtype=torch.int32, device=device)
-        o = step.attend(q, k, v, (keys, values), place, on_device, queue, softmax, codes=codes)
+        o = step.attend(q, k, v, (keys, values), place, on_device, queue, softmax)
         error = (o[:, :, 0].cpu().float() - want).abs().amax(-1) / want.abs().amax(-1)
         worst = max(worst, error.max().item())
         appended = torch.equal(keys[:, :, length], k[:, :, 0]) and torch.equal(values[:, :, length], v[:, :, 0])
@@ -99,11 +101,21 @@ def in_fp8(kv: PagedKV) -> Fp8KV:
     return Fp8KV(pages, scales, scales.flip(1), kv.k.dtype)
 
 
+STORED: dict[str, Callable[[PagedKV], Any]] = {
+    "fp8": in_fp8,
+    **{f"kv{k}v{v}": partial(QuantKV.quantize, k_bits=k, v_bits=v, residual=40) for k, v in ((4, 4), (8, 2), (16, 4))},
+}
+
+
 def cpu(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.cpu()
 
 
 def moved(kv: Any, device: str) -> Any:
+    if isinstance(kv, QuantKV):
+        k, v = (Pool(x.bits, *(y.to(device) for y in x.tensors)) for x in (kv.k, kv.v))
+        residual, table = moved(kv.residual, device), kv.table.to(device)
+        return QuantKV(k, v, table, kv.pages, None, residual, kv.lens.to(device), kv.counts)
     if isinstance(kv, Fp8KV):
         return Fp8KV(moved(kv.kv, device), kv.k_scale.to(device), kv.v_scale.to(device), kv.dtype)
     k = kv.k.to(device)
@@ -122,7 +134,10 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
         ("fp32", 3, 32, 32, None, True),
         ("fp16", 3, 48, 32, 2.0, True),
         ("fp32", 4, 80, 64, None, False, True),
-        ("fp32", 3, 64, 64, None, False, False, True),
+        ("fp32", 3, 64, 64, None, False, False, "fp8"),
+        ("fp32", 3, 64, 64, None, False, False, "kv4v4"),
+        ("fp16", 1, 48, 48, 2.0, True, False, "kv8v2"),
+        ("fp32", 20, 32, 32, None, False, False, "kv16v4"),
     ]
 }
 
@@ -156,7 +171,7 @@ def test_a_queue_has_every_slot_once_in_items_of_about_one_size(
     counts: list[tuple[int, ...]], group: int, rows: list[int], target: int, pages: int
 ) -> None:
     owners = [owner for owner, n in zip(range(len(counts)), rows, strict=False) for _ in range(n)]
-    layout = [(of, -(-max(of) // PAGE)) for of in counts]
+    layout = [[(of, -(-max(of) // PAGE))] for of in counts]
     items, tiles = items_of(layout, owners, group, 2, pages, target)
     seen: dict[tuple[int, int], int] = {}
     for source, row, among, head, first, _, start, stop, tile in items:
