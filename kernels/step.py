@@ -249,7 +249,7 @@ def fits(contexts: Sequence[object], k: Tensor, v: Tensor) -> bool:
     bits = {Codes.of(kv) if isinstance(kv, QuantKV) else None for kv in contexts}
     if bits != {None}:
         dims = k.shape[-1], v.shape[-1]
-        return None not in bits and len(bits) == 1 and decode.fits(*dims) and dims[0] == dims[1] >= GROUP
+        return None not in bits and len(bits) == 1 and decode.fits(*dims) and dims[0] == dims[1]
     known = {type(kv) for kv in contexts} in ({PagedKV}, {Fp8KV})
     return known and decode.fits(k.shape[-1], v.shape[-1], latent=is_view(k, v))
 
@@ -290,6 +290,8 @@ def constants(
 ) -> dict[str, float]:
     """The compile-time arguments of `step_kernel`."""
     sizes = tiles.constants(dtype, head_dim, value_dim) | tiles.kinds(softmax.cap, latent, codes.fp8)
+    if codes.k_bits:  # whole groups of values
+        sizes |= {name: max(GROUP, int(sizes[name])) for name in ("D_PAD", "E_PAD")}
     sizes |= {"K_BITS": codes.k_bits, "V_BITS": codes.v_bits, "GROUP": GROUP}
     return sizes | {"SINK": int(softmax.sink is not None), "ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
 

@@ -137,7 +137,7 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
         ("fp32", 3, 64, 64, None, False, False, "fp8"),
         ("fp32", 3, 64, 64, None, False, False, "kv4v4"),
         ("fp16", 1, 48, 48, 2.0, True, False, "kv8v2"),
-        ("fp32", 20, 32, 32, None, False, False, "kv16v4"),
+        ("fp32", 20, 16, 16, None, False, False, "kv16v4"),
     ]
 }
 
