@@ -23,6 +23,7 @@ from lceval.kernels.paged import PAGE
 from lceval.models import attention
 from lceval.models.compressed import QuestionCache
 from lceval.models.engine import Engine
+from lceval.models.question import QuestionLayer
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 from lceval.models.replay import BEFORE, Steps
@@ -154,6 +155,43 @@ def test_replayed_steps_are_those_that_run_one_by_one(
 
 def test_no_step_is_recorded_that_would_write_past_the_tails(interpreted: Callable[[str], dict[str, float]]) -> None:
     assert interpreted("room") == {"within": 1.0, "beyond": 0.0}
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, without those that return a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += not any(of.alias_info and not of.alias_info.is_write for of in func._schema.returns)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("recipe", [*RECIPES, "int4:residual=10", "snapkv:0.5:window=8+kv8v4:residual=10"])
+def test_a_step_is_one_launch_and_one_operation_a_layer(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches: list[Any] = []
+    engine = tiny_engine()
+    cache, logits = question_cache(engine, recipe, STEPS)
+    operations, counted = Operations(), [QuestionLayer.append, QuestionLayer.attend]
+    for function in counted:
+
+        def count(*args: Any, function: Any = function) -> Any:
+            with operations:
+                return function(*args)
+
+        monkeypatch.setattr(QuestionLayer, function.__name__, count)
+    # Counted where no kernel runs, because the interpreter's own operations would count too.
+    monkeypatch.setattr(step, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(step, "step_kernel", {(n,): lambda *x, **_: launches.append(x) for n in range(10_000)})
+    for _ in range(2):  # the first step builds queues
+        operations.count = 0
+        launches.clear()
+        engine.forward(cache, logits.argmax(-1)[:, None])
+    layers = len(engine.geometry.layers)
+    assert len(launches) == operations.count == layers
 
 
 if __name__ == "__main__":
