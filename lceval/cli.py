@@ -64,6 +64,8 @@ def invoke(argv: list[str]) -> int:
     except interrupt.Stopped as stopped:
         return _fail(f"stopped by {stopped}; rerun the same command to resume", stopped.exit_code)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return _fail(f"{error.filename!s:.60}…: the name is too long; pass a shorter one", 2)
         if error.errno not in _DISK:
             return _unexpected(error)
         where = f": {error.filename}" if error.filename else ""

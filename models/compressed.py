@@ -18,7 +18,7 @@ from lceval.kernels.paged import KV, PAGE, PagedKV
 from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.prefill_stats import QueryAwareStats
-from lceval.models.question import NoKV, Progress, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import BatchProgress, NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, continuing
 
@@ -140,7 +140,7 @@ class QuestionCache(StatefulCache):
         self._share_progress()
 
     def _share_progress(self) -> None:
-        self.progress = Progress()
+        self.progress = BatchProgress()
         for layer in self.layers:
             if isinstance(layer, QuestionLayer):
                 layer.progress = self.progress

@@ -162,7 +162,7 @@ def _grown(x: Tensor, columns: int) -> Tensor:
     return torch.cat([x, x.new_empty(*x.shape[:2], columns - x.shape[2], x.shape[3])], 2)
 
 
-class Progress:
+class BatchProgress:
     """How far a batch is, where `kernels.step` reads it, and the workspace of its launches; all layers share it.
 
     Attributes:
@@ -213,7 +213,7 @@ class QuestionLayer(TailLayer):
         self.kernels = kernels
         self.collector: QueryAwareStats | ReconstructionStats | None = None
         self.receive: Callable[[Tensor, Softmax], None] | None = None
-        self.progress: Progress | None = None
+        self.progress: BatchProgress | None = None
         self._fed: tuple[Tensor, Tensor] | None = None
         self._queue: tuple[tuple[object, ...], int, WorkQueue] | None = None
 

@@ -1207,6 +1207,7 @@ def run_command(argv: list[str]) -> tuple[int, str, str]:
 @example(["check", "a" * 300, "b", "--gate", "0.1"], {})
 @example(["check", "--plan", "--gate", "1e-20"], {})
 @example(["report", "../../runs", "--output", "a" * 300], {})
+@example(["sweep", "--dry-run", "../../grid.yaml", "--output_path", "a" * 300], {})
 @example(["table", "../../runs"], damage("run.json", model="\ud83d"))
 @example(["score", "lc_filings_ao_1k", "../../predictions.jsonl", "--metadata", f"a={DIGITS}"], {})
 @example(["sweep", "--dry-run", "../../grid.yaml", "--set", f"models=[{'m' * 300}]"], {})
