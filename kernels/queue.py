@@ -79,7 +79,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._items: dict[object, tuple[Tensor, Tensor, int]] = {}
-        self._parts: tuple[Tensor, Tensor, Tensor] | None = None
+        self._results: dict[tuple[torch.device, int], tuple[Tensor, Tensor, Tensor]] = {}
 
     def queue(
         self, contexts: Sequence[Stored], owners: Sequence[int], tail: tuple[Tensor, Tensor], heads: int
@@ -111,17 +111,20 @@ class Workspace:
         addresses = [[0 if x is None else x.data_ptr() for x in source] for source in sources]
         addresses = [[*source, *[0] * (SOURCE - len(source))] for source in addresses]
         on_device = torch.tensor(addresses, dtype=torch.int64, device=keys.device)
-        parts = self._partial(items, tiles, values)
-        return WorkQueue(items, tiles, spans, on_device, *parts, Codes.of(contexts[0]), alive)
+        results = self._room(items, tiles, values.shape[3])
+        return WorkQueue(items, tiles, spans, on_device, *results, Codes.of(contexts[0]), alive)
 
-    def _partial(self, items: Tensor, tiles: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self._parts is None or len(self._parts[0]) < len(items) or len(self._parts[2]) < len(tiles):
-            self._parts = (
-                torch.empty(len(items), BLOCK_G, values.shape[3], device=values.device),
-                torch.empty(len(items), BLOCK_G, device=values.device),
-                torch.zeros(len(tiles), dtype=torch.int32, device=values.device),
+    def _room(self, items: Tensor, tiles: Tensor, value_dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tensors for partial results, shared by the layers of a device: they run one after another."""
+        device = items.device
+        known = self._results.get((device, value_dim))
+        if known is None or len(known[0]) < len(items) or len(known[2]) < len(tiles):
+            self._results[device, value_dim] = known = (
+                torch.empty(len(items), BLOCK_G, value_dim, device=device),
+                torch.empty(len(items), BLOCK_G, device=device),
+                torch.zeros(len(tiles), dtype=torch.int32, device=device),
             )
-        return self._parts
+        return known
 
 
 Part = tuple[tuple[int, ...], Tensor, list[Tensor | None]]

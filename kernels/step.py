@@ -24,7 +24,6 @@ from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.launch import DTYPES, INTERPRETED, jit, runs_kernels, tl
 from lceval.kernels.paged import KV, PagedKV, is_view
 from lceval.kernels.quant import GROUP, QuantKV
-from lceval.kernels.quant_decode import GATED_BITS
 from lceval.kernels.quant_tiles import attend_codes
 from lceval.kernels.queue import ITEM, SOURCE, TILE, Codes, WorkQueue
 from lceval.kernels.softmax import Softmax, log2_logits
@@ -310,9 +309,10 @@ def variants() -> Iterator[Variant]:
     """The specialisations that `attend` uses."""
     plain = Softmax(1.0)
     for dtype, dim in head_dims():
-        gated = GATED_BITS[dtype] if dim == 128 else ((4, 4),)
-        stored = [Codes(), Codes(fp8=True), *(Codes(False, *bits) for bits in gated)]
-        yield from (variant(dtype, dim, dim, plain, codes) for codes in stored)
+        yield variant(dtype, dim, dim, plain)
+    # Of codes, whose loops are gated with their own kernels, the sizes with the most registers.
+    for dim, codes in [(128, Codes(True)), (256, Codes(True)), (128, Codes(False, 4, 4)), (256, Codes(False, 8, 4))]:
+        yield variant("bf16", dim, dim, plain, codes)
     # Gemma 2; gpt-oss; MiMo-V2; DeepSeek-V3.
     yield variant("bf16", 256, 256, Softmax(1.0, cap=50.0))
     yield variant("bf16", 64, 64, Softmax(1.0, sink=torch.empty(0)))

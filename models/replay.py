@@ -18,8 +18,8 @@ from lceval.models.faults import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
-# Steps before one is recorded: short answers never pay for it, and kernels are compiled by then.
-BEFORE = 4
+# Steps before one is recorded, by which kernels are compiled, and at least after it: less would not pay for recording.
+BEFORE = AFTER = 4
 # Records what a function computes without running it; the result runs it, into the same tensors.
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -63,10 +63,15 @@ class Steps:
         return self._logits
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed from now on."""
+        return self._replay is not None
+
+    @property
     def _is_due(self) -> bool:
         """Whether this step is to be recorded."""
         records = self._record is not None and self._engine.records_steps
-        return records and self._steps > BEFORE and self._left > 0 and self._cache.steps_alike(self._left + 1)
+        return records and self._steps > BEFORE and self._left >= AFTER and self._cache.steps_alike(self._left + 1)
 
     def _recorded(self, ids: Tensor) -> bool:
         """Record a step over these tokens; whether it could be."""

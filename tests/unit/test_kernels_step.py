@@ -26,11 +26,11 @@ from lceval.kernels.queue import TAIL_SPAN, Workspace, items_of
 from lceval.kernels.softmax import Softmax
 
 # Kept slots of each KV head of three contexts, of which the last has no tokens.
-CONTEXTS = [(0, 1, 65, 300), (700, 64, 17, 0), ()]
+CONTEXTS = [(0, 1, 65, 130), (330, 64, 17, 0), ()]
 OWNERS = (0, 0, 0, 1, 2)
 PADS = (0, 3, 70, 0, 5)
-# Tokens in the tails: none, one, past the longest padding, past a whole item.
-LENGTHS = (0, 1, 72, TAIL_SPAN + 90)
+# Tokens in the tails: none, past the longest padding, past a whole item.
+LENGTHS = (0, 72, TAIL_SPAN + 20)
 
 
 def context(counts: Sequence[int], dim: int, value_dim: int, dtype: torch.dtype, seed: int, latent: bool) -> PagedKV:
@@ -193,6 +193,36 @@ def test_a_queue_has_every_slot_once_in_items_of_about_one_size(
     spans = [-(-(stop - start) // PAGE) for source, *_, start, stop, _ in items if source]
     if spans:
         assert max(spans) <= max(2, -(-sum(spans) // target), -(-max(map(max, counts)) // PAGE // 128) + 1)
+
+
+# A launch of every gated dtype, width and storage, over batches and tails of several sizes.
+LAUNCHES = """
+from lceval.kernels import step
+from lceval.kernels.queue import WorkQueue
+
+SINK = torch.empty(64, dtype=torch.bfloat16)
+for gated in step.variants():
+    sizes = gated.constants
+    dtype, dim, value_dim = variant.TORCH[gated.name.split()[0]], sizes["D"] + sizes["REST"], sizes["E"]
+    codes = step.Codes(bool(sizes["FP8"]), sizes["K_BITS"], sizes["V_BITS"])
+    softmax = step.Softmax(0.1, sizes["CAP"] or None, SINK if sizes["SINK"] else None)
+    for rows, kv_heads, group, pages in [(1, 1, 1, 1), (1, 8, 4, 16), (2, 4, 3, 17), (2, 16, 4, 33)]:
+        q = torch.empty(rows, 1, kv_heads * group, dim, dtype=dtype).transpose(1, 2)
+        k, v = (torch.empty(rows, kv_heads, 1, width, dtype=dtype) for width in (dim, value_dim))
+        keys = torch.empty(rows, kv_heads, 64 * pages, dim, dtype=dtype)
+        values = keys[..., :value_dim] if sizes["LATENT"] else torch.empty(*keys.shape[:3], value_dim, dtype=dtype)
+        int32, int64 = (torch.zeros(3, 9, dtype=x) for x in (torch.int32, torch.int64))
+        results = torch.empty(3, 16, value_dim), torch.empty(3, 16)
+        queue = WorkQueue(int32, int32, pages, int64, *results, int32, codes, ())
+        step.attend(q, k, v, (keys, values), int32, int64, queue, softmax)
+report(step.variants())
+"""
+
+
+def test_launches_are_of_gated_variants_and_a_longer_tail_needs_no_new_one() -> None:
+    result = interpreter.recorded_launches(LAUNCHES)
+    assert [row for row in result["launched"] if row not in result["gated"]] == []
+    assert len(result["launched"]) == len(result["gated"])
 
 
 if __name__ == "__main__":
