@@ -32,7 +32,7 @@ NOT_RUN = (
     (r"…|PEER_PYTHON", "has a placeholder"),
     (r"--plan .*runs/", "needs a run of hundreds of samples"),
     (r"predictions\.jsonl|preds\.jsonl|baseline\.json runs/new", "needs a file of yours"),
-    (r"^python studies/\S+ (?!table)|^lceval bench|^pytest |tests/peers/ruler", "takes long"),
+    (r"^python studies/\S+ (?!table)|^lceval bench|^pytest |tests/peers/(ruler|generate)", "takes long"),
 )
 DATA = r"nqopen|quality|kvlookup|squad|musique|calibrate|infinitebench|preset mini|require-kappa|runs/two|kvzip_linear"
 # 1 is a gate that did not hold, which depends on the data; any other code but 0 is a failure.

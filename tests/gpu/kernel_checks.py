@@ -18,12 +18,14 @@ from recording import NEEDS_CUDA, LeftOutError, bounded
 from torch import Tensor
 from workload import Setup, exact_attention, lse_error, random_layer, random_queries, relative_error
 
-from lceval.kernels import aot, compact, decode, dispatch, gather_decode, merge, scan, shifted, topk, window
+from lceval.kernels import aot, compact, decode, dispatch, gather_decode, merge, scan, shifted, step, topk, window
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.launch import INTERPRETED
-from lceval.kernels.paged import PagedKV
+from lceval.kernels.fp8 import Fp8KV
+from lceval.kernels.launch import INTERPRETED, runs_kernels
+from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.quant import QuantKV
+from lceval.kernels.queue import Workspace
 from lceval.kernels.select import indexed_keys
 from lceval.kernels.softmax import Softmax
 
@@ -54,6 +56,8 @@ def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"error decode.split and merge, {group} heads a KV head", partial(_decode, setup, group)
     for name, kind in KINDS.items():
         yield f"error decode of {name}", partial(_kind, setup, *kind)
+    for stored in ("full precision", "fp8", "kv4v4"):
+        yield f"error step over {stored}", partial(_step, setup, stored)
     yield "error merge with the rest", partial(_merge, setup)
     for bits in BITS:
         yield f"codes compact.keys and compact.values, {bits[0]} and {bits[1]} bits", partial(_quantize, setup, bits)
@@ -101,6 +105,34 @@ def _kind(setup: Setup, dim: int, value_dim: int, cap: float | None, latent: boo
     o, lse = dispatch.attend(q[:, :, None], kv, scaling, cap)
     values = {"o": relative_error(o[:, :, 0], expected_o), "lse": lse_error(lse[:, :, 0], expected_lse)}
     return bounded(values, o=TOLERANCE[setup.dtype], lse=LSE_TOLERANCE[setup.dtype])
+
+
+def _step(setup: Setup, stored: str) -> dict[str, Any]:
+    """Two steps of three rows on two contexts, one of them padded: outputs, and whether the tokens were appended."""
+    if not runs_kernels(torch.empty(0, device=setup.device), "step"):
+        raise LeftOutError(NEEDS_CUDA)
+    contexts, dim, rows = [], setup.head_dim, 3
+    for _ in range(2):
+        k, v, keep, counts = random_layer(setup)
+        kv: Any = compact.quantize(k, v, keep, counts, 4, 4) if stored == "kv4v4" else PagedKV.gather(k, v, keep)
+        contexts.append(Fp8KV.quantize(kv) if stored == "fp8" else kv)
+    kv_heads = len(contexts[0].counts)
+    tail = tuple(random_queries(setup, rows, kv_heads, 2 * PAGE, dim) for _ in range(2))
+    owners, pads, softmax = (0, 0, 1), (0, 5, 0), Softmax(dim**-0.5)
+    queue = Workspace().queue(contexts, owners, tail, 7 * kv_heads)
+    errors, kept = [], True
+    for length in (70, 71):
+        q = random_queries(setup, rows, 7 * kv_heads, 1, dim)
+        k, v = (random_queries(setup, rows, kv_heads, 1, dim) for _ in range(2))
+        on_device = torch.tensor([length], dtype=torch.int32, device=setup.device)
+        o = step.attend(q, k, v, tail, on_device, torch.tensor(pads, device=setup.device), queue, softmax)
+        kept &= torch.equal(tail[0][:, :, length], k[:, :, 0]) and torch.equal(tail[1][:, :, length], v[:, :, 0])
+        own = [contexts[owner] for owner in owners]
+        expected = step.reference(q[:, :, 0], k[:, :, 0], v[:, :, 0], tail, length, pads, own, softmax)
+        errors.append(relative_error(o[:, :, 0].cpu(), expected))
+    values = {"o": max(errors), "not_appended": int(not kept), "not_merged": int(queue.arrived.any())}
+    tolerance = (QUANTISED_TOLERANCE if stored == "kv4v4" else TOLERANCE)[setup.dtype]
+    return bounded(values, o=tolerance, not_appended=0, not_merged=0)
 
 
 def _merge(setup: Setup) -> dict[str, Any]:

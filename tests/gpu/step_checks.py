@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from engine_checks import QUESTION, EngineChecks
-from recording import NEEDS_CUDA, bounded
+from recording import NEEDS_CUDA, LeftOutError, bounded
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from workload import relative_error, token_ids
@@ -24,11 +24,14 @@ from workload import relative_error, token_ids
 from lceval.bench import kernel_times as bench
 from lceval.models.policies import StatsSpec
 from lceval.models.recipe import parse
+from lceval.models.replay import BEFORE, Steps
 
 RECIPES = ("full", "snapkv:0.25", "int4", "snapkv:0.25+int4", "fier:0.1")
 ROWS = 8
 # The questions of a batch: rows that share a context, rows of two lengths, rows with a context each.
 BATCHES = ("1 row", f"{ROWS} rows", f"{ROWS} rows, padded", f"{ROWS} contexts")
+# What is also measured as a CUDA graph, with room for so many steps.
+RECORDED, STEPS = ("full", "snapkv:0.25", "int4"), 256
 WARM_UP = 3
 TOP_KERNELS = 8
 QWEN_7B = bench.Shape(heads=28, kv_heads=4, dim=128, hidden=3584, inner=18944)
@@ -64,6 +67,8 @@ class StepChecks:
             for recipe in RECIPES:
                 for batch in BATCHES:
                     yield f"step {tokens} {recipe}, {batch}", partial(self._step, tokens, recipe, batch)
+            for recipe in RECORDED:
+                yield f"step {tokens} {recipe}, 1 row, recorded", partial(self._recorded_step, tokens, recipe)
 
     def bandwidth_checks(self) -> Iterator[tuple[str, Callable[[], Any]]]:
         """Decode kernels as CUDA graphs, against a copy and against SDPA over the uncompressed cache."""
@@ -108,6 +113,24 @@ class StepChecks:
         values = self._timed(lambda: engine.forward(cache, one, keep=1))
         sizes = {"read_gib": contexts[0].read_bytes / 2**30, "compress_ms": 1e3 * contexts[0].compress_s}
         return {**values, "question_ms": question_ms, **sizes}
+
+    def _recorded_step(self, tokens: int, recipe: str) -> dict[str, Any]:
+        """A step as a CUDA graph, and its logits against those of a step that runs launch by launch."""
+        if self.setup.device != "cuda":
+            raise LeftOutError(NEEDS_CUDA)
+        engine = self.engine_checks.engine()
+        context = self._long_prefill(tokens).compress(parse(recipe), consume=False)
+        ids = torch.zeros(1, len(QUESTION), dtype=torch.long, device=self.setup.device)
+        caches = [engine.batch([context], [QUESTION], STEPS) for _ in range(2)]
+        for cache in caches:
+            engine.forward(cache, ids, keep=1)
+        replayed, one = Steps(engine, caches[0], STEPS), ids[:, :1]
+        errors = [
+            relative_error(replayed(one), engine.forward(caches[1], one, keep=1)[:, -1]) for _ in range(2 * BEFORE)
+        ]
+        recorded = int(replayed.is_recorded)
+        values = {**self._timed(lambda: replayed(one)), "error": max(errors), "not_recorded": 1 - recorded}
+        return bounded(values, error=1e-2, not_recorded=0)
 
     @torch.inference_mode()
     def _sdpa_step(self, tokens: int) -> dict[str, Any]:

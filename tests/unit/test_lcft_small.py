@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lceval.cli import invoke
 from lceval.core.errors import InfrastructureError, UserError
-from lceval.models import checked_hflm
+from lceval.models import checked_hflm, selfcheck
 from lceval.models.lcft import LCFT
 from lceval.records.results import read_runs
 from lceval.runs.configuration import configure
@@ -318,6 +318,18 @@ def test_a_task_with_fields_of_its_own_is_compressed_or_refused_in_one_line(
     assert evaluate(program, tmp_path / "none", tasks, f"{model_args},context_from=none") == 0
     ((task,),) = (run.tasks for run in read_runs([tmp_path / "none"]))
     assert all(sample.uncompressed and sample.kv["kept_share"] == 1 for sample in task.samples)
+
+
+@pytest.mark.parametrize(
+    "kv", ["full", "snapkv:0.5", "knorm:0.5:when=chunk:chunk=64", "h2o:64:when=always", "int4", "fier:0.3", "kvzip:0.5"]
+)
+def test_a_recipe_is_warmed_up_and_leaves_no_trace(folder: Path, kv: str) -> None:
+    model = LCFT(str(folder), kv=kv)
+    (before,) = answers(model, "generate_until", requests(CONTEXT))
+    totals, prefill_s = dict(model.totals), model.prefill_s
+    selfcheck.warm_up(model.engine, model.base, model.recipe)
+    assert (dict(model.totals), model.prefill_s) == (totals, prefill_s)
+    assert answers(model, "generate_until", requests(CONTEXT)) == [before]
 
 
 # Eviction while writing ---------------------------------------------------------------------------------
