@@ -165,9 +165,9 @@ class AnsweringLM(CheckedHFLM):
         self, cache: QuestionCache, ids: Tensor, select: generation.Selection, until: Sequence[str], limit: int
     ) -> generation.Written:
         logits = self.engine.forward(cache, ids, keep=1)[:, -1]
-        decode = partial(self.tok_decode, skip_special_tokens=False)
-        ends = generation.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
-        return generation.write(logits, Steps(self.engine, cache, limit - 1), select, ends, self._pad, limit)
+        return generation.write(
+            logits, Steps(self.engine, cache, limit - 1), select, self._ends(until), self._pad, limit
+        )
 
     def _written_by_transformers(
         self, batch: Sequence[Question[GenerateJob]], cache: QuestionCache, ids: Tensor
@@ -186,18 +186,19 @@ class AnsweringLM(CheckedHFLM):
             cache=cache,
             **job.sampling,
         )
-        written = out[:, whole.shape[1] :].tolist()
-        return generation.Written([self._until_eos(row) for row in written], finite.failed(len(batch)))
+        ends = self._ends(job.until)
+        # The rest of a row is padding, or was written while other rows went on.
+        written = [tokens[: ends.after(tokens)] for tokens in out[:, whole.shape[1] :].tolist()]
+        return generation.Written(written, finite.failed(len(batch)))
 
     def _not_finite(self, question: Question[J]) -> list[tuple[int, Any]]:
         self.totals["failed"] += 1
         question.meta["kv"] |= {"status": "error", "error": NOT_FINITE}
         return question.job.unanswered(question.meta)
 
-    def _until_eos(self, tokens: list[int]) -> list[int]:
-        """A row's tokens up to its first end token; the rest is padding up to the longest row."""
-        ends = [tokens.index(e) for e in self._eos_ids if e in tokens]
-        return tokens[: min(ends) + 1] if ends else tokens
+    def _ends(self, until: Sequence[str]) -> generation.Ends:
+        decode = partial(self.tok_decode, skip_special_tokens=False)
+        return generation.Ends(frozenset(self._eos_ids), tuple(string for string in until if string), decode)
 
     @property
     def _eos_ids(self) -> set[int]:
