@@ -7,9 +7,16 @@ from torch import Tensor
 
 from lceval.kernels.softmax import Softmax, capped
 
-# Scores of a long question over a long context are computed in row blocks of at most this many elements: small enough
-# for a CPU cache; larger blocks took twice as long.
+# Scores of many queries over a long context are computed in row blocks of at most this many elements: small enough for
+# a CPU cache; larger blocks took twice as long.
 MAX_SCORES = 1 << 21
+# Times as many on CUDA, 512 MiB of float32: there a block costs launches, not cache.
+CUDA_BLOCK = 64
+
+
+def block_rows(elements: int, device: torch.device) -> int:
+    """Rows of a block whose rows have so many elements, at least 1."""
+    return max(1, MAX_SCORES * (CUDA_BLOCK if device.type == "cuda" else 1) // elements)
 
 
 def attention_logits(q: Tensor, k: Tensor, scaling: float, cap: float | None = None) -> Tensor:
@@ -47,7 +54,7 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, scaling: float, cap: float | No
     if _is_fused(q, k, v, cap):
         return _fused(q, k, v, scaling)
     o, lse = q.new_empty(*shape, v.shape[2]), torch.empty(shape, dtype=torch.float32, device=q.device)
-    step = max(1, MAX_SCORES // (q.shape[0] * k.shape[1]))
+    step = block_rows(q.shape[0] * k.shape[1], q.device)
     for start in range(0, q.shape[1], step):
         block = slice(start, start + step)
         o[:, block], lse[:, block] = _weigh(attention_logits(q[:, block], k, scaling, cap), v)
@@ -112,7 +119,7 @@ def attend_causal(
 def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, softmax: Softmax, window: int | None = None) -> Tensor:
     """`attend_causal` with the sink, in blocks of queries. Returns [B, H, T, D]."""
     past, o = k.shape[2] - q.shape[2], q.new_empty(*q.shape[:3], v.shape[3])
-    step = max(1, MAX_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    step = block_rows(q.shape[0] * q.shape[1] * k.shape[2], q.device)
     for start in range(0, q.shape[2], step):
         block = q[:, :, start : start + step]
         stop = past + start + block.shape[2]

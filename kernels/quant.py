@@ -311,8 +311,9 @@ class QuantKV:
         shape = self.lens.shape
         rows, row_o, row_lse = (dense.folded(x, *shape) for x in (q.float() * scaling, o.float(), lse[..., None]))
         for heads, k, v in self._heads():
-            # Scores of a long question are computed in blocks of pages, as many as dense.MAX_SCORES allows.
-            for span in _spans(k.words.shape[1], dense.MAX_SCORES // (k.words.shape[0] * rows.shape[1] * PAGE)):
+            # Scores of a long question are computed in blocks of pages.
+            limit = dense.block_rows(k.words.shape[0] * rows.shape[1] * PAGE, q.device)
+            for span in _spans(k.words.shape[1], limit):
                 part_o, part_lse = _attend_pages(rows[heads], k.pages(span), v.pages(span), self.value_dim, cap)
                 row_o[heads] = dense.merge(part_o, part_lse, row_o[heads], row_lse[heads, :, 0])
                 row_lse[heads, :, 0] = torch.logaddexp(part_lse, row_lse[heads, :, 0])
@@ -384,7 +385,7 @@ def _weigh(weights: Tensor, v: Pool, dim: int) -> Tensor:
 
 def _spans(pages: int, limit: int) -> list[slice]:
     """Slices of at most `limit` pages, of nearly equal size."""
-    step = -(-pages // -(-pages // max(1, limit)))
+    step = -(-pages // -(-pages // limit))
     return [slice(start, min(start + step, pages)) for start in range(0, pages, step)]
 
 

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lceval.kernels import dense
 from lceval.kernels.decode import choose_splits
 from lceval.kernels.launch import (
     DTYPES,
@@ -39,9 +40,6 @@ from lceval.kernels.launch import (
 from lceval.kernels.paged import PAGE
 from lceval.kernels.softmax import Softmax, log2_logits
 from lceval.kernels.variant import TORCH, Variant, head_dims, tile_limits
-
-# Weights that the reference materializes at once, in elements: small enough for a CPU cache.
-MAX_WEIGHTS = 1 << 21
 
 
 def reference(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
@@ -62,7 +60,7 @@ def reference(q: Tensor, k: Tensor, softmax: Softmax) -> Tensor:
         return sums
     q = q.reshape(B, Hkv, -1, T, D).float()
     keys = k[:, :, None].transpose(3, 4).float()
-    step = max(1, MAX_WEIGHTS // (B * H * S))
+    step = dense.block_rows(B * H * S, q.device)
     for start in range(0, T, step):
         block = q[..., start : start + step, :]
         rows = block.shape[3]

@@ -35,6 +35,8 @@ A = TypeVar("A")
 Answer = Callable[[Sequence[Question[J]]], list[tuple[int, A]]]
 # Choices scored in one forward pass.
 CHOICE_ROWS = 32
+# The most questions of an automatic batch, as in lm-eval.
+MAX_BATCH_ROWS = 64
 
 
 class AnsweringLM(CheckedHFLM):
@@ -50,6 +52,16 @@ class AnsweringLM(CheckedHFLM):
     recipe: Recipe
     totals: Counter[str]
     _pad: int
+
+    @property
+    def batch_rows(self) -> int:
+        """The most questions of a batch; under `--batch_size auto` as many as fit into memory, up to this number."""
+        automatic = str(self.batch_size).startswith("auto")
+        return int((self.max_batch_size or MAX_BATCH_ROWS) if automatic else self.batch_size)
+
+    def _detect_batch_size(self, *_: Any, **__: Any) -> int:
+        """Under `--batch_size auto`, texts without a question run in pieces of the model's length, one by one."""
+        return 1
 
     def _in_memory(self, batch: Sequence[Question[J]], answer: Answer[J, A]) -> list[tuple[int, A]]:
         """The answers of a batch; of its halves where memory does not suffice, and errors of single questions."""
@@ -151,7 +163,12 @@ class AnsweringLM(CheckedHFLM):
                 written = self._written(cache, ids, select, until, new_tokens)
         end = time.perf_counter()
         first_token = cache.first_step or end
-        self._account(batch, cache, question_s=opening_s + first_token - start, decode_s=end - first_token)
+        question_s = opening_s + first_token - start
+        self._account(batch, cache, question_s=question_s, decode_s=end - first_token)
+        for question in batch:
+            kv = question.meta["kv"]
+            # The whole question's pass: a row waits for all rows of its batch, but not for their contexts.
+            kv["first_token_s"] = kv["prefill_s"] + kv["compress_s"] + question_s
         texts = []
         for question, tokens, not_finite in zip(batch, written.rows, written.failed, strict=True):
             if not_finite:
@@ -259,6 +276,7 @@ class AnsweringLM(CheckedHFLM):
         )
         for question in batch:
             question.meta["kv"] |= {name: value / len(batch) for name, value in seconds.items()}
+            question.meta["kv"]["batch"] = len(batch)
             question.meta["kv"]["peak_bytes"] = max(question.meta["kv"]["peak_bytes"], current)
             if isinstance(cache, WritingCache):
                 question.meta["kv"]["evictions"] = cache.evictions

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -58,10 +59,11 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     if not isinstance(gib, int | float) or not 0 <= gib < _GIB:
         raise bad("prefix_cache_gib", "a number of GiB, or 0")
     batch_size = str(arguments.get("batch_size", 1))
-    if batch_size.startswith("auto"):
-        raise UserError("lcft does not choose batch sizes automatically: pass a number as --batch_size")
-    if not (batch_size.isdecimal() and len(batch_size) < 10 and int(batch_size) > 0):
-        raise bad("batch_size", "a number of questions, at least 1")
+    # lm-eval's auto:N sizes batches N times; here every batch is sized.
+    if not re.fullmatch(r"auto(:\d+)?|0*[1-9]\d{0,8}", batch_size):
+        raise bad("batch_size", "a number of questions, at least 1, or auto")
+    if not _is_count(arguments.get("max_batch_size") or 1, least=1):
+        raise bad("max_batch_size", "a number of questions, at least 1")
     if arguments.get("max_length") is not None and not _is_count(arguments["max_length"], least=1):
         raise bad("max_length", "a number of tokens, at least 1")
     for name in ("dtype", "mixed_precision_dtype", "softmax_dtype"):

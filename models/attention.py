@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface
 
 from lceval.core.errors import UserError
@@ -14,7 +15,7 @@ from lceval.kernels import launch
 from lceval.kernels.dense import attend_in_blocks
 from lceval.kernels.softmax import Softmax
 from lceval.models import latent
-from lceval.models.geometry import unsupported
+from lceval.models.geometry import Geometry, unsupported
 
 NAME = "lceval"
 CHOICES = ("auto", "torch", "triton")
@@ -75,6 +76,8 @@ def install(model: Any) -> None:
         UserError: its attention is fixed.
     """
     model.set_attn_implementation(register())
+    # cuDNN's plan is made anew, in up to a second, for every length of a context.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     config = model.config.get_text_config()
     if config._attn_implementation != NAME:
         raise unsupported(config.model_type, "has an attention of its own, outside transformers' attention interface")
@@ -85,6 +88,18 @@ def prefill_chunk(chunk: int | str, device: torch.device) -> int:
     if isinstance(chunk, int):
         return chunk
     return CUDA_CHUNK if device.type == "cuda" else 0
+
+
+def describe(base: Any, geometry: Geometry, *, kernels: bool) -> str:
+    """By what a model attends: PyTorch's backend for prefills, and what answers questions."""
+    if geometry.caps or geometry.sinks:
+        backend = "blocks"
+    else:
+        config = base.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        q = torch.empty(1, config.num_attention_heads, 16, dim, device=base.device, dtype=base.dtype)
+        backend = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower().removesuffix("_attention")
+    return f"prefill by PyTorch ({backend}), questions and decoding by {'Triton kernels' if kernels else 'PyTorch'}"
 
 
 def use_kernels(attn: str, device: torch.device) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Engine:
     Attributes:
         scorers: those that prefills can apply, by digest.
         records_steps: whether decoding steps can be recorded; False once one could not.
+        token_bytes: bytes of a token's keys and values in all layers; 0 before the first prefill.
+        state_bytes: bytes of all states of one row; the same.
 
     Args:
         model: the model that generates: a transformers model, or a PEFT model around it.
@@ -63,6 +65,8 @@ class Engine:
         self.device = base.device
         self.dtype = base.dtype
         self.records_steps = True
+        self.token_bytes = 0
+        self.state_bytes = 0
 
     def check(self, kv: Recipe) -> None:
         """Check that the model has what a recipe requires.
@@ -97,6 +101,7 @@ class Engine:
                 self._reconstruct(prefill, ids)
             if stats_spec.output_norms:
                 prefill.output_norms = self._output_norms(prefill)
+        self.token_bytes, self.state_bytes = prefill.token_bytes, sum(state.nbytes for state in prefill.states)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s
         return prefill
@@ -167,7 +172,7 @@ class Engine:
         """The context of a prompt that is a question only."""
         return CompressedContext.empty(self.geometry, self.dtype, self.device)
 
-    @property
+    @cached_property
     def layer_devices(self) -> list[torch.device]:
         """The device of each layer; several under `parallelize=True`."""
         indexed = [m for m in self._decoder.modules() if isinstance(getattr(m, "layer_idx", None), int)]

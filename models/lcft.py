@@ -7,6 +7,7 @@ fork. With `kv=full` the results are those of `--model hf`.
 from __future__ import annotations
 
 import atexit
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -37,6 +38,8 @@ from lceval.models.reconstruction import Repetition
 from lceval.models.scheduler import ContextScheduler, Question
 from lceval.models.scorer import Scorer
 from lceval.models.telemetry import failed
+
+logger = logging.getLogger(__name__)
 
 
 class LCFT(AnsweringLM):
@@ -151,6 +154,7 @@ class LCFT(AnsweringLM):
         attention.install(base)
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
             selfcheck.verify(self.engine, base)
+            logger.info("attention: %s", attention.describe(base, self.engine.geometry, kernels=self.engine.kernels))
         self.use(self.recipe)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:
@@ -346,7 +350,7 @@ class LCFT(AnsweringLM):
         interrupt.check()
         disable = disable_tqdm or self.rank != 0
         with tqdm(total=total, initial=total - len(jobs), disable=disable, desc=what) as bar:
-            for batch in self.scheduler.batches(jobs, self.recipe, int(self.batch_size), on_failure):
+            for batch in self.scheduler.batches(jobs, self.recipe, self.batch_rows, on_failure):
                 answered = len(batch)
                 yield batch
                 bar.update(answered)

@@ -80,6 +80,12 @@ class Prefill(StatefulCache):
         of_layers: int = sum(layer.kv_bytes for layer in self.layers)
         return of_layers + sum(layer.nbytes for layer in self.state_layers.values())
 
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers, those of sliding-window layers too."""
+        layers = [layer for layer in self.layers if layer.attends]
+        return sum(x[:, :, :1].nbytes for layer in layers for x in (layer.keys, layer.values))
+
     @torch.inference_mode()
     def compress(
         self, recipe: Recipe, *, consume: bool, question_cache: QuestionCache | None = None

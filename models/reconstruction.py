@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lceval.kernels.dense import block_rows
 from lceval.kernels.softmax import Softmax
 from lceval.models.chat import ChatTokens
 from lceval.models.policies.base import SINKS
@@ -22,8 +23,6 @@ REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting wit
 CHUNK = 2048
 # Tokens before a later chunk that end its request.
 LEAD = 8
-# Attention weights materialized at once, in elements: small enough for a CPU cache; larger blocks took twice as long.
-MAX_WEIGHTS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class ReconstructionStats:
         past = self._keys.shape[2]
         q = q.reshape(batch, kv_heads, -1, tokens, dim).float()
         keys = torch.cat([self._keys, k], 2)[:, :, None].transpose(3, 4).float()
-        step = max(1, MAX_WEIGHTS // (heads * keys.shape[-1]))
+        step = block_rows(heads * keys.shape[-1], keys.device)
         for start in range(0, tokens, step):
             block = q[..., start : start + step, :]
             rows = block.shape[3]

@@ -10,7 +10,7 @@ from typing import Any, Generic
 
 import torch
 
-from lceval.models import chunkwise
+from lceval.models import admission, chunkwise
 from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.context_cache import ContextCache
 from lceval.models.diagnosis import Diagnosis
@@ -86,14 +86,16 @@ class ContextScheduler:
     def batches(
         self, jobs: Sequence[J], recipe: Recipe, rows: int, on_failure: Callable[[J, str], None]
     ) -> Iterator[list[Question[J]]]:
-        """All jobs in batches of up to `rows` questions; questions on one context are adjacent.
+        """All jobs in batches of up to `rows` questions that fit into memory; questions on one context are adjacent.
 
         A batch is cleared when the next one is requested, so that its contexts are freed before the next prefill.
 
         Args:
             on_failure: receives each job for whose context or question memory does not suffice, with the reason.
         """
-        for batch in in_batches(self._questions(jobs, recipe, on_failure), rows, self.batch_key(recipe)):
+        waiting: list[Question[J]] = []
+        questions = self._questions(jobs, recipe, on_failure, waiting)
+        for batch in in_batches(questions, rows, self.batch_key(recipe), waiting):
             self.totals["samples"] += len(batch)
             yield batch
 
@@ -107,15 +109,18 @@ class ContextScheduler:
         return (lambda job: len(job.question)) if geometry.has_states and evicts_later else lambda _: None
 
     def _questions(
-        self, jobs: Sequence[J], recipe: Recipe, on_failure: Callable[[J, str], None]
+        self, jobs: Sequence[J], recipe: Recipe, on_failure: Callable[[J, str], None], waiting: Sequence[Question[J]]
     ) -> Iterator[Question[J] | None]:
-        """Every job's question; None where memory ran out, before a second try without any cache."""
+        """Every job's question; None before one for which there is no room beside those that are `waiting`, and where
+        memory ran out, before a second try without any cache."""
         for group in by_context(jobs):
             applied = recipe if group[0].has_context else Recipe()
             # Where nothing is compressed, both modes are the same.
             query_aware = self.query_aware and applied != Recipe() and bool(group[0].context)
             prepare = self._query_aware if query_aware else self._query_agnostic
             remaining, released = list(group), False
+            if not self._has_room(waiting, group[0], prefilled=False):
+                yield None
             while remaining:
                 try:
                     for question in prepare(tuple(remaining), applied):
@@ -123,6 +128,8 @@ class ContextScheduler:
                         released = False
                         yield question
                         del question
+                        if remaining and not self._has_room(waiting, remaining[0], prefilled=not query_aware):
+                            yield None
                     continue
                 except Exception as error:
                     if not is_out_of_memory(error):
@@ -133,6 +140,10 @@ class ContextScheduler:
                 yield None
                 self.release()
                 released = True
+
+    def _has_room(self, waiting: Sequence[Question[Any]], job: Job, *, prefilled: bool) -> bool:
+        beside = [question.job for question in waiting]
+        return not beside or admission.has_room(self.engine, beside, job, prefilled=prefilled)
 
     def release(self) -> None:
         """Free all cached contexts, prefills and questions."""
@@ -215,13 +226,18 @@ class ContextScheduler:
 
 
 def in_batches(
-    questions: Iterable[Question[J] | None], rows: int, key: Callable[[J], Hashable] = lambda _: None
+    questions: Iterable[Question[J] | None],
+    rows: int,
+    key: Callable[[J], Hashable] = lambda _: None,
+    batch: list[Question[J]] | None = None,
 ) -> Iterator[list[Question[J]]]:
     """Questions in batches of up to `rows`, each cleared when the next one is requested; None ends a batch.
 
-    key: equal for all jobs of a batch.
+    Args:
+        key: equal for all jobs of a batch.
+        batch: the list that is filled, where others watch it.
     """
-    batch: list[Question[J]] = []
+    batch = [] if batch is None else batch
     for question in questions:
         if question is None:  # memory is short: answer what is waiting first
             if batch:

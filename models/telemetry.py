@@ -32,6 +32,8 @@ def telemetry(job: Job, context: CompressedContext, *, shared: bool, prefill_s: 
             "shared_prefix": shared,
             "compress_s": 0.0 if shared else context.compress_s,
             "question_s": 0.0,
+            "first_token_s": 0.0,
+            "batch": 1,
             "decode_s": 0.0,
             "decode_tokens": 0,
             "new_tokens": 0,

@@ -161,7 +161,7 @@ def test_truncation_is_recorded_and_leaves_the_question_whole(lcft: Any, request
         ({"attn": "triton"}, "attn=triton requires triton and a CUDA device, got cpu"),
         ({"attn": "flash"}, "one of auto, torch, triton"),
         ({"prefill_chunk": -1}, "a number of tokens, or 0"),
-        ({"batch_size": "auto"}, "pass a number as --batch_size"),
+        ({"batch_size": "most"}, "a number of questions, at least 1, or auto"),
         ({"attn_implementation": "sdpa"}, "lcft sets attn_implementation itself"),
         ({"device_map": "auto"}, "bad model argument device_map='auto': .* parallelize=True"),
         ({"tp_plan": "auto"}, "bad model argument tp_plan='auto': .* parallelize=True"),

@@ -51,7 +51,7 @@ def answered(folder: Path) -> int:
 
 def scores(out: str) -> dict[str, Any]:
     (row,) = json.loads(out)["rows"]
-    timings = ("prefill_s", "prefill_tok_s", "decode_tok_s", "run")
+    timings = ("first_token_s", "prefill_s", "prefill_tok_s", "decode_tok_s", "run")
     return {k: v for k, v in row.items() if k not in timings}
 
 

@@ -184,7 +184,7 @@ def test_a_kept_prefill_with_insufficient_statistics_is_repeated(lcft: Any, requ
         ({"kv": "tova:0.5:when=always", "query_aware": True}, "use query_aware=false"),
         ({"prefix_cache_gib": -1}, "bad model argument prefix_cache_gib=-1"),
         ({"merge": True}, "bad model argument merge=True: no adapter to merge"),
-        ({"batch_size": "auto"}, "pass a number as --batch_size"),
+        ({"batch_size": "most"}, "a number of questions, at least 1, or auto"),
     ],
 )
 def test_unsupported_arguments_are_refused(lcft: Any, arguments: dict[str, Any], message: str) -> None:

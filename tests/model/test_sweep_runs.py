@@ -30,7 +30,7 @@ tasks: ["lc_filings_ao_1k"]
 limit: 5
 gen_kwargs: {max_gen_toks: 4}
 """
-TIMINGS = ("prefill_s", "prefill_tok_s", "decode_tok_s")
+TIMINGS = ("first_token_s", "prefill_s", "prefill_tok_s", "decode_tok_s")
 
 
 def command(grid: Path, out: Path) -> list[str]:

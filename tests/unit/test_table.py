@@ -96,6 +96,11 @@ def test_memory_is_counted_over_the_samples_that_have_telemetry():
     assert values["kv_16bit_share"] == 3 / 4.5
 
 
+def test_contexts_per_gib_follow_from_the_bytes_that_a_context_takes():
+    assert row(sample(1.0, bytes_allocated=3 * 2**20), sample(1.0, bytes_allocated=2**20))["contexts_per_gib"] == 512.0
+    assert row(sample(1.0))["contexts_per_gib"] is None
+
+
 @pytest.mark.parametrize(
     ("dtype", "share"),
     [("float32", 0.5), ("torch.float32", 0.5), ("bfloat16", 0.25), ("torch.float16", 0.25), ("float5", None)],
@@ -106,13 +111,38 @@ def test_share_of_fp16_kv_follows_the_recorded_dtype(dtype, share):
 
 def test_prefill_is_timed_once_per_context_and_decode_over_all_generated_samples():
     values = row(
-        sample(1.0, prefill_s=2.0, prefill_tokens=1000, shared_prefix=False, decode_tokens=10, decode_s=1.0),
-        sample(1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0),
-        sample(1.0, prefill_s=4.0, prefill_tokens=5000, shared_prefix=False, decode_tokens=0, decode_s=0.0),
+        sample(
+            1.0,
+            prefill_s=2.0,
+            prefill_tokens=1000,
+            shared_prefix=False,
+            decode_tokens=10,
+            decode_s=1.0,
+            first_token_s=2.5,
+        ),
+        sample(
+            1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0, first_token_s=0.1
+        ),
+        sample(
+            1.0,
+            prefill_s=4.0,
+            prefill_tokens=5000,
+            shared_prefix=False,
+            decode_tokens=0,
+            decode_s=0.0,
+            first_token_s=4.5,
+        ),
     )
     assert values["prefill_s"] == 3.0
     assert values["prefill_tok_s"] == 1000.0
     assert values["decode_tok_s"] == 20.0
+
+
+def test_the_time_to_the_first_token_is_that_of_questions_whose_context_was_read():
+    shared = [{"shared_prefix": False}, {"shared_prefix": True}, {"shared_prefix": False}]
+    seconds = zip((2.5, 0.1, 4.5), shared, strict=True)
+    assert row(*(sample(1.0, first_token_s=second, **kv) for second, kv in seconds))["first_token_s"] == 3.5
+    assert row(sample(1.0))["first_token_s"] is None
 
 
 def test_a_speed_that_was_not_measured_is_none_and_not_zero():

@@ -14,7 +14,7 @@ const COLUMNS = [
   ["retention %", "retention", (r) => bounded(percent, r.retention, r.retention_lo, r.retention_hi)],
   ["none to full %", "recovered", (r) => bounded(percent, r.recovered, r.recovered_lo, r.recovered_hi)],
   ["gold_nll", "gold_nll"], ["Δ gold_nll vs full", "gold_nll_delta", (r) => bounded(show, r.gold_nll_delta, r.gold_nll_delta_lo, r.gold_nll_delta_hi)], ["gold kept %", "gold_kept", (r) => percent(r.gold_kept)], ["KV kept %", "kept_share", (r) => percent(r.kept_share)], ["KV MB", "kv_mb"],
-  ["read MB/step", "bytes_read_per_step", (r) => r.bytes_read_per_step ? show(r.bytes_read_per_step / 1e6) : "-"], ["prefill s", "prefill_s"], ["decode tok/s", "decode_tok_s"],
+  ["read MB/step", "bytes_read_per_step", (r) => r.bytes_read_per_step ? show(r.bytes_read_per_step / 1e6) : "-"], ["contexts per GiB", "contexts_per_gib"], ["first token s", "first_token_s"], ["prefill s", "prefill_s"], ["decode tok/s", "decode_tok_s"],
   ["judge", "judge"], ["judge's kappa", "kappa"], ["judged (0 to 3)", "judged"], ["errors", "errors"], ["truncated", "truncated"], ["bad format", "wrong_format"], ["unjudged", "unjudged"],
 ];
 const empty = (v) => v === null || v === undefined || v === 0;

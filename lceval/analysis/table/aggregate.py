@@ -18,8 +18,8 @@ from lceval.stats.estimates import Stratum
 
 _MEANS = (
     *("gold_kept", "gold_nll", "ndcg10", "kept_share", "kv_mb", "kv_16bit_share", "bytes_read_per_step"),
-    *("written_tokens", "peak_mb"),
-    *("prefill_s", "prefill_tok_s", "decode_tok_s"),
+    *("contexts_per_gib", "written_tokens", "peak_mb"),
+    *("first_token_s", "prefill_s", "prefill_tok_s", "decode_tok_s"),
 )
 _SUMS = ("n", "clusters", "errors", "truncated", "uncompressed", "wrong_format", "unjudged")
 _AGREEMENT = ("judge_kappa", "judge_kappa_lo", "judge_kappa_hi", "judge_kappa_n")

@@ -69,8 +69,10 @@ KEYS = {
     "kv_mb": "mean of kv_bytes over samples with telemetry, in 1e6 bytes",
     "kv_16bit_share": "sum of kv_bytes / size of the full cache at 2 bytes per number",
     "bytes_read_per_step": "mean KV cache bytes of the context read per decoding step",
+    "contexts_per_gib": "compressed contexts that fit into 1 GiB: 2**30 / mean bytes of one, with page slack",
     "written_tokens": "mean tokens of a generated answer",
     "peak_mb": "mean of the largest KV cache bytes while a sample is answered, in 1e6 bytes",
+    "first_token_s": "mean seconds of prefill, compression and question, where the context was read for the question",
     "prefill_s": "mean prefill time of a context in seconds, without reused prefixes",
     "prefill_tok_s": "prefilled tokens / prefill time, over these contexts",
     "decode_tok_s": "decode tokens per second (first token of each answer excluded), over generated samples",
@@ -222,21 +224,24 @@ def _metrics(task: TaskResult) -> Mapping[str, float | None]:
 
 def _memory(samples: Sequence[Sample]) -> Row:
     """KV cache memory, over the samples with telemetry (an error may have none)."""
-    bytes_read = [bytes_ for sample in samples if (bytes_ := _measured(sample, "bytes_read_per_step"))]
+    taken, bytes_read = (
+        _mean([bytes_ for sample in samples if (bytes_ := _measured(sample, key))])
+        for key in ("bytes_allocated", "bytes_read_per_step")
+    )
+    values: Row = {"bytes_read_per_step": bytes_read, "contexts_per_gib": 2**30 / taken if taken else None}
     measured = [sample for sample in samples if sample.kv_bytes is not None and sample.kv_bytes_full]
     if not measured:
-        return {"bytes_read_per_step": _mean(bytes_read)}
+        return values
     kept = sum(sample.kv_bytes or 0 for sample in measured)
     full = sum(sample.kv_bytes_full or 0 for sample in measured)
     number_bytes = [_DTYPE_BYTES.get(str(s.kv.get("kv_dtype")).removeprefix("torch.")) for s in measured]
     full_16bit = 0.0
     for sample, size in zip(measured, number_bytes, strict=True):
         full_16bit += (sample.kv_bytes_full or 0) * 2 / size if size else math.nan
-    return {
+    return values | {
         "kept_share": kept / full,
         "kv_mb": kept / len(measured) / 1e6,
         "kv_16bit_share": _defined(kept / full_16bit),
-        "bytes_read_per_step": _mean(bytes_read),
     }
 
 
@@ -246,6 +251,7 @@ def _speed(samples: Sequence[Sample]) -> Row:
     seconds = [_measured(sample, "prefill_s") for sample in prefills]
     timed = [second for second in seconds if second]
     return {
+        "first_token_s": _mean([second for sample in prefills if (second := _measured(sample, "first_token_s"))]),
         "prefill_s": math.fsum(timed) / len(timed) if timed else None,
         "prefill_tok_s": _rate(prefills, "prefill_tokens", "prefill_s"),
         "decode_tok_s": _rate(samples, "decode_tokens", "decode_s"),

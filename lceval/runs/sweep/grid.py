@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from lceval.core import yaml_config
 from lceval.core.errors import UserError
@@ -39,7 +40,7 @@ class Grid(BaseModel):
     lengths: list[int] = []
     seeds: list[int | None] = [None]
     limit: int | None = Field(default=None, gt=0)
-    batch_size: int = Field(default=1, gt=0)
+    batch_size: PositiveInt | Literal["auto"] = 1
     model_args: dict[str, bool | str | int | float] = {}
     gen_kwargs: dict[str, bool | int | float | str | list[str]] = {}
 

@@ -30,7 +30,7 @@ class Cell:
     task: str
     metadata: tuple[tuple[str, str | int], ...]
     limit: int | None
-    batch_size: int
+    batch_size: int | str
     model_args: tuple[tuple[str, bool | str | int | float], ...]
     gen_kwargs: str = ""
     """JSON; empty if there are none."""
