@@ -29,13 +29,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def requests() -> list[Instance]:
     """Four questions on each of three contexts."""
-    made = []
+    instances = []
     for n in range(3 * PER_CONTEXT):
         context = " ".join(f"w{(n // PER_CONTEXT * 31 + i * i) % 97}" for i in range(CONTEXT))
         question = " ".join(f"w{(n + 7 * i) % 97}" for i in range(QUESTION))
         arguments = f"{context} {question}", {"max_gen_toks": ANSWER, "until": []}
-        made.append(Instance("generate_until", {"context": context}, arguments, n, ("t", n, 1)))
-    return made
+        instances.append(Instance("generate_until", {"context": context}, arguments, n, ("t", n, 1)))
+    return instances
 
 
 def answered(model: LCFT) -> tuple[list[str], list[int]]:

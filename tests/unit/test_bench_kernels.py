@@ -108,6 +108,16 @@ def test_the_predictions_in_the_documentation_are_the_output_of_the_command() ->
         assert f"| `{recipe}` | {' | '.join(cells)}" in text
 
 
+def test_predicted_steps_in_the_documentation_follow_from_its_arithmetic() -> None:
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    rows = re.findall(r"^\| (\d+)k \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)
+    assert len(rows) == 4
+    for k, kept, *milliseconds in rows:
+        read_s = (15.2e9 + 1024 * int(k) * float(kept) * 57_344) / (0.85 * kernel_times.DEVICES["h200"].bytes_s)
+        predicted = 1676 * 12e-6, 972 * 12e-6, read_s + 775 * kernel_times.DEVICES["h200"].launch_s
+        assert [float(x) for x in milliseconds] == [round(1000 * second, 1) for second in predicted]
+
+
 def test_measured_rows_are_rendered() -> None:
     rows = kernel_times.measure([KernelCase("full", 100, 1, 1.0)], device="cpu", dtype=torch.float32, shape=SMALL)
     rows.append({"kernel": "decode", **KernelCase("int4", 100, 1, 1.0).keys, "sdpa_us": None, "error": "out of memory"})

@@ -10,13 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import interpreter
 import pytest
 import torch
-from tiny_models import llama
+from tiny_models import SHAPE, llama
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from lceval.kernels import step
 from lceval.kernels.paged import PAGE
@@ -89,8 +91,8 @@ def recorded(launches: Launches, run: Callable[[], None]) -> Callable[[], None]:
     return recording.replay
 
 
-def tiny_engine() -> Engine:
-    model = llama()
+def tiny_engine(model: Any = None) -> Engine:
+    model = model or llama()
     attention.install(model)
     return Engine(model, model, chunk=0, kernels=True, autocast=nullcontext, repetition=Repetition((5,), (7,)))
 
@@ -192,6 +194,27 @@ def test_a_step_is_one_launch_and_one_operation_a_layer(recipe: str, monkeypatch
         engine.forward(cache, logits.argmax(-1)[:, None])
     layers = len(engine.geometry.layers)
     assert len(launches) == operations.count == layers
+
+
+@torch.inference_mode()
+def test_a_step_of_qwen2_is_the_operations_that_the_documentation_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, model = (Qwen2ForCausalLM(Qwen2Config(**{**SHAPE, "num_hidden_layers": 28})).eval() for _ in range(2))
+    ours = tiny_engine(model)
+    counts, token = [], torch.tensor([[5]])
+    past = theirs(input_ids=token, use_cache=True).past_key_values
+    cache, logits = question_cache(ours, "full", STEPS)
+    monkeypatch.setattr(step, "runs_kernels", lambda *_: True)
+    monkeypatch.setattr(step, "step_kernel", {(n,): lambda *_, **__: None for n in range(10_000)})
+    ours.forward(cache, logits.argmax(-1)[:, None])  # builds queues
+    for run in (
+        lambda: theirs(input_ids=token, cache=past, use_cache=True),
+        lambda: ours.forward(cache, logits.argmax(-1)[:, None], keep=1),
+    ):
+        with Operations() as operations:
+            run()
+        counts.append(operations.count)
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()
+    assert f"launches {counts[1]} operations, where transformers' own launches {counts[0]:,}\n" in text
 
 
 if __name__ == "__main__":
