@@ -21,7 +21,7 @@ from lceval.kernels import merge, tiles
 from lceval.kernels.bits import Bits
 from lceval.kernels.bounds import Bounds
 from lceval.kernels.decode import check_cache, choose_splits
-from lceval.kernels.launch import BLOCK_G, jit, multiprocessors, runs_kernels, tl, widened
+from lceval.kernels.launch import BLOCK_G, NEEDS_MORE_WARPS, jit, multiprocessors, runs_kernels, tl, widened
 from lceval.kernels.paged import PAGE, PagedKV
 from lceval.kernels.scan import scan
 from lceval.kernels.select import Selective
@@ -168,9 +168,10 @@ def gather_kernel(  # type: ignore[no-untyped-def]
 OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 4, "enable_fp_fusion": True}
 
 
-def gather_options(dtype: torch.dtype) -> dict[str, int | bool]:
+def gather_options(dtype: torch.dtype, head_dim: int) -> dict[str, int | bool]:
     """The launch options of `gather_kernel`: float32 at head_dim 128 spilled with four warps."""
-    return OPTIONS | {"num_warps": 8 if dtype == torch.float32 else 4}
+    more = dtype == torch.float32 or (NEEDS_MORE_WARPS and head_dim > 128)
+    return OPTIONS | {"num_warps": 8 if more else 4}
 
 
 def gather_constants(dtype: torch.dtype, head_dim: int, value_dim: int) -> dict[str, int]:
@@ -235,7 +236,7 @@ def _launch(
     with torch.cuda.device(q.get_device()):
         gather_kernel[(rows * Hkv, splits, -(-G // BLOCK_G))](
             q, k, v, table, lens, chosen, part_o, part_lse, scaling, G, rows // len(lens), Hkv, budget, unit, count,
-            *strides, **constants, **gather_options(q.dtype),
+            *strides, **constants, **gather_options(q.dtype, D),
         )  # fmt: skip
     return (part_o, part_lse) if splits == 1 else merge.launch(part_o, part_lse, None, q.dtype)
 
@@ -321,5 +322,5 @@ def gather_variant(dtype: str, dim: int, value_dim: int, *, cap: float | None = 
         floats=("scaling",),
         aligned=("stride_q", "stride_k", "stride_v"),
         constants=gather_constants(TORCH[dtype], dim, value_dim) | kinds(dim == value_dim, cap),
-        options=gather_options(TORCH[dtype]),
+        options=gather_options(TORCH[dtype], dim),
     )

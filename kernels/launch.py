@@ -20,6 +20,9 @@ tl: Any = language
 AVAILABLE = triton is not None
 INTERPRETED = AVAILABLE and bool(triton.knobs.runtime.interpret)
 
+# Before 3.8, Triton's code for a few kernels spills, or takes too many registers, with four warps.
+NEEDS_MORE_WARPS = AVAILABLE and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HEAD_DIMS = range(16, 257, 16)
 # Channels of a latent and of the rotated key beside it (multi-head latent attention).

@@ -30,6 +30,7 @@ from lceval.kernels.launch import (
     BLOCK_G,
     DTYPES,
     MAX_SPLITS,
+    NEEDS_MORE_WARPS,
     jit,
     multiprocessors,
     runs_kernels,
@@ -131,6 +132,7 @@ def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | b
     In 16 bits every thread loads 64 codes of K and of V, and two scales of V: enough for an asynchronous copy.
     """
     small = head_dim <= 64
+    few = NEEDS_MORE_WARPS and k_bits == 2 and not small
     chosen: dict[str, int | bool] = {"num_stages": 3, "enable_fp_fusion": True}
     if dtype == torch.float32:
         return chosen | {"num_warps": 4 if small else 8}
@@ -138,7 +140,7 @@ def options(dtype: torch.dtype, head_dim: int, k_bits: int) -> dict[str, int | b
         # 168 registers allow twelve warps per multiprocessor. Without a limit ptxas uses up to 204; limited to 168 it
         # spills two for 8-bit keys, but reaches 168 if a few more are allowed. A padded head_dim needs more.
         chosen["maxnreg"] = 184 if k_bits == 8 else 168
-    return chosen | {"num_warps": 2 if small else 4}
+    return chosen | {"num_warps": 2 if small else 8 if few else 4}
 
 
 def split_constants(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from lceval.kernels.bits import GROUP, Bits
 from lceval.kernels.bounds import Bounds
-from lceval.kernels.launch import DTYPES, HEAD_DIMS, INTERPRETED, jit, runs_kernels, tl
+from lceval.kernels.launch import DTYPES, HEAD_DIMS, INTERPRETED, NEEDS_MORE_WARPS, jit, runs_kernels, tl
 from lceval.kernels.variant import SHARED, TENSOR_CORES, TORCH, Limit, Variant, head_dims, tile_limits
 
 
@@ -247,7 +247,8 @@ OPTIONS: dict[str, int | bool] = {"num_warps": 4, "num_stages": 2, "enable_fp_fu
 def bits_options(constants: dict[str, int]) -> dict[str, int | bool]:
     """The launch options of `bits_kernel`: wide tiles use 8 warps, since 4 ran out of registers."""
     wide = constants["BLOCK_U"] * constants["D_PAD"] * constants["BLOCK_M"] > 64 * 128 * 8
-    return OPTIONS | {"num_warps": 8 if wide or constants["D_PAD"] == 256 else 4}
+    wide = wide or constants["D_PAD"] == 256 or (NEEDS_MORE_WARPS and constants["BLOCK_M"] > 8)
+    return OPTIONS | {"num_warps": 8 if wide else 4}
 
 
 def scan_constants(dtype: torch.dtype, head_dim: int, queries: int, *, bits: bool) -> dict[str, int]:

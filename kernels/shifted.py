@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.launch import DTYPES, jit, runs_kernels, tl, widened
+from lceval.kernels.launch import DTYPES, NEEDS_MORE_WARPS, jit, runs_kernels, tl, widened
 from lceval.kernels.variant import TORCH, Variant, tile_limits
 
 HEAD_DIMS = (64, 128)
@@ -233,6 +233,8 @@ def settings(kernel: str, dtype: torch.dtype, head_dim: int) -> tuple[dict[str, 
     8 warps use HGMMA there, but took 202 registers on sm_80. Float32 runs on FMAs, as in decode.
     """
     options: dict[str, int | bool] = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+    if kernel == "key" and NEEDS_MORE_WARPS and head_dim == (64 if dtype == torch.float32 else 128):
+        options["num_warps"] = 8
     if dtype == torch.float32:
         stays, streams = 16, 16
     elif kernel == "key":

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
-from lceval.kernels.launch import BLOCK_G, OPTIONS, jit, tl
+from lceval.kernels.launch import BLOCK_G, NEEDS_MORE_WARPS, OPTIONS, jit, tl
 from lceval.kernels.paged import PAGE
 from lceval.kernels.softmax import log2_logits
 
@@ -107,7 +107,8 @@ def options(dtype: torch.dtype, constants: Mapping[str, float]) -> dict[str, int
     float32 exceeds the shared memory of consumer cards.
     """
     wide, exact = constants["REST"] > 0, dtype == torch.float32
-    warps = 8 if wide and (exact or constants["FP8"]) else 4
+    large = wide or (constants["FP8"] and constants["D_PAD"] == 256)
+    warps = 8 if (wide and (exact or constants["FP8"])) or (large and NEEDS_MORE_WARPS) else 4
     return OPTIONS | {"num_warps": warps, "num_stages": 2 if wide and exact else 3}
 
 

@@ -29,13 +29,14 @@ def decode(
     tokens: Annotated[int, typer.Option(help="Context length in tokens.")] = 6000,
     new_tokens: Annotated[int, typer.Option(help="Decoding steps per round.")] = 16,
     rounds: Annotated[int, typer.Option(help="Number of rounds; the sides alternate in each.")] = 3,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of the weights: float32, bfloat16, float16.")] = "auto",
     as_json: Json = False,
 ) -> None:
     """Measure decoding speed: --model hf, full cache, KV recipes."""
     from lceval.bench import render
     from lceval.bench.decoding import bench
 
-    report = bench(pretrained, kv, tokens=tokens, new_tokens=new_tokens, rounds=rounds)
+    report = bench(pretrained, kv, tokens=tokens, new_tokens=new_tokens, rounds=rounds, dtype=dtype)
     echo(json.dumps(report, indent=2) if as_json else render.decode(report))
 
 

@@ -94,6 +94,7 @@ def bench(
         "context_tokens": tokens,
         "new_tokens": new_tokens,
         "rounds": rounds,
+        "dtype": str(model.model.dtype).removeprefix("torch."),
         "recipe": headline["name"],
         "speedup_vs_hf": headline["speedup_vs_hf"],
         "speedup_vs_full": headline["speedup_vs_full"],

@@ -22,7 +22,7 @@ def decode(report: dict[str, Any]) -> str:
         ]
         for side in report["sides"]
     ]
-    head = f"{report['model']}, {report['context_tokens']} tokens, {report['machine']['processor']}"
+    head = f"{report['model']}, {report['context_tokens']} tokens, {report['dtype']}, {report['machine']['processor']}"
     return f"{head}, {report['machine']['threads']} threads\n{aligned(rows)}"
 
 

@@ -7,4 +7,5 @@ version=${1:-3.6.0}
 folder=${TMPDIR:-/tmp}/lceval-triton-$version
 python=${PYTHON:-python}
 [ -d "$folder/triton" ] || "$python" -m pip install --quiet --no-deps --target "$folder" "triton==$version"
-PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH} "$python" -m lceval.kernels.aot
+root=$(cd "$(dirname "$0")/../.." && pwd)
+PYTHONPATH=$folder:$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m lceval.kernels.aot

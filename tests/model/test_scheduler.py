@@ -23,20 +23,18 @@ def pairs(requests: list[Any]) -> list[Instance]:
     ]
 
 
-def test_a_batch_of_eight_gives_the_answers_of_hf(lcft: Any, hf: Any, requests: list[Any]) -> None:
-    order = [requests[i] for i in (0, 4, 1, 5, 2, 6, 3, 7)]  # two contexts in turn
-    ours = lcft(batch_size=8).generate_until(order)
+def test_a_batch_gives_the_answers_of_hf(lcft: Any, hf: Any, requests: list[Any]) -> None:
+    order = [requests[i] for i in (0, 4, 1, 5)]  # two contexts in turn
+    ours = lcft(batch_size=4).generate_until(order)
     assert [str(text) for text in ours] == hf.generate_until(order, disable_tqdm=True)
 
 
 @pytest.mark.parametrize(
     ("recipe", "query_aware"),
     [
-        ("adakv:0.5+int8", False),
         ("quest:0.5", False),
         ("h2o:0.5:when=always", False),
         ("adakv:0.5+int8", True),
-        ("tova:0.5+quest:0.5", True),
     ],
 )
 def test_a_batch_gives_the_answers_and_scores_of_single_questions(
