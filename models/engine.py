@@ -14,6 +14,7 @@ from torch.profiler import record_function
 
 from lceval.core.errors import UserError
 from lceval.models.compressed import CompressedContext, QuestionCache
+from lceval.models.few_rows import FewRows
 from lceval.models.geometry import Geometry
 from lceval.models.policies import StatsSpec
 from lceval.models.prefill import Prefill, synchronize
@@ -59,6 +60,7 @@ class Engine:
         self._base = base
         self._decoder = base.get_decoder()
         _make_input_contiguous(base.get_output_embeddings())
+        self._few_rows = FewRows(base)
         self._chunk = chunk
         self.autocast = autocast
         self._repetition = repetition
@@ -268,7 +270,7 @@ class Engine:
     @torch.inference_mode()
     def forward(self, cache: QuestionCache, ids: Tensor, keep: int = 0) -> Tensor:
         """Logits [B, T or `keep`, V] of ids [B, T] that continue `cache`; `keep` = 0 returns all T."""
-        with self.autocast():
+        with self.autocast(), self._few_rows.active():
             out = self.model(
                 input_ids=ids,
                 position_ids=cache.next_positions(ids.shape[1], ids.device),

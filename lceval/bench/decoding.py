@@ -65,9 +65,20 @@ def bench(
     steps = torch.randint(0, model.vocab_size, (new_tokens,), generator=torch.Generator().manual_seed(SEED + 1))
 
     def timed(context: CompressedContext) -> list[float]:
-        return _decode(model, attention.NAME, context.fork(new_tokens, kernels=model.engine.kernels), steps)
+        cache = context.fork(new_tokens, kernels=model.engine.kernels)
+        return _decode(lambda ids: model.engine.forward(cache, ids, keep=1), steps.to(model.device))
 
-    sides: dict[str, Callable[[], list[float]]] = {"hf": lambda: _decode(model, "sdpa", _copied(model, prefill), steps)}
+    def timed_hf() -> list[float]:
+        cache = _copied(model, prefill)
+        model.base.set_attn_implementation("sdpa")
+        try:
+            return _decode(
+                lambda ids: model.model(input_ids=ids, cache=cache, use_cache=True).logits, steps.to(model.device)
+            )
+        finally:
+            model.base.set_attn_implementation(attention.NAME)
+
+    sides: dict[str, Callable[[], list[float]]] = {"hf": timed_hf}
     sides |= {name: (lambda c=context: timed(c)) for name, context in contexts.items()}  # type: ignore[misc]
     step_s: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -117,18 +128,13 @@ def _copied(model: LCFT, prefill: Prefill) -> DynamicCache:
 
 
 @torch.inference_mode()
-def _decode(model: LCFT, implementation: str, cache: Any, steps: Tensor) -> list[float]:
+def _decode(forward: Callable[[Tensor], Tensor], steps: Tensor) -> list[float]:
     """Seconds of each step."""
-    base = model.model.get_base_model() if model.peft else model.model
-    base.set_attn_implementation(implementation)
     step_s = []
-    try:
-        for step in steps.to(model.device):
-            start = time.perf_counter()
-            logits = model.model(input_ids=step[None, None], cache=cache, use_cache=True).logits
-            # Transfers the result to the CPU, as a loop that picks the next token does.
-            int(logits[0, -1].argmax())
-            step_s.append(time.perf_counter() - start)
-    finally:
-        base.set_attn_implementation(attention.NAME)
+    for step in steps:
+        start = time.perf_counter()
+        logits = forward(step[None, None])
+        # Transfers the result to the CPU, as a loop that picks the next token does.
+        int(logits[0, -1].argmax())
+        step_s.append(time.perf_counter() - start)
     return step_s
