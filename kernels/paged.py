@@ -108,6 +108,13 @@ class PagedKV:
     counts: tuple[int, ...]
 
     @classmethod
+    def empty(cls, like: Tensor) -> PagedKV:
+        """No slots, in the dtype and on the device of a tensor."""
+        pool = like.new_empty(0, PAGE, 0)
+        table, lens = (torch.empty(shape, dtype=torch.int32, device=like.device) for shape in ((1, 0, 0), (1, 0)))
+        return cls(pool, pool, table, lens, None, ())
+
+    @classmethod
     def full(cls, k: Tensor, v: Tensor, tokens: int) -> PagedKV:
         """All tokens of a dense buffer, without a copy.
 

@@ -5,16 +5,17 @@ Every row attends to the kept slots of its context, to its own tail and to the t
 
     o = softmax(scaling * q [K_context; K_tail; k]^T) [V_context; V_tail; v]
 
-with capped logits and learned sinks if the model has them. The programs take the items of a queue (kernels/queue.py).
-The program of a tail's first item starts from the new token, and writes it to the tail, whose length is read on the
-device: nothing in a launch depends on how much was written, so a step can be recorded once and replayed. Each program
-writes a partial result; the last one of a tile merges them.
+with capped logits, learned sinks, and a sliding or chunked window if the layer has them. The programs take the items of
+a queue (kernels/queue.py). The program of a tail's first item starts from the new token, and writes it to the tail,
+whose length is read on the device: nothing in a launch depends on how much was written, so a step can be recorded once
+and replayed. Each program writes a partial result; the last one of a tile merges them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ def reference(
     pads: Sequence[int],
     contexts: Sequence[KV],
     softmax: Softmax,
+    window: Window | None = None,
 ) -> Tensor:
     """The definition, in float32, row by row and head by head. Tests compare against it.
 
@@ -46,6 +48,7 @@ def reference(
         q: [B, H, D]; k, v: [B, Hkv, D] and [B, Hkv, E], the new token.
         tail: keys and values [B, Hkv, L, ...], of which `length` columns are written, the first `pads[b]` as padding.
         contexts: that of each row, of one sequence.
+        window: its tensors on the CPU.
 
     Returns:
         o [B, H, E] float32.
@@ -55,9 +58,16 @@ def reference(
     o = torch.empty(B, H, v.shape[2])
     for b, h in product(range(B), range(H)):
         head = h // (H // Hkv)
-        own = slice(pads[b], length)
+        low = first = 0
+        if window is not None:
+            position = int(window.starts[b]) + length
+            bound = position - position % window.size if window.chunked else position - window.size + 1
+            low, first = max(0, bound - int(window.starts[b])), max(0, bound - int(window.origins[b]))
+        own = slice(max(pads[b], low), length)
         parts = [(tail[0][b, head, own], tail[1][b, head, own]), (k[b, head][None], v[b, head][None])]
-        parts += [contexts[b].head(head)] if contexts[b].counts else []
+        if contexts[b].counts:
+            kept = contexts[b].head(head)
+            parts.append((kept[0][first:], kept[1][first:]))
         keys, values = (torch.cat([x.float() for x in of]) for of in zip(*parts, strict=True))
         products = (keys @ q[b, h].float())[None, None, None, None]
         weights = softmax.of_heads(slice(h, h + 1)).weights(products)
@@ -65,18 +75,33 @@ def reference(
     return o
 
 
-_jit = jit("G", "heads", "spans", "capacity")
+class Window(NamedTuple):
+    """What the queries of a layer see: the last `size` positions, their own included, or those of their chunk.
+
+    Attributes:
+        chunked: whether `size` is a chunk of the sequence.
+        starts: [B] int64, the position of the tail's first column in each row, negative in padding.
+        origins: [B] int64, the position of the first slot of each row's context.
+    """
+
+    size: int
+    chunked: bool
+    starts: Tensor
+    origins: Tensor
+
+
+_jit = jit("G", "heads", "spans", "capacity", "window")
 
 
 @_jit
 def step_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr, sources_ptr, items_ptr, tiles_ptr, length_ptr, pads_ptr, sink_ptr,
-    part_o_ptr, part_lse_ptr, arrived_ptr, o_ptr, scaling, G, heads, spans, capacity,
+    starts_ptr, origins_ptr, part_o_ptr, part_lse_ptr, arrived_ptr, o_ptr, scaling, G, heads, spans, capacity, window,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
     D: tl.constexpr, D_PAD: tl.constexpr, REST: tl.constexpr, REST_PAD: tl.constexpr, E: tl.constexpr,
     E_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_S: tl.constexpr, FP8: tl.constexpr,
     LATENT: tl.constexpr, CAP: tl.constexpr, SINK: tl.constexpr, ITEM: tl.constexpr, TILE: tl.constexpr,
-    SOURCE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
+    SOURCE: tl.constexpr, WINDOW: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Attend to one item; the last program of a tile merges what the others wrote. o: [B, H, E], contiguous."""
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -99,6 +124,11 @@ def step_kernel(  # type: ignore[no-untyped-def]
     low = tl.where(is_tail, tl.load(pads_ptr + row0).to(tl.int32), 0)
     n = tl.where(is_tail, tl.minimum(n, length), n)
     low = tl.maximum(low, first)
+    if WINDOW:
+        start = tl.load(starts_ptr + row0).to(tl.int32)
+        position = start + length
+        bound = position - position % window if WINDOW == 2 else position - window + 1
+        low = tl.maximum(low, bound - tl.where(is_tail, start, tl.load(origins_ptr + row0).to(tl.int32)))
     last_tile = tl.where(low < n, tl.cdiv(n, BLOCK_S), 0)
 
     group = tl.minimum(G, BLOCK_G)
@@ -255,7 +285,7 @@ def fits(contexts: Sequence[object], k: Tensor, v: Tensor) -> bool:
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, tail: tuple[Tensor, Tensor], length: Tensor, pads: Tensor, queue: WorkQueue,
-    softmax: Softmax,
+    softmax: Softmax, window: Window | None = None,
 ) -> Tensor:  # fmt: skip
     """Append the new token to the tails, and attend.
 
@@ -264,6 +294,7 @@ def attend(
         tail: as for `Workspace.queue`, which made `queue`.
         length: [1] int32, columns of the tails that are written; the token becomes the next.
         pads: [B] int64, columns of padding at the start of each tail.
+        window: of a layer of which a query sees a window; `queue` then has a context for every row.
 
     Returns:
         [B, H, 1, E] in q's dtype.
@@ -273,26 +304,35 @@ def attend(
     E = v.shape[2]
     latent = is_view(*tail)
     o = torch.empty(B, H, 1, E, dtype=q.dtype, device=q.device)
-    sizes = constants(q.dtype, D, E, softmax, queue.codes, latent=latent)
+    sizes = constants(q.dtype, D, E, softmax, queue.codes, latent=latent, window=window)
+    starts, origins, size = (pads, pads, 1) if window is None else (window.starts, window.origins, window.size)
     strides = [stride for x in (q, k, v) for stride in x.stride()[:2]]
     with torch.cuda.device(q.get_device()):
         step_kernel[(len(queue.items),)](
             q, k, v, queue.sources, queue.items, queue.tiles, length, pads, q if softmax.sink is None else softmax.sink,
-            queue.part_o, queue.part_lse, queue.arrived, o, softmax.scaling, H // k.shape[1], k.shape[1], queue.spans,
-            tail[0].shape[2], *strides, **sizes, **options(q.dtype, sizes),
+            starts, origins, queue.part_o, queue.part_lse, queue.arrived, o, softmax.scaling, H // k.shape[1],
+            k.shape[1], queue.spans, tail[0].shape[2], size, *strides, **sizes, **options(q.dtype, sizes),
         )  # fmt: skip
     return o
 
 
 def constants(
-    dtype: torch.dtype, head_dim: int, value_dim: int, softmax: Softmax, codes: Codes, *, latent: bool = False
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    softmax: Softmax,
+    codes: Codes,
+    *,
+    latent: bool = False,
+    window: Window | None = None,
 ) -> dict[str, float]:
     """The compile-time arguments of `step_kernel`."""
     sizes = tiles.constants(dtype, head_dim, value_dim) | tiles.kinds(softmax.cap, latent, codes.fp8)
     if codes.k_bits:  # whole groups of values
         sizes |= {name: max(GROUP, int(sizes[name])) for name in ("D_PAD", "E_PAD")}
     sizes |= {"K_BITS": codes.k_bits, "V_BITS": codes.v_bits, "GROUP": GROUP}
-    return sizes | {"SINK": int(softmax.sink is not None), "ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
+    sizes |= {"WINDOW": 0 if window is None else 1 + window.chunked, "SINK": int(softmax.sink is not None)}
+    return sizes | {"ITEM": ITEM, "TILE": TILE, "SOURCE": SOURCE}
 
 
 def options(dtype: torch.dtype, sizes: Mapping[str, float]) -> dict[str, int | bool]:
@@ -313,22 +353,33 @@ def variants() -> Iterator[Variant]:
     # Of codes, whose loops are gated with their own kernels, the sizes with the most registers.
     for dim, codes in [(128, Codes(True)), (256, Codes(True)), (128, Codes(False, 4, 4)), (256, Codes(False, 8, 4))]:
         yield variant("bf16", dim, dim, plain, codes)
-    # Gemma 2; gpt-oss; MiMo-V2; DeepSeek-V3.
-    yield variant("bf16", 256, 256, Softmax(1.0, cap=50.0))
-    yield variant("bf16", 64, 64, Softmax(1.0, sink=torch.empty(0)))
+    # Gemma 2; gpt-oss; Llama 4; MiMo-V2; DeepSeek-V3.
+    none = torch.empty(0)
+    yield variant("bf16", 256, 256, Softmax(1.0, cap=50.0), window=Window(1, False, none, none))
+    yield variant("bf16", 64, 64, Softmax(1.0, sink=none), window=Window(1, False, none, none))
+    yield variant("bf16", 128, 128, plain, window=Window(1, True, none, none))
     yield variant("bf16", 192, 128, plain)
     yield variant("bf16", 576, 512, plain, latent=True)
 
 
 def variant(
-    dtype: str, dim: int, value_dim: int, softmax: Softmax, codes: Codes = _FULL, *, latent: bool = False
+    dtype: str,
+    dim: int,
+    value_dim: int,
+    softmax: Softmax,
+    codes: Codes = _FULL,
+    *,
+    latent: bool = False,
+    window: Window | None = None,
 ) -> Variant:
     """`step_kernel` for one dtype and one kind of keys and values."""
-    sizes = constants(TORCH[dtype], dim, value_dim, softmax, codes, latent=latent)
+    sizes = constants(TORCH[dtype], dim, value_dim, softmax, codes, latent=latent, window=window)
     pointers = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v", "sink", "o")}
     pointers |= {f"{name}_ptr": "*i32" for name in ("items", "tiles", "length", "arrived")}
-    pointers |= {"sources_ptr": "*i64", "pads_ptr": "*i64", "part_o_ptr": "*fp32", "part_lse_ptr": "*fp32"}
+    pointers |= {f"{name}_ptr": "*i64" for name in ("sources", "pads", "starts", "origins")}
+    pointers |= {"part_o_ptr": "*fp32", "part_lse_ptr": "*fp32"}
     kind = f"{' cap' if softmax.cap else ''}{' sink' if softmax.sink is not None else ''}{' fp8' if codes.fp8 else ''}"
+    kind += "" if window is None else " chunk" if window.chunked else " window"
     kind += f" kv{codes.k_bits}v{codes.v_bits}" if codes.k_bits else ""
     return Variant(
         kernel="step.latent" if latent else "step",

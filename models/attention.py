@@ -90,14 +90,12 @@ def prefill_chunk(chunk: int | str, device: torch.device) -> int:
     return CUDA_CHUNK if device.type == "cuda" else 0
 
 
-def describe(base: Any, geometry: Geometry, *, kernels: bool) -> str:
-    """By what a model attends: PyTorch's backend for prefills, and what answers questions."""
+def describe(geometry: Geometry, q: Tensor, *, kernels: bool) -> str:
+    """By what a model attends: PyTorch's backend for prefills with queries such as q [1, 1, 1, D], and what answers
+    questions."""
     if geometry.caps or geometry.sinks:
         backend = "blocks"
     else:
-        config = base.config.get_text_config()
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        q = torch.empty(1, config.num_attention_heads, 16, dim, device=base.device, dtype=base.dtype)
         backend = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower().removesuffix("_attention")
     return f"prefill by PyTorch ({backend}), questions and decoding by {'Triton kernels' if kernels else 'PyTorch'}"
 

@@ -14,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lceval.kernels.paged import KV, PAGE, PagedKV
+from lceval.kernels.paged import KV, PagedKV
 from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.prefill_stats import QueryAwareStats
-from lceval.models.question import BatchProgress, NoKV, QuestionLayer, Rows, TailLayer, WindowKV, WindowLayer
+from lceval.models.question import (
+    BatchProgress,
+    NoKV,
+    QuestionLayer,
+    Rows,
+    SteppingLayer,
+    TailLayer,
+    WindowKV,
+    WindowLayer,
+)
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, continuing
 
@@ -53,13 +62,12 @@ class CompressedContext:
     @classmethod
     def empty(cls, geometry: Geometry, dtype: torch.dtype, device: torch.device) -> CompressedContext:
         """A context of no tokens: a prompt of one token is a question only."""
-        none, no_window = (torch.empty(shape, dtype=dtype, device=device) for shape in ((0, PAGE, 0), (1, 0, 0, 0)))
-        table, lens = (torch.empty(shape, dtype=torch.int32, device=device) for shape in ((1, 0, 0), (1, 0)))
+        no_window = torch.empty(1, 0, 0, 0, dtype=dtype, device=device)
 
         def layer(kind: LayerKind) -> ContextLayer:
             if kind.window is not None:
                 return WindowKV(no_window, no_window, kind.window, kind.chunked)
-            return PagedKV(none, none, table, lens, None, ()) if kind.attends else NoKV()
+            return PagedKV.empty(no_window) if kind.attends else NoKV()
 
         layers = tuple(layer(kind) for kind in geometry.layers)
         states = tuple(State((None,) * kind.states, (None,) * kind.states) for kind in geometry.layers)
@@ -129,7 +137,7 @@ class QuestionCache(StatefulCache):
             if isinstance(kvs[0], NoKV):
                 layers.append(NoKVLayer())
             elif isinstance(kvs[0], WindowKV):
-                layers.append(WindowLayer(kvs, rows, capacity))
+                layers.append(WindowLayer(kvs, rows, capacity, kernels))
             elif isinstance(kvs[0], BoundedKV):
                 layers.append(BoundedLayer(kvs, rows))
             else:
@@ -142,7 +150,7 @@ class QuestionCache(StatefulCache):
     def _share_progress(self) -> None:
         self.progress = BatchProgress()
         for layer in self.layers:
-            if isinstance(layer, QuestionLayer):
+            if isinstance(layer, SteppingLayer):
                 layer.progress = self.progress
 
     def start_clock(self) -> None:
@@ -184,7 +192,7 @@ class QuestionCache(StatefulCache):
         """Whether each of the next `steps` steps is the same launches over the same tensors."""
         attending = [layer for layer in self.layers if layer.attends]
         return not self.state_layers and all(
-            isinstance(layer, QuestionLayer) and layer.is_step and layer.length + steps <= layer.keys.shape[2]
+            isinstance(layer, SteppingLayer) and layer.is_step and layer.length + steps <= layer.keys.shape[2]
             for layer in attending
         )
 

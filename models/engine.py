@@ -31,7 +31,8 @@ class Engine:
     Attributes:
         scorers: those that prefills can apply, by digest.
         records_steps: whether decoding steps can be recorded; False once one could not.
-        token_bytes: bytes of a token's keys and values in all layers; 0 before the first prefill.
+        key_dim: channels of a key of the first layer that has some; 0 before the first prefill.
+        token_bytes: bytes of a token's keys and values in all layers; the same.
         state_bytes: bytes of all states of one row; the same.
 
     Args:
@@ -67,6 +68,7 @@ class Engine:
         self.device = base.device
         self.dtype = base.dtype
         self.records_steps = True
+        self.key_dim = 0
         self.token_bytes = 0
         self.state_bytes = 0
 
@@ -103,6 +105,7 @@ class Engine:
                 self._reconstruct(prefill, ids)
             if stats_spec.output_norms:
                 prefill.output_norms = self._output_norms(prefill)
+        self.key_dim = prefill.first.keys.shape[3]
         self.token_bytes, self.state_bytes = prefill.token_bytes, sum(state.nbytes for state in prefill.states)
         synchronize(prefill.devices)
         prefill.prefill_s = time.perf_counter() - start_s

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache, partial, reduce
 from operator import or_
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from tqdm import tqdm
@@ -154,7 +155,8 @@ class LCFT(AnsweringLM):
         attention.install(base)
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
             selfcheck.verify(self.engine, base)
-            logger.info("attention: %s", attention.describe(base, self.engine.geometry, kernels=self.engine.kernels))
+            q = torch.empty(1, 1, 1, self.engine.key_dim, device=self.device, dtype=base.dtype)
+            logger.info("attention: %s", attention.describe(self.engine.geometry, q, kernels=self.engine.kernels))
         self.use(self.recipe)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:

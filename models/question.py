@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from operator import is_not
 from typing import Any
@@ -50,6 +51,11 @@ class Rows:
         """[B] int64 on a device, the position of the tail's first column in each row, negative in padding."""
         pads = self.pads or (0,) * len(self.tokens)
         return self._copied("starts", [n - p for n, p in zip(self.tokens, pads, strict=True)], device)
+
+    def origins_on(self, slots: Sequence[int], device: torch.device) -> Tensor:
+        """[B] int64 on a device, the position of the first of each row's last `slots` context tokens."""
+        values = [tokens - n for tokens, n in zip(self.tokens, slots, strict=True)]
+        return self._copied(f"origins of {values}", values, device)
 
     def _copied(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
         # All layers and steps of a batch share one copy: a copy makes the host wait for the device.
@@ -199,27 +205,24 @@ class BatchProgress:
             on_device.add_(tokens)
 
 
-class QuestionLayer(TailLayer):
-    """A tail after compressed contexts without a sliding window.
+class SteppingLayer(TailLayer):
+    """A tail of which a pass over one token can be a single launch (`kernels.step`).
 
     Attributes:
-        collector: statistics of the queries over an uncompressed context.
-        receive: called with the queries [B, H, T, D] and the softmax of every pass.
         progress: shared with the other layers of the batch; None outside a batch.
     """
 
-    def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
+    def __init__(self, contexts: Sequence[Any], rows: Rows, capacity: int, kernels: bool) -> None:
         super().__init__(contexts, rows, capacity)
         self.kernels = kernels
-        self.collector: QueryAwareStats | ReconstructionStats | None = None
-        self.receive: Callable[[Tensor, Softmax], None] | None = None
         self.progress: BatchProgress | None = None
         self._fed: tuple[Tensor, Tensor] | None = None
         self._queue: tuple[tuple[object, ...], int, WorkQueue] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         self._fed = None
-        if not self._is_step(k, v):
+        plain = self.kernels and self.progress is not None and self._takes_steps
+        if not (plain and k.shape[2] == 1 and step.fits(self._sources()[0], k, v)):
             super().append(k, v)
             return
         stop, columns = self.length + 1, self.keys.shape[2]
@@ -234,10 +237,53 @@ class QuestionLayer(TailLayer):
         """Whether the last pass was a single launch, and the next can be."""
         return self._fed is not None
 
-    def _is_step(self, k: Tensor, v: Tensor) -> bool:
-        """Whether attention over these new tokens, and their append, is a single launch."""
-        plain = self.kernels and self.collector is None and self.receive is None and self.progress is not None
-        return plain and k.shape[2] == 1 and step.fits(self.contexts, k, v)
+    @property
+    def _takes_steps(self) -> bool:
+        """Whether nothing else than attention is asked of a pass."""
+        return True
+
+    def _sources(self) -> tuple[Sequence[Any], Sequence[int]]:
+        """The contexts as the kernel reads them, and the index of each row's."""
+        return self.contexts, self.rows.owners
+
+    def _window(self, device: torch.device) -> step.Window | None:
+        """What a query sees; None: everything."""
+        return None
+
+    def _step(self, q: Tensor, softmax: Softmax) -> Tensor | None:
+        """Attention of the last pass by a single launch; None if it is not one."""
+        if self._fed is None:
+            return None
+        k, v = self._fed
+        if q.dtype != k.dtype:  # under autocast
+            self.keys[:, :, self.length - 1 : self.length], self.values[:, :, self.length - 1 : self.length] = k, v
+            return None
+        assert self.progress is not None
+        tail, heads, device = (self.keys, self.values), q.shape[1], q.device
+        # Each is replaced where it changes.
+        known = (self.contexts, self.rows, self.keys)
+        if self._queue is None or self._queue[1] != heads or any(map(is_not, self._queue[0], known)):
+            self._queue = known, heads, self.progress.workspace.queue(*self._sources(), tail, heads)
+        length, pads = self.progress.on(device), self.rows.padding_on(device)
+        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax, self._window(device))
+
+
+class QuestionLayer(SteppingLayer):
+    """A tail after compressed contexts without a sliding window.
+
+    Attributes:
+        collector: statistics of the queries over an uncompressed context.
+        receive: called with the queries [B, H, T, D] and the softmax of every pass.
+    """
+
+    def __init__(self, contexts: Sequence[KV], rows: Rows, capacity: int, kernels: bool) -> None:
+        super().__init__(contexts, rows, capacity, kernels)
+        self.collector: QueryAwareStats | ReconstructionStats | None = None
+        self.receive: Callable[[Tensor, Softmax], None] | None = None
+
+    @property
+    def _takes_steps(self) -> bool:
+        return self.collector is None and self.receive is None
 
     def observe(self, q: Tensor, softmax: Softmax) -> None:
         if self.receive is not None:
@@ -248,29 +294,14 @@ class QuestionLayer(TailLayer):
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
         if self.collector is not None:
             return self._attend_uncompressed(q, softmax)
-        if self._fed is not None:
-            k, v = self._fed
-            if q.dtype == k.dtype:
-                return self._step(q, k, v, softmax)
-            # Under autocast.
-            self.keys[:, :, self.length - 1 : self.length], self.values[:, :, self.length - 1 : self.length] = k, v
+        if (o := self._step(q, softmax)) is not None:
+            return o
         own = dense.attend_causal(q, *self.tail, softmax, self.rows.pads_on(q.device))
         if not any(self.rows.tokens):
             return softmax.with_sink(*own)
         parts = [self._attend_context(self.contexts[owner], q[rows], softmax) for owner, rows in self.rows.groups()]
         past = parts[0] if len(parts) == 1 else [torch.cat(x) for x in zip(*parts, strict=True)]
         return merged(past[0], past[1], *own, softmax)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, softmax: Softmax) -> Tensor:
-        assert self.progress is not None
-        tail, heads, device = (self.keys, self.values), q.shape[1], q.device
-        # Each is replaced where it changes.
-        known = (self.contexts, self.rows, self.keys)
-        if self._queue is None or self._queue[1] != heads or any(map(is_not, self._queue[0], known)):
-            queue = self.progress.workspace.queue(self.contexts, self.rows.owners, tail, heads)
-            self._queue = known, heads, queue
-        length, pads = self.progress.on(device), self.rows.padding_on(device)
-        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax)
 
     def _attend_uncompressed(self, q: Tensor, softmax: Softmax) -> Tensor:
         """Attention over an uncompressed context: one product is faster than two that are merged."""
@@ -301,6 +332,15 @@ class WindowKV:
     window: int
     chunked: bool = False
 
+    @cached_property
+    def paged(self) -> PagedKV:
+        """A copy in pages, as `kernels.step` reads it."""
+        tokens = self.k.shape[2]
+        if not tokens:
+            return PagedKV.empty(self.k)
+        k, v = (F.pad(x, (0, 0, 0, -tokens % PAGE)).contiguous() for x in (self.k, self.v))
+        return PagedKV.full(k, v, tokens)
+
     @property
     def counts(self) -> tuple[int, ...]:
         return (self.k.shape[2],) * self.k.shape[1]
@@ -310,8 +350,12 @@ class WindowKV:
         """Bytes of keys and values; all slots are occupied and read."""
         return self.k.nbytes + self.v.nbytes
 
-    allocated_bytes = kept_bytes
     read_bytes = kept_bytes
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Bytes of all tensors, with those of `paged` where it is used."""
+        return self.kept_bytes + (self.paged.allocated_bytes if "paged" in self.__dict__ else 0)
 
 
 @dataclass(frozen=True)
@@ -324,12 +368,24 @@ class NoKV:
     read_bytes: int = 0
 
 
-class WindowLayer(TailLayer):
+class WindowLayer(SteppingLayer):
     """A tail in a sliding-window layer: a query attends to the last `window` tokens of context and tail."""
 
     is_sliding = True
 
+    def _sources(self) -> tuple[Sequence[PagedKV], Sequence[int]]:
+        # Rows of one context see different slots of it, if their questions have different lengths.
+        return [self.contexts[owner].paged for owner in self.rows.owners], range(len(self.rows.owners))
+
+    def _window(self, device: torch.device) -> step.Window:
+        context, slots = self.contexts[0], [self.contexts[owner].k.shape[2] for owner in self.rows.owners]
+        return step.Window(
+            context.window, context.chunked, self.rows.starts_on(device), self.rows.origins_on(slots, device)
+        )
+
     def attend(self, q: Tensor, softmax: Softmax) -> Tensor:
+        if (stepped := self._step(q, softmax)) is not None:
+            return stepped
         k, v = self.tail
         queries = torch.arange(self.length - q.shape[2], self.length, device=q.device)[:, None]
         o = q.new_empty(*q.shape[:3], self.values.shape[3])

@@ -129,7 +129,7 @@ class WritingCache(QuestionCache):
         # Never room for the whole answer: what is written moves on.
         capacity = longest + evictor.write_every
         layers: list[Any] = [
-            WindowLayer(kvs, rows, capacity)
+            WindowLayer(kvs, rows, capacity, kernels=False)
             if isinstance(kvs[0], WindowKV)
             else NoKVLayer()
             if isinstance(kvs[0], NoKV)

@@ -29,14 +29,15 @@ from lceval.kernels.softmax import Softmax
 CONTEXTS = [(0, 1, 65, 130), (330, 64, 17, 0), ()]
 OWNERS = (0, 0, 0, 1, 2)
 PADS = (0, 3, 70, 0, 5)
+# Tokens of each row's context in a layer with a window, of which it keeps the last.
+TOKENS = (200, 90, 33, 0, 130)
 # Tokens in the tails: none, past the longest padding, past a whole item.
 LENGTHS = (0, 72, TAIL_SPAN + 20)
 
 
 def context(counts: Sequence[int], dim: int, value_dim: int, dtype: torch.dtype, seed: int, latent: bool) -> PagedKV:
     if not counts:
-        none = torch.empty(0, PAGE, 0, dtype=dtype)
-        return PagedKV(none, none, torch.empty(1, 0, 0, dtype=torch.int32), torch.empty(1, 0), None, ())
+        return PagedKV.empty(torch.empty(0, dtype=dtype))
     k, v, table, lens = ragged([list(counts)], dim, dtype, seed, value_dim=value_dim)
     return PagedKV(k, k[..., :value_dim] if latent else v, table, lens, None, tuple(counts))
 
@@ -50,6 +51,8 @@ def step_case(
     sinks: bool = False,
     latent: bool = False,
     codes: str = "",
+    window: int = 0,
+    chunked: bool = False,
     device: str = "cpu",
 ) -> dict[str, float]:
     """The largest error over steps at several lengths of the tails, by one queue, and whether the tokens were kept."""
@@ -65,6 +68,13 @@ def step_case(
         stored = STORED[codes]
         contexts = [stored(kv) for kv in contexts if kv.counts]
     owners, pads = (OWNERS[:4], PADS[:4]) if codes else (OWNERS, PADS)
+    seen = None
+    if window:
+        owners = tuple(range(len(TOKENS)))
+        slots = [tokens % window if chunked else min(tokens, window - 1) for tokens in TOKENS]
+        contexts = [context((n,) * kv_heads if n else (), dim, value_dim, number, n, latent) for n in slots]
+        starts, origins = (torch.tensor(TOKENS) - torch.tensor(x) for x in (pads, slots))
+        seen = step.Window(window, chunked, starts.to(device), origins.to(device))
     rows, heads = len(owners), group * kv_heads
     contexts = [moved(kv, device) for kv in contexts]
     columns = 2 * TAIL_SPAN
@@ -84,10 +94,10 @@ def step_case(
         v = k[..., :value_dim] if latent else random(rows, kv_heads, 1, value_dim)
         want = step.reference(
             q[:, :, 0].cpu(), k[:, :, 0].cpu(), v[:, :, 0].cpu(), (keys.cpu(), values.cpu()), length, pads,
-            [moved(contexts[owner], "cpu") for owner in owners], Softmax(dim**-0.5, cap, cpu(softmax.sink)),
+            [moved(contexts[owner], "cpu") for owner in owners], Softmax(dim**-0.5, cap, cpu(softmax.sink)), seen,
         )  # fmt: skip
         place = torch.tensor([length], dtype=torch.int32, device=device)
-        o = step.attend(q, k, v, (keys, values), place, on_device, queue, softmax)
+        o = step.attend(q, k, v, (keys, values), place, on_device, queue, softmax, seen)
         error = (o[:, :, 0].cpu().float() - want).abs().amax(-1) / want.abs().amax(-1)
         worst = max(worst, error.max().item())
         appended = torch.equal(keys[:, :, length], k[:, :, 0]) and torch.equal(values[:, :, length], v[:, :, 0])
@@ -138,6 +148,9 @@ CASES: dict[str, Callable[[], dict[str, float]]] = {
         ("fp32", 3, 64, 64, None, False, False, "kv4v4"),
         ("fp16", 1, 48, 48, 2.0, True, False, "kv8v2"),
         ("fp32", 20, 16, 16, None, False, False, "kv16v4"),
+        ("fp32", 3, 32, 32, None, False, False, "", 100),
+        ("fp16", 8, 64, 64, 2.0, True, False, "", TAIL_SPAN + 50),
+        ("fp32", 2, 16, 16, None, False, False, "", 60, True),
     ]
 }
 
@@ -214,7 +227,8 @@ for gated in step.variants():
         int32, int64 = (torch.zeros(3, 9, dtype=x) for x in (torch.int32, torch.int64))
         results = torch.empty(3, 16, value_dim), torch.empty(3, 16)
         queue = WorkQueue(int32, int32, pages, int64, *results, int32, codes, ())
-        step.attend(q, k, v, (keys, values), int32, int64, queue, softmax)
+        window = step.Window(7, sizes["WINDOW"] == 2, int64, int64) if sizes["WINDOW"] else None
+        step.attend(q, k, v, (keys, values), int32, int64, queue, softmax, window)
 report(step.variants())
 """
 

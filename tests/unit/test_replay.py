@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import families
 import interpreter
 import pytest
 import torch
@@ -25,12 +26,14 @@ from lceval.kernels.paged import PAGE
 from lceval.models import attention
 from lceval.models.compressed import QuestionCache
 from lceval.models.engine import Engine
-from lceval.models.question import QuestionLayer
+from lceval.models.question import QuestionLayer, SteppingLayer, WindowLayer
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 from lceval.models.replay import AFTER, BEFORE, Steps
 
 RECIPES = ("adakv:0.5:window=8", "fp8")
+# Sliding windows with sinks, and chunks, of fewer tokens than are written.
+FAMILIES = {"gpt_oss": {"sliding_window": 7}, "llama4_text": {"attention_chunk_size": 8}}
 CONTEXTS, QUESTIONS, STEPS = (30, 20), ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3]), 9
 
 
@@ -118,9 +121,10 @@ def room_case() -> dict[str, float]:
 
 
 @torch.inference_mode()
-def replay_case(recipe: str) -> dict[str, float]:
-    """The largest difference between steps that are replayed and that are not, and how often a step was recorded."""
-    engine = tiny_engine()
+def replay_case(recipe: str, family: str = "") -> dict[str, float]:
+    """The largest difference between steps that are replayed and that are not, or by PyTorch, and how often a step was
+    recorded."""
+    engine = tiny_engine(families.model(family, **FAMILIES[family]) if family else None)
     launches, recordings = Launches(step.step_kernel), []
     step.step_kernel = launches
 
@@ -129,23 +133,24 @@ def replay_case(recipe: str) -> dict[str, float]:
         return recordings[-1]
 
     worst, sides = 0.0, []
-    for of in (record, None):
+    for of, engine.kernels in ((record, True), (None, True), (None, False)):
         cache, logits = question_cache(engine, recipe, STEPS)
         feed = Steps(engine, cache, STEPS, of)
         tokens = logits.argmax(-1)
         results = [feed((tokens + number)[:, None] % 99).clone() for number in range(STEPS)]
         results.append(engine.forward(cache, tokens[:, None], keep=1)[:, -1])  # the cache knows what was replayed
         sides.append(results)
-    for ours, theirs in zip(*sides, strict=True):
-        worst = max(worst, (ours - theirs).abs().max().item())
+    for of_step in zip(*sides, strict=True):
+        worst = max(worst, *((of_step[0] - other).abs().max().item() for other in of_step[1:]))
     return {"difference": worst, "recordings": len(recordings)}
 
 
 CASES: dict[str, Callable[[], dict[str, float]]] = {recipe: partial(replay_case, recipe) for recipe in RECIPES}
+CASES |= {family: partial(replay_case, "full", family) for family in FAMILIES}
 CASES["room"] = room_case
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *FAMILIES])
 def test_replayed_steps_are_those_that_run_one_by_one(
     recipe: str, interpreted: Callable[[str], dict[str, float]]
 ) -> None:
@@ -172,19 +177,25 @@ class Operations(TorchDispatchMode):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("recipe", ["full", *RECIPES, "int4:residual=10", "snapkv:0.5:window=8+kv8v4:residual=10"])
+@pytest.mark.parametrize(
+    "recipe", ["full", *RECIPES, "int4:residual=10", "snapkv:0.5:window=8+kv8v4:residual=10", *FAMILIES]
+)
 def test_a_step_is_one_launch_and_one_operation_a_layer(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launches: list[Any] = []
-    engine = tiny_engine()
-    cache, logits = question_cache(engine, recipe, STEPS)
-    operations, counted = Operations(), [QuestionLayer.append, QuestionLayer.attend]
-    for function in counted:
+    engine = tiny_engine(families.model(recipe, **FAMILIES[recipe]) if recipe in FAMILIES else None)
+    cache, logits = question_cache(engine, "full" if recipe in FAMILIES else recipe, STEPS)
+    operations = Operations()
+    for layer, function in (
+        (SteppingLayer, SteppingLayer.append),
+        (QuestionLayer, QuestionLayer.attend),
+        (WindowLayer, WindowLayer.attend),
+    ):
 
         def count(*args: Any, function: Any = function) -> Any:
             with operations:
                 return function(*args)
 
-        monkeypatch.setattr(QuestionLayer, function.__name__, count)
+        monkeypatch.setattr(layer, function.__name__, count)
     # Counted where no kernel runs, because the interpreter's own operations would count too.
     monkeypatch.setattr(step, "runs_kernels", lambda *_: True)
     monkeypatch.setattr(step, "step_kernel", {(n,): lambda *x, **_: launches.append(x) for n in range(10_000)})
