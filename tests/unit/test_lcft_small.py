@@ -108,6 +108,14 @@ def test_a_context_of_no_tokens_is_diagnosed_as_unknown(folder: Path, diagnose: 
 # Models ---------------------------------------------------------------------------------------------
 
 
+def test_the_log_says_by_what_a_model_attends(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with caplog.at_level("INFO", logger="lceval"):
+        LCFT(str(folder), device="cpu")
+    assert "attention: prefill by PyTorch (flash), questions and decoding by PyTorch" in caplog.text
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_expected_attention_is_refused_before_a_prefill_without_rope(folder: Path, name: str) -> None:
     shape = {"n_embd": 24, "n_layer": 2, "n_head": 2} if name == "gpt2" else {"ffn_dim": 24, "word_embed_proj_dim": 96}

@@ -230,6 +230,7 @@ def test_blocks_of_pages_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: s
     blocks = QuantKV.quantize(kv, 4, 2)
     for a, b in ((whole.k, blocks.k), (whole.v, blocks.v)):
         assert all(torch.equal(x, y) for x, y in zip(a.tensors, b.tensors, strict=True))
+    assert dense.block_rows(dense.MAX_SCORES, torch.device("cuda")) == dense.CUDA_BLOCK
     for max_scores in (dense.MAX_SCORES, 5000, 1):
         monkeypatch.setattr(dense, "MAX_SCORES", max_scores)
         for actual, expected in zip(blocks.attend(q, 0.25), results, strict=True):
