@@ -62,6 +62,7 @@ def _command(output: Path, record: Mapping[str, Any]) -> str:
     recipe, data_spec = record["recipe"], record["recipe"]["data"]
     folder = output / record["model"] if "model" in record else output
     base = f"pretrained={recipe['model']['pretrained']},peft={folder}"
+    base += f",kv=kvzap:0.25,scorer={folder / 'scorer'}" if "scorer" in record else ""
     model = base if loads_as(record) == "peft" else f"pretrained={folder}"
     other_data = recipe["texts"] or recipe["neighbourhoods"] or recipe["rows"]
     task = "lc_icr" if other_data else f"lc_{data_spec['datasets'][0]}_{data_spec['modes'][0]}"

@@ -83,6 +83,31 @@ class Optim(Section):
     gradient_checkpointing: bool = False
 
 
+class LearnedScorer(Section):
+    """The scorer by which `kvzap` evicts in training.
+
+    Attributes:
+        init: folder or hub name; None: the model's own.
+        learning_rate: that of its weights, which are trained together with the adapter; 0 keeps them.
+        temperature: of the gate through which it is trained, at the beginning and at the end; geometric in between.
+    """
+
+    init: str | None = None
+    learning_rate: float = Field(default=0.0, ge=0)
+    temperature: tuple[float, float] = (1.0, 0.1)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.learning_rate > 0
+
+    @field_validator("temperature")
+    @classmethod
+    def _falling(cls, temperature: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < temperature[1] <= temperature[0]:
+            raise ValueError("temperature must be two numbers, first >= last > 0")
+        return temperature
+
+
 class CompressionAware(Section):
     """Compression-aware training: questions and answers attend to what a randomly drawn evictor keeps of the context.
 
@@ -95,6 +120,7 @@ class CompressionAware(Section):
         self_distillation: weight of self-distillation from the full cache, in the same forward pass: every question is
             also answered from the full cache, both answers are trained on, and KL(full || compressed) of their
             predictions is added to the loss. None disables it.
+        scorer: that of the evictor `kvzap`.
     """
 
     evictors: list[str] = Field(min_length=1)
@@ -103,6 +129,16 @@ class CompressionAware(Section):
     full: float = Field(default=0.3, ge=0, le=1)
     query_aware: bool = False
     self_distillation: float | None = Field(default=None, ge=0)
+    scorer: LearnedScorer = LearnedScorer()
+
+    @model_validator(mode="after")
+    def _learned(self) -> CompressionAware:
+        learned = [name for name in self.evictors if name.partition(":")[0] == "kvzap"]
+        if learned and self.query_aware:
+            raise ValueError("kvzap scores a context alone, so query_aware must be false")
+        if self.scorer != LearnedScorer() and not learned:
+            raise ValueError("scorer is that of the evictor kvzap, which evictors does not have")
+        return self
 
     @field_validator("keep")
     @classmethod

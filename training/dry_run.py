@@ -4,19 +4,24 @@ Memory is computed, not measured: weights, gradients, AdamW's two moments, and a
 and layer of a gated decoder these are 8 d + 2 d_kv + 5 f values in the weights' dtype: inputs of the norms and
 projections, q, k, v, the attention output, and five of width f in the MLP. With LoRA the frozen projections need no
 inputs (3 d + f), and LoRA's float32 copies are 5 d + f values. With gradient checkpointing it is d values per layer,
-plus the rest for one layer. A test compares the estimate with the tensors that autograd saves.
+plus the rest for one layer. A test compares the estimate with the tensors that autograd saves. Joint training adds the
+scorer in float32, and the attention weights of the tokens that see a context through gates: for every question QUESTION
+tokens and the answer, in each query head, three float32 values a slot.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.training.config import Config
+from lceval.training.config import Config, LearnedScorer
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GIB = 1 << 30
+# Tokens of a question, where it is counted before the data is encoded.
+QUESTION = 64
 
 
 def estimate(recipe: Config) -> dict[str, Any]:
@@ -50,7 +55,7 @@ def estimate(recipe: Config) -> dict[str, Any]:
             tuned = get_peft_model(model, lora(recipe)) if recipe.lora else model
     trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
     grpo, tokens = recipe.grpo, data["longest_context_tokens"]
-    answers, steps = data.pop("answers"), recipe.optim.max_steps
+    answers, gated, steps = data.pop("answers"), data.pop("gated"), recipe.optim.max_steps
     drawn = steps * recipe.optim.contexts_per_step
     epochs = drawn / data["contexts"] if data["contexts"] else None
     if grpo is not None:  # every sample is a separate sequence
@@ -61,7 +66,12 @@ def estimate(recipe: Config) -> dict[str, Any]:
     # Per trained parameter: gradient and two moments. PEFT stores LoRA's matrices in float32, and they are added to the
     # weights; in full fine-tuning gradient and moments have the weights' dtype.
     trained_bytes = 16 if recipe.lora or recipe.longlora else 3 * BYTES[recipe.model.dtype]
+    learned = recipe.compression_aware.scorer if recipe.compression_aware else None
+    joint = {"scorer": 16 * _scorer_parameters(learned, recipe, config)} if learned and learned.is_trained else {}
+    if joint:
+        joint["gates"] = gates(config, recipe, tokens, gated)
     memory = {
+        **joint,
         "weights": weights * BYTES[recipe.model.dtype],
         "trained": trained * trained_bytes,
         "activations": activations(config, recipe, tokens),
@@ -115,6 +125,7 @@ def _counted(recipe: Config, model: Any) -> dict[str, Any]:
         "tokens_a_context": round(fmean(training_set.lengths)),
         "longest_context_tokens": max(training_set.lengths),
         "answers": max([c.predicted for c in training_set.contexts] + [len(s) for s in training_set.sequences]),
+        "gated": max((sum(len(p.question) + len(p.answer) for p in c.pairs) for c in training_set.contexts), default=0),
     }
 
 
@@ -125,14 +136,15 @@ def _nominal(recipe: Config) -> dict[str, Any]:
     tokens = recipe.texts.tokens if recipe.texts else round(recipe.data.length_k * 1024)
     known = [catalogue.datasets()[name] for name in recipe.data.datasets]
     answer = max(catalogue.new_tokens(d.modes[mode]) for d in known for mode in recipe.data.modes)
-    usual = max(d.per_context for d in known)
+    questions = recipe.data.questions or max(d.per_context for d in known)
     return {
         "contexts": None,
         "questions": None,
         "held_out_contexts": recipe.eval_contexts,
         "tokens_a_context": tokens,
         "longest_context_tokens": tokens,
-        "answers": tokens if recipe.texts else answer * (recipe.data.questions or usual),
+        "answers": tokens if recipe.texts else answer * questions,
+        "gated": (QUESTION + answer) * questions,
     }
 
 
@@ -148,6 +160,29 @@ def activations(config: Any, recipe: Config, tokens: int) -> int:
     layers = text.num_hidden_layers
     per_token = layers * d * size + layer if recipe.optim.gradient_checkpointing else layers * layer
     return int(tokens * per_token)
+
+
+def gates(config: Any, recipe: Config, tokens: int, gated: int) -> int:
+    """Bytes saved for backward where `gated` tokens see a context of `tokens` tokens through gates."""
+    text = config.get_text_config()
+    layers = 1 if recipe.optim.gradient_checkpointing else int(text.num_hidden_layers)
+    return 3 * 4 * gated * tokens * int(text.num_attention_heads) * layers
+
+
+def _scorer_parameters(learned: LearnedScorer, recipe: Config, config: Any) -> int:
+    """Those of the scorer it starts from, or of MLPs of 512, as in `kvzip_mlp`, where that is not in a local folder."""
+    import torch
+
+    from lceval.models import scorer as scorers
+
+    name = learned.init or scorers.default(recipe.model.pretrained)
+    if name is not None and Path(name).is_dir():
+        scorer = scorers.load(name)
+    else:
+        text = config.get_text_config()
+        with torch.device("meta"):
+            scorer = scorers.Scorer(text.hidden_size, text.num_key_value_heads, text.num_hidden_layers, 512)
+    return sum(parameter.numel() for parameter in scorer.parameters())
 
 
 def render(report: dict[str, Any]) -> str:

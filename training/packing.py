@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ def pack(
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
 
 
+class Gate(Protocol):
+    """Log-gates of a context's slots."""
+
+    def bias(self, layer: int) -> Tensor:
+        """[1, Hkv, S] float32."""
+
+
 class Packing:
     """Attention pattern of one packed sequence, passed to the model's forward as `packing=`.
 
@@ -82,7 +89,8 @@ class Packing:
 
     Attributes:
         kept: per layer, masks [1, Hkv, S] of the kept slots: one for all blocks, or one per block (query-aware). Set
-            by the forward pass and reused when gradient checkpointing recomputes it.
+            by the forward pass, or before it, and reused when gradient checkpointing recomputes it.
+        gate: what answers see the slots through, instead of masks; set before the forward pass (`training.joint`).
 
     Raises:
         UserError: the model or the evictor does not support training.
@@ -100,6 +108,7 @@ class Packing:
         if evictor is not None and evictor.keeps_all(self.context):
             self._evictor = None
         self.kept: dict[int, list[Tensor]] = {}
+        self.gate: Gate | None = None
         block, kind = block[0, self.context :], kind[0, self.context :]
         index = torch.arange(len(block), device=block.device)
         own = (block[:, None] == block) & (index[:, None] >= index)
@@ -128,7 +137,7 @@ class Packing:
         if s:
             parts.append(_sdpa(q[:, :, :s], k[:, :, :s], v[:, :, :s], None, scaling))
         rows = [self._rows(self._scoring, q, k, v, None, scaling)] if self._scoring is not None else []
-        masks = self._masks(layer, q, k, v, scaling)
+        masks = self._masks(layer, q, k, v, scaling) if self.gate is None else [self.gate.bias(layer)]
         for number, answer in enumerate(self._answers):
             keep = masks[number] if masks else None
             rows.append(self._rows(answer, q, k, v, keep, scaling))
@@ -137,11 +146,19 @@ class Packing:
         return torch.cat(parts, 2)
 
     def _rows(self, rows: Tensor, q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scaling: float) -> Tensor:
-        """Attention of block tokens to the kept context slots and to their own block."""
+        """Attention of block tokens to the kept context slots and to their own block.
+
+        keep: a mask, or log-gates in float32.
+        """
         s = self.context
         own = self._own[rows]
         if keep is None:
             visible = own.new_ones(len(rows), s)
+        elif keep.is_floating_point():
+            gates = keep.repeat_interleave(q.shape[1] // k.shape[1], 1)[:, :, None].expand(-1, -1, len(rows), -1)
+            hidden = torch.zeros_like(own, dtype=keep.dtype).masked_fill_(~own, -torch.inf)
+            mask = torch.cat([gates, hidden.expand(*gates.shape[:2], -1, -1)], 3).to(q.dtype)
+            return _sdpa(q[:, :, s + rows], k, v, mask, scaling)
         elif self._evictor is not None and self._evictor.is_even():
             # All heads keep the same number of slots: gather them and attend to fewer keys.
             n = int(keep[0, 0].sum())
@@ -161,6 +178,7 @@ class Packing:
             return []
         if layer not in self.kept:
             s = self.context
+            assert not self._evictor.stats_spec.scorers, "slots with learned scores are selected before the pass"
             stats = PrefillStats(self._evictor.stats_spec, self._geometry.rotary)
             stats.update(q[:, :, :s].float(), k[:, :, :s].float(), Softmax(scaling))
             if self._scoring is None:
@@ -195,7 +213,8 @@ def check_trainable(evictor: Evictor | None) -> Evictor | None:
     spec = evictor.stats_spec
     if spec.output_norms or spec.question:
         raise UserError(f"{name} requires output norms or the question's queries, which are not supported in training")
-    if spec.reconstruction or spec.scorers or type(evictor).select is not Evictor.select:
+    # Those with learned scores are selected by `training.joint`.
+    if spec.reconstruction or (type(evictor).select is not Evictor.select and not spec.scorers):
         raise UserError(f"{name} selects slots across layers after prefill, which is not supported in training")
     if evictor.write_every:
         raise UserError(f"{name} evicts while an answer is written, which is not supported in training")

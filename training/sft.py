@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from trl import SFTConfig, SFTTrainer
 
 from lceval.core.errors import UserError
 from lceval.models.geometry import Geometry
+from lceval.models.lcft import LCFT
+from lceval.models.policies.kvzap import KVzap
 from lceval.training import compression_aware, texts
 from lceval.training.config import Config
 from lceval.training.encode import Packed
+from lceval.training.joint import LearnedEviction
 from lceval.training.packing import FULL_CACHE, IGNORED, Packing, pack
 from lceval.training.trainers import common_settings, log_to_stderr, processes
 
@@ -27,13 +31,16 @@ from lceval.training.trainers import common_settings, log_to_stderr, processes
 class PackedTrainer(SFTTrainer):  # type: ignore[misc]
     """TRL's SFTTrainer on packed contexts, one per micro-batch."""
 
-    def __init__(self, recipe: Config, geometry: Geometry, **kwargs: Any) -> None:
+    def __init__(
+        self, recipe: Config, geometry: Geometry, learned: LearnedEviction | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(data_collator=_collate, **kwargs)
         log_to_stderr(self)
         self._recipe = recipe
         self._geometry = geometry
         self._micro = (-1, 0)  # step, index of the micro-batch in the step
         self._self_distillation = recipe.compression_aware.self_distillation if recipe.compression_aware else None
+        self._learned = learned
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -42,10 +49,16 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         labels = inputs["labels"][0]
         rows = (labels != IGNORED).nonzero()[:, 0]
         evictor = self._draw() if self.model.training else None
+        packing = Packing(inputs["block"], inputs["kind"], self._geometry, evictor)
+        if self._learned is not None:
+            self._learned.release()
+            if isinstance(evictor, KVzap):
+                progress = self.state.global_step / self.args.max_steps
+                self._learned.apply(packing, inputs["input_ids"], evictor, progress)
         out = model(
             input_ids=inputs["input_ids"],
             position_ids=inputs["position_ids"],
-            packing=Packing(inputs["block"], inputs["kind"], self._geometry, evictor),
+            packing=packing,
             logits_to_keep=rows,
             use_cache=False,
         )
@@ -68,6 +81,24 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         self._metrics["train" if self.model.training else "eval"]["mean_token_accuracy"].append(accuracy)
         return (loss, out) if return_outputs else loss
 
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer, with the scorer's weights at their own learning rate."""
+        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
+        if self._learned is not None and self._learned.rate and len(optimizer.param_groups) < 3:
+            weights = [*self._learned.scorer.parameters()]
+            optimizer.add_param_group({"params": weights, "lr": self._learned.rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._learned is not None:
+            self._learned.save(Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._learned is not None:
+            self._learned.load(Path(resume_from_checkpoint))
+
     def _draw(self) -> Any:
         """The evictor of a micro-batch; depends on seed, step and index only, so a resumed run draws the same ones."""
         if self._recipe.compression_aware is None:
@@ -79,9 +110,12 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def packed_trainer(
-    recipe: Config, model: Any, tokenizer: Any, contexts: Sequence[Packed], held_out: Sequence[Packed]
+    recipe: Config, model: Any, lm: LCFT, contexts: Sequence[Packed], held_out: Sequence[Packed]
 ) -> PackedTrainer:
-    """The trainer of `model` on `contexts`; checkpoints go to `output/checkpoints`."""
+    """The trainer of `model` on `contexts`; checkpoints go to `output/checkpoints`.
+
+    lm: the wrapper of `model` (`training.train.load`).
+    """
     query_aware = recipe.compression_aware is not None and recipe.compression_aware.query_aware
     geometry = Geometry.of(model)
     if recipe.compression_aware is not None:
@@ -89,13 +123,28 @@ def packed_trainer(
     return PackedTrainer(
         recipe,
         geometry,
+        _learned(recipe, model, geometry, lm),
         model=model,
-        processing_class=tokenizer,
+        processing_class=lm.tokenizer,
         train_dataset=_dataset(contexts, query_aware),
         eval_dataset=_dataset(held_out, query_aware) if held_out else None,
         peft_config=lora(recipe),
         args=settings(recipe, evaluate=bool(held_out)),
     )
+
+
+def _learned(recipe: Config, model: Any, geometry: Geometry, lm: LCFT) -> LearnedEviction | None:
+    """What evicts by learned scores, if an evictor of the recipe does.
+
+    Raises:
+        UserError: no scorer, or one that is trained in several processes.
+    """
+    section = recipe.compression_aware
+    if section is None or not any(name.partition(":")[0] == "kvzap" for name in section.evictors):
+        return None
+    if section.scorer.is_trained and processes() > 1:
+        raise UserError("joint training runs in one process: start it without accelerate")
+    return LearnedEviction(section.scorer, recipe.model.pretrained, model, geometry, lm.engine.protected_tokens)
 
 
 def text_trainer(recipe: Config, model: Any, tokenizer: Any, sequences: Sequence[Sequence[int]]) -> Any:

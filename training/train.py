@@ -163,20 +163,22 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
 
 
 def _train_supervised(recipe: Config, model: Any, lm: Any, training_set: TrainingSet) -> dict[str, Any]:
-    from lceval.training import longlora
+    from lceval.training import joint, longlora
     from lceval.training.sft import packed_trainer, text_trainer
 
     if recipe.texts is None:
-        trainer: Any = packed_trainer(recipe, model, lm.tokenizer, training_set.contexts, training_set.held_out)
+        trainer: Any = packed_trainer(recipe, model, lm, training_set.contexts, training_set.held_out)
     else:
         model.set_attn_implementation("sdpa")
         tuned = model if recipe.longlora is None else longlora.prepare(model, recipe.longlora)
         trainer = text_trainer(recipe, tuned, lm.tokenizer, training_set.sequences)
     trainer.train(resume_from_checkpoint=last_checkpoint(recipe.output))
     parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    saved = {}
+    saved: dict[str, Any] = {}
     if recipe.longlora is None:
         trainer.save_model(str(recipe.output))
+        if recipe.compression_aware is not None and recipe.compression_aware.scorer.is_trained and is_lead():
+            saved |= {"scorer": joint.finish(recipe.output)}
     else:
         folder = recipe.output / "model"
         merged = longlora.needs_model_folder(trainer.model, recipe.longlora)

@@ -10,8 +10,9 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lceval.analysis.pairs import Result, diagnosis_stratum, results, score_stratum
 from lceval.core.errors import InfrastructureError, UserError
@@ -22,6 +23,11 @@ from lceval.records.results import read_runs
 from lceval.stats.estimates import Estimate, Stratum, difference, mean
 from lceval.tasks import catalogue
 
+if TYPE_CHECKING:
+    from lceval.runs.sweep.plan import SweepPlan
+
+# Folder of the scorer that was trained together with an adapter.
+SCORER = "scorer"
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
 
@@ -53,7 +59,7 @@ def run(
 
     record = _record(adapter)
     grid = Grid.model_validate(_grid(adapter, record, kv or RECIPES, tasks, limit))
-    planned = plan(grid)
+    planned = _own_scorers(plan(grid), adapter)
     root = output_path or adapter / "eval"
     echo(command.render(planned, root), err=True)
     with redirect_stdout(sys.stderr):
@@ -101,12 +107,21 @@ def _grid(
         "models": models,
         "adapters": adapters,
         "recipes": list(kv),
+        "scorers": [None, str(adapter / SCORER)] if "scorer" in record else [None],
         "contexts": contexts,
         "tasks": names,
         "limit": limit,
         "batch_size": 4,
         "model_args": {"diagnose": "gold"},
     }
+
+
+def _own_scorers(planned: SweepPlan, adapter: Path) -> SweepPlan:
+    """The cells in which the base evicts by the scorer of the model, and an adapter by the one trained with it."""
+    own = str(adapter / SCORER)
+    learned = {cell.recipe for cell in planned.cells if cell.scorer == own}
+    cells = (c for c in planned.cells if c.recipe not in learned or (c.scorer == own) == (c.adapter is not None))
+    return replace(planned, cells=tuple(cells))
 
 
 def compare(cell_results: Sequence[Result]) -> list[dict[str, Any]]:

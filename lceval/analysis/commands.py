@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lceval.core.errors import UserError
 from lceval.core.options import Json, key_values
 from lceval.core.safe_text import echo
 
@@ -118,15 +119,35 @@ def report(
         list[Path],
         typer.Argument(metavar="RUN", help="Run folders, folders of run folders, or lm_eval output folders."),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="HTML file to write; an existing report is replaced.")],
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="HTML file to write; an existing report is replaced.")
+    ] = None,
+    site: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Write a static site instead; an existing site is replaced."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write an HTML report: leaderboard, plots and all samples.
+    """Write an HTML report (--output), or a leaderboard as a static site (--site).
 
-    The report is one file that opens offline.
+    The report is one file that opens offline, with plots and all samples. The site has methods by budget, a plot, a
+    page a run, and downloads.
     """
+    if (output is None) == (site is None):
+        raise UserError("pass either --output FILE or --site FOLDER")
+    if site is not None:
+        from lceval.analysis.report.site import write as write_site
+
+        written = write_site(runs, site)
+        if as_json:
+            echo(json.dumps({**vars(written), "folder": str(site)}))
+        else:
+            size = f"{written.bytes / 1e6:.1f} MB"
+            echo(f"{site}: {written.runs} runs, {written.rows} rows, {written.samples} samples, {size}")
+        return
     from lceval.analysis.report.page import write
 
+    assert output is not None
     page = write(runs, output)
     if as_json:
         echo(json.dumps({**vars(page), "html": str(page.html)}))

@@ -62,12 +62,25 @@ class KVzap(Evictor):
 
     def scores(self, layer: LayerView) -> Tensor:
         """[B, Hkv, S] float32: the scorer's scores; protected tokens score highest."""
-        scores = layer.learned[self.scorer].clone()
+        return self.with_protected(layer.learned[self.scorer], layer.protected)
+
+    def with_protected(self, scores: Tensor, prefix: int) -> Tensor:
+        """A copy of scores [B, Hkv, S] in which protected tokens score highest.
+
+        Args:
+            prefix: tokens that the chat template puts before the user's message.
+        """
+        scores = scores.clone()
         default = RECENT if isinstance(self.amount, Threshold) else 0
         recent = default if self.recent is None else self.recent
         scores[..., max(0, scores.shape[-1] - recent) :] = torch.finfo(scores.dtype).max
-        scores[..., : max(SINKS, layer.protected)] = torch.inf
+        scores[..., : self.protected(prefix)] = torch.inf
         return scores
+
+    @staticmethod
+    def protected(prefix: int) -> int:
+        """The number of first tokens that are always kept."""
+        return max(SINKS, prefix)
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """The masks [B, Hkv, S] of kept slots; ties keep the earlier token, then the lower layer and head."""

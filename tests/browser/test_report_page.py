@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
+from lceval.analysis.report import site
 from lceval.analysis.report.page import write
 
 CHROMIUM = shutil.which("chromium")
+# By the step between right answers.
+RECIPES = {3: "knorm:0.5", 4: "knorm:0.25", 6: "snapkv:0.25:window=8"}
 EVIL = "</script><script>window.evil=1</script><img src=x onerror='window.evil=1'>"
 
 
@@ -36,23 +40,35 @@ def run_folder(folder, recipe, answer, n=60, step=2):
     return folder
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
-def test_the_page_works_offline_and_runs_no_script_from_a_run(tmp_path):
+@contextmanager
+def opened(file, **size):
+    """A page of a browser, which had no error and made no request when it is closed."""
     from playwright.sync_api import sync_playwright
 
-    runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL, step=4)]
-    html = tmp_path / "r.html"
-    write(runs, html)
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
     flags += ["--disable-component-update", "--disable-sync"]
+    requests, errors = [], []
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        tab = browser.new_page(viewport={"width": 375, "height": 800})
-        requests, errors = [], []
+        tab = browser.new_page(viewport={"width": 375, "height": 800} | size)
         tab.on("request", lambda request: requests.append(request.url))
         tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.goto(html.as_uri())
+        tab.goto(file.as_uri())
+        yield tab
+        assert tab.evaluate("window.evil") is None
+        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.close()
+    assert errors == []
+    assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+def test_the_page_works_offline_and_runs_no_script_from_a_run(tmp_path):
+    runs = [run_folder(tmp_path / "full", "full", "yes"), run_folder(tmp_path / "half", "knorm:0.5", EVIL, step=4)]
+    html = tmp_path / "r.html"
+    write(runs, html)
+    with opened(html) as tab:
         tab.wait_for_selector("body[data-drawn]")
         drawn = tab.evaluate(
             "[...document.querySelectorAll('.plot')].filter(p => p.querySelector('.main-svg')).map(p => p.id)"
@@ -81,8 +97,32 @@ def test_the_page_works_offline_and_runs_no_script_from_a_run(tmp_path):
         assert tab.inner_text("#count") == "1 samples"
         tab.click("#list button")
         assert EVIL in tab.inner_text("#detail")
-        assert tab.evaluate("window.evil") is None
-        assert tab.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        browser.close()
-    assert errors == []
-    assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH")
+@pytest.mark.parametrize("width", [375, 1200])
+def test_the_site_leads_from_a_method_to_its_run_and_back(tmp_path, width):
+    runs = [run_folder(tmp_path / "full", "full", "yes")]
+    runs += [run_folder(tmp_path / f"{n}", f"{recipe}", EVIL, step=n) for n, recipe in RECIPES.items()]
+    site.write(runs, tmp_path / "site")
+    with opened(tmp_path / "site" / "index.html", width=width) as tab:
+        lines = tab.evaluate(
+            "[...document.querySelectorAll('#pivot tr')].map(r => [...r.children].map(c => c.innerText))"
+        )
+        assert [line[0] for line in lines] == ["", "method", "full", "knorm", "snapkv:window=8"]
+        assert lines[1][1:] == ["no budget", "0.5", "0.25"]
+        assert [cell != "" for cell in lines[3][1:]] == [False, True, True]
+        assert [cell != "" for cell in lines[4][1:]] == [False, False, True]
+        assert tab.evaluate("[...document.querySelectorAll('#pivot .best')].map(a => a.title)") == ["4, 60 samples"]
+        assert tab.evaluate("document.querySelectorAll('#pareto circle').length") == 4
+        tab.select_option("#value", "retention")
+        assert "50.0 [" in tab.inner_text("#pivot")
+        tab.click("#pivot .best")
+        tab.wait_for_selector("#detail")
+        assert "knorm:0.25" in tab.inner_text("#board")
+        tab.select_option("#correct", "lost")
+        assert tab.inner_text("#count") == "15 samples"
+        tab.click("#list button")
+        assert EVIL in tab.inner_text("#detail")
+        tab.click("#summary a")
+        tab.wait_for_selector("#pivot")

@@ -7,5 +7,24 @@ const make = (name, text, kind) => {
   if (kind) element.className = kind;
   return element;
 };
+const link = (href, text) => { const element = make("a", text); element.href = href; return element; };
 // Plotly interprets some HTML tags in labels; text from runs is untrusted.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+const storedTheme = () => { try { return localStorage.getItem("lceval-theme"); } catch { return null; } };
+function theme(name, keep) {
+  document.documentElement.dataset.theme = name;
+  at("theme").textContent = name === "dark" ? "Light" : "Dark";
+  if (keep) try { localStorage.setItem("lceval-theme", name); } catch { /* a page opened from a file may have no storage */ }
+}
+// Parts of a page listen for "rows": other rows are selected, or the colours have changed.
+const changed = () => document.dispatchEvent(new Event("rows"));
+at("theme").addEventListener("click", () => { theme(document.documentElement.dataset.theme === "dark" ? "light" : "dark", true); changed(); });
+theme(storedTheme() || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light"), false);
+const option = (id, value, text) => { const element = make("option", text); element.value = value; at(id).append(element); };
+
+// Text of cells.
+const show = (v) => v === null || v === undefined ? "-" : typeof v === "number" && !Number.isInteger(v) ? v.toPrecision(3) : String(v);
+const percent = (v) => v === null || v === undefined ? "-" : (100 * v).toFixed(1);
+const query = (r) => r.query_aware === null ? "-" : r.query_aware ? "query-aware" : "query-agnostic";
+const bounded = (of, mid, lo, hi) => mid === null || mid === undefined ? "-" : lo === null || lo === undefined ? of(mid) : `${of(mid)} [${of(lo)}, ${of(hi)}]`;

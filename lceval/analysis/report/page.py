@@ -1,13 +1,15 @@
 """One standalone HTML file from templates, plotting library and data.
 
-Text from runs is untrusted: it is stored in a JSON block in which no tag can close, the scripts insert it as text only,
-and the page's content security policy allows only its own two scripts and no network access.
+A page has parts, each with a fragment of HTML and a script. Text from runs is untrusted: it is stored in a JSON block
+in which no tag can close, the scripts insert it as text only, and the page's content security policy allows only its
+own scripts and no network access.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import html
 import json
 import os
 import re
@@ -23,7 +25,7 @@ from lceval.core.errors import InfrastructureError, UserError
 from lceval.records.results import read_runs
 
 MARKER = "<!doctype html><!-- lceval report -->"
-SCRIPTS = ("base.js", "plots.js", "page.js")
+REPORT = ("board", "plots", "samples")
 
 
 @dataclass(frozen=True)
@@ -37,42 +39,52 @@ class ReportFile:
     bytes: int
 
 
-def write(paths: Sequence[Path], html: Path) -> ReportFile:
+def write(paths: Sequence[Path], output: Path) -> ReportFile:
     """Write the page of the runs in `paths`; an earlier report is replaced.
 
     Raises:
-        UserError: No runs, a folder that is not a run, or an existing file at `html` that is not a report.
+        UserError: No runs, a folder that is not a run, or an existing file at `output` that is not a report.
         InfrastructureError: The file cannot be written.
     """
     if not paths:
         raise UserError(
             "no runs given; pass one or more run folders, for example: lceval report runs/a --output report.html"
         )
-    _check_writable(html)
+    _check_writable(output)
     runs = read_runs(paths)
     data = collect(runs)
     content = render(data)
-    _replace(html, content)
+    replace(output, content)
     samples = sum(len(block["id"]) for block in data["blocks"])
-    return ReportFile(html, len(runs), len(data["rows"]), samples, len(content))
+    return ReportFile(output, len(runs), len(data["rows"]), samples, len(content))
 
 
-def render(data: dict[str, Any]) -> bytes:
-    """The page of `data`; equal data gives equal bytes."""
-    from plotly.offline import get_plotlyjs
+def render(data: dict[str, Any], parts: Sequence[str] = REPORT, title: str = "lceval report") -> bytes:
+    """The page of `data`; equal data gives equal bytes.
 
+    Args:
+        parts: in order; those with plots include the plotting library.
+    """
     source = files("lceval.analysis.report")
-    library = get_plotlyjs()
-    script = "".join((source / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    parts = {
-        "css": (source / "page.css").read_text(encoding="utf-8"),
-        "plotly": library,
+
+    def read(name: str) -> str:
+        return (source / name).read_text(encoding="utf-8")
+
+    # The scripts of other parts use that of the board, wherever it stands.
+    scripts = ["".join(read(f"{name}.js") for name in ("base", "board", *(part for part in parts if part != "board")))]
+    if "plots" in parts:
+        from plotly.offline import get_plotlyjs
+
+        scripts.insert(0, get_plotlyjs())
+    filled = {
+        "css": read("page.css"),
+        "title": html.escape(title),
+        "main": "".join(read(f"{name}.html") for name in parts),
         "data": json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c"),
-        "script": script,
-        "hashes": f"{_hash(library)} {_hash(script)}",
+        "scripts": "".join(f"<script>{script}</script>" for script in scripts),
+        "hashes": " ".join(map(_hash, scripts)),
     }
-    template = (source / "page.html").read_text(encoding="utf-8")
-    page = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+    page = re.sub(r"\{\{(\w+)\}\}", lambda match: filled[match[1]], read("page.html"))
     # A lone surrogate, valid in JSON, cannot be encoded as UTF-8.
     return f"{MARKER}\n{page}".encode("utf-8", "replace")
 
@@ -81,31 +93,39 @@ def _hash(script: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
-def _check_writable(html: Path) -> None:
+def is_ours(file: Path) -> bool:
+    """Whether a file was written here."""
+    with file.open("rb") as content:
+        return content.readline().strip() == MARKER.encode()
+
+
+def _check_writable(output: Path) -> None:
     # os.path, because the methods of Path raise for a name that is too long.
-    if os.path.isdir(html):
-        raise UserError(f"--output {html}: is a folder; pass a file, for example {html / 'report.html'}")
-    if not os.path.isdir(html.parent):
-        raise UserError(f"--output {html}: no folder {html.parent}; create it first")
-    if os.path.exists(html):
-        with html.open("rb") as file:
-            if file.readline().strip() != MARKER.encode():
-                raise UserError(f"--output {html}: not an lceval report; choose another name")
+    if os.path.isdir(output):
+        raise UserError(f"--output {output}: is a folder; pass a file, for example {output / 'report.html'}")
+    if not os.path.isdir(output.parent):
+        raise UserError(f"--output {output}: no folder {output.parent}; create it first")
+    if os.path.exists(output) and not is_ours(output):
+        raise UserError(f"--output {output}: not an lceval report; choose another name")
 
 
-def _replace(html: Path, content: bytes) -> None:
-    """Write the file atomically."""
+def replace(file: Path, content: bytes) -> None:
+    """Write a file atomically.
+
+    Raises:
+        InfrastructureError: it cannot be written.
+    """
     partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=html.parent, prefix=f".{html.name}.", delete=False) as file:
-            partial = Path(file.name)
-            file.write(content)
+        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
+            partial = Path(out.name)
+            out.write(content)
         partial.chmod(0o666 & ~_umask())
-        partial.replace(html)
+        partial.replace(file)
     except OSError as error:
         if partial:
             partial.unlink(missing_ok=True)
-        raise InfrastructureError(f"{html}: cannot be written ({error.strerror})") from None
+        raise InfrastructureError(f"{file}: cannot be written ({error.strerror})") from None
 
 
 def _umask() -> int:

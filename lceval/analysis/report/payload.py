@@ -53,7 +53,7 @@ def collect(runs: Sequence[Run]) -> dict[str, Any]:
             block["full"] = {"block": index, "pairs": places(result.task.samples, full.samples)}
         blocks.append(block)
     tail = max(200, min(TAIL, TAILS_TOTAL // max(1, len(prompts.indices))))
-    page = _finite(
+    page = finite(
         {
             "rows": rows,
             "keys": KEYS,
@@ -152,10 +152,10 @@ def _short(value: object) -> object:
     return value if isinstance(value, bool | int | str) else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The value with None for every non-finite number, which JSON cannot represent."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -105,3 +105,9 @@ function plots(rows) {
       modeBarButtonsToAdd: [{ name: "Save as SVG", icon: Plotly.Icons.disk, click: (gd) => Plotly.downloadImage(gd, { format: "svg", filename: `lceval-${name}` }) }] });
   }
 }
+
+const draw = () => plots(selectedRows());
+document.addEventListener("rows", draw);
+at("against").addEventListener("change", draw);
+// Tables are painted before the plots are drawn.
+setTimeout(() => { draw(); window.__drawn = performance.now(); document.body.dataset.drawn = ""; });
