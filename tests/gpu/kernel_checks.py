@@ -56,7 +56,7 @@ def checks(setup: Setup) -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"error decode.split and merge, {group} heads a KV head", partial(_decode, setup, group)
     for name, kind in KINDS.items():
         yield f"error decode of {name}", partial(_kind, setup, *kind)
-    for stored in ("full precision", "fp8", "kv4v4"):
+    for stored in ("full precision", "fp8", "kv4v4", "a window"):
         yield f"error step over {stored}", partial(_step, setup, stored)
     yield "error merge with the rest", partial(_merge, setup)
     for bits in BITS:
@@ -112,23 +112,27 @@ def _step(setup: Setup, stored: str) -> dict[str, Any]:
     if not runs_kernels(torch.empty(0, device=setup.device), "step"):
         raise LeftOutError(NEEDS_CUDA)
     contexts, dim, rows = [], setup.head_dim, 3
-    for _ in range(2):
+    for _ in range(rows if stored == "a window" else 2):
         k, v, keep, counts = random_layer(setup)
         kv: Any = compact.quantize(k, v, keep, counts, 4, 4) if stored == "kv4v4" else PagedKV.gather(k, v, keep)
         contexts.append(Fp8KV.quantize(kv) if stored == "fp8" else kv)
     kv_heads = len(contexts[0].counts)
     tail = tuple(random_queries(setup, rows, kv_heads, 2 * PAGE, dim) for _ in range(2))
     owners, pads, softmax = (0, 0, 1), (0, 5, 0), Softmax(dim**-0.5)
+    seen = None
+    if stored == "a window":  # of which queries see the end of the contexts, and not all of the tails
+        owners, tokens = (0, 1, 2), torch.tensor([200, 180, 150], device=setup.device)
+        seen = step.Window(60, False, tokens - torch.tensor(pads, device=setup.device), tokens - 40)
     queue = Workspace().queue(contexts, owners, tail, 7 * kv_heads)
     errors, kept = [], True
     for length in (70, 71):
         q = random_queries(setup, rows, 7 * kv_heads, 1, dim)
         k, v = (random_queries(setup, rows, kv_heads, 1, dim) for _ in range(2))
         on_device = torch.tensor([length], dtype=torch.int32, device=setup.device)
-        o = step.attend(q, k, v, tail, on_device, torch.tensor(pads, device=setup.device), queue, softmax)
+        o = step.attend(q, k, v, tail, on_device, torch.tensor(pads, device=setup.device), queue, softmax, seen)
         kept &= torch.equal(tail[0][:, :, length], k[:, :, 0]) and torch.equal(tail[1][:, :, length], v[:, :, 0])
         own = [contexts[owner] for owner in owners]
-        expected = step.reference(q[:, :, 0], k[:, :, 0], v[:, :, 0], tail, length, pads, own, softmax)
+        expected = step.reference(q[:, :, 0], k[:, :, 0], v[:, :, 0], tail, length, pads, own, softmax, seen)
         errors.append(relative_error(o[:, :, 0].cpu(), expected))
     values = {"o": max(errors), "not_appended": int(not kept), "not_merged": int(queue.arrived.any())}
     tolerance = (QUANTISED_TOLERANCE if stored == "kv4v4" else TOLERANCE)[setup.dtype]
