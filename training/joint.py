@@ -7,8 +7,9 @@ budget, as under lcft's `kvzap`. Where the scorer is trained, questions and answ
 
 added to the attention logits as log g. The threshold lies between the lowest score that is kept and the highest that is
 not, so the drawn budget holds without a term in the loss. The temperature falls during training: the gate becomes the
-mask that lcft applies. Gates on attention are those of DMS (arXiv 2506.05345) and KV-Distill (arXiv 2503.10337), which
-train a model's own heads; here the gate is KVzap's scorer, which lcft evicts by.
+mask that lcft applies. DMS (arXiv 2506.05345) trains gates of a model's own, with a term for the budget, and KV-Distill
+(arXiv 2503.10337) a selection of tokens with LoRA, by the divergence from the full cache; here the selection is KVzap's
+scorer, which lcft evicts by.
 """
 
 from __future__ import annotations
@@ -42,19 +43,19 @@ class Gate:
     Attributes:
         threshold: the score at which a gate is one half.
         temperature: of the sigmoid.
-        protected: number of first tokens whose gate is 1.
+        protected: [1, Hkv, S] bool, the slots whose gate is 1, in every layer.
         scores: per layer [1, Hkv, S] float32, with gradient; set while the pass runs.
     """
 
     threshold: float
     temperature: float
-    protected: int
+    protected: Tensor
     scores: dict[int, Tensor]
 
     def bias(self, layer: int) -> Tensor:
         """[1, Hkv, S] float32."""
         gates = F.logsigmoid((self.scores[layer] - self.threshold) / self.temperature)
-        return torch.cat([torch.zeros_like(gates[..., : self.protected]), gates[..., self.protected :]], 2)
+        return gates.masked_fill(self.protected, 0.0)
 
 
 class LearnedEviction:
@@ -90,7 +91,6 @@ class LearnedEviction:
             )
         self.scorer: Scorer = scorers.load(name).float().requires_grad_(spec.is_trained)
         self.scorer.check(geometry, base.config.get_text_config())
-        self.scorer.to(base.device)
         self.rate = spec.learning_rate
         self._spec, self._base, self._geometry, self._protected_tokens = spec, base, geometry, protected_tokens
         self._receive: Callable[[int, Tensor], None] | None = None
@@ -107,9 +107,9 @@ class LearnedEviction:
             progress: fraction of training completed, for the temperature.
         """
         context = ids[:, : packing.context]
-        protected = self._protected_tokens(context[0].tolist())
-        scores = self._scores(context)
-        competing = [evictor.with_protected(of_layer, protected) for of_layer in scores]
+        self.scorer.to(ids.device)
+        prefix = self._protected_tokens(context[0].tolist())
+        competing = [evictor.with_protected(scores, prefix) for scores in self._scores(context)]
         masks = evictor.select(competing)
         if not self._spec.is_trained:
             self._receive = None
@@ -117,7 +117,8 @@ class LearnedEviction:
             return
         first, last = self._spec.temperature
         temperature = first * (last / first) ** progress
-        gate = Gate(threshold_of(competing, masks), temperature, evictor.protected(protected), {})
+        protected = competing[0] >= torch.finfo(torch.float32).max
+        gate = Gate(threshold_of(competing, masks), temperature, protected, {})
 
         def receive(layer: int, hidden: Tensor) -> None:
             of_context = hidden[:, : packing.context].to(torch.float32)

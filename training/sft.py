@@ -87,6 +87,8 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
         if self._learned is not None and self._learned.rate and len(optimizer.param_groups) < 3:
             weights = [*self._learned.scorer.parameters()]
             optimizer.add_param_group({"params": weights, "lr": self._learned.rate, "weight_decay": 0.0})
+            # The trainer clears the gradients of its model only.
+            optimizer.register_step_post_hook(lambda *_: self._learned.scorer.zero_grad())
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

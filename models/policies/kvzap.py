@@ -74,13 +74,8 @@ class KVzap(Evictor):
         default = RECENT if isinstance(self.amount, Threshold) else 0
         recent = default if self.recent is None else self.recent
         scores[..., max(0, scores.shape[-1] - recent) :] = torch.finfo(scores.dtype).max
-        scores[..., : self.protected(prefix)] = torch.inf
+        scores[..., : max(SINKS, prefix)] = torch.inf
         return scores
-
-    @staticmethod
-    def protected(prefix: int) -> int:
-        """The number of first tokens that are always kept."""
-        return max(SINKS, prefix)
 
     def select(self, scores: Sequence[Tensor]) -> list[Tensor]:
         """The masks [B, Hkv, S] of kept slots; ties keep the earlier token, then the lower layer and head."""
