@@ -5,6 +5,7 @@ registers or lose its asynchronous copies, without a GPU.
 
     python -m lceval.kernels.aot           a table; exit 0 if all limits are met, 1 if not, 4 without the tools
     python -m lceval.kernels.aot --json    the same as JSON rows
+    python -m lceval.kernels.aot --fast    for sm_80 only the kernels of 128 channels
 """
 
 from __future__ import annotations
@@ -74,8 +75,18 @@ def missing_tools() -> list[str]:
     return missing
 
 
-def measure() -> list[CompiledVariant]:
-    """The rows of all variants, compiled in a new process, since this one may run the interpreter.
+def places(*, fast: bool = False) -> list[tuple[int, int]]:
+    """The variants by index, with the targets they are compiled for."""
+    every = [(i, capability) for i in range(len(variants())) for capability in CAPABILITIES]
+    return [(i, target) for i, target in every if not fast or target == max(CAPABILITIES) or _is_common(i)]
+
+
+def _is_common(number: int) -> bool:
+    return " D128" in variants()[number].name
+
+
+def measure(*, fast: bool = False) -> list[CompiledVariant]:
+    """The rows of `places`, compiled in a new process, since this one may run the interpreter.
 
     Raises:
         RuntimeError: the process failed; its error output is the message.
@@ -83,7 +94,7 @@ def measure() -> list[CompiledVariant]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # The child must compile this copy of the package, not an installed one.
     env["PYTHONPATH"] = os.pathsep.join([str(Path(lceval.__file__).parents[1]), env.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "lceval.kernels.aot", "--json"]
+    command = [sys.executable, "-m", "lceval.kernels.aot", "--json", *(["--fast"] if fast else [])]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if not done.stdout:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
@@ -188,6 +199,7 @@ def _table(rows: list[CompiledVariant]) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lceval.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--json", action="store_true", help="print JSON rows instead of a table")
+    parser.add_argument("--fast", action="store_true", help="for sm_80 only the kernels of 128 channels")
     args = parser.parse_args(argv)
     if missing := missing_tools():
         print(f"cannot compile kernels: no {', '.join(missing)} (part of triton)", file=sys.stderr)
@@ -196,9 +208,8 @@ def main(argv: list[str] | None = None) -> int:
         print("cannot compile kernels: TRITON_INTERPRET is set; unset it and run again", file=sys.stderr)
         return 4
     start = time.perf_counter()
-    places = [(i, capability) for i in range(len(variants())) for capability in CAPABILITIES]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(_compile, places, chunksize=4))
+        rows = list(pool.map(_compile, places(fast=args.fast), chunksize=4))
     print(json.dumps([asdict(row) for row in rows], indent=1) if args.json else _table(rows))
     broken = check(rows)
     print(*broken, f"{len(rows)} compiled in {time.perf_counter() - start:.1f} s", sep="\n", file=sys.stderr)

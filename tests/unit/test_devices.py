@@ -56,8 +56,9 @@ RECIPES = [
 ]
 # Recipes whose kernels are those of another one: under the interpreter that one runs.
 SAME_KERNELS = ("streaming", "lacache", "keydiff", "kvzip", "lagkv", "rkv", "compactor", "duo", "random", "chunkkv")
-SAME_KERNELS += ("expected_attention", "criticalkv", "kvzap:0.4", "int8", "kv8v4")
-KERNEL_RECIPES = [recipe for recipe in RECIPES if not recipe.startswith(SAME_KERNELS) or recipe in STEPPING]
+SAME_KERNELS += ("expected_attention", "criticalkv", "kvzap:0.4", "int8", "kv8v4", "tova", "pyramidkv", "knorm")
+SAME_KERNELS += ("retrieval:0.2:index", "int4:residual=10+fier")
+KERNEL_RECIPES = [recipe for recipe in RECIPES if not recipe.startswith(SAME_KERNELS)]
 CONTEXTS, QUESTIONS, STEPS = (100, 80), ([3, 1, 4, 1, 5], [9, 2], [6, 5, 3]), ([8, 9, 7], [9, 3, 2])
 
 
