@@ -15,14 +15,12 @@ scorer, which lcft evicts by.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
 from lceval.core.errors import UserError
 from lceval.models import scorer as scorers
@@ -30,32 +28,10 @@ from lceval.models.geometry import Geometry
 from lceval.models.policies.kvzap import KVzap
 from lceval.models.scorer import WEIGHTS, Scorer, attention_inputs
 from lceval.training.config import LearnedScorer
-from lceval.training.packing import Packing
+from lceval.training.packing import Gate, Packing
 
 FOLDER = "scorer"
 """Folder of the trained scorer in the output of a run, and in its checkpoints."""
-
-
-@dataclass
-class Gate:
-    """Log-gates of a context's slots in the pass that is running.
-
-    Attributes:
-        threshold: the score at which a gate is one half.
-        temperature: of the sigmoid.
-        protected: [1, Hkv, S] bool, the slots whose gate is 1, in every layer.
-        scores: per layer [1, Hkv, S] float32, with gradient; set while the pass runs.
-    """
-
-    threshold: float
-    temperature: float
-    protected: Tensor
-    scores: dict[int, Tensor]
-
-    def bias(self, layer: int) -> Tensor:
-        """[1, Hkv, S] float32."""
-        gates = F.logsigmoid((self.scores[layer] - self.threshold) / self.temperature)
-        return gates.masked_fill(self.protected, 0.0)
 
 
 class LearnedEviction:

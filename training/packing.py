@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,11 +72,26 @@ def pack(
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "block": block, "kind": kind}
 
 
-class Gate(Protocol):
-    """Log-gates of a context's slots."""
+@dataclass
+class Gate:
+    """Log-gates of a context's slots in the pass that is running (`training.joint`).
+
+    Attributes:
+        threshold: the score at which a gate is one half.
+        temperature: of the sigmoid.
+        protected: [1, Hkv, S] bool, the slots whose gate is 1, in every layer.
+        scores: per layer [1, Hkv, S] float32, with gradient; set while the pass runs.
+    """
+
+    threshold: float
+    temperature: float
+    protected: Tensor
+    scores: dict[int, Tensor]
 
     def bias(self, layer: int) -> Tensor:
         """[1, Hkv, S] float32."""
+        gates = F.logsigmoid((self.scores[layer] - self.threshold) / self.temperature)
+        return gates.masked_fill(self.protected, 0.0)
 
 
 class Packing:

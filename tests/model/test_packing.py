@@ -131,7 +131,10 @@ def test_gradients_flow_to_kept_slots_only(model: Any) -> None:
     assert torch.equal(reached, kept)
 
 
-@pytest.mark.parametrize("kv", [*(f"{name}:0.5" for name in NOT_TRAINABLE), "h2o:64:when=always"])
+# kvzap is trained by test_training_joint.py.
+@pytest.mark.parametrize(
+    "kv", [*(f"{name}:0.5" for name in NOT_TRAINABLE if name != "kvzap"), "h2o:64:when=always", "kvzap:0.5:when=chunk"]
+)
 def test_an_evictor_that_does_not_support_training_is_an_error(kv: str) -> None:
     with pytest.raises(UserError, match="in training"):
         check_trainable(recipe.parse(kv).evictor)
