@@ -40,7 +40,8 @@ from lceval.models.scheduler import ContextScheduler, Question
 from lceval.models.scorer import Scorer
 from lceval.models.telemetry import failed
 
-logger = logging.getLogger(__name__)
+# lm-eval shows what is logged under its own name.
+logger = logging.getLogger("lm_eval.models.lcft")
 
 
 class LCFT(AnsweringLM):
@@ -153,10 +154,12 @@ class LCFT(AnsweringLM):
             atexit.register(self.accelerator.end_training)
         self.processes = Processes(self.rank, self.world_size)
         attention.install(base)
+        self.attention = ""
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
             selfcheck.verify(self.engine, base)
             q = torch.empty(1, 1, 1, self.engine.key_dim, device=self.device, dtype=base.dtype)
-            logger.info("attention: %s", attention.describe(self.engine.geometry, q, kernels=self.engine.kernels))
+            self.attention = attention.describe(self.engine.geometry, q, kernels=self.engine.kernels)
+            logger.info("attention: %s", self.attention)
         self.use(self.recipe)
 
     def use(self, kv: str | recipe.Recipe, totals: Mapping[str, int] | None = None, scorer: str = "") -> None:
@@ -403,6 +406,7 @@ class LCFT(AnsweringLM):
             "recipe": str(self.recipe),
             **({"scorer": str(self.scorer)} if self.scorer else {}),
             "attn": self.output_settings["attn"],
+            "attention": self.attention,
             "prefill_chunk": self.prefill_chunk,
             "expanded": self.recipe.expanded(),
             **self.totals,

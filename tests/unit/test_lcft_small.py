@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -108,11 +109,16 @@ def test_a_context_of_no_tokens_is_diagnosed_as_unknown(folder: Path, diagnose: 
 # Models ---------------------------------------------------------------------------------------------
 
 
-def test_the_log_says_by_what_a_model_attends(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_says_by_what_a_model_attends(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    with caplog.at_level("INFO", logger="lceval"):
-        LCFT(str(folder), device="cpu")
-    assert "attention: prefill by PyTorch (flash), questions and decoding by PyTorch" in caplog.text
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "propagate", True)  # so that it can be captured
+    with caplog.at_level("INFO", logger="lm_eval"):
+        model = LCFT(str(folder), device="cpu")
+    used = "prefill by PyTorch (flash), questions and decoding by PyTorch"
+    assert f"attention: {used}" in caplog.text
+    assert model.get_model_info()["lcft"]["attention"] == used
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
