@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from lceval.stats.estimates import Stratum, cluster_bootstrap, difference
+from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recovery
 
 SAMPLES = Path(__file__).parent / "joint"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "joint-tables.md"
@@ -85,6 +85,8 @@ def measure(models: Sequence[str]) -> None:
                 # What does not depend on the scorer is measured once.
                 others = ["full", "kvzip:0.25"] if name == "start" else ["full"]
                 bench(f"{model}-{name}", task, [*others, *KVZAP], peft=str(RUNS / model), scorer=str(scorer))
+            metadata = {**TASKS[task][0], "context": "none"}
+            bench(f"{model}-none", task, ["full"], peft=str(RUNS / model), metadata=metadata)
 
 
 def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
@@ -93,19 +95,18 @@ def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
 
     file = RUNS / "samples" / f"{name}-{task}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
+    settings: dict[str, Any] = {"contexts": TASKS[task][1], "metadata": TASKS[task][0], **options}
     comparison.bench(
         task,
         recipes,
         pretrained="smollm2-135m",
-        contexts=TASKS[task][1],
-        metadata=TASKS[task][0],
         against_hf=False,
         diagnose="gold",
         nll_only=True,
         batch_size=4,
         merge=True,
         output=file,
-        **options,
+        **settings,
     )
     _, *rows = map(json.loads, file.read_text().splitlines())
     scores: dict[str, dict[str, list[float | None]]] = {}
@@ -152,6 +153,16 @@ def added(rows: dict[str, tuple[str, float]], base: dict[str, tuple[str, float]]
     return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]"
 
 
+def way(arm: str, scorer: str, task: str, kv: str) -> str:
+    """The share in % of the way from no context to the full one that a recipe keeps, with its 95% interval."""
+    none, full, rows = (losses(arm, *of) for of in (("none", task, "full"), (scorer, task, "full"), (scorer, task, kv)))
+    if not none:
+        return "-"
+    gains = [[none[key][1] - of[key][1] for key in rows] for of in (rows, full)]
+    share = recovery([Stratum(gains[0], gains[1], [cluster for cluster, _ in rows.values()])])
+    return "-" if share.value is None else f"{100 * share.value:.0f} [{100 * share.lo:.0f}, {100 * share.hi:.0f}]"
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table whose first column is text."""
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
@@ -181,6 +192,10 @@ def tables() -> str:
         if arm != "ao"
     ]
     parts += [f"## Primary cell, `{task}` under `{kv}`: gold_nll minus that of `ao`", table(["arm", "seeds", kv], rows)]
+    ways = [
+        [f"`{arm}`, scorer `{scorer}`", *(way(arm, scorer, task, of) for of in KVZAP)] for arm, scorer, _ in measured()
+    ]
+    parts += [f"## `{task}`: share of the way from no context to full (%)", table(["arm", *KVZAP], ways)]
     rows = [
         [f"`{arm}`, scorer `{scorer}`", *(f"{chosen_mean(arm, scorer, of):.3f}" for of in KVZAP)]
         for arm, scorer, _ in measured()

@@ -22,6 +22,11 @@ def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) ->
     assert PAGE.read_text() == study.TITLE + study.tables()
 
 
+def test_the_picture_is_drawn_from_the_committed_scores(study_of: Callable[[str], ModuleType]) -> None:
+    picture = study_of("picture")
+    assert picture.FILE.read_text() == picture.picture(picture.lines())
+
+
 def test_every_interval_of_the_page_is_in_the_tables() -> None:
     intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", (PAGE.parent / "learned.md").read_text())
     assert len(intervals) == 38  # five methods, six cells; four recipes, two models
