@@ -154,11 +154,8 @@ class LCFT(AnsweringLM):
             atexit.register(self.accelerator.end_training)
         self.processes = Processes(self.rank, self.world_size)
         attention.install(base)
-        self.attention = ""
         if self.device.type != "meta":  # without weights, as in a dry run of training, there are no logits
             selfcheck.verify(self.engine, base)
-            q = torch.empty(1, 1, 1, self.engine.key_dim, device=self.device, dtype=base.dtype)
-            self.attention = attention.describe(self.engine.geometry, q, kernels=self.engine.kernels)
             logger.info("attention: %s", self.attention)
         self.use(self.recipe)
 
@@ -230,6 +227,12 @@ class LCFT(AnsweringLM):
             self.engine.add_scorer(loaded)
             self._scorers[resolved] = loaded
         return self._scorers[resolved]
+
+    @property
+    def attention(self) -> str:
+        """By what the model attends."""
+        q = torch.empty(1, 1, 1, self.engine.key_dim, device=self.device, dtype=self.base.dtype)
+        return attention.describe(self.engine.geometry, q, kernels=self.engine.kernels)
 
     @property
     def prefill_s(self) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from lceval.kernels import paged
 from lceval.kernels.fp8 import Fp8KV
 from lceval.kernels.paged import KV, PagedKV
 from lceval.kernels.quant import QuantKV
@@ -84,7 +85,7 @@ class Prefill(StatefulCache):
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in all layers, those of sliding-window layers too."""
         layers = [layer for layer in self.layers if layer.attends]
-        return sum(x[:, :, :1].nbytes for layer in layers for x in (layer.keys, layer.values))
+        return sum(paged.bytes_of(layer.keys[:, :, :1], layer.values[:, :, :1]) for layer in layers)
 
     @torch.inference_mode()
     def compress(

@@ -217,7 +217,7 @@ class SteppingLayer(TailLayer):
         self.kernels = kernels
         self.progress: BatchProgress | None = None
         self._fed: tuple[Tensor, Tensor] | None = None
-        self._queue: tuple[tuple[object, ...], int, WorkQueue] | None = None
+        self._queue: tuple[tuple[object, ...], int, WorkQueue, step.Window | None] | None = None
 
     def append(self, k: Tensor, v: Tensor) -> None:
         self._fed = None
@@ -263,9 +263,12 @@ class SteppingLayer(TailLayer):
         # Each is replaced where it changes.
         known = (self.contexts, self.rows, self.keys)
         if self._queue is None or self._queue[1] != heads or any(map(is_not, self._queue[0], known)):
-            self._queue = known, heads, self.progress.workspace.queue(*self._sources(), tail, heads)
-        length, pads = self.progress.on(device), self.rows.padding_on(device)
-        return step.attend(q, k, v, tail, length, pads, self._queue[2], softmax, self._window(device))
+            queue = self.progress.workspace.queue(*self._sources(), tail, heads)
+            self._queue = known, heads, queue, self._window(device)
+        _, _, queue, window = self._queue
+        return step.attend(
+            q, k, v, tail, self.progress.on(device), self.rows.padding_on(device), queue, softmax, window
+        )
 
 
 class QuestionLayer(SteppingLayer):

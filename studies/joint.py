@@ -22,6 +22,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from learned import commit, table
+
 from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recovery
 
 SAMPLES = Path(__file__).parent / "joint"
@@ -108,13 +112,7 @@ def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
         output=file,
         **settings,
     )
-    _, *rows = map(json.loads, file.read_text().splitlines())
-    scores: dict[str, dict[str, list[float | None]]] = {}
-    for row in rows:
-        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in METRICS]
-    clusters = {row["id"]: row["cluster"] for row in rows}
-    committed = {"metrics": METRICS, "clusters": clusters, "scores": scores}
-    (SAMPLES / f"{name}-{task}.json").write_text(json.dumps(committed, separators=(",", ":")) + "\n")
+    commit(file, SAMPLES / f"{name}-{task}.json", METRICS)
 
 
 def losses(arm: str, scorer: str, task: str, kv: str, *, chosen_on: bool = False) -> dict[str, tuple[str, float]]:
@@ -142,12 +140,16 @@ def losses(arm: str, scorer: str, task: str, kv: str, *, chosen_on: bool = False
 
 def interval(rows: dict[str, tuple[str, float]]) -> str:
     """Mean with its 95% interval over contexts."""
+    if not rows:
+        return "-"
     middle, low, high = cluster_bootstrap([nll for _, nll in rows.values()], [cluster for cluster, _ in rows.values()])
     return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def added(rows: dict[str, tuple[str, float]], base: dict[str, tuple[str, float]]) -> str:
     """The mean difference to other losses of the same questions, with its 95% interval over contexts."""
+    if not rows or not base:
+        return "-"
     values = [[of[key][1] for key in rows] for of in (rows, base)]
     estimate = difference([Stratum(values[0], values[1], [cluster for cluster, _ in rows.values()])])
     return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]"
@@ -161,12 +163,6 @@ def way(arm: str, scorer: str, task: str, kv: str) -> str:
     gains = [[none[key][1] - of[key][1] for key in rows] for of in (rows, full)]
     share = recovery([Stratum(gains[0], gains[1], [cluster for cluster, _ in rows.values()])])
     return "-" if share.value is None else f"{100 * share.value:.0f} [{100 * share.lo:.0f}, {100 * share.hi:.0f}]"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def measured() -> list[tuple[str, str, int]]:
@@ -197,15 +193,16 @@ def tables() -> str:
     ]
     parts += [f"## `{task}`: share of the way from no context to full (%)", table(["arm", *KVZAP], ways)]
     rows = [
-        [f"`{arm}`, scorer `{scorer}`", *(f"{chosen_mean(arm, scorer, of):.3f}" for of in KVZAP)]
+        [f"`{arm}`, scorer `{scorer}`", *(chosen_mean(arm, scorer, of) for of in KVZAP)]
         for arm, scorer, _ in measured()
     ]
     parts += ["## gold_nll on the contexts for the choice", table(["arm", *KVZAP], rows)]
     return "\n\n".join(parts) + "\n"
 
 
-def chosen_mean(arm: str, scorer: str, kv: str) -> float:
-    return mean(nll for _, nll in losses(arm, scorer, CHOICE, kv, chosen_on=True).values())
+def chosen_mean(arm: str, scorer: str, kv: str) -> str:
+    rows = losses(arm, scorer, CHOICE, kv, chosen_on=True)
+    return f"{mean(nll for _, nll in rows.values()):.3f}" if rows else "-"
 
 
 def of_task(task: str) -> str:

@@ -95,14 +95,19 @@ def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
         output=file,
         **settings,
     )
+    SAMPLES.mkdir(exist_ok=True)
+    commit(file, SAMPLES / f"{name}-{task}.json", METRICS)
+
+
+def commit(file: Path, target: Path, metrics: Sequence[str]) -> None:
+    """Write these metrics of the samples of a benchmark, by recipe and question, to a file that is committed."""
     _, *rows = map(json.loads, file.read_text().splitlines())
     scores: dict[str, dict[str, list[float | None]]] = {}
     for row in rows:
-        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in METRICS]
+        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in metrics]
     clusters = {row["id"]: row["cluster"] for row in rows}
-    committed = {"metrics": METRICS, "clusters": clusters, "scores": scores}
-    SAMPLES.mkdir(exist_ok=True)
-    (SAMPLES / f"{name}-{task}.json").write_text(json.dumps(committed, separators=(",", ":")) + "\n")
+    committed = {"metrics": metrics, "clusters": clusters, "scores": scores}
+    target.write_text(json.dumps(committed, separators=(",", ":")) + "\n")
 
 
 def choose(models: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lceval.training.run_record import SCORER
+
 
 def write(output: Path, record: Mapping[str, Any]) -> None:
     """Write `README.md` with front matter for the Hugging Face hub."""
@@ -62,7 +64,7 @@ def _command(output: Path, record: Mapping[str, Any]) -> str:
     recipe, data_spec = record["recipe"], record["recipe"]["data"]
     folder = output / record["model"] if "model" in record else output
     base = f"pretrained={recipe['model']['pretrained']},peft={folder}"
-    base += f",kv=kvzap:0.25,scorer={folder / 'scorer'}" if "scorer" in record else ""
+    base += f",kv=kvzap:0.25,scorer={folder / SCORER}" if "scorer" in record else ""
     model = base if loads_as(record) == "peft" else f"pretrained={folder}"
     other_data = recipe["texts"] or recipe["neighbourhoods"] or recipe["rows"]
     task = "lc_icr" if other_data else f"lc_{data_spec['datasets'][0]}_{data_spec['modes'][0]}"

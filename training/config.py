@@ -131,12 +131,16 @@ class CompressionAware(Section):
     self_distillation: float | None = Field(default=None, ge=0)
     scorer: LearnedScorer = LearnedScorer()
 
+    @property
+    def has_kvzap(self) -> bool:
+        """Whether an evictor goes by learned scores."""
+        return any(name.partition(":")[0] == "kvzap" for name in self.evictors)
+
     @model_validator(mode="after")
     def _learned(self) -> CompressionAware:
-        learned = [name for name in self.evictors if name.partition(":")[0] == "kvzap"]
-        if learned and self.query_aware:
+        if self.has_kvzap and self.query_aware:
             raise ValueError("kvzap scores a context alone, so query_aware must be false")
-        if self.scorer != LearnedScorer() and not learned:
+        if self.scorer != LearnedScorer() and not self.has_kvzap:
             raise ValueError("scorer is that of the evictor kvzap, which evictors does not have")
         return self
 

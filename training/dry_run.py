@@ -170,7 +170,7 @@ def gates(config: Any, recipe: Config, tokens: int, gated: int) -> int:
 
 
 def _scorer_parameters(learned: LearnedScorer, recipe: Config, config: Any) -> int:
-    """Those of the scorer it starts from, or of MLPs of 512, as in `kvzip_mlp`, where that is not in a local folder."""
+    """Those of the scorer it starts from, or of MLPs of 512 (KVzap's) where that is not in a local folder."""
     import torch
 
     from lceval.models import scorer as scorers

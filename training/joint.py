@@ -29,9 +29,7 @@ from lceval.models.policies.kvzap import KVzap
 from lceval.models.scorer import WEIGHTS, Scorer, attention_inputs
 from lceval.training.config import LearnedScorer
 from lceval.training.packing import Gate, Packing
-
-FOLDER = "scorer"
-"""Folder of the trained scorer in the output of a run, and in its checkpoints."""
+from lceval.training.run_record import SCORER
 
 
 class LearnedEviction:
@@ -68,7 +66,7 @@ class LearnedEviction:
         self.scorer: Scorer = scorers.load(name).float().requires_grad_(spec.is_trained)
         self.scorer.check(geometry, base.config.get_text_config())
         self.rate = spec.learning_rate
-        self._spec, self._base, self._geometry, self._protected_tokens = spec, base, geometry, protected_tokens
+        self._temperature, self._base, self._protected_tokens = spec.temperature, base, protected_tokens
         self._receive: Callable[[int, Tensor], None] | None = None
         # Registered for good: activation checkpointing runs layers again after a pass has ended.
         self._hooks = attention_inputs(base, geometry.full, self._received)
@@ -87,11 +85,11 @@ class LearnedEviction:
         prefix = self._protected_tokens(context[0].tolist())
         competing = [evictor.with_protected(scores, prefix) for scores in self._scores(context)]
         masks = evictor.select(competing)
-        if not self._spec.is_trained:
-            self._receive = None
+        if not self.rate:
+            self.release()
             packing.kept = {layer: [mask] for layer, mask in enumerate(masks)}
             return
-        first, last = self._spec.temperature
+        first, last = self._temperature
         temperature = first * (last / first) ** progress
         protected = competing[0] >= torch.finfo(torch.float32).max
         gate = Gate(threshold_of(competing, masks), temperature, protected, {})
@@ -125,11 +123,11 @@ class LearnedEviction:
 
     def save(self, folder: Path) -> None:
         """Write the scorer, in its dtype, into its folder of a run or checkpoint."""
-        self.scorer.save(folder / FOLDER)
+        self.scorer.save(folder / SCORER)
 
     def load(self, checkpoint: Path) -> None:
         """Continue with the scorer of a checkpoint."""
-        self.scorer.load_state_dict(load_file(checkpoint / FOLDER / WEIGHTS))
+        self.scorer.load_state_dict(load_file(checkpoint / SCORER / WEIGHTS))
 
 
 def finish(output: Path) -> dict[str, Any]:
@@ -138,10 +136,10 @@ def finish(output: Path) -> dict[str, Any]:
     Raises:
         UserError: it has numbers beyond 16 bit.
     """
-    scorer = scorers.load(str(output / FOLDER)).half()
+    scorer = scorers.load(str(output / SCORER)).half()
     if not all(parameter.isfinite().all() for parameter in scorer.parameters()):
         raise UserError("the scorer has numbers beyond 16 bit: reduce compression_aware.scorer.learning_rate")
-    scorer.save(output / FOLDER)
+    scorer.save(output / SCORER)
     return {"digest": scorer.digest, **scorer.dimensions}
 
 

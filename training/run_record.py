@@ -10,6 +10,8 @@ from lceval.core.errors import UserError
 from lceval.core.io import read_object
 
 RECORD = "train.json"
+# Folder of the scorer that was trained together with an adapter, in the output of a run and in its checkpoints.
+SCORER = "scorer"
 ELSEWHERE = "choose another folder (--output FOLDER)"
 
 

@@ -83,8 +83,9 @@ class PackedTrainer(SFTTrainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """The optimizer, with the scorer's weights at their own learning rate."""
-        optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
-        if self._learned is not None and self._learned.rate and len(optimizer.param_groups) < 3:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self._learned is not None and self._learned.rate:
             weights = [*self._learned.scorer.parameters()]
             optimizer.add_param_group({"params": weights, "lr": self._learned.rate, "weight_decay": 0.0})
             # The trainer clears the gradients of its model only.
@@ -142,7 +143,7 @@ def _learned(recipe: Config, model: Any, geometry: Geometry, lm: LCFT) -> Learne
         UserError: no scorer, or one that is trained in several processes.
     """
     section = recipe.compression_aware
-    if section is None or not any(name.partition(":")[0] == "kvzap" for name in section.evictors):
+    if section is None or not section.has_kvzap:
         return None
     if section.scorer.is_trained and processes() > 1:
         raise UserError("joint training runs in one process: start it without accelerate")

@@ -26,8 +26,6 @@ from lceval.tasks import catalogue
 if TYPE_CHECKING:
     from lceval.runs.sweep.plan import SweepPlan
 
-# Folder of the scorer that was trained together with an adapter.
-SCORER = "scorer"
 RECIPES = ("full", "snapkv:0.5", "snapkv:0.25", "streaming:0.25")
 
 
@@ -89,6 +87,8 @@ def _record(adapter: Path) -> dict[str, Any]:
 def _grid(
     adapter: Path, record: dict[str, Any], kv: Sequence[str], tasks: Sequence[str], limit: int | None
 ) -> dict[str, Any]:
+    from lceval.training.run_record import SCORER
+
     recipe, data = record["recipe"], record["recipe"]["data"]
     names = list(tasks)
     for dataset in [] if tasks else data["datasets"]:
@@ -118,6 +118,8 @@ def _grid(
 
 def _own_scorers(planned: SweepPlan, adapter: Path) -> SweepPlan:
     """The cells in which the base evicts by the scorer of the model, and an adapter by the one trained with it."""
+    from lceval.training.run_record import SCORER
+
     own = str(adapter / SCORER)
     learned = {cell.recipe for cell in planned.cells if cell.scorer == own}
     cells = (c for c in planned.cells if c.recipe not in learned or (c.scorer == own) == (c.adapter is not None))

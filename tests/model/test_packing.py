@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import answer_nll
 from torch.nn import functional as F  # noqa: N812
 
 from lceval.core.errors import UserError
@@ -52,18 +53,10 @@ def trained(
         for key, row in pack(CONTEXT, pairs, query_aware=query_aware, self_distillation=self_distillation).items()
     }
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, recipe.parse(kv).evictor)
-    rows = (packed["labels"][0] != IGNORED).nonzero()[:, 0]
     with torch.no_grad():
-        logits = model.model(
-            input_ids=packed["input_ids"],
-            position_ids=packed["position_ids"],
-            packing=packing,
-            logits_to_keep=rows,
-            use_cache=False,
-        ).logits[0]
-    nll = F.cross_entropy(logits, packed["labels"][0][rows], reduction="none")
-    block = packed["block"][0][rows]
-    return [float(nll[block == number].mean()) for number in range(len(pairs) * (2 if self_distillation else 1))]
+        losses: list[float] = answer_nll(model.model, packed, packing).tolist()
+    assert len(losses) == len(pairs) * (2 if self_distillation else 1)
+    return losses
 
 
 @pytest.fixture(scope="module")

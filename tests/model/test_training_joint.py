@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed import answer_nll
 from torch.nn import functional as F  # noqa: N812
 
 from lceval.cli import invoke
@@ -17,8 +18,9 @@ from lceval.models import recipe
 from lceval.models import scorer as scorers
 from lceval.models.lcft import LCFT
 from lceval.training.config import LearnedScorer, parse
-from lceval.training.joint import FOLDER, LearnedEviction, threshold_of
-from lceval.training.packing import IGNORED, Packing, QAPair, pack
+from lceval.training.joint import LearnedEviction, threshold_of
+from lceval.training.packing import Packing, QAPair, pack
+from lceval.training.run_record import SCORER
 from lceval.training.train import train
 
 pytestmark = [pytest.mark.model]
@@ -41,18 +43,9 @@ def losses(model: LCFT, **spec: Any) -> tuple[torch.Tensor, LearnedEviction]:
     evictor: Any = model.recipe.evictor
     packing = Packing(packed["block"], packed["kind"], model.engine.geometry, evictor)
     learned.apply(packing, packed["input_ids"], evictor, 0.5)
-    rows = (packed["labels"][0] != IGNORED).nonzero()[:, 0]
-    logits = model.model(
-        input_ids=packed["input_ids"],
-        position_ids=packed["position_ids"],
-        packing=packing,
-        logits_to_keep=rows,
-        use_cache=False,
-    ).logits[0]
+    nll = answer_nll(model.model, packed, packing)
     learned.release()
-    nll = F.cross_entropy(logits, packed["labels"][0][rows], reduction="none")
-    block = packed["block"][0][rows]
-    return torch.stack([nll[block == number].mean() for number in range(len(PAIRS))]), learned
+    return nll, learned
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +108,7 @@ def test_joint_training_saves_an_adapter_and_its_scorer_and_resumes(
 ) -> None:
     whole = train(parse(joint(tmp_path / "whole", short_rows), "test"))
     trained, shipped = (
-        scorers.load(str(tmp_path / "whole" / FOLDER)),
+        scorers.load(str(tmp_path / "whole" / SCORER)),
         scorers.load(str(scorers.default("smollm2-135m"))),
     )
     assert whole["scorer"]["digest"] == trained.digest != shipped.digest
@@ -128,7 +121,7 @@ def test_joint_training_saves_an_adapter_and_its_scorer_and_resumes(
     resumed = train(parse(joint(folder, short_rows), "test"))
     assert resumed["losses"] == whole["losses"]
     assert resumed["scorer"] == whole["scorer"]
-    adapter = LCFT(smollm2, peft=str(folder), scorer=str(folder / FOLDER), kv=KV, device="cpu")
+    adapter = LCFT(smollm2, peft=str(folder), scorer=str(folder / SCORER), kv=KV, device="cpu")
     assert adapter.scorer is not None
     assert adapter.scorer.digest == trained.digest
     line = ["train", "eval", str(folder), "--kv", KV, "--kv", "full", "--tasks", "lc_filings_ao_1k", "--limit", "1"]
@@ -136,7 +129,7 @@ def test_joint_training_saves_an_adapter_and_its_scorer_and_resumes(
     capsys.readouterr()
     runs = [json.loads(file.read_text()) for file in folder.glob("eval/*/run.json")]
     used = {(bool(run["model_args"].get("peft")), run["model_args"].get("scorer")) for run in runs}
-    assert used == {(False, None), (True, None), (True, str(folder / FOLDER))}
+    assert used == {(False, None), (True, None), (True, str(folder / SCORER))}
 
 
 @pytest.mark.parametrize(

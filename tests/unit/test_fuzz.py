@@ -1143,6 +1143,7 @@ ARGV = [
     ["check", "--plan", "--gate", "0.1", "--discordance", "0.2", "../../runs/full", "--inconclusive", "warn"],
     ["check", "../../runs/full", "--write-baseline", "b.json"],
     ["report", "../../runs", "--output", "r.html", "--json"],
+    ["report", "../../runs", "--site", "site"],
     ["score", "lc_filings_ao_1k", "../../predictions.jsonl", "--by", "ground_truth", "--metadata", "data_seed=7"],
     ["score", "loft_rag", "../../outputs.jsonl", "--gold", "../../queries.jsonl", "--json"],
     ["tasks", "lc_nq*", "--json"],

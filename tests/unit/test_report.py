@@ -72,8 +72,12 @@ def test_a_site_has_a_page_a_run_and_is_replaced_as_a_whole(tmp_path, run_folder
     assert [row["run"] for row in json.loads(first["table.json"])["rows"]] == ["run", "other"]
     assert invoke(["report", str(run_folder), str(other), "--site", str(site)]) == 0
     assert files(site) == first
+    (site / "runs" / "mine").mkdir()
+    for kept in ("mine/run.json", "notes.html"):
+        (site / "runs" / kept).write_text("mine")
     assert invoke(["report", str(run_folder), "--site", str(site)]) == 0
-    assert {*files(site)} == {*first} - {f"runs/{page_name('other')}.html"}
+    ours = {*first} - {f"runs/{page_name('other')}.html"}
+    assert {*files(site)} == {*ours, "runs/mine/run.json", "runs/notes.html"}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--site", "a", "--output", "b"]])

@@ -111,27 +111,9 @@ def test_share_of_fp16_kv_follows_the_recorded_dtype(dtype, share):
 
 def test_prefill_is_timed_once_per_context_and_decode_over_all_generated_samples():
     values = row(
-        sample(
-            1.0,
-            prefill_s=2.0,
-            prefill_tokens=1000,
-            shared_prefix=False,
-            decode_tokens=10,
-            decode_s=1.0,
-            first_token_s=2.5,
-        ),
-        sample(
-            1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0, first_token_s=0.1
-        ),
-        sample(
-            1.0,
-            prefill_s=4.0,
-            prefill_tokens=5000,
-            shared_prefix=False,
-            decode_tokens=0,
-            decode_s=0.0,
-            first_token_s=4.5,
-        ),
+        sample(1.0, prefill_s=2.0, prefill_tokens=1000, shared_prefix=False, decode_tokens=10, decode_s=1.0),
+        sample(1.0, prefill_s=0.0, prefill_tokens=0, shared_prefix=True, decode_tokens=30, decode_s=1.0),
+        sample(1.0, prefill_s=4.0, prefill_tokens=5000, shared_prefix=False, decode_tokens=0, decode_s=0.0),
     )
     assert values["prefill_s"] == 3.0
     assert values["prefill_tok_s"] == 1000.0

@@ -28,3 +28,8 @@ const show = (v) => v === null || v === undefined ? "-" : typeof v === "number" 
 const percent = (v) => v === null || v === undefined ? "-" : (100 * v).toFixed(1);
 const query = (r) => r.query_aware === null ? "-" : r.query_aware ? "query-aware" : "query-agnostic";
 const bounded = (of, mid, lo, hi) => mid === null || mid === undefined ? "-" : lo === null || lo === undefined ? of(mid) : `${of(mid)} [${of(lo)}, ${of(hi)}]`;
+// Of plots.
+const COLOURS = ["#2f7bd9", "#d1495b", "#2a9d8f", "#9b6bdf", "#d98a1f", "#7d8896"];
+// Pareto-optimal points; `sign` is 1 where less of x is better, else -1.
+const pareto = (rows, x, sign) => rows.filter((r) => !rows.some((o) =>
+  sign * (o[x] - r[x]) <= 0 && o.score >= r.score && (o[x] !== r[x] || o.score !== r.score))).sort((a, b) => a[x] - b[x]);

@@ -1,5 +1,4 @@
 // The first page of a site: methods by budget, and a plot of score against memory, of the selected tasks.
-const SHADES = ["#2f7bd9", "#d1495b", "#2a9d8f", "#9b6bdf", "#d98a1f", "#7d8896"];
 // Value, heading, bounds, whether in percent, whether more is better.
 const VALUES = [
   ["score", "score", "ci_lo", "ci_hi", (r) => r.unit === "share", true],
@@ -62,7 +61,7 @@ function draw(name, attributes, text) {
 }
 
 // Score against the logarithm of the KV memory of a sample.
-function pareto() {
+function memory() {
   const rows = selectedRows().filter((r) => r.kv_mb > 0 && r.score !== null);
   if (!rows.length) { at("pareto").replaceChildren(make("p", "No run has both KV telemetry and a score.")); return; }
   const width = Math.max(300, at("pareto").clientWidth), height = 340, left = 45, right = 12, top = 10, bottom = 40;
@@ -82,9 +81,8 @@ function pareto() {
   for (let power = Math.ceil(low); power <= high; power += 1) label(x(10 ** power), height - bottom + 16, "middle", `${10 ** power}`);
   label((left + width - right) / 2, height - bottom + 32, "middle", "KV cache, MB per sample");
   tasks.forEach((task, i) => {
-    const shade = SHADES[i % SHADES.length], own = rows.filter((r) => r.task === task);
-    const best = own.filter((r) => !own.some((o) => o.kv_mb <= r.kv_mb && o.score >= r.score && (o.kv_mb < r.kv_mb || o.score > r.score)));
-    best.sort((a, b) => a.kv_mb - b.kv_mb);
+    const shade = COLOURS[i % COLOURS.length], own = rows.filter((r) => r.task === task);
+    const best = pareto(own, "kv_mb", 1);
     svg.append(draw("polyline", { points: best.map((r) => `${x(r.kv_mb)},${y(scaled(r))}`).join(" "), fill: "none", stroke: shade, "stroke-dasharray": "2 3" }));
     for (const r of own) {
       const anchor = draw("a", { href: r.page });
@@ -98,7 +96,7 @@ function pareto() {
   const legend = make("p", undefined, "legend");
   tasks.forEach((task, i) => {
     const key = make("span", task);
-    key.style.setProperty("--shade", SHADES[i % SHADES.length]);
+    key.style.setProperty("--shade", COLOURS[i % COLOURS.length]);
     legend.append(key);
   });
   at("pareto").replaceChildren(svg, legend);
@@ -106,9 +104,9 @@ function pareto() {
 
 for (const [key, name] of VALUES) if (data.rows.some((r) => r[key] !== null && r[key] !== undefined)) option("value", key, name);
 at("value").addEventListener("change", pivot);
-document.addEventListener("rows", () => { pivot(); pareto(); });
-addEventListener("resize", pareto);
+document.addEventListener("rows", () => { pivot(); memory(); });
+addEventListener("resize", memory);
 at("summary").textContent = `${new Set(data.rows.map((r) => r.run)).size} runs, ${data.rows.length} rows, ${data.rows.reduce((n, r) => n + r.n, 0)} samples`;
 pivot();
-pareto();
+memory();
 window.__ready = performance.now();

@@ -1,5 +1,4 @@
 // Plots: each is a function from rows to traces and axes, or to a message about missing data.
-const COLOURS = ["#2f7bd9", "#d1495b", "#2a9d8f", "#9b6bdf", "#d98a1f", "#7d8896"];
 const groups = (rows, key) => {
   const byKey = new Map();
   for (const row of rows) byKey.set(key(row), [...(byKey.get(key(row)) || []), row]);
@@ -17,10 +16,6 @@ const label = (row) => plain(row.context && row.context !== "full" ? `${recipe(r
 // Bars of the same name would be stacked: the run's name makes them unique.
 const unique = (rows, of) => rows.map((row) => rows.filter((other) => of(other) === of(row)).length > 1 ? `${of(row)}<br>${plain(row.run)}` : of(row));
 const hover = (row) => plain(`${row.run}, ${row.task}`);
-
-// Pareto-optimal points; `sign` is 1 where less of x is better, else -1.
-const pareto = (rows, x, sign) => rows.filter((r) => !rows.some((o) =>
-  sign * (o[x] - r[x]) <= 0 && o.score >= r.score && (o[x] !== r[x] || o.score !== r.score))).sort((a, b) => a[x] - b[x]);
 
 function scatter(rows, x, title, sign, missing) {
   const drawn = rows.filter((r) => r[x] !== null && r[x] !== undefined && r.score !== null);

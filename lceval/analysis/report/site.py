@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,11 @@ def write(paths: Sequence[Path], folder: Path, title: str = "lceval leaderboard"
     files |= {"table.csv": f"{to_csv(table)}\n".encode("utf-8", "replace")}
     files |= {"table.json": f"{to_json(table)}\n".encode("utf-8", "replace")}
     try:
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
         (folder / RUNS).mkdir(parents=True, exist_ok=True)
+        # Nothing else that lies there, such as run folders, is touched.
+        for page in (folder / RUNS).glob("*.html"):
+            if page.is_file() and is_ours(page) and f"{RUNS}/{page.name}" not in pages.values():
+                page.unlink()
     except OSError as error:
         raise InfrastructureError(f"{folder}: cannot be written ({error.strerror})") from None
     written = samples = 0
