@@ -18,9 +18,9 @@ from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor
 from lceval.models.prefill import synchronize
-from lceval.models.question import WindowKV
 from lceval.models.recipe import Recipe
 from lceval.models.states import State
+from lceval.models.window_layers import WindowKV
 
 
 @torch.inference_mode()

@@ -18,18 +18,10 @@ from lceval.kernels.paged import KV, PagedKV
 from lceval.models.bounded import BoundedKV, BoundedLayer
 from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.prefill_stats import QueryAwareStats
-from lceval.models.question import (
-    BatchProgress,
-    NoKV,
-    QuestionLayer,
-    Rows,
-    SteppingLayer,
-    TailLayer,
-    WindowKV,
-    WindowLayer,
-)
+from lceval.models.question import BatchProgress, NoKV, QuestionLayer, Rows, SteppingLayer, TailLayer
 from lceval.models.reconstruction import ReconstructionStats
 from lceval.models.states import NoKVLayer, State, StatefulCache, continuing
+from lceval.models.window_layers import WindowKV, WindowLayer
 
 ContextLayer = KV | BoundedKV | WindowKV | NoKV
 

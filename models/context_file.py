@@ -36,8 +36,9 @@ from lceval.models.bounded import BoundedKV
 from lceval.models.compressed import CompressedContext
 from lceval.models.policies import Evictor
 from lceval.models.policies.retrieval import Centroids, Nearest
-from lceval.models.question import NoKV, WindowKV
+from lceval.models.question import NoKV
 from lceval.models.states import State
+from lceval.models.window_layers import WindowKV
 
 FORMAT = "lceval context 1"
 _CLASSES: dict[str, Any] = {

@@ -16,7 +16,7 @@ from lceval.kernels.softmax import Softmax
 from lceval.models.engine import Engine
 from lceval.models.policies import Evictor, LayerView, StepEvictor, StepView
 from lceval.models.prefill_stats import SCORING
-from lceval.models.question import WindowKV
+from lceval.models.window_layers import WindowKV
 
 # One KV head's slots: keys and values [n, D], positions [n].
 Slots = tuple[Tensor, Tensor, Tensor]

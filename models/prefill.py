@@ -25,9 +25,10 @@ from lceval.models.geometry import Geometry, LayerKind
 from lceval.models.layers import PrefillLayer, SlidingPrefillLayer
 from lceval.models.policies import Quantizer, StatsSpec, StepEvictor
 from lceval.models.prefill_stats import SCORING, PrefillStats
-from lceval.models.question import NoKV, WindowKV
+from lceval.models.question import NoKV
 from lceval.models.recipe import Recipe
 from lceval.models.states import NoKVLayer, StatefulCache, StateLayer
+from lceval.models.window_layers import WindowKV
 
 
 class Prefill(StatefulCache):

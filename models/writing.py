@@ -22,9 +22,10 @@ from lceval.models.compressed import CompressedContext, QuestionCache
 from lceval.models.engine import Engine
 from lceval.models.evictions import Evictions, LayerState
 from lceval.models.policies import Amount, Evictor
-from lceval.models.question import NoKV, QuestionLayer, Rows, WindowKV, WindowLayer, merged
+from lceval.models.question import NoKV, QuestionLayer, Rows, merged
 from lceval.models.recipe import Recipe
 from lceval.models.states import NoKVLayer, StatefulCache, continuing
+from lceval.models.window_layers import WindowKV, WindowLayer
 
 
 class WritingLayer(QuestionLayer):

@@ -26,10 +26,11 @@ from lceval.kernels.paged import PAGE
 from lceval.models import attention
 from lceval.models.compressed import QuestionCache
 from lceval.models.engine import Engine
-from lceval.models.question import QuestionLayer, SteppingLayer, WindowLayer
+from lceval.models.question import QuestionLayer, SteppingLayer
 from lceval.models.recipe import parse
 from lceval.models.reconstruction import Repetition
 from lceval.models.replay import AFTER, BEFORE, Steps
+from lceval.models.window_layers import WindowLayer
 
 RECIPES = ("adakv:0.5:window=8", "fp8")
 # Sliding windows with sinks, and chunks, of fewer tokens than are written.
