@@ -17,16 +17,15 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from learned import commit, table
-
-from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recovery
+from parts import Rows, added, bench, interval, share, table
 
 SAMPLES = Path(__file__).parent / "joint"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "joint-tables.md"
@@ -54,7 +53,8 @@ CHOICE, CHOSEN_ON = "lc_filings_ao_1k", 4
 BUDGETS = (0.5, 0.25, 0.1)
 KVZAP = [f"kvzap:{budget}" for budget in BUDGETS]
 PRIMARY = "lc_squad_ao_1k", "kvzap:0.25"
-METRICS = ("gold_nll", "gold_kept", "kept_share")
+# KVzip reads a context three more times: measured under two models.
+WITH_KVZIP = ("ao-0", "joint-0")
 
 
 def train(models: Sequence[str]) -> None:
@@ -81,98 +81,72 @@ def train(models: Sequence[str]) -> None:
 
 
 def measure(models: Sequence[str]) -> None:
-    """gold_nll of all questions under every recipe, by the scorer of the model and by that of the start."""
+    """Answers and gold_nll under every recipe by the scorer of the arm; gold_nll alone where that is not its own."""
     for model in models:
-        scorers = {"start": START, **({"own": RUNS / model / "scorer"} if model.startswith(OWN_SCORER) else {})}
-        for task in TASKS:
-            for name, scorer in scorers.items():
-                # What does not depend on the scorer is measured once.
-                others = ["full", "kvzip:0.25"] if name == "start" else ["full"]
-                bench(f"{model}-{name}", task, [*others, *KVZAP], peft=str(RUNS / model), scorer=str(scorer))
-            metadata = {**TASKS[task][0], "context": "none"}
-            bench(f"{model}-none", task, ["full"], peft=str(RUNS / model), metadata=metadata)
+        own = model.startswith(OWN_SCORER)
+        for task, (metadata, contexts) in TASKS.items():
+            options = {"contexts": contexts, "metadata": metadata, "peft": str(RUNS / model), "merge": True}
+            if own:
+                scorer = str(RUNS / model / "scorer")
+                bench(RUNS, SAMPLES, f"{model}-own", task, ["full", *KVZAP], scorer=scorer, **options)
+            recipes = ["full", *(["kvzip:0.25"] if model in WITH_KVZIP else []), *KVZAP]
+            bench(RUNS, SAMPLES, f"{model}-start", task, recipes, scorer=str(START), nll_only=own, **options)
+            options["metadata"] = {**metadata, "context": "none"}
+            bench(RUNS, SAMPLES, f"{model}-none", task, ["full"], nll_only=True, **options)
 
 
-def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
-    """Run the missing samples of a part, and write METRICS by recipe and question to the folder that is committed."""
-    from lceval.bench import comparison
-
-    file = RUNS / "samples" / f"{name}-{task}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"contexts": TASKS[task][1], "metadata": TASKS[task][0], **options}
-    comparison.bench(
-        task,
-        recipes,
-        pretrained="smollm2-135m",
-        against_hf=False,
-        diagnose="gold",
-        nll_only=True,
-        batch_size=4,
-        merge=True,
-        output=file,
-        **settings,
-    )
-    commit(file, SAMPLES / f"{name}-{task}.json", METRICS)
+@cache
+def saved(part: str, task: str) -> dict[str, Any]:
+    """The committed scores of a part; without any where it is not measured."""
+    file = SAMPLES / f"{part}-{task}.json"
+    return json.loads(file.read_text()) if file.exists() else {"scores": {}}
 
 
-def losses(arm: str, scorer: str, task: str, kv: str, *, chosen_on: bool = False) -> dict[str, tuple[str, float]]:
-    """Cluster and gold_nll of every reported question, the mean over the seeds that are measured.
+def seeds(arm: str, scorer: str, task: str, kv: str = "full", metric: str = "gold_nll") -> tuple[int, ...]:
+    """The seeds of which a metric was measured."""
 
-    chosen_on: those on the contexts for the choice instead.
+    def has(part: dict[str, Any]) -> bool:
+        rows = part["scores"].get(kv)
+        return bool(rows) and dict(zip(part["metrics"], next(iter(rows.values())), strict=True)).get(metric) is not None
+
+    return tuple(seed for seed in SEEDS if has(saved(f"{arm}-{seed}-{scorer}", task)))
+
+
+def values(
+    arm: str,
+    scorer: str,
+    task: str,
+    kv: str,
+    of_seeds: Sequence[int] | None = None,
+    *,
+    metric: str = "gold_nll",
+    chosen_on: bool = False,
+) -> Rows:
+    """The metric of every reported question, its mean over the seeds (default: those that are measured).
+
+    chosen_on: of the contexts for the choice instead.
     """
     by_question: dict[str, list[float]] = {}
     clusters: dict[str, str] = {}
-    for seed in SEEDS:
-        file = SAMPLES / f"{arm}-{seed}-{scorer}-{task}.json"
-        if not file.exists():
-            continue
-        committed = json.loads(file.read_text())
-        clusters = committed["clusters"]
-        for key, values in committed["scores"][kv].items():
-            by_question.setdefault(key, []).append(values[0])
+    for seed in seeds(arm, scorer, task, kv, metric) if of_seeds is None else of_seeds:
+        part = saved(f"{arm}-{seed}-{scorer}", task)
+        clusters = part["clusters"]
+        column = part["metrics"].index(metric)
+        for key, row in part["scores"][kv].items():
+            by_question.setdefault(key, []).append(row[column])
     first = list(dict.fromkeys(clusters.values()))[:CHOSEN_ON] if task == CHOICE else []
     return {
-        key: (clusters[key], mean(values))
-        for key, values in by_question.items()
+        key: (clusters[key], mean(of_question))
+        for key, of_question in by_question.items()
         if (clusters[key] in first) == chosen_on
     }
-
-
-def interval(rows: dict[str, tuple[str, float]]) -> str:
-    """Mean with its 95% interval over contexts."""
-    if not rows:
-        return "-"
-    middle, low, high = cluster_bootstrap([nll for _, nll in rows.values()], [cluster for cluster, _ in rows.values()])
-    return f"{middle:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def added(rows: dict[str, tuple[str, float]], base: dict[str, tuple[str, float]]) -> str:
-    """The mean difference to other losses of the same questions, with its 95% interval over contexts."""
-    if not rows or not base:
-        return "-"
-    values = [[of[key][1] for key in rows] for of in (rows, base)]
-    estimate = difference([Stratum(values[0], values[1], [cluster for cluster, _ in rows.values()])])
-    return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]"
-
-
-def way(arm: str, scorer: str, task: str, kv: str) -> str:
-    """The share in % of the way from no context to the full one that a recipe keeps, with its 95% interval."""
-    none, full, rows = (losses(arm, *of) for of in (("none", task, "full"), (scorer, task, "full"), (scorer, task, kv)))
-    if not none:
-        return "-"
-    gains = [[none[key][1] - of[key][1] for key in rows] for of in (rows, full)]
-    share = recovery([Stratum(gains[0], gains[1], [cluster for cluster, _ in rows.values()])])
-    return "-" if share.value is None else f"{100 * share.value:.0f} [{100 * share.lo:.0f}, {100 * share.hi:.0f}]"
 
 
 def measured() -> list[tuple[str, str, int]]:
     """Every arm and scorer with the number of seeds that are measured."""
     pairs = [(arm, scorer) for arm in ARMS for scorer in ("start", *(["own"] if arm in OWN_SCORER else []))]
-    counts = [
-        (arm, scorer, sum((SAMPLES / f"{arm}-{seed}-{scorer}-{PRIMARY[0]}.json").exists() for seed in SEEDS))
-        for arm, scorer in pairs
-    ]
-    return [(arm, scorer, count) for arm, scorer, count in counts if count]
+    counts = [(arm, scorer, len(seeds(arm, scorer, PRIMARY[0]))) for arm, scorer in pairs]
+    return [row for row in counts if row[2]]
 
 
 def tables() -> str:
@@ -180,28 +154,39 @@ def tables() -> str:
     parts = []
     for task in TASKS:
         parts += [f"## `{task}`: gold_nll, and what each budget adds to the full cache", of_task(task)]
+        parts += [f"## `{task}`: share of the way from no context to full (%)", by_budget(task, way)]
+        parts += [f"## `{task}`: SubEM (%), and what each budget keeps of it", answers(task)]
     task, kv = PRIMARY
-    base = losses("ao", "start", task, kv)
     rows = [
-        [f"`{arm}`, scorer `{scorer}`", str(count), added(losses(arm, scorer, task, kv), base)]
-        for arm, scorer, count in measured()
+        [name(arm, scorer), added(values(arm, scorer, task, kv), values("ao", "start", task, kv))]
+        for arm, scorer, _ in measured()
         if arm != "ao"
     ]
-    parts += [f"## Primary cell, `{task}` under `{kv}`: gold_nll minus that of `ao`", table(["arm", "seeds", kv], rows)]
-    ways = [
-        [f"`{arm}`, scorer `{scorer}`", *(way(arm, scorer, task, of) for of in KVZAP)] for arm, scorer, _ in measured()
-    ]
-    parts += [f"## `{task}`: share of the way from no context to full (%)", table(["arm", *KVZAP], ways)]
-    rows = [
-        [f"`{arm}`, scorer `{scorer}`", *(chosen_mean(arm, scorer, of) for of in KVZAP)]
-        for arm, scorer, _ in measured()
-    ]
-    parts += ["## gold_nll on the contexts for the choice", table(["arm", *KVZAP], rows)]
+    parts += [f"## Primary cell, `{task}` under `{kv}`: gold_nll minus that of `ao`", table(["arm", kv], rows)]
+    parts += ["## gold_nll on the contexts for the choice", by_budget(CHOICE, chosen_mean)]
     return "\n\n".join(parts) + "\n"
 
 
-def chosen_mean(arm: str, scorer: str, kv: str) -> str:
-    rows = losses(arm, scorer, CHOICE, kv, chosen_on=True)
+def name(arm: str, scorer: str) -> str:
+    return f"`{arm}`, scorer `{scorer}`"
+
+
+def by_budget(task: str, cell: Callable[[str, str, str, str], str]) -> str:
+    rows = [[name(arm, scorer), *(cell(arm, scorer, task, kv) for kv in KVZAP)] for arm, scorer, _ in measured()]
+    return table(["arm", *KVZAP], rows)
+
+
+def way(arm: str, scorer: str, task: str, kv: str) -> str:
+    """The share of the way from no context to the full one, of the seeds of which both are measured."""
+    both = sorted({*seeds(arm, "none", task)} & {*seeds(arm, scorer, task, kv)})
+    rows, full, none = (
+        values(arm, *of, both) for of in ((scorer, task, kv), (scorer, task, "full"), ("none", task, "full"))
+    )
+    return share(rows, full, none)
+
+
+def chosen_mean(arm: str, scorer: str, task: str, kv: str) -> str:
+    rows = values(arm, scorer, task, kv, chosen_on=True)
     return f"{mean(nll for _, nll in rows.values()):.3f}" if rows else "-"
 
 
@@ -209,11 +194,25 @@ def of_task(task: str) -> str:
     """gold_nll under full of every arm and scorer, and what eviction adds to it."""
     rows = []
     for arm, scorer, count in measured():
-        full = losses(arm, scorer, task, "full")
-        cells = [added(losses(arm, scorer, task, kv), full) for kv in KVZAP]
-        kvzip = added(losses(arm, scorer, task, "kvzip:0.25"), full) if scorer == "start" else "-"
-        rows.append([f"`{arm}`, scorer `{scorer}`", str(count), interval(full), *cells, kvzip])
-    return table(["arm", "seeds", "full", *KVZAP, "kvzip:0.25"], rows)
+        cells = []
+        for kv in (*KVZAP, "kvzip:0.25"):
+            same = seeds(arm, scorer, task, kv)
+            cells.append(added(*(values(arm, scorer, task, of, same) for of in (kv, "full"))))
+        rows.append([name(arm, scorer), str(count), interval(values(arm, scorer, task, "full")), *cells])
+    return table(["arm", "seeds", "full", *KVZAP, "kvzip:0.25, seed 0"], rows)
+
+
+def answers(task: str) -> str:
+    """SubEM under full of every arm with the scorer it was trained with, and the share that eviction keeps."""
+    rows = []
+    for arm, scorer, _ in measured():
+        if not (same := seeds(arm, scorer, task, metric="subem")):
+            continue
+        full = values(arm, scorer, task, "full", same, metric="subem")
+        kept = [values(arm, scorer, task, kv, same, metric="subem") for kv in KVZAP]
+        cells = [f"{interval(of, 100)}; {share(of, full)}" for of in kept]
+        rows.append([name(arm, scorer), str(len(same)), interval(full, 100), *cells])
+    return table(["arm", "seeds", "full", *(f"{kv}; retention" for kv in KVZAP)], rows)
 
 
 if __name__ == "__main__":

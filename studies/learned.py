@@ -20,6 +20,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parts import bench, table
+
 from lceval.stats.estimates import Stratum, cluster_bootstrap, recovery
 
 SAMPLES = Path(__file__).parent / "learned"
@@ -52,7 +56,6 @@ OTHERS = [f"{name}:{budget}" for name in ("kvzip", "expected_attention", "snapkv
 OTHERS += [f"random:{budget}:sinks=4:recent=64" for budget in BUDGETS]
 ANSWERED = ["full", "kvzap:0.25", "kvzip:0.25", "snapkv:0.25"]
 ANSWERED_TASKS = ("lc_squad_ao_1k", "lc_filings_ao_1k")
-METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
 
 
 def train_scorers(names: Sequence[str]) -> None:
@@ -79,43 +82,12 @@ def train_adapter() -> None:
     train(parse({**ADAPTER, "output": str(RUNS / "ao")}, "ao"))
 
 
-def bench(name: str, task: str, recipes: Sequence[str], **options: Any) -> None:
-    """Run the missing samples of a part, and write METRICS by recipe and question to the folder that is committed."""
-    from lceval.bench import comparison
-
-    file = RUNS / "samples" / f"{name}-{task}.jsonl"
-    settings: dict[str, Any] = {"contexts": TASKS[task][1], "metadata": TASKS[task][0], **options}
-    comparison.bench(
-        task,
-        recipes,
-        pretrained="smollm2-135m",
-        against_hf=False,
-        diagnose="gold",
-        batch_size=4,
-        output=file,
-        **settings,
-    )
-    SAMPLES.mkdir(exist_ok=True)
-    commit(file, SAMPLES / f"{name}-{task}.json", METRICS)
-
-
-def commit(file: Path, target: Path, metrics: Sequence[str]) -> None:
-    """Write these metrics of the samples of a benchmark, by recipe and question, to a file that is committed."""
-    _, *rows = map(json.loads, file.read_text().splitlines())
-    scores: dict[str, dict[str, list[float | None]]] = {}
-    for row in rows:
-        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in metrics]
-    clusters = {row["id"]: row["cluster"] for row in rows}
-    committed = {"metrics": metrics, "clusters": clusters, "scores": scores}
-    target.write_text(json.dumps(committed, separators=(",", ":")) + "\n")
-
-
 def choose(models: Sequence[str]) -> None:
     """gold_nll of every scorer on the contexts for the choice."""
     for model in models:
         for scorer in SCORERS:
             options = {**MODELS[model], "scorer": str(RUNS / scorer), "contexts": CHOSEN_ON, "nll_only": True}
-            bench(f"choice-{model}-{scorer}", CHOICE, LEARNED, **options)
+            bench(RUNS, SAMPLES, f"choice-{model}-{scorer}", CHOICE, LEARNED, metadata={}, **options)
 
 
 def chosen(model: str) -> str:
@@ -130,13 +102,15 @@ def chosen(model: str) -> str:
 def measure(models: Sequence[str]) -> None:
     """gold_nll of all methods, answers of four of them, and both without a context."""
     for model in models:
-        options = {**MODELS[model], "scorer": str(RUNS / chosen(model))}
-        for task in TASKS:
-            bench(f"nll-{model}", task, ["full", *LEARNED, *OTHERS], nll_only=True, **options)
-            metadata = {**TASKS[task][0], "context": "none"}
-            bench(f"none-{model}", task, ["full"], nll_only=True, **{**MODELS[model], "metadata": metadata})
+        for task, (metadata, contexts) in TASKS.items():
+            options = {"metadata": metadata, "contexts": contexts, **MODELS[model]}
+            scorer = str(RUNS / chosen(model))
+            recipes = ["full", *LEARNED, *OTHERS]
+            bench(RUNS, SAMPLES, f"nll-{model}", task, recipes, nll_only=True, scorer=scorer, **options)
             if task in ANSWERED_TASKS:
-                bench(f"answers-{model}", task, ANSWERED, **options)
+                bench(RUNS, SAMPLES, f"answers-{model}", task, ANSWERED, scorer=scorer, **options)
+            options["metadata"] = {**metadata, "context": "none"}
+            bench(RUNS, SAMPLES, f"none-{model}", task, ["full"], nll_only=True, **options)
 
 
 def samples(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -165,12 +139,6 @@ def interval(rows: dict[str, dict[str, Any]], metric: str, scale: float = 1.0) -
     values = [scale * row[metric] for row in rows.values()]
     middle, low, high = cluster_bootstrap(values, [row["cluster"] for row in rows.values()])
     return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table whose first column is text."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def tables() -> str:

@@ -49,10 +49,10 @@ def of_joint(arm: str, scorer: str) -> list[Point]:
     """The points of an arm of studies/joint.py, mean over its seeds; none before all are measured."""
     if (arm, scorer, len(joint.SEEDS)) not in joint.measured():
         return []
-    none, full = joint.losses(arm, "none", TASK, "full"), joint.losses(arm, scorer, TASK, "full")
+    none, full = joint.values(arm, "none", TASK, "full"), joint.values(arm, scorer, TASK, "full")
     points = []
     for budget in BUDGETS:
-        rows = joint.losses(arm, scorer, TASK, f"kvzap:{budget}")
+        rows = joint.values(arm, scorer, TASK, f"kvzap:{budget}")
         gains = [[none[key][1] - of[key][1] for key in rows] for of in (rows, full)]
         points.append(point(budget, gains[0], gains[1], [cluster for cluster, _ in rows.values()]))
     return points

@@ -1,8 +1,8 @@
 """Context settings: all documents (`full`), the gold documents (`gold`), none (`none`) or retrieved chunks (`rag`).
 
 `rag` retrieves from exactly the documents of `full`. Documents longer than `chunk` tokens are split into chunks; the
-best chunks that fit into `budget` tokens are used, in the order of the full context (better than by rank: Yu et al.
-2024).
+best chunks that fit into `budget` tokens, or into a share of the full context's tokens, are used, in the order of the
+full context (better than by rank: Yu et al. 2024).
 
 For datasets built from passage pools, `split`, `questions`, `negatives` and `length_matched` control how contexts are
 drawn. They are part of the setting because samples from different draws are not comparable.
@@ -29,7 +29,7 @@ class ContextSetting:
         kind: full, gold, none or rag.
         retriever: one of RETRIEVERS (rag).
         chunk: maximum tokens per chunk (rag).
-        budget: maximum tokens of all retrieved chunks (rag).
+        budget: maximum tokens of all retrieved chunks; below 1, as a share of those of all documents (rag).
         split: `train` or `test`, the split of questions and documents; empty for all.
         questions: questions per context; 0 for the dataset's default.
         negatives: ranking of hard negatives, one of RETRIEVERS or `random`; empty for the dataset's default.
@@ -39,7 +39,7 @@ class ContextSetting:
     kind: str = "full"
     retriever: str = ""
     chunk: int = 0
-    budget: int = 0
+    budget: int | float = 0
     split: str = ""
     questions: int = 0
     negatives: str = ""
@@ -80,8 +80,10 @@ def setting(task: Task, metadata: Mapping[str, Any]) -> ContextSetting:
         raise UserError(f"{task.name} does not support retriever={retriever!r}: expected one of {', '.join(allowed)}.")
     sizes = {"chunk": metadata.get("chunk", CHUNK_TOKENS), "budget": metadata.get("budget", BUDGET_TOKENS)}
     for key, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{task.name}: invalid {key}={value!r}: expected a positive number of tokens.")
+        is_share = key == "budget" and isinstance(value, float) and 0 < value < 1
+        if not is_share and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            share = ", or a share of the full context's tokens between 0 and 1" if key == "budget" else ""
+            raise UserError(f"{task.name}: invalid {key}={value!r}: expected a positive number of tokens{share}.")
     return ContextSetting(kind, retriever, **sizes, **pool)
 
 

@@ -47,8 +47,9 @@ def _retrieved(rows: Sequence[Row], request: Request, setting: ContextSetting) -
         chunks = chunked(context[0]["docs"], setting.chunk, request.meter)
         texts = [chunk["text"] for chunk in chunks]
         costs, ranked = request.meter.pieces(texts), order_by(setting.retriever, texts)
+        budget = setting.budget if setting.budget >= 1 else int(setting.budget * sum(costs))
         for row in context:
-            chosen, budget_left = [], setting.budget
+            chosen, budget_left = [], budget
             for index in ranked(row["question"]):
                 if costs[index] <= budget_left:
                     chosen.append(index)

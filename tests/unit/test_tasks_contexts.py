@@ -57,20 +57,26 @@ def test_lengths_are_measured_again(words: str) -> None:
         assert row["length_tokens"] == prompt + 32
 
 
-@pytest.mark.parametrize("chunk", [40, 2048])
-def test_rag_has_chunks_of_the_full_context_in_its_order_within_the_budget(words: str, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "budget"), [(40, 300), (2048, 300), (40, 0.3)])
+def test_rag_has_chunks_of_the_full_context_in_its_order_within_the_budget(
+    words: str, chunk: int, budget: float
+) -> None:
     meter = build.meter_for("t", {"pretrained": words})
     full = {row["id"]: row for row in rows(words)}
-    retrieved = rows(words, context="rag", retriever="bm25", chunk=chunk, budget=300)
+    retrieved = rows(words, context="rag", retriever="bm25", chunk=chunk, budget=budget)
     hits = 0
     for row in retrieved:
         context = full[row["id"]]["context"]
+        tokens = sum(meter.pieces([document["text"] for document in full[row["id"]]["docs"]]))
+        most = budget if budget >= 1 else budget * tokens
         offset = 0
         for document in row["docs"]:
             offset = context.index(document["text"], offset) + len(document["text"])
         costs = meter.pieces([document["text"] for document in row["docs"]])
-        assert sum(costs) <= 300
-        assert max(costs) <= max(chunk, 300)
+        assert sum(costs) <= most
+        assert max(costs) <= max(chunk, most)
+        if chunk == 40:
+            assert sum(costs) > most - 40
         hits += row["answers"][0] in row["context"]
     # every question and every sentence has the company name: BM25 must retrieve most of them
     assert hits / len(retrieved) > 0.5
@@ -94,6 +100,8 @@ def test_rag_has_chunks_of_the_full_context_in_its_order_within_the_budget(words
         ),
         (TASK, {"context": "rag", "chunk": 0}, r"chunk=0: expected a positive number of tokens"),
         (TASK, {"context": "rag", "budget": "4k"}, r"budget='4k'"),
+        (TASK, {"context": "rag", "budget": 1.5}, r"budget=1.5: expected .* tokens, or a share"),
+        (TASK, {"context": "rag", "chunk": 0.5}, r"chunk=0.5: expected a positive number of tokens\.$"),
         (TASK, {"retriever": "bm25"}, r"retriever= requires context=rag, got context=full"),
         (TASK, {"context": "gold", "budget": 100}, r"budget= requires context=rag, got context=gold"),
     ],

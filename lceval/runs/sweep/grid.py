@@ -34,7 +34,7 @@ class Grid(BaseModel):
     adapters: list[str | None] = [None]
     recipes: list[str] = Field(default=["full"], min_length=1)
     scorers: list[str | None] = Field(default=[None], min_length=1)
-    contexts: list[str | dict[str, str | int]] = Field(default=["full"], min_length=1)
+    contexts: list[str | dict[str, str | int | float]] = Field(default=["full"], min_length=1)
     tasks: list[str] = Field(min_length=1)
     modes: list[str] = ["ao"]
     lengths: list[int] = []

@@ -28,7 +28,7 @@ class Cell:
     recipe: str
     scorer: str | None
     task: str
-    metadata: tuple[tuple[str, str | int], ...]
+    metadata: tuple[tuple[str, str | int | float], ...]
     limit: int | None
     batch_size: int | str
     model_args: tuple[tuple[str, bool | str | int | float], ...]
@@ -116,7 +116,7 @@ def plan(grid: Grid) -> SweepPlan:
         raise UserError(f"the grid has {count:,} cells, more than {MOST_CELLS:,}: split it into several grids")
     cells = []
     for model, adapter, name, context, seed in product(grid.models, grid.adapters, names, grid.contexts, grid.seeds):
-        metadata: Mapping[str, str | int] = {"context": context} if isinstance(context, str) else context
+        metadata: Mapping[str, str | int | float] = {"context": context} if isinstance(context, str) else context
         metadata = {key: value for key, value in metadata.items() if (key, value) != ("context", "full")}
         try:
             contexts.setting(catalogue.find(name), metadata)

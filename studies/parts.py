@@ -1,0 +1,97 @@
+"""Scores of the studies of learned eviction: a part is one task under some recipes with one model and one scorer.
+
+`bench` runs what is missing of a part and commits its scores; the rest makes cells of tables from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recovery
+
+METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
+Rows = dict[str, tuple[str, float]]
+"""Question -> context and value."""
+
+
+def bench(
+    runs: Path,
+    saved: Path,
+    name: str,
+    task: str,
+    recipes: Sequence[str],
+    *,
+    contexts: int | None,
+    metadata: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Run the missing samples of a part in runs/samples, and write METRICS by recipe and question to `saved`."""
+    from lceval.bench import comparison
+
+    file = runs / "samples" / f"{name}-{task}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    comparison.bench(
+        task,
+        recipes,
+        pretrained="smollm2-135m",
+        contexts=contexts,
+        metadata=metadata,
+        against_hf=False,
+        diagnose="gold",
+        batch_size=4,
+        output=file,
+        **options,
+    )
+    saved.mkdir(exist_ok=True)
+    commit(file, saved / f"{name}-{task}.json", METRICS)
+
+
+def commit(file: Path, target: Path, metrics: Sequence[str]) -> None:
+    """Write these metrics of the samples of a benchmark, by recipe and question, to a file that is committed."""
+    _, *rows = map(json.loads, file.read_text().splitlines())
+    scores: dict[str, dict[str, list[float | None]]] = {}
+    for row in rows:
+        scores.setdefault(row["kv"], {})[row["id"]] = [row.get(metric) for metric in metrics]
+    clusters = {row["id"]: row["cluster"] for row in rows}
+    committed = {"metrics": metrics, "clusters": clusters, "scores": scores}
+    target.write_text(json.dumps(committed, separators=(",", ":")) + "\n")
+
+
+def interval(rows: Rows, scale: float = 1) -> str:
+    """Mean with its 95% interval over contexts."""
+    if not rows:
+        return "-"
+    numbers = [scale * value for _, value in rows.values()]
+    middle, low, high = cluster_bootstrap(numbers, [cluster for cluster, _ in rows.values()])
+    digits = 3 if scale == 1 else 1
+    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def added(rows: Rows, base: Rows) -> str:
+    """The mean difference to other values of the same questions, with its 95% interval over contexts."""
+    if not rows or not base:
+        return "-"
+    numbers = [[of[key][1] for key in rows] for of in (rows, base)]
+    estimate = difference([Stratum(numbers[0], numbers[1], [cluster for cluster, _ in rows.values()])])
+    return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]"
+
+
+def share(rows: Rows, full: Rows, none: Rows | None = None) -> str:
+    """What rows keep of full, in % with its 95% interval: of its values, or of how far these are below none."""
+    if not rows or not full or none == {}:
+        return "-"
+    numbers = [[none[key][1] - of[key][1] if none else of[key][1] for key in rows] for of in (rows, full)]
+    estimate = recovery([Stratum(numbers[0], numbers[1], [cluster for cluster, _ in rows.values()])])
+    if estimate.value is None:
+        return "-"
+    bounds = [f"{100 * bound:.0f}" for bound in estimate.interval or ()]
+    return f"{100 * estimate.value:.0f} [{', '.join(bounds) or 'n/a'}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table whose first column is text."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,158 @@
+"""Scorers alone: what a scorer should imitate, and how large it and its data should be.
+
+python studies/scorers.py train [NAME ...]     train the scorers (2 to 25 minutes each on one core)
+python studies/scorers.py choose [NAME ...]    gold_nll on the contexts for the choice
+python studies/scorers.py measure [NAME ...]   gold_nll on SQuAD's test split; of the chosen one on further data sets
+python studies/scorers.py table                write docs/studies/scorers-tables.md from the saved scores
+
+`kvzip`, `kvzip-plus` and `attention` are those of studies/learned.py, which have to be trained first. The others
+imitate KVzip+ too: by linear maps, from 5 instead of 48 contexts, and a larger one from 100. All are fitted on training
+splits. Twelve annual reports that are reported nowhere choose. The model is the base model. Rerun the same command to
+resume. Needs LCEVAL_DATA.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import learned
+from parts import Rows, added, bench, interval, share, table
+
+SAMPLES = Path(__file__).parent / "scorers"
+TABLES = Path(__file__).parents[1] / "docs" / "studies" / "scorers-tables.md"
+TITLE = "# Scorers alone: all tables\n\n"
+RUNS = Path("runs/studies/scorers")
+OLD = ("kvzip", "kvzip-plus", "attention")
+# Scorer -> recipe it starts from, and changes of it.
+NEW: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("kvzip_linear", {"target": "kvzip+"}),
+    "contexts-5": ("kvzip_mlp", {"target": "kvzip+", "contexts": 5}),
+    "large-100": (
+        "kvzip_mlp",
+        {
+            "target": "kvzip+",
+            "contexts": 100,
+            "data": {"seeds": [1, 2, 3]},
+            "mlp": {"hidden": 96, "tokens": 100_000},
+        },
+    ),
+}
+SCORERS = (*OLD, *NEW)
+BUDGETS = (0.5, 0.25, 0.1, 0.05)
+KVZAP = [f"kvzap:{budget}" for budget in BUDGETS]
+CHOICE = "lc_filings_ao_1k"
+CHOICE_SEED = 1  # of the reports for the choice; the reported ones are those of seed 0
+SQUAD = "lc_squad_ao_1k"
+# Further data sets, of the chosen scorer: metadata and number of contexts.
+TASKS: dict[str, tuple[dict[str, Any], int | None]] = {
+    SQUAD: ({"split": "test", "questions": 4}, 80),
+    "lc_nqopen_ao_2k": ({"split": "test", "questions": 4}, 20),
+    "lc_musique_ao_2k": ({"split": "test"}, 20),
+    CHOICE: ({}, None),
+}
+
+
+def folder(name: str) -> Path:
+    return (learned.RUNS if name in OLD else RUNS) / name
+
+
+def train(names: Sequence[str]) -> None:
+    """Train the scorers that studies/learned.py does not train."""
+    from lceval.training.scorers import spec
+    from lceval.training.scorers.learn import learn
+
+    for name in [name for name in names if name in NEW]:
+        shipped, changes = NEW[name]
+        values = spec.read(shipped).model_dump(mode="json")
+        for key, change in changes.items():
+            values[key] = {**values[key], **change} if isinstance(change, dict) else change
+        record = learn(spec.parse({**values, "output": str(folder(name))}, name))
+        committed = {key: record[key] for key in ("recipe", "data", "wall_s", "scorer", "held_out")}
+        SAMPLES.mkdir(exist_ok=True)
+        (SAMPLES / f"{name}-scorer.json").write_text(json.dumps(committed) + "\n")
+
+
+def choose(names: Sequence[str]) -> None:
+    """gold_nll on the contexts for the choice."""
+    for name in names:
+        options: dict[str, Any] = {"contexts": None, "metadata": {"data_seed": CHOICE_SEED}, "nll_only": True}
+        bench(RUNS, SAMPLES, f"choice-{name}", CHOICE, ["full", *KVZAP], scorer=str(folder(name)), **options)
+
+
+def measure(names: Sequence[str]) -> None:
+    """gold_nll on SQuAD; of the chosen scorer on all data sets, beside kvzip and no context."""
+    for name in names:
+        for task in TASKS if name == chosen() else [SQUAD]:
+            metadata, contexts = TASKS[task]
+            options: dict[str, Any] = {"contexts": contexts, "metadata": metadata, "nll_only": True}
+            others = ["kvzip:0.25"] if task not in learned.TASKS else []
+            bench(RUNS, SAMPLES, name, task, ["full", *others, *KVZAP], scorer=str(folder(name)), **options)
+            options["metadata"] = {**metadata, "context": "none"}
+            bench(RUNS, SAMPLES, "none", task, ["full"], **options)
+
+
+def rows(part: str, task: str, kv: str) -> Rows:
+    """gold_nll by question; empty where it is not measured."""
+    file = SAMPLES / f"{part}-{task}.json"
+    saved = json.loads(file.read_text()) if file.exists() else {"scores": {}}
+    column = saved["metrics"].index("gold_nll") if saved["scores"] else 0
+    return {key: (saved["clusters"][key], values[column]) for key, values in saved["scores"].get(kv, {}).items()}
+
+
+def choice(name: str) -> float:
+    """The mean gold_nll over the budgets on the contexts for the choice; infinite where it is not measured."""
+    of = [value for kv in KVZAP for _, value in rows(f"choice-{name}", CHOICE, kv).values()]
+    return mean(of) if of else float("inf")
+
+
+def chosen() -> str:
+    return min(SCORERS, key=choice)
+
+
+def tables() -> str:
+    """All tables of the tables page."""
+    body = []
+    for name in SCORERS:
+        record = json.loads(((learned.SAMPLES if name in OLD else SAMPLES) / f"{name}-scorer.json").read_text())
+        full = rows(f"choice-{name}", CHOICE, "full")
+        cells = [added(rows(f"choice-{name}", CHOICE, kv), full) for kv in KVZAP]
+        overlaps = [f"{record['held_out']['overlap'][str(budget)]:.3f}" for budget in learned.BUDGETS]
+        size = f"{record['scorer']['parameters'] * 2 / 1e6:.1f}"
+        body.append([f"`{name}`", size, str(record["data"]["contexts"]), f"{choice(name):.3f}", *cells, *overlaps])
+    head = ["scorer", "MB", "contexts", "mean gold_nll", *(f"added, {kv}" for kv in KVZAP)]
+    parts = ["## On the contexts for the choice", table([*head, *(f"overlap at {b}" for b in learned.BUDGETS)], body)]
+    for task in TASKS:
+        none, body, ways = rows("none", task, "full"), [], []
+        for name in SCORERS:
+            full = rows(name, task, "full")
+            if full:
+                recipes = [*KVZAP, "kvzip:0.25"]
+                body.append([f"`{name}`", interval(full), *(added(rows(name, task, kv), full) for kv in recipes)])
+                ways.append([f"`{name}`", *(share(rows(name, task, kv), full, none) for kv in recipes)])
+        if body:
+            parts += [
+                f"## `{task}`: gold_nll, and what each budget adds",
+                table(["scorer", "full", *KVZAP, "kvzip:0.25"], body),
+            ]
+            parts += [
+                f"## `{task}`: share of the way from no context to full (%)",
+                table(["scorer", *KVZAP, "kvzip:0.25"], ways),
+            ]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["train" | "choose" | "measure" as step, *names] if {*names} <= {*SCORERS}:
+            {"train": train, "choose": choose, "measure": measure}[step](names or SCORERS)
+        case ["table"]:
+            TABLES.write_text(TITLE + tables())
+        case _:
+            raise SystemExit(__doc__)
