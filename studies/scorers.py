@@ -50,12 +50,17 @@ KVZAP = [f"kvzap:{budget}" for budget in BUDGETS]
 CHOICE = "lc_filings_ao_1k"
 CHOICE_SEED = 1  # of the reports for the choice; the reported ones are those of seed 0
 SQUAD = "lc_squad_ao_1k"
-# Further data sets, of the chosen scorer: metadata and number of contexts.
-TASKS: dict[str, tuple[dict[str, Any], int | None]] = {
-    SQUAD: ({"split": "test", "questions": 4}, 80),
-    "lc_nqopen_ao_2k": ({"split": "test", "questions": 4}, 20),
-    "lc_musique_ao_2k": ({"split": "test"}, 20),
-    CHOICE: ({}, None),
+THRESHOLDS = [f"kvzap:threshold={value}" for value in (-6, -5, -4, -3)]
+CHUNK, INT4 = "kvzap:0.25:when=chunk", "kvzap:0.25+int4"
+# Task -> metadata, number of contexts, and recipes of the chosen scorer beside KVZAP. Other scorers are measured on
+# SQuAD alone.
+TASKS: dict[str, tuple[dict[str, Any], int | None, list[str]]] = {
+    SQUAD: ({"split": "test", "questions": 4}, 80, [INT4, *THRESHOLDS]),
+    "lc_nqopen_ao_2k": ({"split": "test", "questions": 4}, 20, ["kvzip:0.25"]),
+    "lc_musique_ao_2k": ({"split": "test"}, 20, ["kvzip:0.25"]),
+    "lc_nqopen_ao_4k": ({"split": "test", "questions": 4}, 10, [CHUNK, INT4]),
+    "lc_nqopen_ao_8k": ({"split": "test", "questions": 4}, 5, [CHUNK, INT4]),
+    CHOICE: ({}, None, ["kvzip:0.25"]),
 }
 
 
@@ -87,22 +92,22 @@ def choose(names: Sequence[str]) -> None:
 
 
 def measure(names: Sequence[str]) -> None:
-    """gold_nll on SQuAD; of the chosen scorer on all data sets, beside kvzip and no context."""
+    """gold_nll on SQuAD; of the chosen scorer on all data sets; without a context."""
     for name in names:
         for task in TASKS if name == chosen() else [SQUAD]:
-            metadata, contexts = TASKS[task]
+            metadata, contexts, others = TASKS[task]
+            recipes = ["full", *KVZAP, *(others if name == chosen() else [])]
             options: dict[str, Any] = {"contexts": contexts, "metadata": metadata, "nll_only": True}
-            others = ["kvzip:0.25"] if task not in learned.TASKS else []
-            bench(RUNS, SAMPLES, name, task, ["full", *others, *KVZAP], scorer=str(folder(name)), **options)
+            bench(RUNS, SAMPLES, name, task, recipes, scorer=str(folder(name)), **options)
             options["metadata"] = {**metadata, "context": "none"}
             bench(RUNS, SAMPLES, "none", task, ["full"], **options)
 
 
-def rows(part: str, task: str, kv: str) -> Rows:
-    """gold_nll by question; empty where it is not measured."""
+def rows(part: str, task: str, kv: str, metric: str = "gold_nll") -> Rows:
+    """A metric by question; empty where it is not measured."""
     file = SAMPLES / f"{part}-{task}.json"
     saved = json.loads(file.read_text()) if file.exists() else {"scores": {}}
-    column = saved["metrics"].index("gold_nll") if saved["scores"] else 0
+    column = saved["metrics"].index(metric) if saved["scores"] else 0
     return {key: (saved["clusters"][key], values[column]) for key, values in saved["scores"].get(kv, {}).items()}
 
 
@@ -128,24 +133,29 @@ def tables() -> str:
         body.append([f"`{name}`", size, str(record["data"]["contexts"]), f"{choice(name):.3f}", *cells, *overlaps])
     head = ["scorer", "MB", "contexts", "mean gold_nll", *(f"added, {kv}" for kv in KVZAP)]
     parts = ["## On the contexts for the choice", table([*head, *(f"overlap at {b}" for b in learned.BUDGETS)], body)]
-    for task in TASKS:
+    for task, (*_, others) in TASKS.items():
         none, body, ways = rows("none", task, "full"), [], []
+        recipes = [*KVZAP, *others]
         for name in SCORERS:
-            full = rows(name, task, "full")
-            if full:
-                recipes = [*KVZAP, "kvzip:0.25"]
-                body.append([f"`{name}`", interval(full), *(added(rows(name, task, kv), full) for kv in recipes)])
-                ways.append([f"`{name}`", *(share(rows(name, task, kv), full, none) for kv in recipes)])
+            if full := rows(name, task, "full"):
+                of = [rows(name, task, kv) for kv in recipes]
+                body.append([f"`{name}`", interval(full), *(added(losses, full) for losses in of)])
+                ways.append([f"`{name}`", *(share(losses, full, none) for losses in of)])
         if body:
-            parts += [
-                f"## `{task}`: gold_nll, and what each budget adds",
-                table(["scorer", "full", *KVZAP, "kvzip:0.25"], body),
-            ]
-            parts += [
-                f"## `{task}`: share of the way from no context to full (%)",
-                table(["scorer", *KVZAP, "kvzip:0.25"], ways),
-            ]
+            parts += [f"## `{task}`: gold_nll, and what each recipe adds", table(["scorer", "full", *recipes], body)]
+            parts += [f"## `{task}`: share of the way from no context to full (%)", table(["scorer", *recipes], ways)]
+    parts += ["## A threshold on the scores instead of a budget", thresholds()]
     return "\n\n".join(parts) + "\n"
+
+
+def thresholds() -> str:
+    """The kept share of the cache and the added gold_nll on SQuAD under budgets and thresholds of the chosen scorer."""
+    full, body = rows(chosen(), SQUAD, "full"), []
+    for kv in (*KVZAP, *THRESHOLDS):
+        kept = [100 * value for _, value in rows(chosen(), SQUAD, kv, "kept_share").values()]
+        if kept:
+            body.append([f"`{kv}`", f"{mean(kept):.1f}", added(rows(chosen(), SQUAD, kv), full)])
+    return table(["recipe", "kept %", "added gold_nll"], body)
 
 
 if __name__ == "__main__":
