@@ -106,9 +106,8 @@ def test_the_site_leads_from_a_method_to_its_run_and_back(tmp_path, width):
     runs += [run_folder(tmp_path / f"{n}", f"{recipe}", EVIL, step=n) for n, recipe in RECIPES.items()]
     site.write(runs, tmp_path / "site")
     with opened(tmp_path / "site" / "index.html", width=width) as tab:
-        lines = tab.evaluate(
-            "[...document.querySelectorAll('#pivot tr')].map(r => [...r.children].map(c => c.innerText))"
-        )
+        cells = "[...document.querySelectorAll('#pivot tr')].map(r => [...r.children].map(c => c.innerText))"
+        lines = tab.evaluate(cells)
         assert [line[0] for line in lines] == ["", "method", "full", "knorm", "snapkv:window=8"]
         assert lines[1][1:] == ["no budget", "0.5", "0.25"]
         assert [cell != "" for cell in lines[3][1:]] == [False, True, True]
@@ -116,7 +115,10 @@ def test_the_site_leads_from_a_method_to_its_run_and_back(tmp_path, width):
         assert tab.evaluate("[...document.querySelectorAll('#pivot .best')].map(a => a.title)") == ["4, 60 samples"]
         assert tab.evaluate("document.querySelectorAll('#pareto circle').length") == 4
         tab.select_option("#value", "retention")
-        assert "50.0 [" in tab.inner_text("#pivot")
+        assert "50.0\n[" in tab.inner_text("#pivot")
+        assert tab.evaluate("document.querySelector('#pareto svg').ariaLabel") == "retention against KV memory"
+        assert [line[0] for line in tab.evaluate(cells)][2:] == ["knorm", "snapkv:window=8"]
+        tab.click("text='0.5'")
         tab.click("#pivot .best")
         tab.wait_for_selector("#detail")
         assert "knorm:0.25" in tab.inner_text("#board")

@@ -30,6 +30,6 @@ const query = (r) => r.query_aware === null ? "-" : r.query_aware ? "query-aware
 const bounded = (of, mid, lo, hi) => mid === null || mid === undefined ? "-" : lo === null || lo === undefined ? of(mid) : `${of(mid)} [${of(lo)}, ${of(hi)}]`;
 // Of plots.
 const COLOURS = ["#2f7bd9", "#d1495b", "#2a9d8f", "#9b6bdf", "#d98a1f", "#7d8896"];
-// Pareto-optimal points; `sign` is 1 where less of x is better, else -1.
-const pareto = (rows, x, sign) => rows.filter((r) => !rows.some((o) =>
-  sign * (o[x] - r[x]) <= 0 && o.score >= r.score && (o[x] !== r[x] || o.score !== r.score))).sort((a, b) => a[x] - b[x]);
+// Pareto-optimal points; `sign` is 1 where less of x is better, else -1; more of `worth` is better.
+const pareto = (rows, x, sign, worth = (r) => r.score) => rows.filter((r) => !rows.some((o) =>
+  sign * (o[x] - r[x]) <= 0 && worth(o) >= worth(r) && (o[x] !== r[x] || worth(o) !== worth(r)))).sort((a, b) => a[x] - b[x]);
