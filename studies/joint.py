@@ -2,6 +2,7 @@
 
 python studies/joint.py train [ARM-SEED ...]    train adapters, and the scorers of joint arms
 python studies/joint.py measure [ARM-SEED ...]  gold_nll of every recipe
+python studies/joint.py keep ARM-SEED ...       save trained adapters with their scorers in 16 bit in studies/adapters
 python studies/joint.py table                   write docs/studies/joint-tables.md from the saved scores
 
 All arms learn from the same contexts of SQuAD's training split, 40 steps of 2 contexts with 8 questions, from three
@@ -31,6 +32,7 @@ SAMPLES = Path(__file__).parent / "joint"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "joint-tables.md"
 TITLE = "# Learned eviction and an adapter together: all tables\n\n"
 RUNS = Path("runs/studies/joint")
+KEPT, ADAPTER = Path("studies/adapters"), "adapter_model.safetensors"
 START = Path("runs/studies/learned/kvzip-plus")
 SEEDS = (0, 1, 2)
 LEARNED = {"evictors": ["kvzap"], "keep": [0.1, 0.5], "full": 0.3}
@@ -78,6 +80,23 @@ def train(models: Sequence[str]) -> None:
         SAMPLES.mkdir(exist_ok=True)
         (SAMPLES / f"{model}.json").write_text(json.dumps(committed) + "\n")
         shutil.rmtree(RUNS / model / "checkpoints", ignore_errors=True)
+
+
+def keep(models: Sequence[str]) -> None:
+    """Save adapters and their scorers in 16 bit in the folder that is committed."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    for model in models:
+        folder = KEPT / model
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {key: value.to(torch.bfloat16) for key, value in load_file(RUNS / model / ADAPTER).items()}
+        save_file(weights, folder / ADAPTER, metadata={"format": "pt"})
+        config = json.loads((RUNS / model / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "smollm2-135m"
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if model.startswith(OWN_SCORER):
+            shutil.copytree(RUNS / model / "scorer", folder / "scorer", dirs_exist_ok=True)
 
 
 def measure(models: Sequence[str]) -> None:
@@ -221,6 +240,8 @@ if __name__ == "__main__":
             train(models or MODELS)
         case ["measure", *models] if {*models} <= {*MODELS}:
             measure(models or MODELS)
+        case ["keep", *models] if models and {*models} <= {*MODELS}:
+            keep(models)
         case ["table"]:
             TABLES.write_text(TITLE + tables())
         case _:

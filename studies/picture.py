@@ -1,9 +1,9 @@
-"""The picture of learned eviction: what each method keeps of a context's worth, by the share of the cache.
+"""The result of learned eviction as a picture and a table: what each method keeps of a context's worth.
 
-python studies/picture.py    write docs/studies/learned-eviction.svg from the committed scores
+python studies/picture.py    write docs/studies/learned-eviction.svg, and the first table of the README
 
-From the samples of studies/learned.py and, where there are any, of studies/joint.py: SQuAD's test split, the share of
-the way from no context to the full one in gold_nll, with 95% intervals over contexts.
+From the committed scores of studies/learned.py and studies/joint.py: SQuAD's test split, the share of the way from no
+context to the full one in gold_nll, with 95% intervals over contexts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import joint
 import learned
+from parts import table
 
 from lceval.stats.estimates import Stratum, recovery
 
-FILE = Path(__file__).parents[1] / "docs" / "studies" / "learned-eviction.svg"
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "docs" / "studies" / "learned-eviction.svg"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- the result, written by studies/picture.py -->\n", "<!-- end of the result -->\n"
 TASK = "lc_squad_ao_1k"
 BUDGETS = (0.1, 0.25, 0.5)
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 400, 56, 236, 16, 48
@@ -116,7 +120,23 @@ def lines() -> list[tuple[str, str, list[Point]]]:
     return [line for line in every if line[2]]
 
 
+def result() -> str:
+    """The table of the README: the same shares as in the picture, and SubEM where answers were generated."""
+    rows = []
+    for name, _, points in lines():
+        cells = [f"{middle:.0f} [{low:.0f}, {high:.0f}]" for _, middle, low, high in reversed(points)]
+        rows.append([name, *cells])
+    return table(["", *(f"{100 * budget:g}% of the cache" for budget in reversed(BUDGETS))], rows) + "\n"
+
+
+def with_result(readme: str) -> str:
+    """A README with the current table."""
+    before, _, rest = readme.partition(BEGIN)
+    return before + BEGIN + result() + END + rest.partition(END)[2]
+
+
 if __name__ == "__main__":
     if sys.argv[1:]:
         raise SystemExit(__doc__)
     FILE.write_text(picture(lines()))
+    README.write_text(with_result(README.read_text()))

@@ -12,11 +12,12 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from lceval.core.errors import UserError
-from lceval.core.io import write_json
+from lceval.core.io import read_object, write_json
 from lceval.training import compression_aware, data, precision, tabular, texts
 from lceval.training.config import Config
 from lceval.training.encode import Encoder, Packed
@@ -157,9 +158,17 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         from lceval.training.card import write as write_card
 
         (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; train.json has the recipe
+        _name_base(recipe.output, recipe.model.pretrained)
         write_card(recipe.output, record)
         write_json(file, record)
     return record
+
+
+def _name_base(folder: Path, pretrained: str) -> None:
+    """Let a saved adapter name its base model as the recipe does; peft writes the folder that it was loaded from."""
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        write_json(file, {**read_object(file, "train again"), "base_model_name_or_path": pretrained})
 
 
 def _train_supervised(recipe: Config, model: Any, lm: Any, training_set: TrainingSet) -> dict[str, Any]:

@@ -89,6 +89,8 @@ def test_the_loss_falls_and_the_record_describes_the_data(uninterrupted: tuple[P
     card = (output / "README.md").read_text()
     assert record["data"]["digest"] in card
     assert not list(output.glob("*.bin"))
+    adapter = json.loads((output / "adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == record["recipe"]["model"]["pretrained"]
 
 
 def test_a_finished_run_is_not_repeated_and_another_recipe_in_its_folder_is_an_error(
