@@ -13,7 +13,6 @@ import html
 import json
 import os
 import re
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -22,6 +21,7 @@ from typing import Any
 
 from lceval.analysis.report.payload import collect
 from lceval.core.errors import InfrastructureError, UserError
+from lceval.core.io import replacing
 from lceval.records.results import read_runs
 
 MARKER = "<!doctype html><!-- lceval report -->"
@@ -115,20 +115,8 @@ def replace(file: Path, content: bytes) -> None:
     Raises:
         InfrastructureError: it cannot be written.
     """
-    partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as out:
-            partial = Path(out.name)
+        with replacing(file) as out:
             out.write(content)
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(file)
     except OSError as error:
-        if partial:
-            partial.unlink(missing_ok=True)
         raise InfrastructureError(f"{file}: cannot be written ({error.strerror})") from None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
