@@ -182,8 +182,27 @@ def tables() -> str:
         if arm != "ao"
     ]
     parts += [f"## Primary cell, `{task}` under `{kv}`: gold_nll minus that of `ao`", table(["arm", kv], rows)]
+    parts += ["## The same, by how much of the gold passages' slots `ao` keeps", by_kept()]
     parts += ["## gold_nll on the contexts for the choice", by_budget(CHOICE, chosen_mean)]
     return "\n\n".join(parts) + "\n"
+
+
+def by_kept() -> str:
+    """The differences in the primary cell where `ao` keeps a larger share of the gold slots than overall, and less."""
+    task, kv = PRIMARY
+    kept = values("ao", "start", task, kv, metric="gold_kept")
+    if not kept:
+        return "-"
+    middle = mean(value for _, value in kept.values())
+    more = {key for key, (_, value) in kept.items() if value > middle}
+    body = []
+    for arm, scorer, _ in measured():
+        if arm != "ao":
+            ours, theirs = values(arm, scorer, task, kv), values("ao", "start", task, kv)
+            split = [{key: row for key, row in ours.items() if (key in more) == is_more} for is_more in (True, False)]
+            body.append([name(arm, scorer), *(added(rows, theirs) for rows in split)])
+    heads = (f"{len(more)} questions with more", f"{len(kept) - len(more)} with less")
+    return table(["arm", *heads], body)
 
 
 def name(arm: str, scorer: str) -> str:
