@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parts import bench, table
+from parts import bench, table, train_scorer
 
 from lceval.stats.estimates import Stratum, cluster_bootstrap, recovery
 
@@ -60,18 +60,8 @@ ANSWERED_TASKS = ("lc_squad_ao_1k", "lc_filings_ao_1k")
 
 def train_scorers(names: Sequence[str]) -> None:
     """Train these scorers; that of the adapter after `adapter`."""
-    from lceval.training.scorers import spec
-    from lceval.training.scorers.learn import learn
-
-    shipped = spec.read("kvzip_mlp")
     for name in names:
-        changes = SCORERS[name]
-        values = shipped.model_dump(mode="json")
-        values |= {**changes, "model": {**values["model"], **changes.get("model", {})}, "output": str(RUNS / name)}
-        record = learn(spec.parse(values, name))
-        committed = {key: record[key] for key in ("recipe", "data", "wall_s", "scorer", "held_out")}
-        SAMPLES.mkdir(exist_ok=True)
-        (SAMPLES / f"{name}-scorer.json").write_text(json.dumps(committed) + "\n")
+        train_scorer("kvzip_mlp", SCORERS[name], RUNS / name, SAMPLES)
 
 
 def train_adapter() -> None:

@@ -17,6 +17,20 @@ Rows = dict[str, tuple[str, float]]
 """Question -> context and value."""
 
 
+def train_scorer(shipped: str, changes: Mapping[str, Any], output: Path, saved: Path) -> None:
+    """Train the scorer of a shipped recipe with changes, and write what it learned from to the folder `saved`."""
+    from lceval.training.scorers import spec
+    from lceval.training.scorers.learn import learn
+
+    values = spec.read(shipped).model_dump(mode="json")
+    for key, change in changes.items():
+        values[key] = {**values[key], **change} if isinstance(change, dict) else change
+    record = learn(spec.parse({**values, "output": str(output)}, output.name))
+    committed = {key: record[key] for key in ("recipe", "data", "wall_s", "scorer", "held_out")}
+    saved.mkdir(exist_ok=True)
+    (saved / f"{output.name}-scorer.json").write_text(json.dumps(committed) + "\n")
+
+
 def bench(
     runs: Path,
     saved: Path,

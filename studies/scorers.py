@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import learned
-from parts import Rows, added, bench, interval, share, table
+from parts import Rows, added, bench, interval, share, table, train_scorer
 
 SAMPLES = Path(__file__).parent / "scorers"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "scorers-tables.md"
@@ -70,18 +70,8 @@ def folder(name: str) -> Path:
 
 def train(names: Sequence[str]) -> None:
     """Train the scorers that studies/learned.py does not train."""
-    from lceval.training.scorers import spec
-    from lceval.training.scorers.learn import learn
-
     for name in [name for name in names if name in NEW]:
-        shipped, changes = NEW[name]
-        values = spec.read(shipped).model_dump(mode="json")
-        for key, change in changes.items():
-            values[key] = {**values[key], **change} if isinstance(change, dict) else change
-        record = learn(spec.parse({**values, "output": str(folder(name))}, name))
-        committed = {key: record[key] for key in ("recipe", "data", "wall_s", "scorer", "held_out")}
-        SAMPLES.mkdir(exist_ok=True)
-        (SAMPLES / f"{name}-scorer.json").write_text(json.dumps(committed) + "\n")
+        train_scorer(*NEW[name], folder(name), SAMPLES)
 
 
 def choose(names: Sequence[str]) -> None:
