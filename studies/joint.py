@@ -175,6 +175,7 @@ def tables() -> str:
         parts += [f"## `{task}`: gold_nll, and what each budget adds to the full cache", of_task(task)]
         parts += [f"## `{task}`: share of the way from no context to full (%)", by_budget(task, way)]
         parts += [f"## `{task}`: SubEM (%), and what each budget keeps of it", answers(task)]
+        parts += [f"## `{task}`: SubEM minus that of `ao`", by_budget(task, answers_above_ao)]
     task, kv = PRIMARY
     rows = [
         [name(arm, scorer), added(values(arm, scorer, task, kv), values("ao", "start", task, kv))]
@@ -221,6 +222,12 @@ def way(arm: str, scorer: str, task: str, kv: str) -> str:
         values(arm, *of, both) for of in ((scorer, task, kv), (scorer, task, "full"), ("none", task, "full"))
     )
     return share(rows, full, none)
+
+
+def answers_above_ao(arm: str, scorer: str, task: str, kv: str) -> str:
+    if arm == "ao":
+        return "-"
+    return added(*(values(*of, task, kv, metric="subem") for of in ((arm, scorer), ("ao", "start"))))
 
 
 def chosen_mean(arm: str, scorer: str, task: str, kv: str) -> str:

@@ -109,10 +109,10 @@ def picture(lines: Sequence[tuple[str, str, list[Point]]]) -> str:
 def lines() -> list[tuple[str, str, list[Point]]]:
     """All lines for which there are scores."""
     every = [
-        ("trained together (kvzap)", "#b3261e", of_joint("joint", "own")),
-        ("adapter, then kvzap", "#2f7bd9", of_pilot("ao", "kvzap:{}")),
+        ("trained together, kvzap", "#b3261e", of_joint("joint", "own")),
+        ("adapter, then kvzap", "#2f7bd9", of_joint("ao", "start")),
         ("base, kvzap", "#7fb0ea", of_pilot("base", "kvzap:{}")),
-        ("base, kvzip (two more passes)", "#2a9d8f", of_pilot("base", "kvzip:{}")),
+        ("base, kvzip (3.8 prefills)", "#2a9d8f", of_pilot("base", "kvzip:{}")),
         ("base, expected_attention", "#d98a1f", of_pilot("base", "expected_attention:{}")),
         ("base, snapkv", "#9b6bdf", of_pilot("base", "snapkv:{}")),
         ("base, random", "#7d8896", of_pilot("base", "random:{}:sinks=4:recent=64")),

@@ -1,4 +1,4 @@
-"""docs/studies/learned-tables.md is computed from the committed scores."""
+"""The pages of learned eviction, and the first table of the README, are computed from the committed scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-PAGE = Path(__file__).parents[2] / "docs" / "studies" / "learned-tables.md"
+PAGES = Path(__file__).parents[2] / "docs" / "studies"
 
 
 @pytest.fixture(scope="module")
@@ -18,19 +18,26 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
     return study_of("learned")
 
 
-def test_the_tables_are_computed_from_the_committed_scores(study: ModuleType) -> None:
-    assert PAGE.read_text() == study.TITLE + study.tables()
+@pytest.mark.parametrize("name", ["learned", "joint"])
+def test_the_tables_are_computed_from_the_committed_scores(name: str, study_of: Callable[[str], ModuleType]) -> None:
+    study = study_of(name)
+    assert study.TABLES.read_text() == study.TITLE + study.tables()
 
 
 def test_the_picture_is_drawn_from_the_committed_scores(study_of: Callable[[str], ModuleType]) -> None:
     picture = study_of("picture")
     assert picture.FILE.read_text() == picture.picture(picture.lines())
+    assert picture.README.read_text() == picture.with_result(picture.README.read_text())
+    assert all(len(points) == len(picture.BUDGETS) for _, _, points in picture.lines())
 
 
-def test_every_interval_of_the_page_is_in_the_tables() -> None:
-    intervals = re.findall(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]", (PAGE.parent / "learned.md").read_text())
-    assert len(intervals) == 38  # five methods, six cells; four recipes, two models
-    assert all(interval in PAGE.read_text() for interval in intervals)
+@pytest.mark.parametrize(("page", "tables", "count"), [("learned", "learned", 38), ("learned-eviction", "joint", 29)])
+def test_every_interval_of_a_page_is_in_the_tables(page: str, tables: str, count: int) -> None:
+    """Signs are left out: what is added has one in the tables."""
+    pages = [(PAGES / f"{name}.md").read_text().replace("+", "") for name in (page, f"{tables}-tables")]
+    estimates = re.findall(r"(-?[\d.]+)%?(?: nats)?\s(\[-?[\d.]+, -?[\d.]+\])", pages[0])
+    assert len(estimates) == count
+    assert not [estimate for estimate in map(" ".join, estimates) if estimate not in pages[1]]
 
 
 def test_all_recipes_answered_the_same_questions(study: ModuleType) -> None:
@@ -52,3 +59,16 @@ def test_scorers_were_fitted_chosen_and_reported_on_separate_contexts(study: Mod
         assert len(chosen_on) == study.CHOSEN_ON
         assert len(reported) == 12 - study.CHOSEN_ON
         assert not chosen_on & reported
+
+
+def test_every_arm_of_joint_training_answered_the_same_questions(study_of: Callable[[str], ModuleType]) -> None:
+    joint = study_of("joint")
+    task, kv = joint.PRIMARY
+    arms = [joint.values(arm, scorer, task, kv) for arm, scorer, count in joint.measured() if count == len(joint.SEEDS)]
+    assert len(arms) == 3
+    assert {frozenset(rows) for rows in arms} == {frozenset(arms[0])}
+    assert len(arms[0]) == 320
+    chosen_on = joint.values("ao", "start", joint.CHOICE, kv, chosen_on=True)
+    assert not {c for c, _ in chosen_on.values()} & {
+        c for c, _ in joint.values("ao", "start", joint.CHOICE, kv).values()
+    }
