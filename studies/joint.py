@@ -1,7 +1,7 @@
 """An adapter and learned eviction together: which way of training them keeps answers when the cache is small?
 
 python studies/joint.py train [ARM-SEED ...]    train adapters, and the scorers of joint arms
-python studies/joint.py measure [ARM-SEED ...]  gold_nll of every recipe
+python studies/joint.py measure [ARM-SEED ...]  answers and gold_nll under every recipe
 python studies/joint.py keep ARM-SEED ...       save trained adapters with their scorers in 16 bit in studies/adapters
 python studies/joint.py table                   write docs/studies/joint-tables.md from the saved scores
 
@@ -19,14 +19,13 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parts import Rows, added, bench, interval, share, table
+from parts import Rows, added, bench, interval, samples, share, table
 
 SAMPLES = Path(__file__).parent / "joint"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "joint-tables.md"
@@ -114,21 +113,14 @@ def measure(models: Sequence[str]) -> None:
             bench(RUNS, SAMPLES, f"{model}-none", task, ["full"], nll_only=True, **options)
 
 
-@cache
-def saved(part: str, task: str) -> dict[str, Any]:
-    """The committed scores of a part; without any where it is not measured."""
-    file = SAMPLES / f"{part}-{task}.json"
-    return json.loads(file.read_text()) if file.exists() else {"scores": {}}
-
-
 def seeds(arm: str, scorer: str, task: str, kv: str = "full", metric: str = "gold_nll") -> tuple[int, ...]:
     """The seeds of which a metric was measured."""
 
-    def has(part: dict[str, Any]) -> bool:
-        rows = part["scores"].get(kv)
-        return bool(rows) and dict(zip(part["metrics"], next(iter(rows.values())), strict=True)).get(metric) is not None
+    def has(seed: int) -> bool:
+        rows = samples(SAMPLES, f"{arm}-{seed}-{scorer}", task).get(kv)
+        return bool(rows) and next(iter(rows.values())).get(metric) is not None
 
-    return tuple(seed for seed in SEEDS if has(saved(f"{arm}-{seed}-{scorer}", task)))
+    return tuple(filter(has, SEEDS))
 
 
 def values(
@@ -148,11 +140,9 @@ def values(
     by_question: dict[str, list[float]] = {}
     clusters: dict[str, str] = {}
     for seed in seeds(arm, scorer, task, kv, metric) if of_seeds is None else of_seeds:
-        part = saved(f"{arm}-{seed}-{scorer}", task)
-        clusters = part["clusters"]
-        column = part["metrics"].index(metric)
-        for key, row in part["scores"][kv].items():
-            by_question.setdefault(key, []).append(row[column])
+        for key, row in samples(SAMPLES, f"{arm}-{seed}-{scorer}", task)[kv].items():
+            by_question.setdefault(key, []).append(row[metric])
+            clusters[key] = row["cluster"]
     first = list(dict.fromkeys(clusters.values()))[:CHOSEN_ON] if task == CHOICE else []
     return {
         key: (clusters[key], mean(of_question))
@@ -176,34 +166,32 @@ def tables() -> str:
         parts += [f"## `{task}`: share of the way from no context to full (%)", by_budget(task, way)]
         parts += [f"## `{task}`: SubEM (%), and what each budget keeps of it", answers(task)]
         parts += [f"## `{task}`: SubEM minus that of `ao`", by_budget(task, answers_above_ao)]
-    task, kv = PRIMARY
-    rows = [
-        [name(arm, scorer), added(values(arm, scorer, task, kv), values("ao", "start", task, kv))]
-        for arm, scorer, _ in measured()
-        if arm != "ao"
-    ]
-    parts += [f"## Primary cell, `{task}` under `{kv}`: gold_nll minus that of `ao`", table(["arm", kv], rows)]
-    parts += ["## The same, by how much of the gold passages' slots `ao` keeps", by_kept()]
+    parts += [f"## Primary cell, `{PRIMARY[0]}` under `{PRIMARY[1]}`: gold_nll minus that of `ao`", primary()]
     parts += ["## gold_nll on the contexts for the choice", by_budget(CHOICE, chosen_mean)]
     return "\n\n".join(parts) + "\n"
 
 
-def by_kept() -> str:
-    """The differences in the primary cell where `ao` keeps a larger share of the gold slots than overall, and less."""
+def beside_ao(arm: str, scorer: str, task: str, kv: str, metric: str = "gold_nll") -> tuple[Rows, Rows]:
+    """A metric of an arm and of `ao`, of the seeds that both have."""
+    both = sorted({*seeds(arm, scorer, task, kv, metric)} & {*seeds("ao", "start", task, kv, metric)})
+    ours, theirs = (values(*of, task, kv, both, metric=metric) for of in ((arm, scorer), ("ao", "start")))
+    return ours, theirs
+
+
+def primary() -> str:
+    """The differences in the primary cell, also where `ao` keeps more of the gold slots than on average, and less."""
     task, kv = PRIMARY
     kept = values("ao", "start", task, kv, metric="gold_kept")
-    if not kept:
-        return "-"
     middle = mean(value for _, value in kept.values())
     more = {key for key, (_, value) in kept.items() if value > middle}
     body = []
-    for arm, scorer, _ in measured():
+    for arm, scorer, count in measured():
         if arm != "ao":
-            ours, theirs = values(arm, scorer, task, kv), values("ao", "start", task, kv)
+            ours, theirs = beside_ao(arm, scorer, task, kv)
             split = [{key: row for key, row in ours.items() if (key in more) == is_more} for is_more in (True, False)]
-            body.append([name(arm, scorer), *(added(rows, theirs) for rows in split)])
-    heads = (f"{len(more)} questions with more", f"{len(kept) - len(more)} with less")
-    return table(["arm", *heads], body)
+            body.append([name(arm, scorer), str(count), *(added(rows, theirs) for rows in (ours, *split))])
+    heads = f"{len(more)} with more gold slots in `ao`", f"{len(kept) - len(more)} with less"
+    return table(["arm", "seeds", "all questions", *heads], body)
 
 
 def name(arm: str, scorer: str) -> str:
@@ -225,9 +213,7 @@ def way(arm: str, scorer: str, task: str, kv: str) -> str:
 
 
 def answers_above_ao(arm: str, scorer: str, task: str, kv: str) -> str:
-    if arm == "ao":
-        return "-"
-    return added(*(values(*of, task, kv, metric="subem") for of in ((arm, scorer), ("ao", "start"))))
+    return "-" if arm == "ao" else added(*beside_ao(arm, scorer, task, kv, "subem"))
 
 
 def chosen_mean(arm: str, scorer: str, task: str, kv: str) -> str:

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -52,51 +51,18 @@ PARTS: dict[str, tuple[dict[str, int], list[str], bool]] = {
     "answers": ({NQOPEN: 10, KVLOOKUP: 12}, QUARTER, False),
     "ruler": ({f"lc_ruler_{task}_4k": 3 for task in RULER_TASKS}, QUARTER, False),
 }
-Scores = dict[str, dict[str, dict[str, Any]]]
-"""Recipe -> question -> METRICS and the context of a sample."""
 
 
 def run(names: Sequence[str]) -> None:
     """Run the missing samples of these parts."""
-    from lceval.bench import comparison
-
     for name in names:
         tasks, recipes, nll_only = PARTS[name]
         for task, contexts in tasks.items():
-            file = RUNS / f"{name}-{task}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            comparison.bench(
-                task,
-                ["full", *recipes],
-                pretrained="smollm2-135m",
-                contexts=contexts,
-                against_hf=False,
-                diagnose="gold",
-                nll_only=nll_only,
-                batch_size=4,
-                heads=methods.HEADS,
-                output=file,
-            )
-            SAMPLES.mkdir(exist_ok=True)
-            parts.commit(file, SAMPLES / f"{name}-{task}.json", METRICS)
+            options = {"contexts": contexts, "metadata": {}, "nll_only": nll_only, "heads": methods.HEADS}
+            parts.bench(RUNS, SAMPLES, name, task, ["full", *recipes], metrics=METRICS, **options)
 
 
-def committed(name: str, task: str) -> Scores:
-    """The samples of a part; empty where they are not measured."""
-    file = SAMPLES / f"{name}-{task}.json"
-    if not file.exists():
-        return {}
-    saved = json.loads(file.read_text())
-    return {
-        kv: {
-            key: {"cluster": saved["clusters"][key], **dict(zip(saved["metrics"], values, strict=True))}
-            for key, values in rows.items()
-        }
-        for kv, rows in saved["scores"].items()
-    }
-
-
-def of_methods(name: str, task: str) -> Scores:
+def of_methods(name: str, task: str) -> parts.Samples:
     """The samples of studies/methods.py at a quarter of the cache, on the contexts of a part."""
     contexts = PARTS[name][0][task]
     by_recipe = methods.samples(name, "query-agnostic")
@@ -104,14 +70,17 @@ def of_methods(name: str, task: str) -> Scores:
     return {kv: {key: row for key, row in rows.items() if row["cluster"] in kept} for kv, rows in by_recipe.items()}
 
 
-def boards() -> Iterator[tuple[str, Scores]]:
+def boards() -> Iterator[tuple[str, parts.Samples]]:
     """Every task with its samples; where answers were generated, these."""
     for name, task in (("nqopen", NQOPEN), ("kvlookup", KVLOOKUP)):
-        yield task, {**of_methods(name, task), **committed(name, task), **committed("answers", task)}
-    yield QUALITY, committed("quality", QUALITY)
-    together: Scores = {}
+        yield (
+            task,
+            {**of_methods(name, task), **parts.samples(SAMPLES, name, task), **parts.samples(SAMPLES, "answers", task)},
+        )
+    yield QUALITY, parts.samples(SAMPLES, "quality", QUALITY)
+    together: parts.Samples = {}
     for task in PARTS["ruler"][0]:
-        for kv, rows in committed("ruler", task).items():
+        for kv, rows in parts.samples(SAMPLES, "ruler", task).items():
             together.setdefault(kv, {}).update({f"{task} {key}": row for key, row in rows.items()})
     yield RULER, together
 

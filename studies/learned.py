@@ -22,6 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import parts
 from parts import bench, table, train_scorer
 
 from lceval.stats.estimates import Stratum, cluster_bootstrap, recovery
@@ -103,19 +104,12 @@ def measure(models: Sequence[str]) -> None:
             bench(RUNS, SAMPLES, f"none-{model}", task, ["full"], nll_only=True, **options)
 
 
-def samples(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
+def samples(name: str, task: str) -> parts.Samples:
     """The committed scores of a part by recipe and question."""
-    committed = json.loads((SAMPLES / f"{name}-{task}.json").read_text())
-    return {
-        kv: {
-            key: {"cluster": committed["clusters"][key], **dict(zip(committed["metrics"], values, strict=True))}
-            for key, values in of_recipe.items()
-        }
-        for kv, of_recipe in committed["scores"].items()
-    }
+    return parts.samples(SAMPLES, name, task)
 
 
-def reported(name: str, task: str) -> dict[str, dict[str, dict[str, Any]]]:
+def reported(name: str, task: str) -> parts.Samples:
     """The samples without those on the contexts for the choice."""
     every = samples(name, task)
     if task != CHOICE:

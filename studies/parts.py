@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recov
 METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
 Rows = dict[str, tuple[str, float]]
 """Question -> context and value."""
+Samples = dict[str, dict[str, dict[str, Any]]]
+"""Recipe -> question -> metrics and `cluster`, the context."""
 
 
 def train_scorer(shipped: str, changes: Mapping[str, Any], output: Path, saved: Path) -> None:
@@ -40,9 +43,10 @@ def bench(
     *,
     contexts: int | None,
     metadata: Mapping[str, Any],
+    metrics: Sequence[str] = METRICS,
     **options: Any,
 ) -> None:
-    """Run the missing samples of a part in runs/samples, and write METRICS by recipe and question to `saved`."""
+    """Run the missing samples of a part in runs/samples, and write metrics by recipe and question to `saved`."""
     from lceval.bench import comparison
 
     file = runs / "samples" / f"{name}-{task}.jsonl"
@@ -60,7 +64,7 @@ def bench(
         **options,
     )
     saved.mkdir(exist_ok=True)
-    commit(file, saved / f"{name}-{task}.json", METRICS)
+    commit(file, saved / f"{name}-{task}.json", metrics)
 
 
 def commit(file: Path, target: Path, metrics: Sequence[str]) -> None:
@@ -72,6 +76,22 @@ def commit(file: Path, target: Path, metrics: Sequence[str]) -> None:
     clusters = {row["id"]: row["cluster"] for row in rows}
     committed = {"metrics": metrics, "clusters": clusters, "scores": scores}
     target.write_text(json.dumps(committed, separators=(",", ":")) + "\n")
+
+
+@cache
+def samples(folder: Path, name: str, task: str) -> Samples:
+    """The committed scores of a part, each with its context as `cluster`; empty where it is not measured."""
+    file = folder / f"{name}-{task}.json"
+    if not file.exists():
+        return {}
+    committed = json.loads(file.read_text())
+    return {
+        kv: {
+            key: {"cluster": committed["clusters"][key], **dict(zip(committed["metrics"], values, strict=True))}
+            for key, values in of_recipe.items()
+        }
+        for kv, of_recipe in committed["scores"].items()
+    }
 
 
 def interval(rows: Rows, scale: float = 1) -> str:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import joint
 import learned
+import methods
 from parts import table
 
 from lceval.stats.estimates import Stratum, recovery
@@ -106,13 +107,19 @@ def picture(lines: Sequence[tuple[str, str, list[Point]]]) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def prefills() -> float:
+    """The time of kvzip in prefills, as measured by studies/methods.py."""
+    times = methods.seconds()
+    return times["kvzip:0.25"] / times["full"]
+
+
 def lines() -> list[tuple[str, str, list[Point]]]:
     """All lines for which there are scores."""
     every = [
         ("trained together, kvzap", "#b3261e", of_joint("joint", "own")),
         ("adapter, then kvzap", "#2f7bd9", of_joint("ao", "start")),
         ("base, kvzap", "#7fb0ea", of_pilot("base", "kvzap:{}")),
-        ("base, kvzip (3.8 prefills)", "#2a9d8f", of_pilot("base", "kvzip:{}")),
+        (f"base, kvzip ({prefills():.1f} prefills)", "#2a9d8f", of_pilot("base", "kvzip:{}")),
         ("base, expected_attention", "#d98a1f", of_pilot("base", "expected_attention:{}")),
         ("base, snapkv", "#9b6bdf", of_pilot("base", "snapkv:{}")),
         ("base, random", "#7d8896", of_pilot("base", "random:{}:sinks=4:recent=64")),

@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import learned
-from parts import Rows, added, bench, interval, share, table, train_scorer
+from parts import Rows, added, bench, interval, samples, share, table, train_scorer
 
 SAMPLES = Path(__file__).parent / "scorers"
 TABLES = Path(__file__).parents[1] / "docs" / "studies" / "scorers-tables.md"
@@ -95,10 +95,7 @@ def measure(names: Sequence[str]) -> None:
 
 def rows(part: str, task: str, kv: str, metric: str = "gold_nll") -> Rows:
     """A metric by question; empty where it is not measured."""
-    file = SAMPLES / f"{part}-{task}.json"
-    saved = json.loads(file.read_text()) if file.exists() else {"scores": {}}
-    column = saved["metrics"].index(metric) if saved["scores"] else 0
-    return {key: (saved["clusters"][key], values[column]) for key, values in saved["scores"].get(kv, {}).items()}
+    return {key: (row["cluster"], row[metric]) for key, row in samples(SAMPLES, part, task).get(kv, {}).items()}
 
 
 def choice(name: str) -> float:

@@ -5,9 +5,10 @@ python studies/table2.py keep              save the scores by question in table2
 python studies/table2.py table             write docs/studies/table2-tables.md from the saved scores
 
 Arms are `base`, `ao` (an adapter trained on answers with the full cache) and `joint` (trained together with its
-scorer), those of studies/joint.py with seed 0. RAG retrieves 128-token chunks by BM25, up to a quarter of the context's
-tokens. The other cells read the whole context, query-agnostic. At most 60 questions a cell, of the test split where
-there is one. Rerun the same command to resume. Run folders are in runs/studies/table2. Needs LCEVAL_DATA.
+scorer), those of studies/joint.py with seed 0. The first two evict by a scorer of studies/learned.py, which has to be
+trained first. RAG retrieves 128-token chunks by BM25, up to a quarter of the context's tokens. The other cells read the
+whole context, query-agnostic. At most 60 questions a cell, of the test split where there is one. Rerun the same command
+to resume. Run folders are in runs/studies/table2. Needs LCEVAL_DATA.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def train(recipe: Config, grader: Grader | None = None) -> dict[str, Any]:
         from lceval.training.card import write as write_card
 
         (recipe.output / "training_args.bin").unlink(missing_ok=True)  # a pickle; train.json has the recipe
-        _name_base(recipe.output, recipe.model.pretrained)
+        _name_base(recipe.output / outcome.get("model", ""), recipe.model.pretrained)
         write_card(recipe.output, record)
         write_json(file, record)
     return record

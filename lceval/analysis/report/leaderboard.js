@@ -1,4 +1,4 @@
-// The first page of a site: methods by budget, and a plot of score against memory, of the selected tasks.
+// The first page of a site: methods by budget, and a plot of the same value against memory, of the selected tasks.
 // Value, heading, bounds, whether in percent, whether more is better.
 const VALUES = [
   ["score", "score", "ci_lo", "ci_hi", (r) => r.unit === "share", true],
@@ -8,13 +8,13 @@ const VALUES = [
   ["retention", "retention", "retention_lo", "retention_hi", () => true, true],
 ];
 const amount = (recipe) => (recipe.match(/^[a-z0-9_]+:([0-9.]+|threshold=[^:+]+)/) || [])[1] || "";
-// Sparse attention keeps everything: its amount is what a step reads.
-const budgetOf = (r) => amount(r.recipe) && r.kept_share > .99 ? `reads ${amount(r.recipe)}` : amount(r.recipe);
+// Sparse attention keeps everything: its share is what a step reads.
+const budgetOf = (r) => amount(r.recipe) && Number(amount(r.recipe)) < .99 && r.kept_share > .99 ? `reads ${amount(r.recipe)}` : amount(r.recipe);
 const method = (r) => [amount(r.recipe) ? r.recipe.replace(`:${amount(r.recipe)}`, "") : r.recipe,
   ...(r.query_aware ? ["query-aware"] : []), ...(r.peft ? [`+${r.peft.split("/").filter(Boolean).pop()}`] : []),
   ...(r.context && r.context !== "full" ? [r.context] : [])].join(" · ");
 
-// Whether a row has a value, the value as a number, and as text with its bounds.
+// The selected value, whether a row has it, and the number in the unit that is shown.
 const chosen = () => VALUES.find(([name]) => name === at("value").value);
 const has = (r, key) => r[key] !== null && r[key] !== undefined;
 const scaled = (r, [key, , , , share]) => (share(r) ? 100 : 1) * r[key];
@@ -89,7 +89,7 @@ function memory() {
   const tasks = [...new Set(rows.map((r) => r.task))];
   const svg = draw("svg", { width, height, role: "img", "aria-label": `${name} against KV memory` });
   const label = (at_x, at_y, anchor, text) => svg.append(draw("text", { x: at_x, y: at_y, "text-anchor": anchor }, text));
-  const power = 10 ** Math.floor(Math.log10((most - least) / 4)), step = [1, 2, 5, 10].find((n) => n * power * 4 >= most - least) * power;
+  const unit = 10 ** Math.floor(Math.log10((most - least) / 4)), step = [1, 2, 5, 10].find((n) => n * unit * 4 >= most - least) * unit;
   for (let tick = Math.ceil(least / step); tick <= most / step; tick += 1) {
     const v = Number((tick * step).toPrecision(3));
     svg.append(draw("line", { x1: left, x2: width - right, y1: y(v), y2: y(v), class: "grid" }));
