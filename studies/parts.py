@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lceval.stats.estimates import Stratum, cluster_bootstrap, difference, recovery
+from lceval.stats.estimates import Estimate, Stratum, difference, mean_of, recovery
 
 METRICS = ("subem", "gold_nll", "gold_kept", "kept_share")
 Rows = dict[str, tuple[str, float]]
@@ -94,35 +94,38 @@ def samples(folder: Path, name: str, task: str) -> Samples:
     }
 
 
+def text(estimate: Estimate, form: str, scale: float = 1) -> str:
+    """An estimate with its 95% interval over contexts, in a format of numbers."""
+    if estimate.value is None:
+        return "-"
+    bounds = ", ".join(format(scale * bound, form) for bound in estimate.interval or ())
+    return f"{format(scale * estimate.value, form)} [{bounds or 'n/a'}]"
+
+
 def interval(rows: Rows, scale: float = 1) -> str:
-    """Mean with its 95% interval over contexts."""
+    """The mean: of NLLs, or at a scale of 100 of shares in %."""
     if not rows:
         return "-"
-    numbers = [scale * value for _, value in rows.values()]
-    middle, low, high = cluster_bootstrap(numbers, [cluster for cluster, _ in rows.values()])
-    digits = 3 if scale == 1 else 1
-    return f"{middle:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    mean = mean_of([value for _, value in rows.values()], [cluster for cluster, _ in rows.values()])
+    return text(mean, ".3f" if scale == 1 else ".1f", scale)
 
 
 def added(rows: Rows, base: Rows) -> str:
-    """The mean difference to other values of the same questions, with its 95% interval over contexts."""
-    if not rows or not base:
-        return "-"
-    numbers = [[of[key][1] for key in rows] for of in (rows, base)]
-    estimate = difference([Stratum(numbers[0], numbers[1], [cluster for cluster, _ in rows.values()])])
-    return f"{estimate.value:+.3f} [{estimate.lo:+.3f}, {estimate.hi:+.3f}]"
+    """The mean difference to other values of the same questions."""
+    return text(difference([_paired(rows, base)]), "+.3f") if rows and base else "-"
 
 
 def share(rows: Rows, full: Rows, none: Rows | None = None) -> str:
-    """What rows keep of full, in % with its 95% interval: of its values, or of how far these are below none."""
+    """What rows keep of full, in %: of its values, or of how far these are below none."""
     if not rows or not full or none == {}:
         return "-"
-    numbers = [[none[key][1] - of[key][1] if none else of[key][1] for key in rows] for of in (rows, full)]
-    estimate = recovery([Stratum(numbers[0], numbers[1], [cluster for cluster, _ in rows.values()])])
-    if estimate.value is None:
-        return "-"
-    bounds = [f"{100 * bound:.0f}" for bound in estimate.interval or ()]
-    return f"{100 * estimate.value:.0f} [{', '.join(bounds) or 'n/a'}]"
+    if none:
+        rows, full = ({key: (of[key][0], none[key][1] - of[key][1]) for key in rows} for of in (rows, full))
+    return text(recovery([_paired(rows, full)]), ".0f", 100)
+
+
+def _paired(ours: Rows, theirs: Rows) -> Stratum:
+    return Stratum([v for _, v in ours.values()], [theirs[key][1] for key in ours], [c for c, _ in ours.values()])
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
